@@ -1,0 +1,85 @@
+"""What TierFS asks of a place where copies live. Keys are text, objects immutable, all calls thread-safe."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What a server was seen to do when the volume was created (probed, never assumed)."""
+
+    conditional_put: bool = False
+    partial_content: bool = False
+    checks_sha256: bool = False
+    client: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectInfo:
+    """One object: size in bytes, `modified` in seconds since the epoch by the store's own clock."""
+
+    key: str
+    size: int
+    etag: str
+    modified: float
+
+
+@dataclass(frozen=True, slots=True)
+class Put:
+    """The answer to a put. `verified`: the store checks SHA-256 sums and accepted that of these bytes."""
+
+    etag: str
+    verified: bool
+
+
+class ObjectStore(ABC):
+    """A flat map from keys to immutable byte strings.
+
+    Every method may raise StoreUnavailableError, StoreThrottledError, StoreDeniedError, BucketMissingError.
+    """
+
+    capabilities: Capabilities = Capabilities()
+
+    @abstractmethod
+    def put(self, key: str, body: bytes | Iterable[bytes], size: int) -> Put:
+        """Write an object of exactly `size` bytes, durably; readers see all of it or nothing.
+
+        Raises StoreFullError; ObjectCorruptError where the body is not `size` bytes long.
+        """
+
+    @abstractmethod
+    def put_if(self, key: str, body: bytes, etag: str | None) -> Put:
+        """Write only if the object's etag is `etag` (None: only if there is no object).
+
+        Raises PreconditionError. Without `capabilities.conditional_put` this is check-then-write, not atomic.
+        """
+
+    @abstractmethod
+    def get(self, key: str, start: int = 0, length: int | None = None) -> bytes:
+        """Bytes [start, start + length), all of them. Raises ObjectMissingError; ObjectCorruptError if short."""
+
+    @abstractmethod
+    def stream(self, key: str, start: int = 0, length: int | None = None) -> Iterator[bytes]:
+        """As `get`, in pieces of a few MiB. Raises as `get`, also midway."""
+
+    @abstractmethod
+    def head(self, key: str) -> ObjectInfo:
+        """Size and etag. Raises ObjectMissingError."""
+
+    @abstractmethod
+    def delete(self, keys: Sequence[str]) -> None:
+        """Remove objects; absent ones are no error."""
+
+    @abstractmethod
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        """Objects whose key starts with `prefix`, in any order."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """The store's URL without secrets."""
+
+    def close(self) -> None:
+        """Release connections and descriptors; no call may follow."""
