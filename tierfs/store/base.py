@@ -59,7 +59,10 @@ class ObjectStore(ABC):
 
     @abstractmethod
     def get(self, key: str, start: int = 0, length: int | None = None) -> bytes:
-        """Bytes [start, start + length), all of them. Raises ObjectMissingError; ObjectCorruptError if short."""
+        """Bytes [start, start + length), all of them.
+
+        Raises ObjectMissingError; ObjectCorruptError if short.
+        """
 
     @abstractmethod
     def stream(self, key: str, start: int = 0, length: int | None = None) -> Iterator[bytes]:
@@ -81,5 +84,5 @@ class ObjectStore(ABC):
     def describe(self) -> str:
         """The store's URL without secrets."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027  (most stores hold nothing)
         """Release connections and descriptors; no call may follow."""

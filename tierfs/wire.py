@@ -1,0 +1,237 @@
+"""Messages between the mount server and the mover, over a SOCK_SEQPACKET pair, with descriptors where named.
+
+The server asks for content and reports events; the mover asks for seals and guards and reports results.
+Neither ever blocks on the other: a request carries an `id`, its answer comes as a message of its own.
+"""
+
+from __future__ import annotations
+
+import array
+import os
+import socket
+from collections.abc import Sequence
+
+import msgspec
+
+MAX_MESSAGE = 128 * 1024
+MAX_FDS = 64  # descriptors in one message (the kernel's own limit is 253)
+
+
+class Message(msgspec.Struct, tag=True, array_like=True, frozen=True):
+    """Base of all messages."""
+
+
+# --- mount server to mover -------------------------------------------------------------------------------
+
+
+class Fetch(Message, frozen=True):
+    """Bring [start, start + length) of a stub to the local disk; comes with one O_PATH descriptor of it.
+
+    `whole`: all of it, and make the file resident (its first waiter may be a writer). `ahead`: nobody waits.
+    """
+
+    id: int
+    ino: int
+    stub: bytes
+    size: int
+    start: int
+    length: int
+    whole: bool
+    ahead: bool
+
+
+class CancelFetch(Message, frozen=True):
+    """Nobody waits for this fetch any more (interrupted, deadline)."""
+
+    id: int
+
+
+class SealAnswer(Message, frozen=True):
+    """Per asked inode: the generation now sealed, or 0 where somebody may be writing."""
+
+    id: int
+    generations: list[int]
+
+
+class SealBroken(Message, frozen=True):
+    """A write-open or truncation came: the copy being taken of these inodes is void."""
+
+    inos: list[int]
+
+
+class GuardAnswer(Message, frozen=True):
+    """Per asked inode: True where no handle is open, no newer mark exists and opens now wait."""
+
+    id: int
+    granted: list[bool]
+
+
+class GuardBreak(Message, frozen=True):
+    """Somebody waits to open this guarded inode: finish or give up quickly."""
+
+    ino: int
+
+
+class Touch(Message, frozen=True):
+    """Uses of one file since the last report. `last` is seconds of CLOCK_MONOTONIC."""
+
+    ino: int
+    count: int
+    bytes_read: int
+    last: float
+    size: int
+    parent: int
+    name: bytes
+
+
+class Touches(Message, frozen=True):
+    """A batch of heat."""
+
+    touches: list[Touch]
+
+
+class Poke(Message, frozen=True):
+    """The mark log has grown up to this position; `urgent` when space is short."""
+
+    position: int
+    urgent: bool = False
+
+
+# --- mover to mount server -------------------------------------------------------------------------------
+
+
+class Hello(Message, frozen=True):
+    """A new mover is here and has read the log up to `position`: earlier seals and guards are void."""
+
+    pid: int
+    position: int
+
+
+class Drained(Message, frozen=True):
+    """All marks before this position are in the index."""
+
+    position: int
+
+
+class Filled(Message, frozen=True):
+    """[start, start + length) of this inode is on the local disk and checked."""
+
+    ino: int
+    start: int
+    length: int
+
+
+class FetchEnd(Message, frozen=True):
+    """A fetch has ended: errno 0 when all it asked for is local."""
+
+    id: int
+    ino: int
+    errno: int
+    reason: str = ""
+
+
+class Settled(Message, frozen=True):
+    """The file is resident for good: its stub attribute is durably gone and the index says RESIDENT."""
+
+    ino: int
+
+
+class Seal(Message, frozen=True):
+    """Seal these files for copying; comes with one O_RDONLY descriptor each, in order."""
+
+    id: int
+    inos: list[int]
+
+
+class Unseal(Message, frozen=True):
+    """These copies were given up (or committed): their seals end."""
+
+    inos: list[int]
+
+
+class Guard(Message, frozen=True):
+    """Keep these inodes shut for a punch, if no mark at or after `position` names them."""
+
+    id: int
+    inos: list[int]
+    position: int
+
+
+class GuardEnd(Message, frozen=True):
+    """The punch is over, done or not: opens may go on."""
+
+    inos: list[int]
+
+
+class Changed(Message, frozen=True):
+    """Attributes of these inodes changed beneath: drop what is cached."""
+
+    inos: list[int]
+
+
+class Limits(Message, frozen=True):
+    """Settings the server needs; sent on start and after a reload. Times in seconds."""
+
+    fetch_timeout: float
+    small_file: int
+
+
+ToMover = (
+    Fetch | CancelFetch | SealAnswer | SealBroken | GuardAnswer | GuardBreak | Touches | Poke
+)
+ToServer = (
+    Hello | Drained | Filled | FetchEnd | Settled | Seal | Unseal | Guard | GuardEnd | Changed | Limits
+)
+
+_encoder = msgspec.msgpack.Encoder()
+_to_mover = msgspec.msgpack.Decoder(ToMover)
+_to_server = msgspec.msgpack.Decoder(ToServer)
+
+
+class Link:
+    """One end of the pair; messages arrive whole and in order."""
+
+    def __init__(self, sock: socket.socket, *, server: bool) -> None:
+        self.sock = sock
+        self._decoder = _to_server if server else _to_mover
+
+    def fileno(self) -> int:
+        """For poll."""
+        return self.sock.fileno()
+
+    def send(self, message: Message, fds: Sequence[int] = ()) -> None:
+        """Send one message. Raises OSError: EAGAIN (non-blocking and full), EPIPE/ECONNRESET (peer gone)."""
+        data = _encoder.encode(message)
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+        self.sock.sendmsg([data], rights)
+
+    def receive(self) -> tuple[ToMover | ToServer, list[int]] | None:
+        """The next message with its descriptors (the caller's to close); None at the end of the stream.
+
+        Raises BlockingIOError where nothing is there yet, OSError where the peer is gone.
+        """
+        size = array.array("i").itemsize * MAX_FDS
+        data, ancillary, flags, _ = self.sock.recvmsg(MAX_MESSAGE, socket.CMSG_SPACE(size))
+        fds = array.array("i")
+        for level, kind, payload in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
+        if not data:
+            return None
+        if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+            for fd in fds:
+                os.close(fd)
+            raise OSError("a message between server and mover was cut")
+        return self._decoder.decode(data), list(fds)
+
+    def close(self) -> None:
+        """Close this end."""
+        self.sock.close()
+
+
+def make_pair() -> tuple[socket.socket, socket.socket]:
+    """A connected pair (server end, mover end) with room for a burst of messages."""
+    server, mover = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    for sock in (server, mover):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * 1024 * 1024)
+    return server, mover
