@@ -27,7 +27,9 @@ class Message(msgspec.Struct, tag=True, array_like=True, frozen=True):
 class Fetch(Message, frozen=True):
     """Bring [start, start + length) of a stub to the local disk; comes with one O_PATH descriptor of it.
 
-    `whole`: all of it, and make the file resident (its first waiter may be a writer). `ahead`: nobody waits.
+    `whole`: all of it. `ahead`: nobody waits. Readers are woken by Filled; whenever the last missing leaf has
+    arrived the mover settles the file and says Settled, which is what writers wait for. FetchEnd ends the
+    request, always, also a cancelled one, and only when no write of it to the file is under way any more.
     """
 
     id: int
@@ -131,9 +133,14 @@ class FetchEnd(Message, frozen=True):
 
 
 class Settled(Message, frozen=True):
-    """The file is resident for good: its stub attribute is durably gone and the index says RESIDENT."""
+    """The file is resident for good: its stub attribute is durably gone and the index says RESIDENT.
+
+    With an errno: all leaves may be here, but that could not be made final; a later whole fetch tries again.
+    """
 
     ino: int
+    errno: int = 0
+    reason: str = ""
 
 
 class Seal(Message, frozen=True):

@@ -1,0 +1,758 @@
+"""The server half of residency: who has a file open and how, and when its content may change place.
+
+One I/O mode an inode, from first open to last release (the kernel's rule): PASSTHROUGH, where the kernel reads
+and writes the backing file itself, or CACHED, where requests come here. A stub is never opened in passthrough.
+
+    no handle --open--> stub? --no--> PASSTHROUGH (or CACHED: no privilege, set-id bits, file capabilities)
+                          |
+                         yes --small--> content fetched in OPEN, then as a resident file
+                          +----large--> CACHED; reads fetch leaves, the first write waits until it is resident
+
+    guarded: the mover is punching. Whatever would open or change the inode waits; a new mover voids the guard.
+    sealed:  the mover is copying. A write-open breaks the seal: the generation rises and the copy is void.
+
+Everything here runs under one lock or in one thread; the order in which it takes effect is the inode's order.
+"""
+
+from __future__ import annotations
+
+import collections
+import logging
+import os
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fcntl import F_RDLCK
+from typing import Protocol
+
+from tierfs import wire
+from tierfs.errors import IndexError_
+from tierfs.inflow import Content, Inflow, ReadAhead
+from tierfs.index import Index
+from tierfs.marks import Mark, MarkWriter
+from tierfs.model import EPOCH_SHIFT, Record, Residency, Stub
+from tierfs.tree import Tree
+from tierfs.waits import Blocked, Wait
+
+log = logging.getLogger("gate")
+
+HEAT_SECONDS = 5.0  # how often uses are reported to the mover
+POKE_SECONDS = 0.25  # how often the mover is told of new marks
+TOUCH_BATCH = 500  # uses in one message
+SET_ID = stat.S_ISUID | stat.S_ISGID
+_CAPABILITY = "security.capability"
+_STRIP = os.O_TRUNC | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_DIRECT | os.O_NOFOLLOW
+
+
+class Backing(Protocol):
+    """The passthrough calls of a kernel session."""
+
+    def open(self, fd: int) -> int:
+        """Register a backing file; the id. Raises OSError."""
+
+    def close(self, backing_id: int) -> None:
+        """Forget it again."""
+
+
+class ShownStat:
+    """A stat result with the times and blocks that the file had before TierFS moved its content."""
+
+    __slots__ = ("_stat", "st_blocks", "st_ctime_ns", "st_mtime_ns")
+
+    def __init__(self, real: os.stat_result, mtime: int, ctime: int, blocks: int) -> None:
+        self._stat = real
+        self.st_mtime_ns = mtime
+        self.st_ctime_ns = ctime
+        self.st_blocks = blocks
+
+    def __getattr__(self, name: str) -> int:
+        return int(getattr(self._stat, name))
+
+
+Shown = os.stat_result | ShownStat
+
+
+@dataclass(slots=True)
+class ShownTimes:
+    """What GETATTR answers while our own writes move the real times."""
+
+    mtime: int
+    ctime: int
+    blocks: int
+
+
+class Inode:
+    """One regular file that is open, guarded or being fetched. Others need no memory here."""
+
+    __slots__ = (
+        "backing_id", "content", "guard", "handle", "ino", "marked", "name", "opath", "opens", "parent",
+        "passthrough", "shown", "writers",
+    )  # fmt: skip
+
+    def __init__(self, ino: int, parent: int, name: bytes) -> None:
+        self.ino = ino
+        self.parent = parent
+        self.name = name
+        self.opath = -1
+        self.handle = b""
+        self.opens = 0
+        self.writers = 0
+        self.passthrough = False
+        self.backing_id = 0
+        self.content: Content | None = None  # None: resident
+        self.guard: Wait | None = None
+        self.shown: ShownTimes | None = None
+        self.marked = False  # its generation has risen since it was last sealed or closed
+
+
+class Handle:
+    """An open file as the binding sees it. `fd` is -1 and `backing_id` set in passthrough."""
+
+    __slots__ = ("ahead", "backing_id", "fd", "flags", "inode", "read_bytes", "writable")
+
+    def __init__(self, inode: Inode, fd: int, flags: int, backing_id: int) -> None:
+        self.inode = inode
+        self.fd = fd
+        self.flags = flags
+        self.writable = flags & os.O_ACCMODE != os.O_RDONLY
+        self.backing_id = backing_id
+        self.ahead = ReadAhead()
+        self.read_bytes = 0
+
+
+class Gate:
+    """See the module's docstring. All methods must be called under the binding's one lock."""
+
+    def __init__(
+        self,
+        tree: Tree,
+        index: Index | None,
+        marks: MarkWriter,
+        epoch: int,
+        backing: Backing | None = None,
+        link: wire.Link | None = None,
+    ) -> None:
+        """`index` is read only here; `epoch` is this session's, so that its generations are new."""
+        self.tree = tree
+        self.index = index
+        self.marks = marks
+        self.backing = backing
+        self._link = link
+        self._outbox: collections.deque[tuple[wire.Message, tuple[int, ...]]] = collections.deque()
+        self._generation = epoch << EPOCH_SHIFT
+        self._inodes: dict[int, Inode] = {}
+        self._seals: set[int] = set()
+        self._recent: dict[int, int] = {}  # ino -> position of its newest mark that the mover has not drained
+        self._inflow = Inflow(self._post)
+        self._touched: dict[int, list[float]] = {}  # ino -> count, bytes read, last, size
+        self._touched_at: dict[int, tuple[int, bytes]] = {}
+        self._next_heat = 0.0
+        self._next_poke = 0.0
+        self._poked = marks.position
+
+    # --- opening and closing ------------------------------------------------------------------------------
+
+    def open(
+        self, opath: int, st: os.stat_result, flags: int, parent: int, name: bytes, pid: int = 0
+    ) -> Handle:
+        """Open a regular file. `opath`, an O_PATH descriptor of it, is the Gate's from success on.
+
+        Carries out O_TRUNC. Raises Blocked, OSError, ForeignStubError; then `opath` stays the caller's.
+        """
+        writable = flags & os.O_ACCMODE != os.O_RDONLY
+        inode = self._enter(opath, st, parent, name)
+        try:
+            if flags & os.O_TRUNC and writable:
+                self._cut(inode, opath)
+            elif inode.content is not None and inode.content.small:
+                self._inflow.need(inode.ino, 0, inode.content.size)
+                if writable:
+                    self._inflow.need_settled(inode.ino)
+            handle = self._admit(inode, opath, st, flags)
+        except BaseException:
+            self._leave(inode, opath)
+            raise
+        if inode.opath != opath:
+            os.close(opath)
+        self._touch(inode, st.st_size)
+        return handle
+
+    def created(self, fd: int, st: os.stat_result, flags: int, parent: int, name: bytes) -> Handle:
+        """The handle of a file just made; takes the descriptor `fd` (open for reading and writing)."""
+        inode = Inode(st.st_ino, parent, name)
+        inode.opath = self.tree.reopen(fd, os.O_PATH)
+        self._inodes[st.st_ino] = inode
+        inode.handle = self.tree.handle_of(inode.opath)
+        self._mark_write(inode)
+        backing_id = self._register(inode, st)
+        if backing_id:
+            os.close(fd)
+            fd = -1
+        handle = Handle(inode, fd, flags, backing_id)
+        inode.opens += 1
+        inode.writers += handle.writable
+        if not handle.writable:
+            self._mark_closed(inode)
+        self._touch(inode, st.st_size)
+        return handle
+
+    def release(self, handle: Handle) -> None:
+        """The last reference to an open file is gone."""
+        inode = handle.inode
+        if handle.fd >= 0:
+            os.close(handle.fd)
+        inode.opens -= 1
+        inode.writers -= handle.writable
+        if handle.read_bytes:
+            self._touched.setdefault(inode.ino, [0, 0, time.monotonic(), 0])[1] += handle.read_bytes
+        if handle.writable and inode.writers == 0 and inode.marked:
+            self._mark_closed(inode)
+        if inode.opens == 0:
+            if inode.backing_id and self.backing is not None:
+                self.backing.close(inode.backing_id)
+            inode.backing_id, inode.passthrough = 0, False
+        self._leave(inode, -1)
+
+    def _enter(self, opath: int, st: os.stat_result, parent: int, name: bytes) -> Inode:
+        """The inode's state, with what its stub attribute says now. Raises Blocked while it is guarded."""
+        inode = self._inodes.get(st.st_ino)
+        if inode is None:
+            inode = Inode(st.st_ino, parent, name)
+        elif inode.guard is not None:
+            self._break_guard(inode)
+        if inode.content is None and not inode.backing_id:
+            stub = self.tree.read_stub(opath)
+            if stub is not None:
+                self._take_in(inode, stub, opath, st)
+        if inode.opath < 0:
+            inode.opath = opath
+        self._inodes[st.st_ino] = inode
+        return inode
+
+    def _take_in(self, inode: Inode, stub: Stub, opath: int, st: os.stat_result) -> None:
+        """Begin to keep the state of a stub's content."""
+        record = self._record(st.st_ino)
+        bits = None
+        if record is not None and self.index is not None and record.residency is Residency.PARTIAL:
+            copy = record.copy
+            if copy is not None and copy.tag == stub.tag and copy.generation == stub.generation:
+                bits = self.index.get_bits(st.st_ino)
+        shown = self.shown(st, opath)
+        inode.shown = ShownTimes(shown.st_mtime_ns, shown.st_ctime_ns, shown.st_blocks)
+        inode.content = Content(stub, st.st_size, bits)
+        self._inflow.track(inode.ino, inode.content, opath)
+
+    def _leave(self, inode: Inode, opath: int) -> None:
+        """Drop the state that nobody needs; `opath` is a descriptor that its owner is about to close."""
+        if inode.opens or inode.guard is not None or self._inflow.busy(inode.ino):
+            if inode.opath == opath and opath >= 0:
+                inode.opath = os.dup(opath)
+                if inode.content is not None:
+                    self._inflow.track(inode.ino, inode.content, inode.opath)
+            return
+        if self._inodes.get(inode.ino) is inode:
+            del self._inodes[inode.ino]
+        self._inflow.untrack(inode.ino)
+        if inode.opath >= 0 and inode.opath != opath:
+            os.close(inode.opath)
+        inode.opath = -1
+
+    def _admit(self, inode: Inode, opath: int, st: os.stat_result, flags: int) -> Handle:
+        writable = flags & os.O_ACCMODE != os.O_RDONLY
+        whole = inode.content is None or inode.content.missing == 0
+        if writable and inode.content is None and not inode.marked:
+            self._mark_write(inode)
+        backing_id = self._register(inode, st) if whole else 0
+        fd = -1 if backing_id else self.tree.reopen(opath, flags & ~_STRIP)
+        handle = Handle(inode, fd, flags, backing_id)
+        inode.opens += 1
+        inode.writers += writable
+        return handle
+
+    def _register(self, inode: Inode, st: os.stat_result) -> int:
+        """The backing id for one more passthrough handle; 0 where this open must be cached."""
+        if inode.backing_id:
+            return inode.backing_id
+        if inode.opens or self.backing is None or st.st_mode & SET_ID:
+            return 0
+        if st.st_mode & 0o111 and self.tree.has_xattr(inode.opath, _CAPABILITY):
+            # The kernel would not drop file capabilities at a passthrough write.
+            return 0
+        inode.backing_id = self.backing.open(inode.opath)
+        inode.passthrough = True
+        return inode.backing_id
+
+    # --- data ---------------------------------------------------------------------------------------------
+
+    def read(self, handle: Handle, offset: int, size: int) -> bytes:
+        """Up to `size` bytes. Raises Blocked until they are local."""
+        inode, content = handle.inode, handle.inode.content
+        if content is not None and content.missing:
+            end = min(offset + size, content.size)
+            if offset >= end:
+                return b""
+            window = handle.ahead.advance(offset, end, content.size) if self._readable(content, offset, end) else None
+            if window is not None:
+                self._inflow.ahead(inode.ino, *window)
+            self._inflow.need(inode.ino, offset, end)
+        handle.read_bytes += size
+        if handle.fd >= 0:
+            return os.pread(handle.fd, size, offset)
+        with self.borrowed(handle, writable=False) as fd:
+            return os.pread(fd, size, offset)
+
+    @staticmethod
+    def _readable(content: Content, offset: int, end: int) -> bool:
+        """This run of the operation is the one that will succeed: read-ahead counts each read once."""
+        return content.lacks(offset, end) is None
+
+    def write(self, handle: Handle, offset: int, data: bytes | memoryview) -> int:
+        """Write all of `data` at `offset`. Raises Blocked until the file is resident."""
+        self._ready_to_change(handle.inode)
+        with self.borrowed(handle, writable=True) as fd:
+            return os.pwrite(fd, data, offset)
+
+    def ready(self, handle: Handle, writable: bool) -> None:
+        """Raises Blocked until the file's data may be changed (`writable`) or read as a whole."""
+        if writable:
+            self._ready_to_change(handle.inode)
+        elif handle.inode.content is not None:
+            self._inflow.need(handle.inode.ino, 0, handle.inode.content.size)
+
+    @contextmanager
+    def borrowed(self, handle: Handle, writable: bool) -> Iterator[int]:
+        """A descriptor of the file's data for one system call. Raises Blocked as `ready` where writable."""
+        if writable:
+            self._ready_to_change(handle.inode)
+        if handle.fd >= 0:
+            yield handle.fd
+            return
+        fd = self.tree.reopen(handle.inode.opath, os.O_RDWR if writable else os.O_RDONLY)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
+    def _ready_to_change(self, inode: Inode) -> None:
+        if inode.content is not None:
+            self._inflow.need_settled(inode.ino)
+        if not inode.marked:
+            self._mark_write(inode)
+
+    def truncate(self, opath: int, st: os.stat_result, size: int, parent: int, name: bytes) -> None:
+        """Set the size. A stub is fetched first, unless nothing of it is kept. Raises Blocked."""
+        inode = self._enter(opath, st, parent, name)
+        try:
+            if size == 0:
+                self._cut(inode, opath)
+            else:
+                self._ready_to_change(inode)
+                with self._opened(opath, os.O_WRONLY) as fd:
+                    os.ftruncate(fd, size)
+            if not inode.writers:
+                self._mark_closed(inode)
+        finally:
+            self._leave(inode, opath)
+
+    def _cut(self, inode: Inode, opath: int) -> None:
+        """Truncate to nothing: nothing is fetched. Order: size, then attribute, then mark.
+
+        Killed in between, a stub of size 0 is a truncation to be finished, which the next open does; a lost
+        mark is found by the comparison of the copy's tuple.
+        """
+        if inode.content is not None:
+            self._inflow.need_idle(inode.ino)
+        if inode.content is None and not inode.marked:
+            self._mark_write(inode)
+        with self._opened(opath, os.O_WRONLY) as fd:
+            os.ftruncate(fd, 0)
+            if inode.content is not None:
+                self.tree.clear_stub(fd)
+        if inode.content is not None:
+            settled = inode.content.settled
+            inode.content, inode.shown = None, None
+            self._inflow.untrack(inode.ino)
+            settled.fire()
+            self._mark_write(inode)
+
+    @contextmanager
+    def _opened(self, opath: int, flags: int) -> Iterator[int]:
+        fd = self.tree.reopen(opath, flags)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
+    # --- attributes ---------------------------------------------------------------------------------------
+
+    def shown(self, st: os.stat_result, opath: int | None = None) -> Shown:
+        """What a stat of this regular file shows."""
+        inode = self._inodes.get(st.st_ino)
+        if inode is not None and inode.shown is not None:
+            times = inode.shown
+            return ShownStat(st, times.mtime, times.ctime, times.blocks)
+        record = self._record(st.st_ino)
+        if record is None or record.copy is None:
+            return st
+        stub = record.residency is not Residency.RESIDENT and record.size == st.st_size
+        blocks = max(record.blocks, st.st_blocks) if stub else st.st_blocks
+        if record.left_ctime == st.st_ctime_ns:
+            return ShownStat(st, record.copy.mtime, record.copy.ctime, blocks)
+        if blocks != st.st_blocks:
+            return ShownStat(st, st.st_mtime_ns, st.st_ctime_ns, blocks)
+        return st
+
+    def before_change(self, ino: int) -> None:
+        """Call before metadata of a regular file changes. Raises Blocked while our own work moves its times."""
+        inode = self._inodes.get(ino)
+        if inode is None:
+            return
+        if inode.guard is not None:
+            self._break_guard(inode)
+        if inode.content is not None and inode.content.settling:
+            self._inflow.need_settled(ino)
+
+    def after_change(self, ino: int, st: os.stat_result, mtime_set: bool = False) -> None:
+        """Call after it: `st` is fresh; `mtime_set` where the caller set the modification time."""
+        inode = self._inodes.get(ino)
+        if inode is None or inode.shown is None:
+            return
+        inode.shown.ctime = st.st_ctime_ns
+        if mtime_set:
+            inode.shown.mtime = st.st_mtime_ns
+        self._append(Mark.TIMES, ino, a=inode.shown.mtime, b=inode.shown.ctime)
+
+    def writers_open(self, ino: int) -> bool:
+        """Attributes may change without a request: somebody has it open for writing in passthrough."""
+        inode = self._inodes.get(ino)
+        return inode is not None and inode.writers > 0 and inode.passthrough
+
+    def stub_of(self, st: os.stat_result, opath: int) -> Stub | None:
+        """What the inode's stub attribute says, None for a resident file."""
+        inode = self._inodes.get(st.st_ino)
+        if inode is not None and inode.content is not None:
+            return inode.content.stub if inode.content.missing else None
+        return self.tree.read_stub(opath)
+
+    def extents(self, st: os.stat_result, opath: int) -> list[tuple[int, int]] | None:
+        """The data ranges that SEEK_DATA and SEEK_HOLE show for a stub; None: ask the file itself."""
+        stub = self.stub_of(st, opath)
+        if stub is None:
+            return None
+        leaves = self.index.get_leaves(stub.fid, stub.generation) if self.index is not None else None
+        if leaves is None or not leaves.extents:
+            return [(0, st.st_size)]
+        return list(leaves.extents)
+
+    def tier_of(self, st: os.stat_result, opath: int) -> bytes:
+        """`resident`, `partial` or `stub`."""
+        if self.stub_of(st, opath) is None:
+            return b"resident"
+        return b"partial" if st.st_blocks and self._has_data(st, opath) else b"stub"
+
+    def _has_data(self, st: os.stat_result, opath: int) -> bool:
+        inode = self._inodes.get(st.st_ino)
+        if inode is not None and inode.content is not None:
+            return inode.content.missing < len(inode.content.present)
+        record = self._record(st.st_ino)
+        return record is not None and record.residency is Residency.PARTIAL
+
+    def digest_of(self, st: os.stat_result, opath: int) -> bytes | None:
+        """`sha256:<hex>` of the content (`sha256-64k:` of the list of leaf digests in a large file).
+
+        None where no proven copy of the present content is known.
+        """
+        stub = self.stub_of(st, opath)
+        if stub is not None:
+            digest, large = stub.digest, st.st_size > 1 << stub.chunk_shift
+        else:
+            record = self._record(st.st_ino)
+            if record is None or record.copy is None or record.dirty or st.st_ino in self._recent:
+                return None
+            copy = record.copy
+            if copy.mtime != st.st_mtime_ns or st.st_ctime_ns not in (copy.ctime, record.left_ctime):
+                return None
+            digest, large = copy.digest, copy.size > 1 << copy.chunk_shift
+        return (b"sha256-64k:" if large else b"sha256:") + digest.hex().encode()
+
+    def touches_of(self, ino: int) -> int:
+        """Uses that have not been reported yet."""
+        return int(self._touched.get(ino, [0])[0])
+
+    def set_pin(self, opath: int, st: os.stat_result, on: bool, parent: int, name: bytes) -> None:
+        """Pin or unpin a file or directory itself; the mover lists it and fetches what is beneath."""
+        self.tree.set_pin(opath, on)
+        handle = self.tree.handle_of(opath)
+        self._append(Mark.PIN, st.st_ino, parent=parent, a=int(on), handle=handle, name=name)
+
+    def _record(self, ino: int) -> Record | None:
+        if self.index is None:
+            return None
+        try:
+            return self.index.get(ino)
+        except IndexError_ as error:
+            # The stub attribute decides about content; without a record only shown times may be off.
+            log.error("index record of inode %d: %s", ino, error)
+            return None
+
+    # --- marks --------------------------------------------------------------------------------------------
+
+    def named(self, ino: int, parent: int, name: bytes) -> None:
+        """A regular file has got another name."""
+        inode = self._inodes.get(ino)
+        if inode is not None:
+            inode.parent, inode.name = parent, name
+        self._append(Mark.NAMED, ino, parent=parent, name=name)
+
+    def made_dir(self, ino: int, parent: int, name: bytes) -> None:
+        """A directory was made or renamed."""
+        self._append(Mark.DIR, ino, parent=parent, name=name)
+
+    def gone(self, ino: int, handle: bytes) -> None:
+        """The last name of a regular file is gone."""
+        self._append(Mark.GONE, ino, handle=handle)
+
+    def _mark_write(self, inode: Inode) -> None:
+        if not inode.handle:
+            inode.handle = self.tree.handle_of(inode.opath)
+        self._generation += 1
+        inode.marked = True
+        inode.shown = None
+        self._append(
+            Mark.WRITE, inode.ino, self._generation, inode.parent, handle=inode.handle, name=inode.name
+        )
+        if inode.ino in self._seals:
+            self._seals.discard(inode.ino)
+            self._post(wire.SealBroken([inode.ino]))
+
+    def _mark_closed(self, inode: Inode) -> None:
+        st = os.stat(f"/proc/self/fd/{inode.opath}")
+        inode.marked = False
+        self._append(Mark.CLOSED, inode.ino, parent=inode.parent, a=st.st_size, b=st.st_blocks)
+
+    def _append(
+        self,
+        kind: Mark,
+        ino: int,
+        generation: int = 0,
+        parent: int = 0,
+        a: int = 0,
+        b: int = 0,
+        handle: bytes = b"",
+        name: bytes = b"",
+    ) -> None:
+        self._recent[ino] = self.marks.append(kind, ino, generation, parent, a, b, handle, name)
+
+    # --- heat ---------------------------------------------------------------------------------------------
+
+    def _touch(self, inode: Inode, size: int) -> None:
+        entry = self._touched.setdefault(inode.ino, [0, 0, 0.0, 0])
+        entry[0] += 1
+        entry[2] = time.monotonic()
+        entry[3] = size
+        self._touched_at[inode.ino] = inode.parent, inode.name
+
+    def _flush_heat(self) -> None:
+        batch: list[wire.Touch] = []
+        for ino, (count, bytes_read, last, size) in self._touched.items():
+            parent, name = self._touched_at.get(ino, (0, b""))
+            batch.append(wire.Touch(ino, int(count), int(bytes_read), last, int(size), parent, name))
+        self._touched.clear()
+        self._touched_at.clear()
+        for start in range(0, len(batch), TOUCH_BATCH):
+            self._post(wire.Touches(batch[start : start + TOUCH_BATCH]))
+
+    # --- the link to the mover ----------------------------------------------------------------------------
+
+    def set_link(self, link: wire.Link | None) -> None:
+        """Talk to this mover from now on. What the old one was doing is void."""
+        if self._link is not None:
+            self._link.close()
+        self._link = link
+        self._outbox.clear()
+        self._seals.clear()
+        for inode in list(self._inodes.values()):
+            self._end_guard(inode)
+        if link is not None:
+            self._inflow.new_mover()
+
+    def on_link_readable(self) -> None:
+        """Take what the mover has sent."""
+        while self._link is not None:
+            try:
+                received = self._link.receive()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                log.warning("lost the mover: %s", error)
+                received = None
+            if received is None:
+                self.set_link(None)
+                return
+            message, fds = received
+            try:
+                self._handle(message, fds)
+            finally:
+                for fd in fds:
+                    os.close(fd)
+
+    def _handle(self, message: object, fds: list[int]) -> None:
+        match message:
+            case wire.Filled():
+                self._inflow.filled(message)
+            case wire.FetchEnd():
+                self._inflow.ended(message)
+                self._leave_if_idle(message.ino)
+            case wire.Settled():
+                self._on_settled(message)
+            case wire.Seal():
+                answers = [self._seal(ino, fd) for ino, fd in zip(message.inos, fds, strict=True)]
+                self._post(wire.SealAnswer(message.id, answers))
+            case wire.Unseal():
+                self._seals.difference_update(message.inos)
+            case wire.Guard():
+                granted = [self._guard(ino, message.position) for ino in message.inos]
+                self._post(wire.GuardAnswer(message.id, granted))
+            case wire.GuardEnd():
+                for ino in message.inos:
+                    inode = self._inodes.get(ino)
+                    if inode is not None:
+                        self._end_guard(inode)
+            case wire.Drained():
+                self._on_drained(message.position)
+            case wire.Limits():
+                self._inflow.fetch_timeout = message.fetch_timeout
+            case wire.Hello():
+                self._on_drained(message.position)
+            case wire.Changed():
+                pass
+
+    def _on_settled(self, message: wire.Settled) -> None:
+        inode = self._inodes.get(message.ino)
+        self._inflow.settled(message)
+        if inode is not None and not message.errno:
+            inode.content, inode.shown = None, None
+            self._inflow.untrack(message.ino)
+        self._leave_if_idle(message.ino)
+
+    def _leave_if_idle(self, ino: int) -> None:
+        inode = self._inodes.get(ino)
+        if inode is not None:
+            self._leave(inode, -1)
+
+    def _on_drained(self, position: int) -> None:
+        self._recent = {ino: at for ino, at in self._recent.items() if at >= position}
+
+    def _seal(self, ino: int, fd: int) -> int:
+        """The generation sealed, or 0 where somebody may be writing: a handle, a mapping, a lost descriptor."""
+        inode = self._inodes.get(ino)
+        if os.fstat(fd).st_ino != ino or ino in self._recent:
+            return 0
+        if inode is not None and (inode.writers or inode.content is not None or inode.guard is not None):
+            return 0
+        if not self.tree.try_lease(fd, F_RDLCK):
+            return 0
+        self.tree.unlease(fd)
+        record = self._record(ino)
+        if record is not None and record.handle == self.tree.handle_of(fd):
+            generation = record.generation
+        else:
+            self._generation += 1
+            generation = self._generation
+        if inode is not None:
+            inode.marked = False
+        self._seals.add(ino)
+        return generation
+
+    def _guard(self, ino: int, position: int) -> bool:
+        """Keep the inode shut; False where it is in use or has a mark that the mover has not seen."""
+        inode = self._inodes.get(ino)
+        if inode is not None and (inode.opens or inode.guard is not None or self._inflow.busy(ino)):
+            return False
+        if self._recent.get(ino, -1) >= position:
+            return False
+        if inode is None:
+            inode = Inode(ino, 0, b"")
+            self._inodes[ino] = inode
+        inode.shown = self._snapshot(ino)
+        inode.guard = Wait()
+        return True
+
+    def _snapshot(self, ino: int) -> ShownTimes | None:
+        """What the file shows now, before the punch moves its times."""
+        record = self._record(ino)
+        if record is None or not self.tree.privileged:
+            copy = record.copy if record is not None else None
+            return ShownTimes(copy.mtime, copy.ctime, record.blocks) if record and copy else None
+        try:
+            fd = self.tree.open_handle(record.handle, os.O_PATH)
+        except OSError:
+            return None  # gone meanwhile: nobody can ask for it
+        try:
+            shown = self.shown(os.fstat(fd), fd)
+        finally:
+            os.close(fd)
+        return ShownTimes(shown.st_mtime_ns, shown.st_ctime_ns, shown.st_blocks)
+
+    def _break_guard(self, inode: Inode) -> None:
+        """Somebody wants in: ask the mover to be quick, and wait. Always raises Blocked."""
+        assert inode.guard is not None
+        self._post(wire.GuardBreak(inode.ino))
+        raise Blocked(inode.guard)
+
+    def _end_guard(self, inode: Inode) -> None:
+        if inode.guard is None:
+            return
+        guard, inode.guard = inode.guard, None
+        if inode.content is None:
+            inode.shown = None
+        self._leave(inode, -1)
+        guard.fire()
+
+    def _post(self, message: wire.Message, fds: tuple[int, ...] = ()) -> None:
+        """Send now if there is room, later if not; what is for a mover that is gone is dropped.
+
+        Nothing is lost by that: a new mover reads the log, and is asked again for every open flight.
+        """
+        if self._link is None:
+            return
+        if not self._outbox:
+            try:
+                self._link.send(message, fds)
+                return
+            except BlockingIOError:
+                pass
+            except OSError as error:
+                log.warning("the mover does not listen: %s", error)
+                return
+        self._outbox.append((message, tuple(os.dup(fd) for fd in fds)))
+
+    def _flush_outbox(self) -> None:
+        while self._outbox and self._link is not None:
+            message, fds = self._outbox[0]
+            try:
+                self._link.send(message, fds)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                log.warning("the mover does not listen: %s", error)
+            self._outbox.popleft()
+            for fd in fds:
+                os.close(fd)
+
+    def tick(self, now: float) -> float:
+        """Deadlines, heat and the mover's waking. Returns after how many seconds to be called again."""
+        self._flush_outbox()
+        self._inflow.expire(now)
+        if now >= self._next_poke:
+            self._next_poke = now + POKE_SECONDS
+            if self.marks.position != self._poked:
+                self._poked = self.marks.position
+                self._post(wire.Poke(self._poked))
+        if now >= self._next_heat:
+            self._next_heat = now + HEAT_SECONDS
+            self._flush_heat()
+        busy = self._outbox or self.marks.position != self._poked or self._touched or self._inflow.waiting
+        return POKE_SECONDS if busy else 3600.0

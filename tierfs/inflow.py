@@ -1,0 +1,287 @@
+"""Content on its way in, as the mount server sees it: which leaves are here, which are asked for, who waits.
+
+The mover fetches and writes; this side only asks, keeps the bits and wakes the waiters. A flight is one
+request to the mover. Flights outlive a mover: a new one is asked for all that are still open.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tierfs import wire
+from tierfs.model import LEAF, Stub, leaf_count
+from tierfs.waits import Blocked, Wait
+
+log = logging.getLogger("gate")
+
+FIRST_AHEAD = 1 << 20  # read-ahead of a reader that has just proven sequential, bytes
+MOST_AHEAD = 64 << 20  # enough to keep sixteen ranges of a few MiB in the air
+SLACK = 1 << 20  # the kernel's own read-ahead arrives a little out of order
+
+
+@dataclass(slots=True)
+class Flight:
+    """One request to the mover: bytes [start, end) of the file."""
+
+    id: int
+    start: int
+    end: int
+    whole: bool
+    ahead: bool
+
+
+class Content:
+    """The state of one stub or partial file while somebody has it open or something is being fetched.
+
+    `present` has one byte a leaf. `settled` is awaited by writers: stub attribute durably gone.
+    """
+
+    __slots__ = ("flights", "idle", "missing", "present", "settled", "size", "stub", "waits", "whole_asked")
+
+    def __init__(self, stub: Stub, size: int, bits: bytes | None) -> None:
+        """`bits`: the leaves known to be local, one bit each, least significant first; None: none."""
+        self.stub = stub
+        self.size = size
+        count = leaf_count(size)
+        self.present = bytearray(count)
+        if bits is not None:
+            for leaf in range(min(count, len(bits) * 8)):
+                if bits[leaf >> 3] >> (leaf & 7) & 1:
+                    self.present[leaf] = 1
+        self.missing = self.present.count(0)
+        self.flights: list[Flight] = []
+        self.waits: list[tuple[int, int, Wait]] = []
+        self.settled = Wait()
+        self.idle: Wait | None = None
+        self.whole_asked = False
+
+    @property
+    def settling(self) -> bool:
+        """All is local; the mover is making that final."""
+        return self.missing == 0 and not self.settled.done
+
+    @property
+    def small(self) -> bool:
+        """The file is one chunk: fetched whole, in OPEN."""
+        return self.size <= 1 << self.stub.chunk_shift
+
+    def lacks(self, start: int, end: int) -> tuple[int, int] | None:
+        """The smallest leaf-aligned range that covers what is missing of [start, end); None: nothing is."""
+        low, high = start // LEAF, leaf_count(min(end, self.size))
+        first = self.present.find(0, low, high)
+        if first < 0:
+            return None
+        last = self.present.rfind(0, low, high)
+        return first * LEAF, min((last + 1) * LEAF, self.size)
+
+    def arrived(self, start: int, end: int) -> None:
+        """[start, end) is local now."""
+        low, high = start // LEAF, leaf_count(min(end, self.size))
+        self.missing -= self.present.count(0, low, high)
+        self.present[low:high] = b"\1" * (high - low)
+
+
+class ReadAhead:
+    """How far ahead of one handle's reading to fetch: nothing at first, then doubling while it is sequential."""
+
+    __slots__ = ("_ahead_end", "_expect", "_window")
+
+    def __init__(self) -> None:
+        self._expect = 0
+        self._window = 0
+        self._ahead_end = 0
+
+    def advance(self, offset: int, end: int, size: int) -> tuple[int, int] | None:
+        """Note a read of [offset, end); the range to ask for now, if any."""
+        sequential = self._expect and self._expect - SLACK <= offset <= self._expect + SLACK
+        if not sequential:
+            self._expect, self._window, self._ahead_end = end, 0, end
+            return None
+        self._expect = max(self._expect, end)
+        self._ahead_end = max(self._ahead_end, end)
+        if self._ahead_end >= size or self._ahead_end - end > self._window // 2:
+            return None
+        self._window = min(max(self._window * 2, FIRST_AHEAD), MOST_AHEAD)
+        start, self._ahead_end = self._ahead_end, min(self._ahead_end + self._window, size)
+        return start, self._ahead_end
+
+
+class Inflow:
+    """Asks the mover for content and wakes those who wait for it."""
+
+    def __init__(self, post: Callable[[wire.Message, tuple[int, ...]], None]) -> None:
+        """`post` hands a message with descriptors to the mover, now or when there is one again."""
+        self._post = post
+        self._next = 0
+        self._contents: dict[int, tuple[Content, int]] = {}  # ino -> its content and an O_PATH descriptor
+        self._timed: set[Wait] = set()
+        self.fetch_timeout = 60.0
+
+    def track(self, ino: int, content: Content, opath: int) -> None:
+        """From now on messages about `ino` concern this content; `opath` stays the caller's."""
+        self._contents[ino] = content, opath
+
+    def untrack(self, ino: int) -> None:
+        """The file is settled or nobody cares any more."""
+        self._contents.pop(ino, None)
+
+    def need(self, ino: int, start: int, end: int) -> None:
+        """Raises Blocked until [start, end) is local."""
+        content, _ = self._contents[ino]
+        gap = content.lacks(start, end)
+        if gap is None:
+            return
+        wait = self._timed_wait()
+        content.waits.append((*gap, wait))
+        if not any(f.start <= gap[0] and f.end >= gap[1] and not f.ahead for f in content.flights):
+            self._ask(ino, *gap, whole=content.small, ahead=False)
+        raise Blocked(wait)
+
+    def need_settled(self, ino: int) -> None:
+        """Raises Blocked until the whole file is local and its stub attribute durably gone."""
+        content, _ = self._contents[ino]
+        if content.settled.done:
+            return
+        if not content.whole_asked:
+            content.whole_asked = True
+            self._ask(ino, 0, content.size, whole=True, ahead=False)
+        wait = self._timed_wait()
+        content.settled.add(lambda: wait.fire(content.settled.errno, content.settled.reason))
+        raise Blocked(wait)
+
+    def need_idle(self, ino: int) -> None:
+        """Raises Blocked until the mover has given up everything it does with this file's blocks."""
+        content, _ = self._contents[ino]
+        if content.settling:
+            self.need_settled(ino)
+        if not content.flights:
+            return
+        for flight in content.flights:
+            self._post(wire.CancelFetch(flight.id), ())
+        if content.idle is None or content.idle.done:
+            content.idle = self._timed_wait()
+        raise Blocked(content.idle)
+
+    def ahead(self, ino: int, start: int, end: int) -> None:
+        """Ask for [start, end) without waiting for it."""
+        content, _ = self._contents[ino]
+        gap = content.lacks(start, end)
+        if gap is not None and not any(f.start <= gap[0] and f.end >= gap[1] for f in content.flights):
+            self._ask(ino, *gap, whole=False, ahead=True)
+
+    def busy(self, ino: int) -> bool:
+        """The mover may still touch this file's blocks."""
+        entry = self._contents.get(ino)
+        return entry is not None and bool(entry[0].flights or entry[0].settling)
+
+    def _timed_wait(self) -> Wait:
+        wait = Wait(time.monotonic() + self.fetch_timeout)
+        self._timed.add(wait)
+        wait.add(lambda: self._timed.discard(wait))
+        return wait
+
+    def _ask(self, ino: int, start: int, end: int, *, whole: bool, ahead: bool) -> None:
+        self._next += 1
+        content, _ = self._contents[ino]
+        flight = Flight(self._next, start, end, whole, ahead)
+        content.flights.append(flight)
+        self._send(ino, flight)
+
+    def _send(self, ino: int, flight: Flight) -> None:
+        content, opath = self._contents[ino]
+        message = wire.Fetch(
+            id=flight.id,
+            ino=ino,
+            stub=content.stub.pack(),
+            size=content.size,
+            start=flight.start,
+            length=flight.end - flight.start,
+            whole=flight.whole,
+            ahead=flight.ahead,
+        )
+        self._post(message, (opath,))
+
+    # --- what the mover says ------------------------------------------------------------------------------
+
+    def filled(self, message: wire.Filled) -> None:
+        """Leaves are here: wake those who have all they need."""
+        entry = self._contents.get(message.ino)
+        if entry is None:
+            return
+        content = entry[0]
+        content.arrived(message.start, message.start + message.length)
+        self._wake(content)
+
+    def _wake(self, content: Content) -> None:
+        ready = [w for start, end, w in content.waits if content.lacks(start, end) is None]
+        content.waits = [entry for entry in content.waits if entry[2] not in ready and not entry[2].done]
+        for wait in ready:
+            wait.fire()
+
+    def ended(self, message: wire.FetchEnd) -> None:
+        """A flight has landed or failed. What is still awaited and nobody fetches is asked for again."""
+        entry = self._contents.get(message.ino)
+        if entry is None:
+            return
+        content = entry[0]
+        flight = next((f for f in content.flights if f.id == message.id), None)
+        if flight is None:
+            return
+        content.flights.remove(flight)
+        if message.errno and not flight.ahead:
+            self._fail(content, flight, message)
+        self._wake(content)
+        for start, end, _ in content.waits:
+            if not any(f.start <= start and f.end >= end for f in content.flights):
+                self._ask(message.ino, start, end, whole=content.small, ahead=False)
+        if not content.flights and content.idle is not None:
+            content.idle.fire()
+
+    def _fail(self, content: Content, flight: Flight, message: wire.FetchEnd) -> None:
+        hit = [w for start, end, w in content.waits if start < flight.end and end > flight.start]
+        content.waits = [entry for entry in content.waits if entry[2] not in hit]
+        for wait in hit:
+            wait.fire(message.errno, message.reason)
+        if flight.whole and not content.settled.done:
+            failed, content.settled, content.whole_asked = content.settled, Wait(), False
+            failed.fire(message.errno, message.reason)
+
+    def settled(self, message: wire.Settled) -> None:
+        """The file is resident for good, or (errno) could not be made so."""
+        entry = self._contents.get(message.ino)
+        if entry is None:
+            return
+        content = entry[0]
+        if message.errno:
+            failed, content.settled, content.whole_asked = content.settled, Wait(), False
+            failed.fire(message.errno, message.reason)
+            return
+        content.arrived(0, content.size)
+        content.settled.fire()
+        self._wake(content)
+
+    def new_mover(self) -> None:
+        """Ask a new mover for everything that is still open; settling starts over there too."""
+        for ino, (content, _) in list(self._contents.items()):
+            for flight in content.flights:
+                self._send(ino, flight)
+            if content.settling and not content.flights:
+                self._ask(ino, 0, content.size, whole=True, ahead=False)
+
+    @property
+    def waiting(self) -> bool:
+        """Somebody waits with a deadline."""
+        return bool(self._timed)
+
+    def expire(self, now: float) -> None:
+        """Let the waits fail whose deadline has passed."""
+        for wait in [w for w in self._timed if w.deadline is not None and w.deadline <= now]:
+            reason = f"no content within {self.fetch_timeout:g} s"
+            log.warning("a read gave up: %s", reason)
+            wait.fire(errno.EIO, reason)
+        for content, _ in self._contents.values():
+            content.waits = [entry for entry in content.waits if not entry[2].done]
