@@ -1,0 +1,141 @@
+"""The configuration file: what it accepts, and how exactly it names what is wrong."""
+
+import os
+import re
+import stat
+
+import pytest
+
+from tierfs import config
+from tierfs.errors import ConfigError
+
+
+def test_an_empty_file_gives_the_defaults():
+    parsed = config.parse("")
+    assert parsed == config.VolumeConfig()
+    assert parsed.low < parsed.high < 1
+
+
+def test_the_written_defaults_are_the_defaults(tmp_path):
+    path = str(tmp_path / "config.toml")
+    config.write_default(path)
+    assert config.load(path) == config.VolumeConfig()
+    assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
+    uncommented = re.sub(r"(?m)^# (?=\w+ = |    |\])", "", config.default_text())
+    assert config.parse(uncommented) == config.VolumeConfig()
+
+
+def test_settings_are_written_and_read_back(tmp_path):
+    path = str(tmp_path / "config.toml")
+    config.write_default(path, store="s3://bucket/a \"b\" \\c", local_limit="1.5G")
+    parsed = config.load(path)
+    assert parsed.store == "s3://bucket/a \"b\" \\c"
+    assert parsed.local_limit == 3 * 2**29
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("0", 0), ("1", 1), ("4K", 4096), ("4k", 4096), ("4KiB", 4096), ("4 KB", 4096), ("2T", 2**41), (7, 7)],
+)
+def test_sizes(text, size):
+    assert config.parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "G", "-1", "1X", "1 2", "0x10", None, 1.5, True, -1])
+def test_what_is_no_size(text):
+    with pytest.raises(ValueError, match="size"):
+        config.parse_size(text)
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("10m", 600), ("12h", 43200), ("1d", 86400), (3, 3)])
+def test_durations(text, seconds):
+    assert config.parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "m", "-1s", "1M", None, True])
+def test_what_is_no_duration(text):
+    with pytest.raises(ValueError, match="duration"):
+        config.parse_duration(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('\nlocl_limit = "1G"\n', r"c\.toml:2: unknown key 'locl_limit': did you mean 'local_limit'\?"),
+        ("zzz = 1\n", r"c\.toml:1: unknown key 'zzz': known keys are store, local_limit"),
+        ('# x\n[nevr]\npatterns = []\n', r"c\.toml:2: unknown key 'nevr': did you mean 'never'\?"),
+        ('store = "embedded"\n[never]\npatern = []\n', r"c\.toml:3: unknown key 'never\.patern'.*'patterns'"),
+        ('local_limit = "big"\n', r"c\.toml:1: local_limit: 'big' is not a size like"),
+        ('\n\nhigh = 95\n', r"c\.toml:3: high: 95 is not a share like \"95%\""),
+        ('high = "0%"\n', r"c\.toml:1: high: "),
+        ('quiet = "soon"\n', r"c\.toml:1: quiet: 'soon' is not a duration"),
+        ('store = "ftp://x"\n', r"c\.toml:1: store: 'ftp://x' is no store"),
+        ('replicate = "never"\n', r"c\.toml:1: replicate: "),
+        ('chunk_size = "3M"\n', r"c\.toml:1: chunk_size: .*power of two"),
+        ("uploads = 0\n", r"c\.toml:1: uploads: 0 is not a whole number"),
+        ("never = 3\n", r"c\.toml:1: never: write it as a table"),
+        ("[never]\npatterns = [1]\n", r"c\.toml:2: never\.patterns: "),
+        ('high = "50%"\nlow = "60%"\n', r"c\.toml:2: low: must not be above high \(50%\)"),
+        ("store = \n", r"c\.toml:1: is not valid TOML: invalid value"),
+        ('store = "a', r"c\.toml:1: is not valid TOML"),
+        ("uploads = 1\nuploads = 2\n", r"c\.toml:2: is not valid TOML: cannot overwrite"),
+    ],
+)
+def test_mistakes_are_named_with_file_line_and_key(text, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        config.parse(text, "c.toml")
+    assert "\n" not in str(caught.value)
+
+
+def test_unreadable_files_are_one_line(tmp_path):
+    with pytest.raises(ConfigError, match="No such file"):
+        config.load(str(tmp_path / "none.toml"))
+    bad = tmp_path / "bad.toml"
+    bad.write_bytes(b"store = \"\xff\"\n")
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        config.load(str(bad))
+
+
+def test_set_key_changes_one_key_and_keeps_the_rest(tmp_path):
+    path = tmp_path / "config.toml"
+    config.write_default(str(path))
+    before = path.read_text().splitlines()
+    config.set_key(str(path), "local_limit", "3G")
+    after = path.read_text().splitlines()
+    assert [line for line in after if line not in before] == ['local_limit = "3G"']
+    assert config.load(str(path)).local_limit == 3 * 2**30
+    config.set_key(str(path), "local_limit", "none")
+    assert config.load(str(path)).local_limit == 0
+    with pytest.raises(ConfigError):
+        config.set_key(str(path), "local_limit", "much")
+    assert config.load(str(path)).local_limit == 0
+
+
+def test_set_key_stands_before_the_first_table(tmp_path):
+    path = tmp_path / "config.toml"
+    path.write_text('[never]\npatterns = ["a"]\n')
+    config.set_key(str(path), "quiet", "5s")
+    parsed = config.load(str(path))
+    assert parsed.quiet_seconds == 5
+    assert parsed.never.patterns == ("a",)
+
+
+def test_control_characters_cannot_enter_the_file(tmp_path):
+    with pytest.raises(ConfigError):
+        config.write_default(str(tmp_path / "c"), store="s3://a\nuploads = 3")
+
+
+@pytest.mark.parametrize(
+    ("path", "stays"),
+    [
+        (b"a/b.lock", True), (b"project/node_modules/x/index.js", True), (b"photo.jpg", False),
+        (b".ssh/id_ed25519", True), (b"copy/.ssh/id_ed25519", False), (b".local/share/keyrings/login", True),
+        (b".local/share/other", False), (b".bashrc", True), (b"x\xff.lock", True), (b"line\nbreak.txt", False),
+    ],
+)  # fmt: skip
+def test_what_never_leaves(path, stays):
+    assert config.Never().matcher()(path) is stays
+
+
+def test_no_patterns_match_nothing():
+    assert config.Never(patterns=()).matcher()(b"a.lock") is False

@@ -1,0 +1,321 @@
+"""The settings of one volume: a TOML file, checked key by key.
+
+Sizes are written as "20G" or "512K" (powers of 1024), durations as "90s", "10m" or "30d", shares as "95%". a `VolumeConfig` sizes are bytes, durations seconds and shares fractions.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import os
+import re
+import tomllib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import msgspec
+
+from tierfs.errors import ConfigError
+
+FILE_NAME = "config.toml"
+EMBEDDED_STORE = "embedded"  # a directory in the state directory
+
+# Lock files, caches and build output are cheaper to make again than to fetch; a login that
+# works offline must not wait for the files at the end of the list.
+NEVER_PATTERNS = (
+    "*.lock", ".lock", "lock", "*.pid", "*.swp", ".~lock.*", "*.tmp", "*.part", "*.crdownload",
+    ".cache", "__pycache__", "node_modules", ".Trash*", "lost+found",
+    "*-wal", "*-shm", "*-journal",
+    "/.profile", "/.bash*", "/.zsh*", "/.zprofile", "/.login", "/.cshrc", "/.inputrc", "/.ssh", "/.gnupg",
+    "/.Xauthority", "/.xsession*", "/.xinitrc", "/.pam_environment", "/.config", "/.dbus",
+    "/.local/share/keyrings",
+)  # fmt: skip
+
+
+class Never(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What is never demoted. A pattern that starts with `/` is a path from the volume's root, any other one
+    names a file or directory anywhere; what lies in a matching directory is matched too."""
+
+    patterns: tuple[str, ...] = NEVER_PATTERNS
+
+    def matcher(self) -> Callable[[bytes], bool]:
+        """A function that says whether a path (relative to the volume's root) never leaves."""
+        names = [fnmatch.translate(p) for p in self.patterns if not p.startswith("/")]
+        paths = [fnmatch.translate(p[1:].rstrip("/")) for p in self.patterns if p.startswith("/")]
+        by_name = re.compile("|".join(names) or r"(?!)")
+        by_path = re.compile("|".join(paths) or r"(?!)")
+
+        def matches(path: bytes) -> bool:
+            parts = os.fsdecode(path).strip("/").split("/")
+            if any(by_name.match(part) for part in parts):
+                return True
+            return any(by_path.match("/".join(parts[: i + 1])) for i in range(len(parts)))
+
+        return matches
+
+
+class VolumeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One volume's settings. `local_limit` 0 means: no limit but the filesystem's own (`min_free`)."""
+
+    store: str = EMBEDDED_STORE
+    local_limit: int = 0
+    high: float = 0.95
+    low: float = 0.90
+    min_free: float = 0.05
+    chunk_size: int = 4 << 20
+    fetch_timeout: float = 60.0
+    replicate: str = "auto"
+    quiet_seconds: float = 30.0
+    min_age: float = 600.0
+    min_size: int = 4096
+    storage_class: str = ""
+    uploads: int = 8
+    fetches: int = 16
+    grace: float = 86400.0
+    never: Never = Never()
+
+
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGTP]?)(?:I?B)?\s*", re.IGNORECASE)
+_DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(ms|s|m|h|d|w|)\s*")
+_UNITS = {"ms": 0.001, "s": 1.0, "": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
+
+
+def parse_size(value: object) -> int:
+    """Bytes of "20G", "1.5M" or 4096. Raises ValueError saying what is expected."""
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    match = _SIZE.fullmatch(value) if isinstance(value, str) else None
+    if not match:
+        raise ValueError(f"{value!r} is not a size like \"20G\" or \"512K\"")
+    return int(float(match[1]) * 1024 ** " KMGTP".index(match[2].upper() or " "))
+
+
+def parse_duration(value: object) -> float:
+    """Seconds of "10m", "90s" or 30. Raises ValueError saying what is expected."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and value >= 0:
+        return float(value)
+    match = _DURATION.fullmatch(value) if isinstance(value, str) else None
+    if not match:
+        raise ValueError(f"{value!r} is not a duration like \"90s\", \"10m\" or \"12h\"")
+    return float(match[1]) * _UNITS[match[2]]
+
+
+def _parse_limit(value: object) -> int:
+    return 0 if value == "none" else parse_size(value)
+
+
+def _parse_share(value: object) -> float:
+    number = value[:-1].strip() if isinstance(value, str) and value.endswith("%") else ""
+    if number.replace(".", "", 1).isdigit() and 0 < float(number) <= 100:
+        return float(number) / 100
+    raise ValueError(f"{value!r} is not a share like \"95%\"")
+
+
+def _parse_text(value: object) -> str:
+    if isinstance(value, str):
+        return value
+    raise ValueError(f"{value!r} is not text in quotes")
+
+
+def _parse_store(value: object) -> str:
+    text = _parse_text(value)
+    if text == EMBEDDED_STORE or text.startswith(("s3://", "file:///")):
+        return text
+    raise ValueError(f"{text!r} is no store: use s3://bucket/prefix or file:///path")
+
+
+def _parse_replicate(value: object) -> str:
+    if value in ("auto", "all", "cold"):
+        return str(value)
+    raise ValueError(f"{value!r} is not one of \"auto\", \"all\", \"cold\"")
+
+
+def _parse_chunk(value: object) -> int:
+    size = parse_size(value)
+    if size & (size - 1) or not 64 << 10 <= size <= 1 << 30:
+        raise ValueError(f"{value!r} is not a power of two between \"64K\" and \"1G\"")
+    return size
+
+
+def _parse_count(value: object) -> int:
+    if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 256:
+        return value
+    raise ValueError(f"{value!r} is not a whole number between 1 and 256")
+
+
+def _parse_patterns(value: object) -> tuple[str, ...]:
+    if isinstance(value, list) and all(isinstance(item, str) and item for item in value):
+        return tuple(value)
+    raise ValueError(f"{value!r} is not a list of patterns")
+
+
+class _Key(NamedTuple):
+    field: str
+    reader: Callable[[object], Any]
+    default: str  # as written in the file
+    comment: str
+
+
+_KEYS: dict[str, _Key] = {
+    "store": _Key("store", _parse_store, f'"{EMBEDDED_STORE}"',
+                  "Where copies live; fixed when the volume is created."),
+    "local_limit": _Key("local_limit", _parse_limit, '"none"',
+                        'Most bytes kept on the local disk; "none": as the disk allows.'),
+    "high": _Key("high", _parse_share, '"95%"',
+                 "Demotion begins when this share of local_limit is in use ..."),
+    "low": _Key("low", _parse_share, '"90%"', "... and ends at this one."),
+    "min_free": _Key("min_free", _parse_share, '"5%"',
+                     "Demotion also begins when the local filesystem has less free."),
+    "replicate": _Key("replicate", _parse_replicate, '"auto"',
+                      '"all": copy every quiet file; "cold": only on demotion; "auto": "all" where the\n'
+                      "# store is on another device."),
+    "quiet": _Key("quiet_seconds", parse_duration, '"30s"',
+                  "A changed file is copied after so long without a change."),
+    "min_age": _Key("min_age", parse_duration, '"10m"', "A file used more recently stays."),
+    "min_size": _Key("min_size", parse_size, '"4K"', "A smaller file stays."),
+    "fetch_timeout": _Key("fetch_timeout", parse_duration, '"60s"', "A read of a stub fails after so long."),
+    "chunk_size": _Key("chunk_size", _parse_chunk, '"4M"', "Larger files are fetched in pieces of this size."),
+    "storage_class": _Key("storage_class", _parse_text, '""',
+                          "S3 storage class of new objects; empty: the bucket's default."),
+    "uploads": _Key("uploads", _parse_count, "8", "Uploads at once."),
+    "fetches": _Key("fetches", _parse_count, "16", "Requests at once for reading."),
+    "grace": _Key("grace", parse_duration, '"24h"', "Objects that nothing refers to are kept for so long."),
+}  # fmt: skip
+_NEVER_KEYS = {"patterns": ("patterns", _parse_patterns)}
+
+
+def load(path: str) -> VolumeConfig:
+    """Read and check a configuration. Raises ConfigError naming file, line and key."""
+    try:
+        with open(path, "rb") as file:
+            text = file.read().decode()
+    except OSError as exc:
+        raise ConfigError(f"{path}: cannot be read: {exc.strerror}") from exc
+    except UnicodeDecodeError as exc:
+        raise ConfigError(f"{path}: is not UTF-8 text") from exc
+    return parse(text, path)
+
+
+def parse(text: str, path: str = FILE_NAME) -> VolumeConfig:
+    """Check the text of a configuration; `path` is for messages. Raises ConfigError."""
+    try:
+        raw = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as exc:
+        match = re.search(r"\(at (?:line (\d+), column \d+|end of document)\)", str(exc))
+        line = match[1] if match and match[1] else str(text.count("\n") + 1)
+        reason = str(exc).split(" (at ")[0]
+        raise ConfigError(f"{path}:{line}: is not valid TOML: {reason[:1].lower()}{reason[1:]}") from exc
+    never = raw.pop("never", None)
+    values = {}
+    for key, value in raw.items():
+        if key not in _KEYS:
+            raise _unknown(text, path, "", key, (*_KEYS, "never"))
+        values[_KEYS[key].field] = _convert(text, path, "", key, value, _KEYS[key].reader)
+    if never is not None:
+        values["never"] = _parse_never(text, path, never)
+    config = VolumeConfig(**values)
+    if config.low > config.high:
+        raise ConfigError(f"{path}:{_line(text, '', 'low')}: low: must not be above high ({config.high:.0%})")
+    return config
+
+
+def _parse_never(text: str, path: str, table: object) -> Never:
+    if not isinstance(table, dict):
+        raise ConfigError(f"{path}:{_line(text, '', 'never')}: never: write it as a table: [never]")
+    values = {}
+    for key, value in table.items():
+        if key not in _NEVER_KEYS:
+            raise _unknown(text, path, "never", key, tuple(_NEVER_KEYS))
+        values[key] = _convert(text, path, "never", key, value, _NEVER_KEYS[key][1])
+    return Never(**values)
+
+
+def _convert(text: str, path: str, table: str, key: str, value: object, reader: Callable[[object], Any]) -> Any:
+    try:
+        return reader(value)
+    except ValueError as exc:
+        raise ConfigError(f"{path}:{_line(text, table, key)}: {_full(table, key)}: {exc}") from exc
+
+
+def _unknown(text: str, path: str, table: str, key: str, known: tuple[str, ...]) -> ConfigError:
+    near = difflib.get_close_matches(key, known, 1, 0.5)
+    remedy = f"did you mean {near[0]!r}?" if near else f"known keys are {', '.join(known)}"
+    return ConfigError(f"{path}:{_line(text, table, key)}: unknown key {_full(table, key)!r}: {remedy}")
+
+
+def _full(table: str, key: str) -> str:
+    return f"{table}.{key}" if table else key
+
+
+def _line(text: str, table: str, key: str) -> int:
+    """The line (from 1) on which a key stands; 1 where it cannot be told."""
+    now = ""
+    wanted = re.compile(rf"\s*[\"']?{re.escape(key)}[\"']?\s*[.=]")
+    for number, line in enumerate(text.splitlines(), 1):
+        header = re.match(r"\s*\[+\s*([^]]*?)\s*\]", line)
+        if header:
+            now = header[1]
+            if not table and now.split(".")[0].strip("\"' ") == key:
+                return number
+        elif now == table and wanted.match(line):
+            return number
+    return 1
+
+
+def default_text(**settings: str) -> str:
+    """The text of a new configuration: every key with its meaning; `settings` are raw values of keys."""
+    lines = ["# TierFS volume. Changes take effect as soon as this file is saved.", ""]
+    for key, entry in _KEYS.items():
+        given = settings.get(key)
+        assignment = f"{key} = {_quote(given)}" if given is not None else f"# {key} = {entry.default}"
+        lines += [f"# {entry.comment}", assignment, ""]
+    lines += [
+        "# What is never demoted: a name anywhere, or with a leading / a path from the volume's root.",
+        "[never]",
+        "# patterns = [",
+        *(f"#     {_quote(pattern)}," for pattern in NEVER_PATTERNS),
+        "# ]",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def write_default(path: str, **settings: str) -> None:
+    """Create a configuration file (mode 0600), durably. Raises ConfigError for a bad setting, OSError."""
+    text = default_text(**settings)
+    parse(text, path)
+    _replace(path, text)
+
+
+def set_key(path: str, key: str, value: str) -> None:
+    """Change one top-level key, keeping the rest of the file. Raises ConfigError, OSError."""
+    with open(path, encoding="utf-8") as file:
+        lines = file.read().splitlines()
+    assignment = f"{key} = {_quote(value)}"
+    top = next((i for i, line in enumerate(lines) if line.lstrip().startswith("[")), len(lines))
+    for pattern in (rf"\s*{key}\s*=", rf"\s*#\s*{key}\s*="):
+        found = next((i for i in range(top) if re.match(pattern, lines[i])), None)
+        if found is not None:
+            lines[found] = assignment
+            break
+    else:
+        lines.insert(top, assignment)
+    text = "\n".join(lines) + "\n"
+    parse(text, path)
+    _replace(path, text)
+
+
+def _quote(value: str) -> str:
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    if any(ord(char) < 32 or ord(char) == 127 for char in value):
+        raise ConfigError(f"{value!r}: control characters cannot stand in a configuration")
+    return f'"{escaped}"'
+
+
+def _replace(path: str, text: str) -> None:
+    fd = os.open(path + ".new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with open(fd, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(fd)
+    os.replace(path + ".new", path)
