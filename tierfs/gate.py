@@ -16,23 +16,21 @@ Everything here runs under one lock or in one thread; the order in which it take
 
 from __future__ import annotations
 
-import collections
 import logging
 import os
 import stat
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from fcntl import F_RDLCK
-from typing import Protocol
 
 from tierfs import wire
-from tierfs.errors import IndexError_
-from tierfs.inflow import Content, Inflow, ReadAhead
+from tierfs.appearance import Appearance
+from tierfs.handles import Backing, Handle, Inode, ShownTimes
 from tierfs.index import Index
+from tierfs.inflow import Content, Inflow
 from tierfs.marks import Mark, MarkWriter
-from tierfs.model import EPOCH_SHIFT, Record, Residency, Stub
+from tierfs.model import EPOCH_SHIFT, Residency, Stub
+from tierfs.report import HeatReport, Outbox
 from tierfs.tree import Tree
 from tierfs.waits import Blocked, Wait
 
@@ -40,86 +38,9 @@ log = logging.getLogger("gate")
 
 HEAT_SECONDS = 5.0  # how often uses are reported to the mover
 POKE_SECONDS = 0.25  # how often the mover is told of new marks
-TOUCH_BATCH = 500  # uses in one message
 SET_ID = stat.S_ISUID | stat.S_ISGID
 _CAPABILITY = "security.capability"
 _STRIP = os.O_TRUNC | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_DIRECT | os.O_NOFOLLOW
-
-
-class Backing(Protocol):
-    """The passthrough calls of a kernel session."""
-
-    def open(self, fd: int) -> int:
-        """Register a backing file; the id. Raises OSError."""
-
-    def close(self, backing_id: int) -> None:
-        """Forget it again."""
-
-
-class ShownStat:
-    """A stat result with the times and blocks that the file had before TierFS moved its content."""
-
-    __slots__ = ("_stat", "st_blocks", "st_ctime_ns", "st_mtime_ns")
-
-    def __init__(self, real: os.stat_result, mtime: int, ctime: int, blocks: int) -> None:
-        self._stat = real
-        self.st_mtime_ns = mtime
-        self.st_ctime_ns = ctime
-        self.st_blocks = blocks
-
-    def __getattr__(self, name: str) -> int:
-        return int(getattr(self._stat, name))
-
-
-Shown = os.stat_result | ShownStat
-
-
-@dataclass(slots=True)
-class ShownTimes:
-    """What GETATTR answers while our own writes move the real times."""
-
-    mtime: int
-    ctime: int
-    blocks: int
-
-
-class Inode:
-    """One regular file that is open, guarded or being fetched. Others need no memory here."""
-
-    __slots__ = (
-        "backing_id", "content", "guard", "handle", "ino", "marked", "name", "opath", "opens", "parent",
-        "passthrough", "shown", "writers",
-    )  # fmt: skip
-
-    def __init__(self, ino: int, parent: int, name: bytes) -> None:
-        self.ino = ino
-        self.parent = parent
-        self.name = name
-        self.opath = -1
-        self.handle = b""
-        self.opens = 0
-        self.writers = 0
-        self.passthrough = False
-        self.backing_id = 0
-        self.content: Content | None = None  # None: resident
-        self.guard: Wait | None = None
-        self.shown: ShownTimes | None = None
-        self.marked = False  # its generation has risen since it was last sealed or closed
-
-
-class Handle:
-    """An open file as the binding sees it. `fd` is -1 and `backing_id` set in passthrough."""
-
-    __slots__ = ("ahead", "backing_id", "fd", "flags", "inode", "read_bytes", "writable")
-
-    def __init__(self, inode: Inode, fd: int, flags: int, backing_id: int) -> None:
-        self.inode = inode
-        self.fd = fd
-        self.flags = flags
-        self.writable = flags & os.O_ACCMODE != os.O_RDONLY
-        self.backing_id = backing_id
-        self.ahead = ReadAhead()
-        self.read_bytes = 0
 
 
 class Gate:
@@ -139,15 +60,15 @@ class Gate:
         self.index = index
         self.marks = marks
         self.backing = backing
-        self._link = link
-        self._outbox: collections.deque[tuple[wire.Message, tuple[int, ...]]] = collections.deque()
+        self._outbox = Outbox()
+        self._outbox.connect(link)
+        self.heat = HeatReport(self._outbox)
         self._generation = epoch << EPOCH_SHIFT
         self._inodes: dict[int, Inode] = {}
         self._seals: set[int] = set()
         self._recent: dict[int, int] = {}  # ino -> position of its newest mark that the mover has not drained
-        self._inflow = Inflow(self._post)
-        self._touched: dict[int, list[float]] = {}  # ino -> count, bytes read, last, size
-        self._touched_at: dict[int, tuple[int, bytes]] = {}
+        self._inflow = Inflow(self._outbox.post)
+        self.appearance = Appearance(tree, index, self._inodes, self._recent)
         self._next_heat = 0.0
         self._next_poke = 0.0
         self._poked = marks.position
@@ -166,9 +87,10 @@ class Gate:
         try:
             if flags & os.O_TRUNC and writable:
                 self._cut(inode, opath)
-            elif inode.content is not None and inode.content.small:
-                self._inflow.need(inode.ino, 0, inode.content.size)
-                if writable:
+            elif inode.content is not None:
+                if inode.content.small:
+                    self._inflow.need(inode.ino, 0, inode.content.size)
+                if writable and inode.content.missing == 0:
                     self._inflow.need_settled(inode.ino)
             handle = self._admit(inode, opath, st, flags)
         except BaseException:
@@ -176,7 +98,7 @@ class Gate:
             raise
         if inode.opath != opath:
             os.close(opath)
-        self._touch(inode, st.st_size)
+        self.heat.touch(inode, st.st_size)
         return handle
 
     def created(self, fd: int, st: os.stat_result, flags: int, parent: int, name: bytes) -> Handle:
@@ -195,7 +117,7 @@ class Gate:
         inode.writers += handle.writable
         if not handle.writable:
             self._mark_closed(inode)
-        self._touch(inode, st.st_size)
+        self.heat.touch(inode, st.st_size)
         return handle
 
     def release(self, handle: Handle) -> None:
@@ -205,8 +127,6 @@ class Gate:
             os.close(handle.fd)
         inode.opens -= 1
         inode.writers -= handle.writable
-        if handle.read_bytes:
-            self._touched.setdefault(inode.ino, [0, 0, time.monotonic(), 0])[1] += handle.read_bytes
         if handle.writable and inode.writers == 0 and inode.marked:
             self._mark_closed(inode)
         if inode.opens == 0:
@@ -233,13 +153,13 @@ class Gate:
 
     def _take_in(self, inode: Inode, stub: Stub, opath: int, st: os.stat_result) -> None:
         """Begin to keep the state of a stub's content."""
-        record = self._record(st.st_ino)
+        record = self.appearance.record(st.st_ino)
         bits = None
         if record is not None and self.index is not None and record.residency is Residency.PARTIAL:
             copy = record.copy
             if copy is not None and copy.tag == stub.tag and copy.generation == stub.generation:
                 bits = self.index.get_bits(st.st_ino)
-        shown = self.shown(st, opath)
+        shown = self.appearance.shown(st, opath)
         inode.shown = ShownTimes(shown.st_mtime_ns, shown.st_ctime_ns, shown.st_blocks)
         inode.content = Content(stub, st.st_size, bits)
         self._inflow.track(inode.ino, inode.content, opath)
@@ -293,20 +213,15 @@ class Gate:
             end = min(offset + size, content.size)
             if offset >= end:
                 return b""
-            window = handle.ahead.advance(offset, end, content.size) if self._readable(content, offset, end) else None
+            self._inflow.need(inode.ino, offset, end)
+            # Only the run that succeeds comes here, so read-ahead counts each read once.
+            window = handle.ahead.advance(offset, end, content.size)
             if window is not None:
                 self._inflow.ahead(inode.ino, *window)
-            self._inflow.need(inode.ino, offset, end)
-        handle.read_bytes += size
         if handle.fd >= 0:
             return os.pread(handle.fd, size, offset)
         with self.borrowed(handle, writable=False) as fd:
             return os.pread(fd, size, offset)
-
-    @staticmethod
-    def _readable(content: Content, offset: int, end: int) -> bool:
-        """This run of the operation is the one that will succeed: read-ahead counts each read once."""
-        return content.lacks(offset, end) is None
 
     def write(self, handle: Handle, offset: int, data: bytes | memoryview) -> int:
         """Write all of `data` at `offset`. Raises Blocked until the file is resident."""
@@ -371,10 +286,8 @@ class Gate:
             if inode.content is not None:
                 self.tree.clear_stub(fd)
         if inode.content is not None:
-            settled = inode.content.settled
             inode.content, inode.shown = None, None
-            self._inflow.untrack(inode.ino)
-            settled.fire()
+            self._inflow.void(inode.ino)
             self._mark_write(inode)
 
     @contextmanager
@@ -386,23 +299,6 @@ class Gate:
             os.close(fd)
 
     # --- attributes ---------------------------------------------------------------------------------------
-
-    def shown(self, st: os.stat_result, opath: int | None = None) -> Shown:
-        """What a stat of this regular file shows."""
-        inode = self._inodes.get(st.st_ino)
-        if inode is not None and inode.shown is not None:
-            times = inode.shown
-            return ShownStat(st, times.mtime, times.ctime, times.blocks)
-        record = self._record(st.st_ino)
-        if record is None or record.copy is None:
-            return st
-        stub = record.residency is not Residency.RESIDENT and record.size == st.st_size
-        blocks = max(record.blocks, st.st_blocks) if stub else st.st_blocks
-        if record.left_ctime == st.st_ctime_ns:
-            return ShownStat(st, record.copy.mtime, record.copy.ctime, blocks)
-        if blocks != st.st_blocks:
-            return ShownStat(st, st.st_mtime_ns, st.st_ctime_ns, blocks)
-        return st
 
     def before_change(self, ino: int) -> None:
         """Call before metadata of a regular file changes. Raises Blocked while our own work moves its times."""
@@ -429,73 +325,11 @@ class Gate:
         inode = self._inodes.get(ino)
         return inode is not None and inode.writers > 0 and inode.passthrough
 
-    def stub_of(self, st: os.stat_result, opath: int) -> Stub | None:
-        """What the inode's stub attribute says, None for a resident file."""
-        inode = self._inodes.get(st.st_ino)
-        if inode is not None and inode.content is not None:
-            return inode.content.stub if inode.content.missing else None
-        return self.tree.read_stub(opath)
-
-    def extents(self, st: os.stat_result, opath: int) -> list[tuple[int, int]] | None:
-        """The data ranges that SEEK_DATA and SEEK_HOLE show for a stub; None: ask the file itself."""
-        stub = self.stub_of(st, opath)
-        if stub is None:
-            return None
-        leaves = self.index.get_leaves(stub.fid, stub.generation) if self.index is not None else None
-        if leaves is None or not leaves.extents:
-            return [(0, st.st_size)]
-        return list(leaves.extents)
-
-    def tier_of(self, st: os.stat_result, opath: int) -> bytes:
-        """`resident`, `partial` or `stub`."""
-        if self.stub_of(st, opath) is None:
-            return b"resident"
-        return b"partial" if st.st_blocks and self._has_data(st, opath) else b"stub"
-
-    def _has_data(self, st: os.stat_result, opath: int) -> bool:
-        inode = self._inodes.get(st.st_ino)
-        if inode is not None and inode.content is not None:
-            return inode.content.missing < len(inode.content.present)
-        record = self._record(st.st_ino)
-        return record is not None and record.residency is Residency.PARTIAL
-
-    def digest_of(self, st: os.stat_result, opath: int) -> bytes | None:
-        """`sha256:<hex>` of the content (`sha256-64k:` of the list of leaf digests in a large file).
-
-        None where no proven copy of the present content is known.
-        """
-        stub = self.stub_of(st, opath)
-        if stub is not None:
-            digest, large = stub.digest, st.st_size > 1 << stub.chunk_shift
-        else:
-            record = self._record(st.st_ino)
-            if record is None or record.copy is None or record.dirty or st.st_ino in self._recent:
-                return None
-            copy = record.copy
-            if copy.mtime != st.st_mtime_ns or st.st_ctime_ns not in (copy.ctime, record.left_ctime):
-                return None
-            digest, large = copy.digest, copy.size > 1 << copy.chunk_shift
-        return (b"sha256-64k:" if large else b"sha256:") + digest.hex().encode()
-
-    def touches_of(self, ino: int) -> int:
-        """Uses that have not been reported yet."""
-        return int(self._touched.get(ino, [0])[0])
-
     def set_pin(self, opath: int, st: os.stat_result, on: bool, parent: int, name: bytes) -> None:
         """Pin or unpin a file or directory itself; the mover lists it and fetches what is beneath."""
         self.tree.set_pin(opath, on)
         handle = self.tree.handle_of(opath)
         self._append(Mark.PIN, st.st_ino, parent=parent, a=int(on), handle=handle, name=name)
-
-    def _record(self, ino: int) -> Record | None:
-        if self.index is None:
-            return None
-        try:
-            return self.index.get(ino)
-        except IndexError_ as error:
-            # The stub attribute decides about content; without a record only shown times may be off.
-            log.error("index record of inode %d: %s", ino, error)
-            return None
 
     # --- marks --------------------------------------------------------------------------------------------
 
@@ -525,7 +359,7 @@ class Gate:
         )
         if inode.ino in self._seals:
             self._seals.discard(inode.ino)
-            self._post(wire.SealBroken([inode.ino]))
+            self._outbox.post(wire.SealBroken([inode.ino]))
 
     def _mark_closed(self, inode: Inode) -> None:
         st = os.stat(f"/proc/self/fd/{inode.opath}")
@@ -547,31 +381,11 @@ class Gate:
 
     # --- heat ---------------------------------------------------------------------------------------------
 
-    def _touch(self, inode: Inode, size: int) -> None:
-        entry = self._touched.setdefault(inode.ino, [0, 0, 0.0, 0])
-        entry[0] += 1
-        entry[2] = time.monotonic()
-        entry[3] = size
-        self._touched_at[inode.ino] = inode.parent, inode.name
-
-    def _flush_heat(self) -> None:
-        batch: list[wire.Touch] = []
-        for ino, (count, bytes_read, last, size) in self._touched.items():
-            parent, name = self._touched_at.get(ino, (0, b""))
-            batch.append(wire.Touch(ino, int(count), int(bytes_read), last, int(size), parent, name))
-        self._touched.clear()
-        self._touched_at.clear()
-        for start in range(0, len(batch), TOUCH_BATCH):
-            self._post(wire.Touches(batch[start : start + TOUCH_BATCH]))
-
     # --- the link to the mover ----------------------------------------------------------------------------
 
     def set_link(self, link: wire.Link | None) -> None:
         """Talk to this mover from now on. What the old one was doing is void."""
-        if self._link is not None:
-            self._link.close()
-        self._link = link
-        self._outbox.clear()
+        self._outbox.connect(link)
         self._seals.clear()
         for inode in list(self._inodes.values()):
             self._end_guard(inode)
@@ -580,9 +394,9 @@ class Gate:
 
     def on_link_readable(self) -> None:
         """Take what the mover has sent."""
-        while self._link is not None:
+        while self._outbox.link is not None:
             try:
-                received = self._link.receive()
+                received = self._outbox.link.receive()
             except BlockingIOError:
                 return
             except OSError as error:
@@ -609,12 +423,12 @@ class Gate:
                 self._on_settled(message)
             case wire.Seal():
                 answers = [self._seal(ino, fd) for ino, fd in zip(message.inos, fds, strict=True)]
-                self._post(wire.SealAnswer(message.id, answers))
+                self._outbox.post(wire.SealAnswer(message.id, answers))
             case wire.Unseal():
                 self._seals.difference_update(message.inos)
             case wire.Guard():
                 granted = [self._guard(ino, message.position) for ino in message.inos]
-                self._post(wire.GuardAnswer(message.id, granted))
+                self._outbox.post(wire.GuardAnswer(message.id, granted))
             case wire.GuardEnd():
                 for ino in message.inos:
                     inode = self._inodes.get(ino)
@@ -643,7 +457,8 @@ class Gate:
             self._leave(inode, -1)
 
     def _on_drained(self, position: int) -> None:
-        self._recent = {ino: at for ino, at in self._recent.items() if at >= position}
+        for ino in [ino for ino, at in self._recent.items() if at < position]:
+            del self._recent[ino]
 
     def _seal(self, ino: int, fd: int) -> int:
         """The generation sealed, or 0 where somebody may be writing: a handle, a mapping, a lost descriptor."""
@@ -655,7 +470,7 @@ class Gate:
         if not self.tree.try_lease(fd, F_RDLCK):
             return 0
         self.tree.unlease(fd)
-        record = self._record(ino)
+        record = self.appearance.record(ino)
         if record is not None and record.handle == self.tree.handle_of(fd):
             generation = record.generation
         else:
@@ -682,7 +497,7 @@ class Gate:
 
     def _snapshot(self, ino: int) -> ShownTimes | None:
         """What the file shows now, before the punch moves its times."""
-        record = self._record(ino)
+        record = self.appearance.record(ino)
         if record is None or not self.tree.privileged:
             copy = record.copy if record is not None else None
             return ShownTimes(copy.mtime, copy.ctime, record.blocks) if record and copy else None
@@ -691,7 +506,7 @@ class Gate:
         except OSError:
             return None  # gone meanwhile: nobody can ask for it
         try:
-            shown = self.shown(os.fstat(fd), fd)
+            shown = self.appearance.shown(os.fstat(fd), fd)
         finally:
             os.close(fd)
         return ShownTimes(shown.st_mtime_ns, shown.st_ctime_ns, shown.st_blocks)
@@ -699,7 +514,7 @@ class Gate:
     def _break_guard(self, inode: Inode) -> None:
         """Somebody wants in: ask the mover to be quick, and wait. Always raises Blocked."""
         assert inode.guard is not None
-        self._post(wire.GuardBreak(inode.ino))
+        self._outbox.post(wire.GuardBreak(inode.ino))
         raise Blocked(inode.guard)
 
     def _end_guard(self, inode: Inode) -> None:
@@ -711,48 +526,17 @@ class Gate:
         self._leave(inode, -1)
         guard.fire()
 
-    def _post(self, message: wire.Message, fds: tuple[int, ...] = ()) -> None:
-        """Send now if there is room, later if not; what is for a mover that is gone is dropped.
-
-        Nothing is lost by that: a new mover reads the log, and is asked again for every open flight.
-        """
-        if self._link is None:
-            return
-        if not self._outbox:
-            try:
-                self._link.send(message, fds)
-                return
-            except BlockingIOError:
-                pass
-            except OSError as error:
-                log.warning("the mover does not listen: %s", error)
-                return
-        self._outbox.append((message, tuple(os.dup(fd) for fd in fds)))
-
-    def _flush_outbox(self) -> None:
-        while self._outbox and self._link is not None:
-            message, fds = self._outbox[0]
-            try:
-                self._link.send(message, fds)
-            except BlockingIOError:
-                return
-            except OSError as error:
-                log.warning("the mover does not listen: %s", error)
-            self._outbox.popleft()
-            for fd in fds:
-                os.close(fd)
-
     def tick(self, now: float) -> float:
         """Deadlines, heat and the mover's waking. Returns after how many seconds to be called again."""
-        self._flush_outbox()
+        self._outbox.flush()
         self._inflow.expire(now)
         if now >= self._next_poke:
             self._next_poke = now + POKE_SECONDS
             if self.marks.position != self._poked:
                 self._poked = self.marks.position
-                self._post(wire.Poke(self._poked))
+                self._outbox.post(wire.Poke(self._poked))
         if now >= self._next_heat:
             self._next_heat = now + HEAT_SECONDS
-            self._flush_heat()
-        busy = self._outbox or self.marks.position != self._poked or self._touched or self._inflow.waiting
+            self.heat.flush()
+        busy = self._outbox or self.marks.position != self._poked or self.heat or self._inflow.waiting
         return POKE_SECONDS if busy else 3600.0

@@ -40,7 +40,9 @@ class Content:
     `present` has one byte a leaf. `settled` is awaited by writers: stub attribute durably gone.
     """
 
-    __slots__ = ("flights", "idle", "missing", "present", "settled", "size", "stub", "waits", "whole_asked")
+    __slots__ = (
+        "closing", "flights", "idle", "missing", "present", "settled", "size", "stub", "waits", "whole_asked",
+    )  # fmt: skip
 
     def __init__(self, stub: Stub, size: int, bits: bytes | None) -> None:
         """`bits`: the leaves known to be local, one bit each, least significant first; None: none."""
@@ -57,6 +59,7 @@ class Content:
         self.waits: list[tuple[int, int, Wait]] = []
         self.settled = Wait()
         self.idle: Wait | None = None
+        self.closing = False  # a truncation waits for the flights to end: nothing new is asked for
         self.whole_asked = False
 
     @property
@@ -86,7 +89,7 @@ class Content:
 
 
 class ReadAhead:
-    """How far ahead of one handle's reading to fetch: nothing at first, then doubling while it is sequential."""
+    """How far ahead of one handle to fetch: nothing at first, then doubling while reading is sequential."""
 
     __slots__ = ("_ahead_end", "_expect", "_window")
 
@@ -149,8 +152,8 @@ class Inflow:
         if not content.whole_asked:
             content.whole_asked = True
             self._ask(ino, 0, content.size, whole=True, ahead=False)
-        wait = self._timed_wait()
-        content.settled.add(lambda: wait.fire(content.settled.errno, content.settled.reason))
+        wait, settled = self._timed_wait(), content.settled
+        settled.add(lambda: wait.fire(settled.errno, settled.reason))
         raise Blocked(wait)
 
     def need_idle(self, ino: int) -> None:
@@ -160,6 +163,7 @@ class Inflow:
             self.need_settled(ino)
         if not content.flights:
             return
+        content.closing = True
         for flight in content.flights:
             self._post(wire.CancelFetch(flight.id), ())
         if content.idle is None or content.idle.done:
@@ -232,14 +236,20 @@ class Inflow:
         if flight is None:
             return
         content.flights.remove(flight)
-        if message.errno and not flight.ahead:
+        if message.errno and not flight.ahead and not content.closing:
             self._fail(content, flight, message)
         self._wake(content)
+        if not content.closing:
+            self._ask_again(message.ino, content)
+        elif not content.flights and content.idle is not None:
+            content.closing = False
+            content.idle.fire()
+
+    def _ask_again(self, ino: int, content: Content) -> None:
+        """Ask for what is awaited and not in the air (its flight was read-ahead, or was cancelled)."""
         for start, end, _ in content.waits:
             if not any(f.start <= start and f.end >= end for f in content.flights):
-                self._ask(message.ino, start, end, whole=content.small, ahead=False)
-        if not content.flights and content.idle is not None:
-            content.idle.fire()
+                self._ask(ino, start, end, whole=content.small, ahead=False)
 
     def _fail(self, content: Content, flight: Flight, message: wire.FetchEnd) -> None:
         hit = [w for start, end, w in content.waits if start < flight.end and end > flight.start]
@@ -283,5 +293,15 @@ class Inflow:
             reason = f"no content within {self.fetch_timeout:g} s"
             log.warning("a read gave up: %s", reason)
             wait.fire(errno.EIO, reason)
-        for content, _ in self._contents.values():
+        for ino, (content, _) in list(self._contents.items()):
             content.waits = [entry for entry in content.waits if not entry[2].done]
+            if content.waits and not content.closing:
+                self._ask_again(ino, content)
+
+    def void(self, ino: int) -> None:
+        """The content was truncated away: those who wait for it look again and find an empty file."""
+        content, _ = self._contents.pop(ino)
+        waits, content.waits = content.waits, []
+        content.settled.fire()
+        for _, _, wait in waits:
+            wait.fire()

@@ -51,7 +51,7 @@ class Wait:
             callback()
 
 
-class Blocked(Exception):  # noqa: N818  (a signal of control flow, not a failure)
+class Blocked(Exception):
     """The operation must be run again when `wait` fires; it has changed nothing yet."""
 
     def __init__(self, wait: Wait) -> None:

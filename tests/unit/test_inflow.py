@@ -1,0 +1,174 @@
+"""Content on its way in: who is woken when, what is asked for, and what a truncation waits for."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+
+from tierfs import wire
+from tierfs.inflow import FIRST_AHEAD, Content, Inflow, ReadAhead
+from tierfs.model import LEAF, Stub
+from tierfs.waits import Blocked, Wait
+
+STUB = Stub(b"f" * 16, 7, b"t" * 8, b"d" * 32)
+MIB = 1 << 20
+
+
+class Peer:
+    """Collects what would go to the mover."""
+
+    def __init__(self):
+        self.sent = []
+
+    def __call__(self, message, fds):
+        self.sent.append(message)
+
+    def take(self, kind):
+        found = [m for m in self.sent if isinstance(m, kind)]
+        self.sent = [m for m in self.sent if not isinstance(m, kind)]
+        return found
+
+
+def start(size=16 * MIB, bits=None):
+    peer = Peer()
+    inflow = Inflow(peer)
+    content = Content(STUB, size, bits)
+    inflow.track(5, content, 9)
+    return peer, inflow, content
+
+
+def blocked(call, *args) -> Wait:
+    with pytest.raises(Blocked) as caught:
+        call(*args)
+    return caught.value.wait
+
+
+def test_a_read_asks_for_its_leaves_and_is_woken_when_all_are_here():
+    peer, inflow, _ = start()
+    wait = blocked(inflow.need, 5, 100, LEAF + 1)
+    (fetch,) = peer.take(wire.Fetch)
+    assert (fetch.start, fetch.length, fetch.whole, fetch.stub) == (0, 2 * LEAF, False, STUB.pack())
+    inflow.filled(wire.Filled(5, 0, LEAF))
+    assert not wait.done
+    inflow.filled(wire.Filled(5, LEAF, LEAF))
+    assert wait.done and wait.errno == 0
+    inflow.need(5, 100, LEAF + 1)
+
+
+def test_two_readers_of_one_range_cause_one_flight():
+    peer, inflow, _ = start()
+    first, second = blocked(inflow.need, 5, 0, 10), blocked(inflow.need, 5, 0, 20)
+    assert len(peer.take(wire.Fetch)) == 1
+    inflow.filled(wire.Filled(5, 0, LEAF))
+    assert first.done and second.done
+
+
+def test_a_failed_flight_fails_only_those_who_wait_for_its_range():
+    peer, inflow, _ = start()
+    near, far = blocked(inflow.need, 5, 0, 10), blocked(inflow.need, 5, 8 * MIB, 8 * MIB + 1)
+    first = peer.take(wire.Fetch)[0]
+    inflow.ended(wire.FetchEnd(first.id, 5, errno.EIO, "gone"))
+    assert (near.errno, near.reason) == (errno.EIO, "gone")
+    assert not far.done
+
+
+def test_a_failed_read_ahead_is_asked_again_for_those_who_wait():
+    peer, inflow, _ = start()
+    inflow.ahead(5, 0, MIB)
+    (ahead,) = peer.take(wire.Fetch)
+    wait = blocked(inflow.need, 5, 0, 10)
+    peer.take(wire.Fetch)
+    inflow.ended(wire.FetchEnd(ahead.id, 5, errno.EIO, "x"))
+    assert not wait.done
+
+
+def test_a_small_file_is_asked_for_whole_and_writers_wait_for_settled():
+    peer, inflow, content = start(size=100)
+    reader = blocked(inflow.need, 5, 0, 100)
+    writer = blocked(inflow.need_settled, 5)
+    assert all(f.whole for f in peer.take(wire.Fetch))
+    inflow.filled(wire.Filled(5, 0, 100))
+    assert reader.done and not writer.done and content.settling and inflow.busy(5)
+    inflow.settled(wire.Settled(5))
+    assert writer.done and writer.errno == 0 and not content.settling
+
+
+def test_settling_that_fails_fails_the_writer_and_can_be_tried_again():
+    peer, inflow, _ = start(size=100)
+    writer = blocked(inflow.need_settled, 5)
+    peer.take(wire.Fetch)
+    inflow.settled(wire.Settled(5, errno.ENOSPC, "full"))
+    assert writer.errno == errno.ENOSPC
+    again = blocked(inflow.need_settled, 5)
+    assert len(peer.take(wire.Fetch)) == 1 and not again.done
+
+
+def test_a_truncation_cancels_flights_and_waits_until_they_have_ended():
+    peer, inflow, _ = start()
+    reader = blocked(inflow.need, 5, 0, 10)
+    (fetch,) = peer.take(wire.Fetch)
+    truncation = blocked(inflow.need_idle, 5)
+    assert [m.id for m in peer.take(wire.CancelFetch)] == [fetch.id]
+    inflow.ended(wire.FetchEnd(fetch.id, 5, errno.ECANCELED))
+    assert truncation.done and truncation.errno == 0 and not reader.done
+    assert peer.take(wire.Fetch) == []
+    inflow.need_idle(5)
+    inflow.void(5)
+    assert reader.done and reader.errno == 0
+
+
+def test_an_interrupted_truncation_lets_the_readers_go_on():
+    peer, inflow, _ = start()
+    blocked(inflow.need, 5, 0, 10)
+    (fetch,) = peer.take(wire.Fetch)
+    blocked(inflow.need_idle, 5)
+    inflow.ended(wire.FetchEnd(fetch.id, 5, errno.ECANCELED))
+    inflow.expire(0.0)
+    assert len(peer.take(wire.Fetch)) == 1
+
+
+def test_deadlines_fail_with_eio():
+    _, inflow, _ = start()
+    wait = blocked(inflow.need, 5, 0, 10)
+    assert inflow.waiting
+    inflow.expire(wait.deadline + 1)
+    assert wait.errno == errno.EIO and not inflow.waiting
+
+
+def test_a_new_mover_is_asked_for_what_is_still_in_the_air():
+    peer, inflow, _ = start()
+    blocked(inflow.need, 5, 0, 10)
+    (fetch,) = peer.take(wire.Fetch)
+    inflow.new_mover()
+    assert peer.take(wire.Fetch) == [fetch]
+
+
+def test_bits_of_a_partial_file_are_taken_from_the_index():
+    _, inflow, content = start(size=3 * LEAF, bits=bytes([0b101]))
+    assert content.missing == 1
+    inflow.need(5, 0, LEAF)
+    assert content.lacks(0, 3 * LEAF) == (LEAF, 2 * LEAF)
+
+
+def test_the_last_leaf_of_an_odd_size_counts():
+    _, _, content = start(size=2 * LEAF + 1)
+    content.arrived(2 * LEAF, 2 * LEAF + 1)
+    assert content.lacks(2 * LEAF, 2 * LEAF + 1) is None and content.missing == 2
+
+
+def test_read_ahead_grows_for_sequential_readers_and_not_for_random_ones():
+    ahead = ReadAhead()
+    size = 1 << 30
+    assert ahead.advance(0, 4096, size) is None
+    first = ahead.advance(4096, 8192, size)
+    assert first == (8192, 8192 + FIRST_AHEAD)
+    asked = []
+    for offset in range(8192, 64 * MIB, 128 * 1024):
+        window = ahead.advance(offset, offset + 128 * 1024, size)
+        if window:
+            asked.append(window)
+    assert all(a[1] == b[0] for a, b in zip([first, *asked], asked))
+    assert asked[-1][1] - asked[-1][0] > 16 * MIB
+    assert ahead.advance(900 * MIB, 900 * MIB + 4096, size) is None
+    assert ahead.advance(100 * MIB, 100 * MIB + 4096, size) is None

@@ -1,0 +1,103 @@
+"""What a file shows of itself while its content is elsewhere: times, blocks, extents, tier and digest."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+from tierfs.errors import IndexError_
+from tierfs.handles import Inode, Shown, ShownStat
+from tierfs.index import Index
+from tierfs.model import Record, Residency, Stub
+from tierfs.tree import Tree
+
+log = logging.getLogger("gate")
+
+
+class Appearance:
+    """Read-only answers from the tree, the index and the server's own state; changes nothing."""
+
+    def __init__(
+        self, tree: Tree, index: Index | None, inodes: dict[int, Inode], recent: dict[int, int]
+    ) -> None:
+        """`inodes` and `recent` (inode -> newest undrained mark) are the Gate's own and kept by it."""
+        self._tree = tree
+        self._index = index
+        self._inodes = inodes
+        self._recent = recent
+
+    def shown(self, st: os.stat_result, opath: int | None = None) -> Shown:
+        """What a stat of this regular file shows."""
+        inode = self._inodes.get(st.st_ino)
+        if inode is not None and inode.shown is not None:
+            times = inode.shown
+            return ShownStat(st, times.mtime, times.ctime, times.blocks)
+        record = self.record(st.st_ino)
+        if record is None or record.copy is None:
+            return st
+        stub = record.residency is not Residency.RESIDENT and record.size == st.st_size
+        blocks = max(record.blocks, st.st_blocks) if stub else st.st_blocks
+        if record.left_ctime == st.st_ctime_ns:
+            return ShownStat(st, record.copy.mtime, record.copy.ctime, blocks)
+        if blocks != st.st_blocks:
+            return ShownStat(st, st.st_mtime_ns, st.st_ctime_ns, blocks)
+        return st
+
+    def stub_of(self, st: os.stat_result, opath: int) -> Stub | None:
+        """What the inode's stub attribute says, None for a resident file."""
+        inode = self._inodes.get(st.st_ino)
+        if inode is not None and inode.content is not None:
+            return inode.content.stub if inode.content.missing else None
+        return self._tree.read_stub(opath)
+
+    def extents(self, st: os.stat_result, opath: int) -> list[tuple[int, int]] | None:
+        """The data ranges that SEEK_DATA and SEEK_HOLE show for a stub; None: ask the file itself."""
+        stub = self.stub_of(st, opath)
+        if stub is None:
+            return None
+        leaves = self._index.get_leaves(stub.fid, stub.generation) if self._index is not None else None
+        if leaves is None or not leaves.extents:
+            return [(0, st.st_size)]
+        return list(leaves.extents)
+
+    def tier_of(self, st: os.stat_result, opath: int) -> bytes:
+        """`resident`, `partial` or `stub`."""
+        if self.stub_of(st, opath) is None:
+            return b"resident"
+        return b"partial" if st.st_blocks and self._has_data(st, opath) else b"stub"
+
+    def _has_data(self, st: os.stat_result, opath: int) -> bool:
+        inode = self._inodes.get(st.st_ino)
+        if inode is not None and inode.content is not None:
+            return inode.content.missing < len(inode.content.present)
+        record = self.record(st.st_ino)
+        return record is not None and record.residency is Residency.PARTIAL
+
+    def digest_of(self, st: os.stat_result, opath: int) -> bytes | None:
+        """`sha256:<hex>` of the content (`sha256-64k:` of the list of leaf digests in a large file).
+
+        None where no proven copy of the present content is known.
+        """
+        stub = self.stub_of(st, opath)
+        if stub is not None:
+            digest, large = stub.digest, st.st_size > 1 << stub.chunk_shift
+        else:
+            record = self.record(st.st_ino)
+            if record is None or record.copy is None or record.dirty or st.st_ino in self._recent:
+                return None
+            copy = record.copy
+            if copy.mtime != st.st_mtime_ns or st.st_ctime_ns not in (copy.ctime, record.left_ctime):
+                return None
+            digest, large = copy.digest, copy.size > 1 << copy.chunk_shift
+        return (b"sha256-64k:" if large else b"sha256:") + digest.hex().encode()
+
+    def record(self, ino: int) -> Record | None:
+        """The index's record; None where it has none or it is damaged."""
+        if self._index is None:
+            return None
+        try:
+            return self._index.get(ino)
+        except IndexError_ as error:
+            # The stub attribute decides about content; without a record only shown times may be off.
+            log.error("index record of inode %d: %s", ino, error)
+            return None

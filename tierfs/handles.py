@@ -1,0 +1,85 @@
+"""What the mount server keeps of an open file, and of an inode that is open, guarded or being fetched."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Protocol
+
+from tierfs.inflow import Content, ReadAhead
+from tierfs.waits import Wait
+
+
+class Backing(Protocol):
+    """The passthrough calls of a kernel session."""
+
+    def open(self, fd: int) -> int:
+        """Register a backing file; the id. Raises OSError."""
+
+    def close(self, backing_id: int) -> None:
+        """Forget it again."""
+
+
+class ShownStat:
+    """A stat result with the times and blocks that the file had before TierFS moved its content."""
+
+    __slots__ = ("_stat", "st_blocks", "st_ctime_ns", "st_mtime_ns")
+
+    def __init__(self, real: os.stat_result, mtime: int, ctime: int, blocks: int) -> None:
+        self._stat = real
+        self.st_mtime_ns = mtime
+        self.st_ctime_ns = ctime
+        self.st_blocks = blocks
+
+    def __getattr__(self, name: str) -> int:
+        return int(getattr(self._stat, name))
+
+
+Shown = os.stat_result | ShownStat
+
+
+@dataclass(slots=True)
+class ShownTimes:
+    """What GETATTR answers while our own writes move the real times."""
+
+    mtime: int
+    ctime: int
+    blocks: int
+
+
+class Inode:
+    """One regular file that is open, guarded or being fetched. Others need no memory here."""
+
+    __slots__ = (
+        "backing_id", "content", "guard", "handle", "ino", "marked", "name", "opath", "opens", "parent",
+        "passthrough", "shown", "writers",
+    )  # fmt: skip
+
+    def __init__(self, ino: int, parent: int, name: bytes) -> None:
+        self.ino = ino
+        self.parent = parent
+        self.name = name
+        self.opath = -1
+        self.handle = b""
+        self.opens = 0
+        self.writers = 0
+        self.passthrough = False
+        self.backing_id = 0
+        self.content: Content | None = None  # None: resident
+        self.guard: Wait | None = None
+        self.shown: ShownTimes | None = None
+        self.marked = False  # its generation has risen since it was last sealed or closed
+
+
+class Handle:
+    """An open file as the binding sees it. `fd` is -1 and `backing_id` set in passthrough."""
+
+    __slots__ = ("ahead", "backing_id", "fd", "flags", "inode", "writable")
+
+    def __init__(self, inode: Inode, fd: int, flags: int, backing_id: int) -> None:
+        self.inode = inode
+        self.fd = fd
+        self.flags = flags
+        self.writable = flags & os.O_ACCMODE != os.O_RDONLY
+        self.backing_id = backing_id
+        self.ahead = ReadAhead()

@@ -1,0 +1,106 @@
+"""What the mount server sends to the mover: messages that must not block, and heat in batches."""
+
+from __future__ import annotations
+
+import collections
+import logging
+import os
+import time
+
+from tierfs import wire
+from tierfs.handles import Inode
+
+log = logging.getLogger("gate")
+
+TOUCH_BATCH = 500  # uses in one message
+
+
+class Outbox:
+    """Sends at once where there is room, later where not.
+
+    What is for a mover that is gone is dropped. Nothing is lost by that: a new one reads the log, and is asked
+    again for every open flight.
+    """
+
+    def __init__(self) -> None:
+        self.link: wire.Link | None = None
+        self._queue: collections.deque[tuple[wire.Message, tuple[int, ...]]] = collections.deque()
+
+    def __bool__(self) -> bool:
+        return bool(self._queue)
+
+    def connect(self, link: wire.Link | None) -> None:
+        """Send to this mover from now on."""
+        if self.link is not None:
+            self.link.close()
+        for _, fds in self._queue:
+            for fd in fds:
+                os.close(fd)
+        self._queue.clear()
+        self.link = link
+        if link is not None:
+            link.sock.setblocking(False)
+
+    def post(self, message: wire.Message, fds: tuple[int, ...] = ()) -> None:
+        """Send this message; the descriptors stay the caller's."""
+        if self.link is None:
+            return
+        if not self._queue:
+            try:
+                self.link.send(message, fds)
+                return
+            except BlockingIOError:
+                pass
+            except OSError as error:
+                log.warning("the mover does not listen: %s", error)
+                return
+        self._queue.append((message, tuple(os.dup(fd) for fd in fds)))
+
+    def flush(self) -> None:
+        """Send what there was no room for."""
+        while self._queue and self.link is not None:
+            message, fds = self._queue[0]
+            try:
+                self.link.send(message, fds)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                log.warning("the mover does not listen: %s", error)
+            self._queue.popleft()
+            for fd in fds:
+                os.close(fd)
+
+
+class HeatReport:
+    """Uses of files since the last report."""
+
+    def __init__(self, outbox: Outbox) -> None:
+        self._outbox = outbox
+        self._touched: dict[int, list[float]] = {}  # ino -> count, bytes read, last, size
+        self._where: dict[int, tuple[int, bytes]] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._touched)
+
+    def touch(self, inode: Inode, size: int) -> None:
+        """The file was opened."""
+        entry = self._touched.setdefault(inode.ino, [0, 0, 0.0, 0])
+        entry[0] += 1
+        entry[2] = time.monotonic()
+        entry[3] = size
+        self._where[inode.ino] = inode.parent, inode.name
+
+    def count(self, ino: int) -> int:
+        """Uses that have not been reported yet."""
+        return int(self._touched.get(ino, [0])[0])
+
+    def flush(self) -> None:
+        """Hand all to the mover."""
+        batch: list[wire.Touch] = []
+        for ino, (count, bytes_read, last, size) in self._touched.items():
+            parent, name = self._where.get(ino, (0, b""))
+            batch.append(wire.Touch(ino, int(count), int(bytes_read), last, int(size), parent, name))
+        self._touched.clear()
+        self._where.clear()
+        for start in range(0, len(batch), TOUCH_BATCH):
+            self._outbox.post(wire.Touches(batch[start : start + TOUCH_BATCH]))
