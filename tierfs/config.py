@@ -1,6 +1,7 @@
 """The settings of one volume: a TOML file, checked key by key.
 
-Sizes are written as "20G" or "512K" (powers of 1024), durations as "90s", "10m" or "30d", shares as "95%". a `VolumeConfig` sizes are bytes, durations seconds and shares fractions.
+Sizes are written as "20G" or "512K" (powers of 1024), durations as "90s", "10m" or "30d", shares as "95%".
+In a `VolumeConfig` sizes are bytes, durations seconds and shares fractions.
 """
 
 from __future__ import annotations

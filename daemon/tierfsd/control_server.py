@@ -1,0 +1,494 @@
+"""The daemon's end of the control socket: one thread a connection, each request judged by the peer's uid.
+
+Root and the daemon's own user may do everything. Others need search permission along a path and read
+permission to see or fetch it, and must own what they pin or demote. Paths are walked beneath the backing
+tree's root, one component at a time and without following symlinks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import socket
+import stat
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple, Protocol
+
+from tierfs import control
+from tierfs.errors import NotPermittedError, PathError, TierError, UsageError
+from tierfsd.credentials import Peer, acting_as, peer_of
+
+log = logging.getLogger("control")
+
+_MAX_CONNECTIONS = 64
+_IDLE_SECONDS = 30.0
+_PROGRESS_SECONDS = 0.1
+_LIST_LIMIT = 100_000  # outcomes named in one answer
+
+
+class Target(NamedTuple):
+    """A regular file that a request is about. `named`: it was given itself, not found in a directory."""
+
+    path: bytes
+    ino: int
+    handle: bytes
+    parent: int
+    name: bytes
+    size: int
+    named: bool
+
+
+class Job(Protocol):
+    """What a long request lets its worker do: report, and ask whether to stop."""
+
+    def report(self, progress: control.Progress) -> None:
+        """Show how far it has come; cheap, may be called often."""
+
+    @property
+    def cancelled(self) -> threading.Event:
+        """Set when the client has gone or the daemon stops."""
+
+
+class Backend(Protocol):
+    """What the control server asks of the mover. Any method may raise TierError or OSError."""
+
+    def status(self) -> control.Status:
+        """Facts of the volume."""
+
+    def facts(self, opath: int, status: os.stat_result, path: bytes) -> control.Facts:
+        """Facts of one name; `opath` is an O_PATH descriptor of it."""
+
+    def handle_of(self, opath: int) -> bytes:
+        """The kernel file handle."""
+
+    def demote(self, targets: list[Target], job: Job) -> control.Done:
+        """Carry out an order to demote."""
+
+    def fetch(self, targets: list[Target], job: Job) -> control.Done:
+        """Carry out an order to fetch."""
+
+    def set_pin(self, opath: int, status: os.stat_result, parent: int, name: bytes, on: bool) -> None:
+        """Pin or unpin one file or directory."""
+
+    def pins(self) -> Iterable[bytes]:
+        """The paths of all pins."""
+
+    def drain(self, job: Job) -> control.Done:
+        """Wait until everything is in the store."""
+
+    def check(self, repair: bool, read_data: bool, job: Job) -> control.Findings:
+        """Compare tree, index and store."""
+
+    def reload(self) -> None:
+        """Read the configuration anew. Raises ConfigError."""
+
+
+class _Found(NamedTuple):
+    opath: int
+    status: os.stat_result
+    parent: int
+    name: bytes
+
+
+class ControlServer:
+    """Serves a listening socket until `close`."""
+
+    def __init__(self, listener: socket.socket, rootfd: int, backend: Backend) -> None:
+        self._listener = listener
+        self._rootfd = rootfd
+        self._backend = backend
+        self._stopping = threading.Event()
+        self._places = threading.BoundedSemaphore(_MAX_CONNECTIONS)
+
+    def start(self) -> None:
+        """Serve in threads of its own."""
+        threading.Thread(target=self._accept, name="control", daemon=True).start()
+
+    def close(self) -> None:
+        """Take no more requests and cancel those that run; the listener itself stays open."""
+        self._stopping.set()
+
+    def _accept(self) -> None:
+        self._listener.settimeout(1.0)
+        while not self._stopping.is_set():
+            with contextlib.suppress(TimeoutError):
+                sock, _ = self._listener.accept()
+                self._places.acquire()
+                threading.Thread(target=self._serve, args=(sock,), name="control-request", daemon=True).start()
+
+    def _serve(self, sock: socket.socket) -> None:
+        try:
+            with sock:
+                sock.settimeout(_IDLE_SECONDS)
+                peer = peer_of(sock)
+                while (request := control.receive_request(sock)) is not None:
+                    self._answer(sock, peer, request)
+        except UsageError as exc:
+            log.warning("a client sent nonsense: %s", exc)
+        except OSError as exc:
+            log.debug("a client went away: %s", exc)
+        finally:
+            self._places.release()
+
+    def _answer(self, sock: socket.socket, peer: Peer, request: control.Request) -> None:
+        """Carry out one request and send its last frame. Raises OSError where the client is gone."""
+        try:
+            answer = self._carry_out(sock, peer, request)
+        except TierError as exc:
+            answer = control.Failed(exc.errno, str(exc))
+        except (BrokenPipeError, ConnectionError, TimeoutError):
+            raise
+        except OSError as exc:
+            answer = control.Failed(exc.errno or errno.EIO, f"{exc.strerror or exc}")
+        except Exception:
+            log.exception("a %s request failed", type(request).__name__)
+            answer = control.Failed(errno.EIO, "an internal error: see the volume's log/tierfs.log")
+        control.send(sock, answer)
+
+    def _carry_out(self, sock: socket.socket, peer: Peer, request: control.Request) -> control.Answer:
+        match request:
+            case control.GetStatus():
+                status = self._backend.status()
+                return status if peer.trusted else _without_errors(status)
+            case control.GetFacts(paths):
+                return self._send_facts(sock, peer, paths)
+            case control.ListNames(path):
+                return self._send_names(sock, peer, path)
+            case control.GetPins():
+                return self._send_pins(sock, peer)
+            case control.SetPin(paths, on):
+                return self._set_pins(sock, peer, paths, on)
+            case control.Demote(paths, wait):
+                return self._order(sock, peer, paths, wait, os.O_WRONLY, self._backend.demote)
+            case control.Fetch(paths, wait):
+                return self._order(sock, peer, paths, wait, os.O_RDONLY, self._backend.fetch)
+        if not peer.trusted:
+            raise NotPermittedError("only root and the volume's owner may ask for this")
+        with self._job(sock) as job:
+            match request:
+                case control.Drain():
+                    return self._backend.drain(job)
+                case control.Check(repair, read_data):
+                    return self._backend.check(repair, read_data, job)
+        self._backend.reload()
+        return control.Done()
+
+    # --- requests ----------------------------------------------------------------------------------------
+
+    def _send_facts(self, sock: socket.socket, peer: Peer, paths: list[bytes]) -> control.Done:
+        stayed = []
+        for path in paths:
+            try:
+                with self._find(peer, path, os.O_RDONLY) as found:
+                    facts = self._backend.facts(found.opath, found.status, path)
+            except (TierError, OSError) as exc:
+                stayed.append(_outcome(path, exc))
+                continue
+            control.send(sock, facts)
+        return control.Done(len(paths) - len(stayed), stayed)
+
+    def _send_names(self, sock: socket.socket, peer: Peer, path: bytes) -> control.Done:
+        with self._find(peer, path, os.O_RDONLY) as found:
+            if not stat.S_ISDIR(found.status.st_mode):
+                control.send(sock, self._backend.facts(found.opath, found.status, path))
+                return control.Done(1)
+            fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=found.opath)
+        try:
+            names = sorted(os.fsencode(name) for name in os.listdir(fd))
+            for name in names:
+                with contextlib.suppress(FileNotFoundError):
+                    opath = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=fd)
+                    try:
+                        facts = self._backend.facts(opath, os.fstat(opath), _join(path, name))
+                    finally:
+                        os.close(opath)
+                    control.send(sock, facts)
+        finally:
+            os.close(fd)
+        return control.Done(len(names))
+
+    def _send_pins(self, sock: socket.socket, peer: Peer) -> control.Done:
+        count = 0
+        for path in sorted(self._backend.pins()):
+            with contextlib.suppress(TierError, OSError), self._find(peer, path, os.O_RDONLY) as found:
+                facts = self._backend.facts(found.opath, found.status, path)
+                control.send(sock, facts)
+                count += 1
+        return control.Done(count)
+
+    def _set_pins(self, sock: socket.socket, peer: Peer, paths: list[bytes], on: bool) -> control.Done:
+        stayed: list[control.Outcome] = []
+        done: list[bytes] = []
+        for path in paths:
+            try:
+                with self._find(peer, path, os.O_WRONLY) as found:
+                    self._backend.set_pin(found.opath, found.status, found.parent, found.name, on)
+                done.append(path)
+            except (TierError, OSError) as exc:
+                stayed.append(_outcome(path, exc))
+        if on and done:
+            fetched = self._order(sock, peer, done, False, os.O_RDONLY, self._backend.fetch)
+            stayed.extend(fetched.stayed)
+        return control.Done(len(done), stayed)
+
+    def _order(
+        self,
+        sock: socket.socket,
+        peer: Peer,
+        paths: list[bytes],
+        wait: bool,
+        access: int,
+        carry_out: Callable[[list[Target], Job], control.Done],
+    ) -> control.Done:
+        """Find the files that an order is about and carry it out, now or (not `wait`) in the background."""
+        if not wait:
+            targets, stayed = self._targets(peer, paths, access, self._stopping)
+            job = _Job(None, self._stopping)
+            threading.Thread(
+                target=self._in_background, args=(carry_out, targets, job), name="control-order", daemon=True
+            ).start()
+            return control.Done(len(targets), stayed)
+        with self._job(sock) as waiting:
+            targets, stayed = self._targets(peer, paths, access, waiting.cancelled)
+            done = carry_out(targets, waiting)
+        return control.Done(done.files, (stayed + done.stayed)[:_LIST_LIMIT])
+
+    def _in_background(
+        self, carry_out: Callable[[list[Target], Job], control.Done], targets: list[Target], job: Job
+    ) -> None:
+        try:
+            done = carry_out(targets, job)
+        except (TierError, OSError) as exc:
+            log.error("an order for %d files failed: %s", len(targets), exc)
+            return
+        except Exception:
+            log.exception("an order for %d files failed", len(targets))
+            return
+        for outcome in done.stayed:
+            log.log(
+                logging.ERROR if outcome.failed else logging.INFO, "%r stays as it is: %s", outcome.path, outcome.reason
+            )
+
+    # --- paths -------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _find(self, peer: Peer, path: bytes, access: int) -> Iterator[_Found]:
+        """The name behind a path, if the peer may have `access` to it (O_WRONLY: must own it)."""
+        with acting_as(peer):
+            found = self._walk_to(path)
+            try:
+                _permit(peer, found, path, access)
+            except BaseException:
+                os.close(found.opath)
+                raise
+        try:
+            yield found
+        finally:
+            os.close(found.opath)
+
+    def _walk_to(self, path: bytes) -> _Found:
+        """Walk down from the root. Raises PathError; OSError as the kernel judges the acting user."""
+        opath = os.open(".", os.O_PATH | os.O_DIRECTORY, dir_fd=self._rootfd)
+        parent, name = 0, b""
+        try:
+            for name in path.split(b"/") if path else []:
+                if name in (b"", b".", b".."):
+                    raise PathError(f"{os.fsdecode(path)!r}: is not a plain path inside the volume")
+                parent = os.fstat(opath).st_ino
+                below = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=opath)
+                os.close(opath)
+                opath = below
+            return _Found(opath, os.fstat(opath), parent, name)
+        except BaseException:
+            os.close(opath)
+            raise
+
+    def _targets(
+        self, peer: Peer, paths: list[bytes], access: int, cancelled: threading.Event
+    ) -> tuple[list[Target], list[control.Outcome]]:
+        """All regular files that the paths name or contain, and what could not be reached."""
+        targets: list[Target] = []
+        stayed: list[control.Outcome] = []
+        for path in paths:
+            try:
+                with self._find(peer, path, access) as found, acting_as(peer):
+                    if stat.S_ISDIR(found.status.st_mode):
+                        self._gather(peer, found.opath, path, access, targets, stayed, cancelled)
+                    elif stat.S_ISREG(found.status.st_mode):
+                        targets.append(self._target(found, path, named=True))
+                    else:
+                        stayed.append(control.Outcome(path, "is not a regular file: it always stays local"))
+            except (TierError, OSError) as exc:
+                stayed.append(_outcome(path, exc))
+        return targets, stayed
+
+    def _target(self, found: _Found, path: bytes, *, named: bool) -> Target:
+        return Target(
+            path,
+            found.status.st_ino,
+            self._backend.handle_of(found.opath),
+            found.parent,
+            found.name,
+            found.status.st_size,
+            named,
+        )
+
+    def _gather(
+        self,
+        peer: Peer,
+        top: int,
+        path: bytes,
+        access: int,
+        targets: list[Target],
+        stayed: list[control.Outcome],
+        cancelled: threading.Event,
+    ) -> None:
+        """Add the regular files below a directory; what the peer may not have is passed over."""
+        pending = [path]
+        while pending and not cancelled.is_set():
+            here = pending.pop()
+            try:
+                directory = self._open_below(top, path, here)
+            except OSError as exc:
+                stayed.append(_outcome(here, exc))
+                continue
+            try:
+                parent = os.fstat(directory).st_ino
+                for text in os.listdir(directory):
+                    name = os.fsencode(text)
+                    with contextlib.suppress(FileNotFoundError, PermissionError, NotPermittedError):
+                        child = self._child(peer, directory, parent, name, _join(here, name), access)
+                        if isinstance(child, Target):
+                            targets.append(child)
+                        elif child is not None:
+                            pending.append(child)
+            finally:
+                os.close(directory)
+
+    def _open_below(self, top: int, root: bytes, path: bytes) -> int:
+        """A readable descriptor of a directory at or below `top`, whose own path is `root`."""
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+        fd = os.open(".", os.O_PATH | os.O_DIRECTORY, dir_fd=top)
+        rest = path[len(root) :].strip(b"/")
+        try:
+            for name in rest.split(b"/") if rest else []:
+                below = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=fd)
+                os.close(fd)
+                fd = below
+            return os.open(".", flags, dir_fd=fd)
+        finally:
+            os.close(fd)
+
+    def _child(
+        self, peer: Peer, directory: int, parent: int, name: bytes, path: bytes, access: int
+    ) -> Target | bytes | None:
+        """One entry: a target, the path of a directory to look into, or nothing."""
+        opath = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=directory)
+        try:
+            found = _Found(opath, os.fstat(opath), parent, name)
+            if stat.S_ISDIR(found.status.st_mode):
+                return path
+            if not stat.S_ISREG(found.status.st_mode):
+                return None
+            _permit(peer, found, path, access)
+            return self._target(found, path, named=False)
+        finally:
+            os.close(opath)
+
+    @contextlib.contextmanager
+    def _job(self, sock: socket.socket) -> Iterator[_Job]:
+        """A job that is cancelled when the client hangs up or the daemon stops."""
+        job = _Job(sock, self._stopping)
+        watcher = threading.Thread(target=job.watch, name="control-watch", daemon=True)
+        watcher.start()
+        try:
+            yield job
+        finally:
+            job.over.set()
+            watcher.join()
+
+
+class _Job:
+    """A request under way. With `sock` None nobody listens to its progress."""
+
+    def __init__(self, sock: socket.socket | None, stopping: threading.Event) -> None:
+        self._sock = sock
+        self._stopping = stopping
+        self._next = 0.0
+        self._lock = threading.Lock()
+        self.cancelled = stopping if sock is None else threading.Event()
+        self.over = threading.Event()
+
+    def report(self, progress: control.Progress) -> None:
+        if self._sock is None:
+            return
+        with self._lock:
+            now = time.monotonic()
+            if now < self._next:
+                return
+            self._next = now + _PROGRESS_SECONDS
+            try:
+                control.send(self._sock, progress)
+            except OSError:
+                self.cancelled.set()
+
+    def watch(self) -> None:
+        """Notice that the client has hung up, until the job is over."""
+        assert self._sock is not None
+        fd = self._sock.fileno()
+        while not self.over.wait(0.05):
+            if self._stopping.is_set() or _hung_up(fd):
+                self.cancelled.set()
+                return
+
+
+def _hung_up(fd: int) -> bool:
+    with socket.socket(fileno=os.dup(fd)) as sock:
+        try:
+            return not sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+
+
+def _permit(peer: Peer, found: _Found, path: bytes, access: int) -> None:
+    """Judge the last component; the peer's rights are in force. Raises NotPermittedError."""
+    if peer.trusted:
+        return
+    if access == os.O_WRONLY:
+        if found.status.st_uid != peer.uid:
+            raise NotPermittedError(f"{os.fsdecode(path)!r}: belongs to another user")
+    elif not stat.S_ISLNK(found.status.st_mode) and not os.access(
+        f"/proc/self/fd/{found.opath}", os.R_OK, effective_ids=True
+    ):
+        raise NotPermittedError(f"{os.fsdecode(path)!r}: you may not read it")
+
+
+def _outcome(path: bytes, exc: Exception) -> control.Outcome:
+    if isinstance(exc, TierError):
+        text = str(exc)
+        prefix = f"{os.fsdecode(path)!r}: "
+        return control.Outcome(path, text.removeprefix(prefix), failed=True)
+    reasons = {
+        errno.ENOENT: "does not exist",
+        errno.ENOTDIR: "does not exist",
+        errno.EACCES: "you may not reach it",
+        errno.ELOOP: "passes through a symbolic link",
+    }
+    number = exc.errno if isinstance(exc, OSError) and exc.errno else errno.EIO
+    return control.Outcome(path, reasons.get(number, os.strerror(number)), failed=True)
+
+
+def _join(directory: bytes, name: bytes) -> bytes:
+    return directory + b"/" + name if directory else name
+
+
+def _without_errors(status: control.Status) -> control.Status:
+    """Errors name files, which other users may not be allowed to know of."""
+    fields = {name: getattr(status, name) for name in status.__struct_fields__}
+    return control.Status(**{**fields, "errors": []})

@@ -1,0 +1,361 @@
+"""The control socket: requests, answers, their framing, and the client.
+
+A frame is 4 bytes of length (little-endian) and msgpack. A request is answered by any number of `Progress`
+and `Facts` frames and one last frame: `Done`, `Status`, `Findings` or `Failed`. A client that hangs up
+cancels its request. Paths are bytes relative to the volume's root, b"" being the root itself.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+import struct
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+
+from tierfs.errors import NotPermittedError, PathError, TierError, UsageError, VolumeError
+from tierfs.locate import Mount
+
+MAX_FRAME = 16 << 20
+_LENGTH = struct.Struct("<I")
+_CREDENTIALS = struct.Struct("3i")
+
+
+class Frame(msgspec.Struct, tag=True, frozen=True):
+    """Base of all requests and answers."""
+
+
+# --- requests --------------------------------------------------------------------------------------------
+
+
+class GetStatus(Frame, frozen=True):
+    """Facts of the volume. Answer: Status."""
+
+
+class GetFacts(Frame, frozen=True):
+    """Facts of these paths. Answer: Facts …, Done (a missing path is an outcome)."""
+
+    paths: list[bytes]
+
+
+class ListNames(Frame, frozen=True):
+    """Facts of a directory's entries, or of one file. Answer: Facts …, Done."""
+
+    path: bytes
+
+
+class SetPin(Frame, frozen=True):
+    """Pin or unpin. Answer: Progress …, Done."""
+
+    paths: list[bytes]
+    on: bool
+
+
+class GetPins(Frame, frozen=True):
+    """All pinned paths that the caller may see. Answer: Facts …, Done."""
+
+
+class Demote(Frame, frozen=True):
+    """An order to demote, recursively. `wait`: answer when it is done, else when it has been accepted."""
+
+    paths: list[bytes]
+    wait: bool
+
+
+class Fetch(Frame, frozen=True):
+    """An order to fetch, recursively. `wait` as in Demote."""
+
+    paths: list[bytes]
+    wait: bool
+
+
+class Drain(Frame, frozen=True):
+    """Wait until everything is in the store. Answer: Progress …, Done (what cannot leave is an outcome)."""
+
+
+class Check(Frame, frozen=True):
+    """Compare tree, index and store. Answer: Progress …, Findings."""
+
+    repair: bool
+    read_data: bool
+
+
+class Reload(Frame, frozen=True):
+    """Read the configuration anew. Answer: Done or Failed."""
+
+
+Request = GetStatus | GetFacts | ListNames | SetPin | GetPins | Demote | Fetch | Drain | Check | Reload
+
+
+# --- answers ---------------------------------------------------------------------------------------------
+
+
+class Facts(Frame, frozen=True):
+    """What is known of one path; sizes in bytes. `reason`: why the last fetch or copy failed, if it did."""
+
+    path: bytes
+    tier: str
+    size: int = 0
+    local_bytes: int = 0
+    dirty: bool = False
+    pinned: bool = False
+    heat: float = 0.0
+    generation: int = 0
+    copy: str = ""
+    reason: str = ""
+
+
+class Problem(msgspec.Struct, frozen=True):
+    """One recent error of the daemon. `at` in seconds since the epoch."""
+
+    at: float
+    what: str
+
+
+class Status(Frame, frozen=True):
+    """Facts of a volume. Sizes in bytes, rates in bytes a second, `oldest_dirty` in seconds of age."""
+
+    volume: str
+    state: str
+    store: str
+    local_bytes: int
+    local_limit: int
+    total_bytes: int
+    files: int
+    stubs: int
+    dirty_files: int
+    dirty_bytes: int
+    queued: int
+    pids: dict[str, int]
+    errors: list[Problem]
+    oldest_dirty: float = 0.0
+    upload_rate: float = 0.0
+    fetch_rate: float = 0.0
+    verifying: int = 0
+    notes: list[str] = []
+
+
+class Progress(Frame, frozen=True):
+    """How far a request has come."""
+
+    files_done: int
+    files_total: int
+    bytes_done: int
+    bytes_total: int
+    path: bytes = b""
+
+
+class Outcome(msgspec.Struct, frozen=True):
+    """A path for which a request did not do what it asked. `failed`: an error, otherwise a rule kept it."""
+
+    path: bytes
+    reason: str
+    failed: bool = False
+
+
+class Done(Frame, frozen=True):
+    """The end of a request: how many files it changed (or will), and those that it did not."""
+
+    files: int = 0
+    stayed: list[Outcome] = []
+
+
+class Finding(msgspec.Struct, frozen=True):
+    """One thing that a check found. `repaired`: it is gone now."""
+
+    what: str
+    path: bytes = b""
+    repaired: bool = False
+
+
+class Findings(Frame, frozen=True):
+    """The end of a check."""
+
+    findings: list[Finding]
+    files: int = 0
+
+
+class Failed(Frame, frozen=True):
+    """The request failed; `message` is one line for the person."""
+
+    errno: int
+    message: str
+
+
+Answer = Facts | Status | Progress | Done | Findings | Failed
+
+_encoder = msgspec.msgpack.Encoder()
+_requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
+_answers: msgspec.msgpack.Decoder[Answer] = msgspec.msgpack.Decoder(Answer)
+
+
+# --- framing ---------------------------------------------------------------------------------------------
+
+
+def send(sock: socket.socket, frame: Frame) -> None:
+    """Send one frame. Raises OSError."""
+    data = _encoder.encode(frame)
+    sock.sendall(_LENGTH.pack(len(data)) + data)
+
+
+def receive_request(sock: socket.socket) -> Request | None:
+    """The next request, None at the end of the stream. Raises UsageError for nonsense, OSError."""
+    data = _receive(sock)
+    try:
+        return None if data is None else _requests.decode(data)
+    except msgspec.MsgspecError as exc:
+        raise UsageError(f"the request is not understood: {exc}") from exc
+
+
+def receive_answer(sock: socket.socket) -> Answer | None:
+    """The next answer, None at the end of the stream. Raises UsageError for nonsense, OSError."""
+    data = _receive(sock)
+    try:
+        return None if data is None else _answers.decode(data)
+    except msgspec.MsgspecError as exc:
+        raise UsageError(f"the daemon's answer is not understood: {exc}") from exc
+
+
+def _receive(sock: socket.socket) -> bytes | None:
+    head = _receive_exactly(sock, _LENGTH.size)
+    if head is None:
+        return None
+    (length,) = _LENGTH.unpack(head)
+    if length > MAX_FRAME:
+        raise UsageError(f"a frame of {length} bytes is too long")
+    body = _receive_exactly(sock, length)
+    if body is None:
+        raise ConnectionResetError("the connection ended inside a frame")
+    return body
+
+
+def _receive_exactly(sock: socket.socket, size: int) -> bytes | None:
+    parts: list[bytes] = []
+    left = size
+    while left:
+        part = sock.recv(min(left, 1 << 20))
+        if not part:
+            if parts:
+                raise ConnectionResetError("the connection ended inside a frame")
+            return None
+        parts.append(part)
+        left -= len(part)
+    return b"".join(parts)
+
+
+# --- where the socket is ---------------------------------------------------------------------------------
+
+
+def runtime_directory(uid: int) -> str:
+    """The directory in which a daemon of this user has its socket."""
+    if uid == 0:
+        return "/run/tierfs"
+    given = os.environ.get("XDG_RUNTIME_DIR", "")
+    for base in (given, f"/run/user/{uid}"):
+        if base.startswith("/") and _belongs(base, uid):
+            return os.path.join(base, "tierfs")
+    return f"/tmp/tierfs-{uid}"
+
+
+def socket_path(volume: str, uid: int) -> str:
+    """The control socket of a volume whose daemon runs as `uid`."""
+    return os.path.join(runtime_directory(uid), f"{volume}.sock")
+
+
+def make_runtime_directory(uid: int) -> str:
+    """Create the directory for the socket. Raises VolumeError where it is not safe to use."""
+    path = runtime_directory(uid)
+    mode = 0o755 if uid == 0 else 0o700
+    try:
+        os.makedirs(path, mode, exist_ok=True)
+        if not _belongs(path, uid):
+            raise VolumeError(f"{path}: belongs to another user: remove it, or set XDG_RUNTIME_DIR")
+        os.chmod(path, mode)
+    except OSError as exc:
+        raise VolumeError(f"{path}: cannot be made: {exc.strerror}") from exc
+    return path
+
+
+def _belongs(path: str, uid: int) -> bool:
+    try:
+        status = os.lstat(path)
+    except OSError:
+        return False
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == uid
+
+
+# --- the client ------------------------------------------------------------------------------------------
+
+
+def connect(mount: Mount) -> socket.socket:
+    """Connect to the daemon of a mount, and make sure that it is the mount owner's.
+
+    Raises VolumeError where nobody listens, NotPermittedError.
+    """
+    candidates = [socket_path(mount.volume, mount.uid), f"/tmp/tierfs-{mount.uid}/{mount.volume}.sock"]
+    for path in candidates:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        try:
+            sock.connect(path)
+        except PermissionError as exc:
+            sock.close()
+            raise NotPermittedError(
+                f"{mount.mountpoint}: its daemon belongs to another user: act as that user or as root"
+            ) from exc
+        except OSError:
+            sock.close()
+            continue
+        _, uid, _ = peer_credentials(sock)
+        if uid in (0, mount.uid):
+            return sock
+        sock.close()
+    raise VolumeError(
+        f"{mount.mountpoint}: its daemon does not answer: unmount it with `umount -l`, then mount it again"
+    )
+
+
+def peer_credentials(sock: socket.socket) -> tuple[int, int, int]:
+    """(pid, uid, gid) of the process at the other end."""
+    raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    pid, uid, gid = _CREDENTIALS.unpack(raw)
+    return pid, uid, gid
+
+
+def converse(mount: Mount, request: Request) -> Iterator[Answer]:
+    """Send one request and yield its answers, the last one included. Closing the iterator cancels the request.
+
+    Raises the error that the daemon reports, VolumeError where the daemon goes away.
+    """
+    with connect(mount) as sock:
+        try:
+            send(sock, request)
+            while (answer := receive_answer(sock)) is not None:
+                if isinstance(answer, Failed):
+                    raise error_of(answer)
+                yield answer
+                if not isinstance(answer, Progress | Facts):
+                    return
+        except OSError as exc:
+            raise VolumeError(f"{mount.mountpoint}: its daemon went away: see its log") from exc
+    raise VolumeError(f"{mount.mountpoint}: its daemon was restarted: try again")
+
+
+def error_of(answer: Failed) -> TierError:
+    """The error that a `Failed` stands for."""
+    classes: dict[int, type[TierError]] = {
+        NotPermittedError.errno: NotPermittedError,
+        PathError.errno: PathError,
+    }
+    error = classes.get(answer.errno, TierError)(answer.message)
+    error.errno = answer.errno
+    return error
+
+
+def to_json(frame: Any) -> dict[str, Any]:
+    """The fields of an answer for `--json`: paths as text, no tag."""
+    fields: dict[str, Any] = msgspec.to_builtins(frame, builtin_types=(bytes,))
+    fields.pop("type", None)
+    return {key: os.fsdecode(value) if isinstance(value, bytes) else value for key, value in fields.items()}

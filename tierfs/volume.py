@@ -1,0 +1,343 @@
+"""A volume's state directory: its layout, its identity, its lock, and its mark of ownership in the store.
+
+A volume comes into being in this order, so that a crash between any two steps is finished by trying again:
+`volume.json` with `complete` false (it holds the random id) → `volume.json` in the store, written only where
+there is none or it carries our id → `complete` true. From then on a store without it is a store that is down.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import socket
+import stat
+import time
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from tierfs import config, locate
+from tierfs.errors import ObjectMissingError, PreconditionError, StoreUnavailableError, VolumeError
+from tierfs.store.base import Capabilities, ObjectStore
+
+FORMAT = 1
+STORE_KEY = "volume.json"
+_PLAIN = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789:_.")
+_NAME_LIMIT = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """The content of the state directory's `volume.json`. `volume` is 32 hex digits, `created` seconds."""
+
+    volume: str
+    store: str
+    created: float
+    host: str
+    format: int = FORMAT
+    complete: bool = False
+    conditional_put: bool = False
+    partial_content: bool = False
+    checks_sha256: bool = False
+    client: str = ""
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What the store's server was seen to do when the volume was created."""
+        return Capabilities(
+            self.conditional_put, self.partial_content, self.checks_sha256, self.client
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Volume:
+    """An existing state directory and where things lie in it."""
+
+    state: str
+    identity: Identity
+
+    def path(self, name: str) -> str:
+        """The path of `tree`, `index`, `heat`, `marks`, `log` or `config.toml`."""
+        return os.path.join(self.state, name)
+
+    @property
+    def store_url(self) -> str:
+        """The store's URL; for the embedded store the directory in the state directory."""
+        return resolve_store(self.state, self.identity.store)
+
+
+def resolve_store(state: str, store: str) -> str:
+    """The URL behind a `store` setting."""
+    return f"file://{os.path.join(state, 'store')}" if store == config.EMBEDDED_STORE else store
+
+
+# --- names and places ------------------------------------------------------------------------------------
+
+
+def escape_path(path: str) -> str:
+    """An absolute path as one file name, as `systemd-escape --path` writes it."""
+    raw = os.fsencode(path).strip(b"/")
+    out = []
+    for index, byte in enumerate(b"/".join(part for part in raw.split(b"/") if part)):
+        char = chr(byte)
+        if char == "/":
+            out.append("-")
+        elif char in _PLAIN and not (char == "." and index == 0):
+            out.append(char)
+        else:
+            out.append(f"\\x{byte:02x}")
+    name = "".join(out) or "-"
+    if len(name) > _NAME_LIMIT:
+        return f"{name[: _NAME_LIMIT - 17]}-{hashlib.sha256(raw).hexdigest()[:16]}"
+    return name
+
+
+def default_state(mountpoint: str) -> str:
+    """Where `tierfs mount` keeps the state of an absolute mountpoint."""
+    if os.geteuid() == 0:
+        base = "/var/lib"
+    else:
+        base = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+    return os.path.join(base, "tierfs", escape_path(mountpoint))
+
+
+def adopted_state(directory: str) -> str:
+    """Where `tierfs adopt` keeps it: beside the directory, so that one rename is enough."""
+    return os.path.join(os.path.dirname(directory), f".tierfs-{escape_path(directory)}")
+
+
+def find_state(mountpoint: str, given: str | None) -> str:
+    """The state directory to use: the given one, that of an adopted directory, or the default."""
+    if given:
+        return os.path.realpath(given)
+    adopted = adopted_state(mountpoint)
+    return adopted if os.path.isdir(adopted) else os.path.realpath(default_state(mountpoint))
+
+
+def check_mountpoint(mountpoint: str, state: str) -> None:
+    """Refuse a mountpoint that cannot be used. Both are absolute real paths. Raises VolumeError."""
+    mount = locate.mount_at(mountpoint, locate.read_mounts())
+    if mount is not None and mount.fstype == locate.FSTYPE:
+        raise VolumeError(f"{mountpoint}: is already mounted: see `tierfs status`, or unmount it first")
+    if locate.is_under(state, mountpoint):
+        raise VolumeError(f"{state}: the state directory lies inside the mountpoint: choose another --state")
+    if locate.is_under(mountpoint, state):
+        raise VolumeError(f"{mountpoint}: lies inside the state directory: choose another mountpoint")
+    try:
+        names = os.listdir(mountpoint)
+    except FileNotFoundError as exc:
+        raise VolumeError(f"{mountpoint}: does not exist: create it with mkdir") from exc
+    except NotADirectoryError as exc:
+        raise VolumeError(f"{mountpoint}: is not a directory: choose a directory as the mountpoint") from exc
+    except OSError as exc:
+        raise VolumeError(f"{mountpoint}: cannot be read: {exc.strerror}") from exc
+    if names:
+        raise VolumeError(
+            f"{mountpoint}: is not empty: choose an empty directory, or turn this one into a volume"
+            " with `tierfs adopt`"
+        )
+
+
+# --- state directory -------------------------------------------------------------------------------------
+
+
+def lock(state: str) -> int:
+    """Take the volume's lock; it lasts as long as the returned descriptor. Raises VolumeError."""
+    path = os.path.join(state, "lock")
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as exc:
+        raise VolumeError(f"{path}: cannot be opened: {exc.strerror}") from exc
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as exc:
+        os.close(fd)
+        where = read_runtime(state).get("mountpoint", "")
+        used = f"is in use by the mount at {where}" if where else "is in use by another process"
+        raise VolumeError(f"{state}: the volume {used}: unmount that first") from exc
+    return fd
+
+
+def exists(state: str) -> bool:
+    """Whether a state directory holds a volume, finished or not."""
+    return os.path.exists(os.path.join(state, "volume.json"))
+
+
+def make_state(state: str) -> None:
+    """Create a state directory (mode 0700) with its parents. Raises VolumeError."""
+    try:
+        os.makedirs(os.path.dirname(state), exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(state, 0o700)
+        status = os.stat(state)
+        if status.st_uid != os.geteuid():
+            raise VolumeError(f"{state}: the state directory belongs to another user: choose another --state")
+        if status.st_mode & 0o077:
+            os.chmod(state, 0o700)
+    except OSError as exc:
+        raise VolumeError(f"{state}: the state directory cannot be made: {exc.strerror}") from exc
+
+
+def create(state: str, **settings: str) -> Volume:
+    """Lay out a new volume, not yet known to its store; the caller holds the lock. `settings` are raw values
+    of configuration keys. Raises VolumeError, ConfigError."""
+    strange = set(os.listdir(state)) - {"lock", "run.json", "config.toml", "config.toml.new", "volume.json.new",
+                                        "tree", "adopting.json", "log"}  # fmt: skip
+    if strange:
+        raise VolumeError(
+            f"{state}: is neither a volume nor empty ({min(strange)!r} is in it): choose another --state"
+        )
+    try:
+        for name in ("index", "heat", "marks", "log"):
+            os.makedirs(os.path.join(state, name), 0o700, exist_ok=True)
+        config.write_default(os.path.join(state, config.FILE_NAME), **settings)
+        store = settings.get("store", config.EMBEDDED_STORE)
+        if store == config.EMBEDDED_STORE:
+            os.makedirs(os.path.join(state, "store"), 0o700, exist_ok=True)
+        volume = Volume(state, Identity(os.urandom(16).hex(), store, time.time(), socket.gethostname()))
+        _write_json(volume.path("volume.json"), asdict(volume.identity))
+    except OSError as exc:
+        raise VolumeError(f"{state}: the volume cannot be made: {exc.strerror}") from exc
+    return volume
+
+
+def load(state: str) -> Volume:
+    """Read an existing volume. Raises VolumeError."""
+    path = os.path.join(state, "volume.json")
+    try:
+        with open(path, "rb") as file:
+            raw = json.load(file)
+        known = {field.name for field in fields(Identity)}
+        identity = Identity(**{key: value for key, value in raw.items() if key in known})
+    except FileNotFoundError as exc:
+        raise VolumeError(f"{state}: is no state directory of a volume") from exc
+    except OSError as exc:
+        raise VolumeError(f"{path}: cannot be read: {exc.strerror}") from exc
+    except (ValueError, TypeError, AttributeError) as exc:
+        raise VolumeError(f"{path}: is damaged: put it back from a backup") from exc
+    if identity.format != FORMAT:
+        raise VolumeError(f"{path}: has format {identity.format}: this version of tierfs reads {FORMAT}")
+    return Volume(state, identity)
+
+
+def discard(state: str) -> None:
+    """Undo a `create` that never became complete; a backing tree is left alone."""
+    for name in ("volume.json", config.FILE_NAME):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.join(state, name))
+    for name in ("index", "heat", "marks", "store"):
+        with contextlib.suppress(FileNotFoundError, OSError):
+            os.rmdir(os.path.join(state, name))
+
+
+# --- the store -------------------------------------------------------------------------------------------
+
+
+def complete(volume: Volume, store: ObjectStore, like: os.stat_result | None = None) -> Volume:
+    """Claim the store for a new volume, and make its backing tree, its root with the mode and owner of `like`.
+
+    Raises VolumeError where the store belongs to another volume, StoreError, OSError.
+    """
+    try:
+        store.put_if(STORE_KEY, _claim(volume.identity), None)
+    except PreconditionError:
+        check_owner(volume, store)
+    if not store.capabilities.conditional_put:
+        check_owner(volume, store)
+    _make_tree(volume.path("tree"), like)
+    abilities = store.capabilities
+    identity = replace(
+        volume.identity,
+        complete=True,
+        conditional_put=abilities.conditional_put,
+        partial_content=abilities.partial_content,
+        checks_sha256=abilities.checks_sha256,
+        client=abilities.client,
+    )
+    _write_json(volume.path("volume.json"), asdict(identity))
+    return Volume(volume.state, identity)
+
+
+def _make_tree(path: str, like: os.stat_result | None) -> None:
+    if os.path.isdir(path):
+        return
+    os.mkdir(path, 0o755)
+    if like is not None:
+        os.chown(path, like.st_uid if os.geteuid() == 0 else -1, like.st_gid)
+        os.chmod(path, stat.S_IMODE(like.st_mode))
+
+
+def check_owner(volume: Volume, store: ObjectStore) -> None:
+    """Make sure that the store is this volume's. Raises StoreError, and in particular
+
+    VolumeError where it is another's; StoreUnavailableError where it has no `volume.json`: something else
+    is mounted there, or the bucket is a wrong one.
+    """
+    try:
+        raw = store.get(STORE_KEY)
+    except ObjectMissingError as exc:
+        raise StoreUnavailableError(
+            f"{store.describe()}: holds no {STORE_KEY}: it is not this volume's store, or is not mounted"
+        ) from exc
+    try:
+        owner = json.loads(raw)
+        ident, host, created = str(owner["volume"]), str(owner["host"]), float(owner["created"])
+    except (ValueError, TypeError, KeyError) as exc:
+        raise VolumeError(f"{store.describe()}: its {STORE_KEY} is not ours: use another prefix") from exc
+    if ident != volume.identity.volume:
+        since = time.strftime("%Y-%m-%d", time.localtime(created))
+        raise VolumeError(
+            f"{store.describe()}: the store belongs to volume {ident[:8]} of host {host!r} since {since}:"
+            " use another prefix"
+        )
+
+
+def _claim(identity: Identity) -> bytes:
+    claim = {
+        "format": identity.format,
+        "volume": identity.volume,
+        "host": identity.host,
+        "created": identity.created,
+    }
+    return json.dumps(claim, indent=1).encode()
+
+
+# --- facts of the running daemon --------------------------------------------------------------------------
+
+
+def write_runtime(state: str, facts: dict[str, Any]) -> None:
+    """Publish facts of the running daemon for its own processes. Raises OSError."""
+    _write_json(os.path.join(state, "run.json"), facts, sync=False)
+
+
+def read_runtime(state: str) -> dict[str, Any]:
+    """What the daemon last published; empty where there is nothing readable."""
+    try:
+        with open(os.path.join(state, "run.json"), "rb") as file:
+            facts = json.load(file)
+    except (OSError, ValueError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def _write_json(path: str, value: dict[str, Any], *, sync: bool = True) -> None:
+    fd = os.open(path + ".new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with open(fd, "w", encoding="ascii") as file:
+        json.dump(value, file, indent=1)
+        file.flush()
+        if sync:
+            os.fsync(fd)
+    os.replace(path + ".new", path)
+    if sync:
+        sync_directory(os.path.dirname(path))
+
+
+def sync_directory(path: str) -> None:
+    """Make the names in a directory durable. Raises OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
