@@ -1,8 +1,6 @@
 """The daemon's end of the control socket: one thread a connection, each request judged by the peer's uid.
 
-Root and the daemon's own user may do everything. Others need search permission along a path and read
-permission to see or fetch it, and must own what they pin or demote. Paths are walked beneath the backing
-tree's root, one component at a time and without following symlinks.
+Root and the daemon's own user may do everything; what others may reach is decided in `reach.py`.
 """
 
 from __future__ import annotations
@@ -16,11 +14,12 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from tierfs import control
-from tierfs.errors import NotPermittedError, PathError, TierError, UsageError
-from tierfsd.credentials import Peer, acting_as, peer_of
+from tierfs.errors import NotPermittedError, TierError, UsageError
+from tierfsd.credentials import Peer, peer_of
+from tierfsd.reach import Reach, Target, join, outcome_of
 
 log = logging.getLogger("control")
 
@@ -28,18 +27,6 @@ _MAX_CONNECTIONS = 64
 _IDLE_SECONDS = 30.0
 _PROGRESS_SECONDS = 0.1
 _LIST_LIMIT = 100_000  # outcomes named in one answer
-
-
-class Target(NamedTuple):
-    """A regular file that a request is about. `named`: it was given itself, not found in a directory."""
-
-    path: bytes
-    ino: int
-    handle: bytes
-    parent: int
-    name: bytes
-    size: int
-    named: bool
 
 
 class Job(Protocol):
@@ -87,19 +74,12 @@ class Backend(Protocol):
         """Read the configuration anew. Raises ConfigError."""
 
 
-class _Found(NamedTuple):
-    opath: int
-    status: os.stat_result
-    parent: int
-    name: bytes
-
-
 class ControlServer:
     """Serves a listening socket until `close`."""
 
     def __init__(self, listener: socket.socket, rootfd: int, backend: Backend) -> None:
         self._listener = listener
-        self._rootfd = rootfd
+        self._reach = Reach(rootfd, backend.handle_of)
         self._backend = backend
         self._stopping = threading.Event()
         self._places = threading.BoundedSemaphore(_MAX_CONNECTIONS)
@@ -183,16 +163,16 @@ class ControlServer:
         stayed = []
         for path in paths:
             try:
-                with self._find(peer, path, os.O_RDONLY) as found:
+                with self._reach.find(peer, path, os.O_RDONLY) as found:
                     facts = self._backend.facts(found.opath, found.status, path)
             except (TierError, OSError) as exc:
-                stayed.append(_outcome(path, exc))
+                stayed.append(outcome_of(path, exc))
                 continue
             control.send(sock, facts)
         return control.Done(len(paths) - len(stayed), stayed)
 
     def _send_names(self, sock: socket.socket, peer: Peer, path: bytes) -> control.Done:
-        with self._find(peer, path, os.O_RDONLY) as found:
+        with self._reach.find(peer, path, os.O_RDONLY) as found:
             if not stat.S_ISDIR(found.status.st_mode):
                 control.send(sock, self._backend.facts(found.opath, found.status, path))
                 return control.Done(1)
@@ -203,7 +183,7 @@ class ControlServer:
                 with contextlib.suppress(FileNotFoundError):
                     opath = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=fd)
                     try:
-                        facts = self._backend.facts(opath, os.fstat(opath), _join(path, name))
+                        facts = self._backend.facts(opath, os.fstat(opath), join(path, name))
                     finally:
                         os.close(opath)
                     control.send(sock, facts)
@@ -214,7 +194,7 @@ class ControlServer:
     def _send_pins(self, sock: socket.socket, peer: Peer) -> control.Done:
         count = 0
         for path in sorted(self._backend.pins()):
-            with contextlib.suppress(TierError, OSError), self._find(peer, path, os.O_RDONLY) as found:
+            with contextlib.suppress(TierError, OSError), self._reach.find(peer, path, os.O_RDONLY) as found:
                 facts = self._backend.facts(found.opath, found.status, path)
                 control.send(sock, facts)
                 count += 1
@@ -225,11 +205,11 @@ class ControlServer:
         done: list[bytes] = []
         for path in paths:
             try:
-                with self._find(peer, path, os.O_WRONLY) as found:
+                with self._reach.find(peer, path, os.O_WRONLY) as found:
                     self._backend.set_pin(found.opath, found.status, found.parent, found.name, on)
                 done.append(path)
             except (TierError, OSError) as exc:
-                stayed.append(_outcome(path, exc))
+                stayed.append(outcome_of(path, exc))
         if on and done:
             fetched = self._order(sock, peer, done, False, os.O_RDONLY, self._backend.fetch)
             stayed.extend(fetched.stayed)
@@ -246,14 +226,14 @@ class ControlServer:
     ) -> control.Done:
         """Find the files that an order is about and carry it out, now or (not `wait`) in the background."""
         if not wait:
-            targets, stayed = self._targets(peer, paths, access, self._stopping)
+            targets, stayed = self._reach.targets(peer, paths, access, self._stopping)
             job = _Job(None, self._stopping)
             threading.Thread(
                 target=self._in_background, args=(carry_out, targets, job), name="control-order", daemon=True
             ).start()
             return control.Done(len(targets), stayed)
         with self._job(sock) as waiting:
-            targets, stayed = self._targets(peer, paths, access, waiting.cancelled)
+            targets, stayed = self._reach.targets(peer, paths, access, waiting.cancelled)
             done = carry_out(targets, waiting)
         return control.Done(done.files, (stayed + done.stayed)[:_LIST_LIMIT])
 
@@ -269,135 +249,8 @@ class ControlServer:
             log.exception("an order for %d files failed", len(targets))
             return
         for outcome in done.stayed:
-            log.log(
-                logging.ERROR if outcome.failed else logging.INFO, "%r stays as it is: %s", outcome.path, outcome.reason
-            )
-
-    # --- paths -------------------------------------------------------------------------------------------
-
-    @contextlib.contextmanager
-    def _find(self, peer: Peer, path: bytes, access: int) -> Iterator[_Found]:
-        """The name behind a path, if the peer may have `access` to it (O_WRONLY: must own it)."""
-        with acting_as(peer):
-            found = self._walk_to(path)
-            try:
-                _permit(peer, found, path, access)
-            except BaseException:
-                os.close(found.opath)
-                raise
-        try:
-            yield found
-        finally:
-            os.close(found.opath)
-
-    def _walk_to(self, path: bytes) -> _Found:
-        """Walk down from the root. Raises PathError; OSError as the kernel judges the acting user."""
-        opath = os.open(".", os.O_PATH | os.O_DIRECTORY, dir_fd=self._rootfd)
-        parent, name = 0, b""
-        try:
-            for name in path.split(b"/") if path else []:
-                if name in (b"", b".", b".."):
-                    raise PathError(f"{os.fsdecode(path)!r}: is not a plain path inside the volume")
-                parent = os.fstat(opath).st_ino
-                below = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=opath)
-                os.close(opath)
-                opath = below
-            return _Found(opath, os.fstat(opath), parent, name)
-        except BaseException:
-            os.close(opath)
-            raise
-
-    def _targets(
-        self, peer: Peer, paths: list[bytes], access: int, cancelled: threading.Event
-    ) -> tuple[list[Target], list[control.Outcome]]:
-        """All regular files that the paths name or contain, and what could not be reached."""
-        targets: list[Target] = []
-        stayed: list[control.Outcome] = []
-        for path in paths:
-            try:
-                with self._find(peer, path, access) as found, acting_as(peer):
-                    if stat.S_ISDIR(found.status.st_mode):
-                        self._gather(peer, found.opath, path, access, targets, stayed, cancelled)
-                    elif stat.S_ISREG(found.status.st_mode):
-                        targets.append(self._target(found, path, named=True))
-                    else:
-                        stayed.append(control.Outcome(path, "is not a regular file: it always stays local"))
-            except (TierError, OSError) as exc:
-                stayed.append(_outcome(path, exc))
-        return targets, stayed
-
-    def _target(self, found: _Found, path: bytes, *, named: bool) -> Target:
-        return Target(
-            path,
-            found.status.st_ino,
-            self._backend.handle_of(found.opath),
-            found.parent,
-            found.name,
-            found.status.st_size,
-            named,
-        )
-
-    def _gather(
-        self,
-        peer: Peer,
-        top: int,
-        path: bytes,
-        access: int,
-        targets: list[Target],
-        stayed: list[control.Outcome],
-        cancelled: threading.Event,
-    ) -> None:
-        """Add the regular files below a directory; what the peer may not have is passed over."""
-        pending = [path]
-        while pending and not cancelled.is_set():
-            here = pending.pop()
-            try:
-                directory = self._open_below(top, path, here)
-            except OSError as exc:
-                stayed.append(_outcome(here, exc))
-                continue
-            try:
-                parent = os.fstat(directory).st_ino
-                for text in os.listdir(directory):
-                    name = os.fsencode(text)
-                    with contextlib.suppress(FileNotFoundError, PermissionError, NotPermittedError):
-                        child = self._child(peer, directory, parent, name, _join(here, name), access)
-                        if isinstance(child, Target):
-                            targets.append(child)
-                        elif child is not None:
-                            pending.append(child)
-            finally:
-                os.close(directory)
-
-    def _open_below(self, top: int, root: bytes, path: bytes) -> int:
-        """A readable descriptor of a directory at or below `top`, whose own path is `root`."""
-        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
-        fd = os.open(".", os.O_PATH | os.O_DIRECTORY, dir_fd=top)
-        rest = path[len(root) :].strip(b"/")
-        try:
-            for name in rest.split(b"/") if rest else []:
-                below = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=fd)
-                os.close(fd)
-                fd = below
-            return os.open(".", flags, dir_fd=fd)
-        finally:
-            os.close(fd)
-
-    def _child(
-        self, peer: Peer, directory: int, parent: int, name: bytes, path: bytes, access: int
-    ) -> Target | bytes | None:
-        """One entry: a target, the path of a directory to look into, or nothing."""
-        opath = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=directory)
-        try:
-            found = _Found(opath, os.fstat(opath), parent, name)
-            if stat.S_ISDIR(found.status.st_mode):
-                return path
-            if not stat.S_ISREG(found.status.st_mode):
-                return None
-            _permit(peer, found, path, access)
-            return self._target(found, path, named=False)
-        finally:
-            os.close(opath)
+            level = logging.ERROR if outcome.failed else logging.INFO
+            log.log(level, "%r stays as it is: %s", outcome.path, outcome.reason)
 
     @contextlib.contextmanager
     def _job(self, sock: socket.socket) -> Iterator[_Job]:
@@ -454,38 +307,6 @@ def _hung_up(fd: int) -> bool:
             return False
         except OSError:
             return True
-
-
-def _permit(peer: Peer, found: _Found, path: bytes, access: int) -> None:
-    """Judge the last component; the peer's rights are in force. Raises NotPermittedError."""
-    if peer.trusted:
-        return
-    if access == os.O_WRONLY:
-        if found.status.st_uid != peer.uid:
-            raise NotPermittedError(f"{os.fsdecode(path)!r}: belongs to another user")
-    elif not stat.S_ISLNK(found.status.st_mode) and not os.access(
-        f"/proc/self/fd/{found.opath}", os.R_OK, effective_ids=True
-    ):
-        raise NotPermittedError(f"{os.fsdecode(path)!r}: you may not read it")
-
-
-def _outcome(path: bytes, exc: Exception) -> control.Outcome:
-    if isinstance(exc, TierError):
-        text = str(exc)
-        prefix = f"{os.fsdecode(path)!r}: "
-        return control.Outcome(path, text.removeprefix(prefix), failed=True)
-    reasons = {
-        errno.ENOENT: "does not exist",
-        errno.ENOTDIR: "does not exist",
-        errno.EACCES: "you may not reach it",
-        errno.ELOOP: "passes through a symbolic link",
-    }
-    number = exc.errno if isinstance(exc, OSError) and exc.errno else errno.EIO
-    return control.Outcome(path, reasons.get(number, os.strerror(number)), failed=True)
-
-
-def _join(directory: bytes, name: bytes) -> bytes:
-    return directory + b"/" + name if directory else name
 
 
 def _without_errors(status: control.Status) -> control.Status:

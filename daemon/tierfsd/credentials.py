@@ -1,4 +1,4 @@
-"""Acting with another user's rights in one thread, so that the kernel itself judges what that user may reach."""
+"""Acting with another user's rights in one thread, so that the kernel judges what that user may reach."""
 
 from __future__ import annotations
 
