@@ -1,0 +1,149 @@
+"""System calls that Python's os module lacks, by ctypes. Every function raises OSError on failure.
+
+Layouts follow the kernel's uapi headers (fcntl.h, stat.h, dirent.h) on 64-bit Linux.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from typing import cast
+
+AT_FDCWD = -100
+AT_SYMLINK_NOFOLLOW = 0x100
+AT_EMPTY_PATH = 0x1000
+RENAME_NOREPLACE, RENAME_EXCHANGE, RENAME_WHITEOUT = 1, 2, 4
+FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE = 1, 2
+UTIME_NOW = (1 << 30) - 1
+UTIME_OMIT = (1 << 30) - 2
+
+_STATX_BTIME = 0x800
+_STATX_BTIME_AT = 0x50  # offset of stx_btime in struct statx
+_MOST_HANDLE = 128  # MAX_HANDLE_SZ
+_HANDLE_HEAD = 8
+_HANDLE_SIZE = struct.Struct("=I")
+_DIRENT = struct.Struct("=QqHB")  # inode, offset, record length, type
+_TIMESPECS = struct.Struct("=qqqq")
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _function(name: str, *types: type, result: type = ctypes.c_int) -> Callable[..., int]:
+    prototype = ctypes.CFUNCTYPE(result, *types, use_errno=True)
+    return cast(Callable[..., int], prototype((name, _libc)))
+
+
+_int, _char_p, _void_p, _uint = ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_uint
+_off = ctypes.c_int64
+_name_to_handle_at = _function("name_to_handle_at", _int, _char_p, _void_p, _void_p, _int)
+_open_by_handle_at = _function("open_by_handle_at", _int, _char_p, _int)
+_renameat2 = _function("renameat2", _int, _char_p, _int, _char_p, _uint)
+_fallocate = _function("fallocate", _int, _int, _off, _off)
+_utimensat = _function("utimensat", _int, _char_p, _char_p, _int)
+_statx = _function("statx", _int, _char_p, _int, _uint, _void_p)
+_syncfs = _function("syncfs", _int)
+_getdents64 = _function("getdents64", _int, _void_p, ctypes.c_size_t, result=ctypes.c_ssize_t)
+
+
+class _Buffers(threading.local):
+    """Memory for the kernel to write to, a thread: ctypes releases the interpreter lock during a call."""
+
+    def __init__(self) -> None:
+        self.handle = ctypes.create_string_buffer(_HANDLE_HEAD + _MOST_HANDLE)
+        self.handle_at = ctypes.addressof(self.handle)
+        self.mount_id = ctypes.c_int()
+        self.mount_id_at = ctypes.addressof(self.mount_id)
+        self.dirents = ctypes.create_string_buffer(64 * 1024)
+        self.dirents_at = ctypes.addressof(self.dirents)
+
+
+_buffers = _Buffers()
+
+
+def _fail(name: bytes | None = None) -> OSError:
+    number = ctypes.get_errno()
+    return OSError(number, os.strerror(number), name)
+
+
+def name_to_handle(dirfd: int, name: bytes) -> bytes:
+    """The kernel's file handle of `name` in a directory (b"": of the descriptor itself, O_PATH is fine).
+
+    Type (4 bytes, little endian) and then the filesystem's own bytes. Symlinks are not followed.
+    """
+    buffers = _buffers
+    _HANDLE_SIZE.pack_into(buffers.handle, 0, _MOST_HANDLE)
+    flags = 0 if name else AT_EMPTY_PATH
+    if _name_to_handle_at(dirfd, name, buffers.handle_at, buffers.mount_id_at, flags) < 0:
+        raise _fail(name)
+    (size,) = _HANDLE_SIZE.unpack_from(buffers.handle)
+    return buffers.handle.raw[4 : _HANDLE_HEAD + size]
+
+
+def open_by_handle(mount_fd: int, handle: bytes, flags: int) -> int:
+    """Open the file that `name_to_handle` described; ESTALE when it is gone, EPERM without the privilege.
+
+    `mount_fd` is any descriptor on that filesystem that is not O_PATH.
+    """
+    raw = _HANDLE_SIZE.pack(len(handle) - 4) + handle
+    fd = _open_by_handle_at(mount_fd, raw, flags | os.O_CLOEXEC)
+    if fd < 0:
+        raise _fail()
+    return fd
+
+
+def renameat2(old_dir: int, old: bytes, new_dir: int, new: bytes, flags: int) -> None:
+    """rename with RENAME_NOREPLACE, RENAME_EXCHANGE or RENAME_WHITEOUT."""
+    if _renameat2(old_dir, old, new_dir, new, flags) < 0:
+        raise _fail(old)
+
+
+def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    """Allocate, punch, zero, collapse or insert a range, as `mode` says."""
+    if _fallocate(fd, mode, offset, length) < 0:
+        raise _fail()
+
+
+def utimensat(dirfd: int, path: bytes, times: tuple[int, int, int, int], flags: int) -> None:
+    """Set times: (atime seconds, nanoseconds, mtime seconds, nanoseconds), UTIME_NOW or UTIME_OMIT as those."""
+    if _utimensat(dirfd, path, _TIMESPECS.pack(*times), flags) < 0:
+        raise _fail(path)
+
+
+def birth_time(dirfd: int, name: bytes) -> int | None:
+    """Nanoseconds since the epoch, None where the filesystem keeps none. b"": of the descriptor itself."""
+    result = ctypes.create_string_buffer(256)
+    flags = AT_SYMLINK_NOFOLLOW if name else AT_EMPTY_PATH
+    if _statx(dirfd, name, flags, _STATX_BTIME, ctypes.addressof(result)) < 0:
+        raise _fail(name)
+    (mask,) = struct.unpack_from("=I", result)
+    if not mask & _STATX_BTIME:
+        return None
+    seconds, nanoseconds = struct.unpack_from("=qI", result, _STATX_BTIME_AT)
+    return int(seconds) * 1_000_000_000 + int(nanoseconds)
+
+
+def syncfs(fd: int) -> None:
+    """Make everything on this filesystem durable."""
+    if _syncfs(fd) < 0:
+        raise _fail()
+
+
+def list_directory(fd: int) -> Iterator[tuple[bytes, int, int]]:
+    """(name, inode, d_type) of each entry from the descriptor's position on, with `.` and `..`."""
+    buffers = _buffers
+    unpack = _DIRENT.unpack_from
+    while True:
+        size = _getdents64(fd, buffers.dirents_at, len(buffers.dirents))
+        if size < 0:
+            raise _fail()
+        if size == 0:
+            return
+        data = ctypes.string_at(buffers.dirents_at, size)
+        at = 0
+        while at < size:
+            ino, _, length, kind = unpack(data, at)
+            yield data[at + 19 : data.index(0, at + 19)], ino, kind
+            at += length
