@@ -4,9 +4,9 @@
         os.environ.update(server.env)
         store = open_store(server.url)
 
-Entering raises Unavailable, with the reason, where a server cannot be had on this machine. A server is killed by
-its process group when the block ends, and by the kernel when the process that started it dies. Start them from
-the main thread: the kernel watches the thread that forked.
+Entering raises Unavailable, with the reason, where a server cannot be had on this machine. A server is killed
+by its process group when the block ends, and by the kernel when the process that started it dies. Start them
+from the main thread: the kernel watches the thread that forked.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def free_port() -> int:
 
 
 def wait_for(ready: Callable[[], bool], process: subprocess.Popen, log: Path, seconds: float) -> None:
-    """Poll until `ready`; raises RuntimeError with the end of the log when the process dies or time runs out."""
+    """Poll until `ready`; raises RuntimeError with the log's end when the process dies or time runs out."""
     deadline = time.monotonic() + seconds
     while not ready():
         if process.poll() is not None or time.monotonic() > deadline:
@@ -306,7 +306,7 @@ def _start_ceph(root: Path, server: Server) -> None:
     daemon("ceph-osd", "-i", "0")
     user = ("user", "create", "--uid=tests", "--display-name=tests")
     run("radosgw-admin", *user, f"--access-key={ACCESS_KEY}", f"--secret-key={SECRET_KEY}")
-    frontend = f"beast endpoint={server.endpoint.removeprefix('http://')}"
+    frontend = f"beast endpoint={server.endpoint.removeprefix('http://')} tcp_nodelay=1"
     gateway = daemon("radosgw", "-n", "client.rgw", f"--rgw-frontends={frontend}")
     wait_for(lambda: answers_http(server.endpoint), gateway, log, 60)
 

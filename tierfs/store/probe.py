@@ -1,0 +1,98 @@
+"""What can this server do? Asked once, when a volume is created, by doing it; then kept in its configuration.
+
+Most servers accept a wrong SHA-256, some ignore conditions, one answers ranges in a way that obstore refuses:
+documentation does not tell, only trying does.
+"""
+
+from __future__ import annotations
+
+import secrets
+from typing import TYPE_CHECKING
+
+from tierfs.errors import ObjectCorruptError, PreconditionError, StoreDeniedError, StoreUnavailableError
+from tierfs.store.base import Capabilities, ObjectStore
+
+if TYPE_CHECKING:
+    from tierfs.store.s3 import S3Store
+
+_BODY = bytes(range(256)) * 16
+
+
+def probe(store: ObjectStore) -> Capabilities:
+    """What the store's server was seen to do. Writes and removes a few small objects under `probe/`.
+
+    Raises the store's errors: a server that does not answer, or lets nobody write, is not probed at all.
+    """
+    inner = innermost(store)
+    if not hasattr(inner, "with_capabilities"):
+        return inner.capabilities
+    return _probe_s3(inner)  # type: ignore[arg-type]
+
+
+def innermost(store: ObjectStore) -> ObjectStore:
+    """The store beneath the decorators."""
+    while isinstance(below := getattr(store, "inner", None), ObjectStore):
+        store = below
+    return store
+
+
+def _probe_s3(store: S3Store) -> Capabilities:
+    key = f"probe/{secrets.token_hex(8)}"
+    client = _client_that_reads_ranges(store, key)
+    conditional = store.with_capabilities(Capabilities(conditional_put=True, client=client))
+    plain = store.with_capabilities(Capabilities(client=client))
+    try:
+        return Capabilities(
+            conditional_put=_keeps_conditions(conditional, f"{key}-condition"),
+            partial_content=client == "obstore",
+            checks_sha256=_checks_sha256(store, key),
+            client=client,
+        )
+    finally:
+        plain.delete([key, f"{key}-condition", f"{key}-sum", f"{key}-part"])
+
+
+def _client_that_reads_ranges(store: S3Store, key: str) -> str:
+    """The cheaper client that gets the right bytes."""
+    for client in ("obstore", "boto3"):
+        trial = store.with_capabilities(Capabilities(client=client))
+        try:
+            trial.put(key, _BODY, len(_BODY))
+            if trial.get(key, 300, 100) == _BODY[300:400] and trial.get(key) == _BODY:
+                return client
+        except (StoreDeniedError, ObjectCorruptError):
+            if client == "boto3":
+                raise
+        finally:
+            trial.close()
+    raise StoreUnavailableError(f"{store.describe()}: the server does not give back what it got: use another")
+
+
+def _keeps_conditions(store: S3Store, key: str) -> bool:
+    """Whether a write on a false condition is refused, and one on a true condition is not."""
+    try:
+        first = store.put_if(key, b"first", None)
+        if not (_refused(store, key, None) and _refused(store, key, '"0123456789abcdef0123456789abcdef"')):
+            return False
+        store.put_if(key, b"second", first.etag)
+        return store.get(key) == b"second"
+    except (StoreDeniedError, PreconditionError):  # 501, or a condition that is never true
+        return False
+
+
+def _refused(store: S3Store, key: str, etag: str | None) -> bool:
+    try:
+        store.put_if(key, b"must not be written", etag)
+    except PreconditionError:
+        return True
+    return False
+
+
+def _checks_sha256(store: S3Store, key: str) -> bool:
+    """Whether a wrong sum is refused for a whole object and for a part, and a right one accepted for both."""
+    return (
+        store.accepts_sum(f"{key}-sum", _BODY, _BODY)
+        and not store.accepts_sum(f"{key}-sum", _BODY, b"other bytes")
+        and store.accepts_part_sum(f"{key}-part", _BODY, _BODY)
+        and not store.accepts_part_sum(f"{key}-part", _BODY, b"other bytes")
+    )

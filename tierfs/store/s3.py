@@ -1,0 +1,324 @@
+"""The S3 store: credentials, clients, and the one file that imports boto3 and obstore.
+
+Data goes through obstore (or boto3, where the probe said so), administration through boto3. Nothing touches the
+network or the credentials before the first call: a volume mounts while its store is away.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from urllib.parse import urlsplit
+
+import boto3
+import botocore.config
+import botocore.exceptions
+import obstore.store
+
+from tierfs.errors import ObjectCorruptError, ObjectMissingError, PreconditionError, StoreDeniedError
+from tierfs.store.base import Capabilities, ObjectInfo, ObjectStore, Put
+from tierfs.store.keys import check_key, check_range, too_short
+from tierfs.store.s3_boto import BotoData, sha256_base64
+from tierfs.store.s3_errors import NO_CREDENTIALS, Translated
+from tierfs.store.s3_obstore import Data, ObstoreData
+
+COLD_PREFIX = "data/"  # only these keys get the storage class: a journal in Glacier could not restore anything
+_CREDENTIALS_FOR = timedelta(seconds=60)  # then asked again: notices renewed and rewritten credentials
+
+
+@dataclass(frozen=True, slots=True)
+class S3Settings:
+    """Where the objects are. Empty text means: as the AWS configuration says."""
+
+    bucket: str
+    prefix: str = ""
+    endpoint: str = ""
+    region: str = ""
+    storage_class: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Timeouts:
+    """Seconds. `read` bounds the silence of a server; `upload` one request that carries a part."""
+
+    connect: float = 5.0
+    read: float = 20.0
+    upload: float = 300.0
+
+
+class S3Store(ObjectStore):
+    """A prefix of a bucket. Thread-safe; open it after fork."""
+
+    def __init__(
+        self,
+        settings: S3Settings,
+        capabilities: Capabilities = Capabilities(),  # noqa: B008  (frozen)
+        timeouts: Timeouts = Timeouts(),
+    ) -> None:
+        self.settings = settings
+        self.capabilities = capabilities
+        self.timeouts = timeouts
+        self._root = f"{settings.prefix}/" if settings.prefix else ""
+        self._place = describe(settings)
+        self._credentials = _Credentials(settings.region)
+        self._lock = threading.Lock()
+        self._connected: tuple[Any, Any, Data] | None = None
+
+    def with_capabilities(self, capabilities: Capabilities) -> S3Store:
+        """The same place, used as if the server could do this; for probing."""
+        return S3Store(self.settings, capabilities, self.timeouts)
+
+    def put(self, key: str, body: bytes | Iterable[bytes], size: int) -> Put:
+        full = self._full(key)
+        storage_class = self.settings.storage_class if key.startswith(COLD_PREFIX) else ""
+        with Translated(self._place, key):
+            answer = self._data().put(full, body, size, storage_class)
+        # RADOS gateways answer the end of an upload in parts without an etag.
+        return answer if answer.etag else replace(answer, etag=self.head(key).etag)
+
+    def put_if(self, key: str, body: bytes, etag: str | None) -> Put:
+        full = self._full(key)
+        try:
+            if not self.capabilities.conditional_put:
+                return self._put_after_check(key, body, etag)
+            with Translated(self._place, key):
+                return self._data().put_if(full, body, etag)
+        except ObjectMissingError as exc:
+            raise PreconditionError(f"{self._place}: {key} is not the expected version") from exc
+
+    def _put_after_check(self, key: str, body: bytes, etag: str | None) -> Put:
+        try:
+            present: str | None = self.head(key).etag
+        except ObjectMissingError:
+            present = None
+        if present != etag:
+            raise PreconditionError(f"{self._place}: {key} is not the expected version")
+        return self.put(key, body, len(body))
+
+    def get(self, key: str, start: int = 0, length: int | None = None) -> bytes:
+        check_range(start, length)
+        full = self._full(key)
+        if length == 0:
+            return self._nothing(key, start, length)
+        try:
+            with Translated(self._place, key):
+                return self._data().get(full, start, length)
+        except ObjectCorruptError:
+            if length is None and start:  # servers refuse to read from the very end on
+                return self._nothing(key, start, length)
+            raise
+
+    def stream(self, key: str, start: int = 0, length: int | None = None) -> Iterator[bytes]:
+        check_range(start, length)
+        full = self._full(key)
+        if length == 0:
+            self._nothing(key, start, length)
+            return
+        begun = False
+        try:
+            with Translated(self._place, key):
+                for piece in self._data().stream(full, start, length):
+                    begun = True
+                    yield piece
+        except ObjectCorruptError:
+            if begun or length is not None or not start:
+                raise
+            self._nothing(key, start, length)
+
+    def _nothing(self, key: str, start: int, length: int | None) -> bytes:
+        """No bytes, if the object reaches to `start`."""
+        size = self.head(key).size
+        if size < start or (length is None and size > start):
+            raise too_short(key, start, length, 0)
+        return b""
+
+    def head(self, key: str) -> ObjectInfo:
+        full = self._full(key)
+        try:
+            with Translated(self._place, key):
+                found = self._data().head(full)
+        except ObjectMissingError:
+            self.get(key)  # the answer to a HEAD has no body to say whether the object or the bucket is missing
+            raise
+        return ObjectInfo(key, found.size, found.etag, found.modified)
+
+    def delete(self, keys: Sequence[str]) -> None:
+        full = [self._full(key) for key in keys]
+        if full:
+            with Translated(self._place):
+                self._data().delete(full)
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        """Through boto3: its prefixes are text, as ours, where obstore's end at a slash."""
+        with Translated(self._place):
+            pages = self.admin().get_paginator("list_objects_v2")
+            for page in pages.paginate(Bucket=self.settings.bucket, Prefix=self._root + prefix):
+                for entry in page.get("Contents", ()):
+                    key = entry["Key"][len(self._root) :]
+                    yield ObjectInfo(key, entry["Size"], entry["ETag"], entry["LastModified"].timestamp())
+
+    def describe(self) -> str:
+        return self._place
+
+    def close(self) -> None:
+        with self._lock:
+            connected, self._connected = self._connected, None
+        if connected:
+            connected[1].close()
+
+    def admin(self) -> Any:
+        """The boto3 client: listing, bucket and lifecycle administration, restores from an archive."""
+        return self._connect()[1]
+
+    def accepts_sum(self, key: str, body: bytes, summed: bytes) -> bool:
+        """Whether the server takes `body` with the SHA-256 of `summed`; for probing."""
+        sent = {"Bucket": self.settings.bucket, "Key": self._full(key), "Body": body}
+        return self._accepted(lambda: self.admin().put_object(**sent, ChecksumSHA256=sha256_base64(summed)))
+
+    def accepts_part_sum(self, key: str, body: bytes, summed: bytes) -> bool:
+        """As `accepts_sum`, of a part of an upload that is given up afterwards."""
+        target = {"Bucket": self.settings.bucket, "Key": self._full(key)}
+        with Translated(self._place, key):
+            upload = self.admin().create_multipart_upload(**target, ChecksumAlgorithm="SHA256")
+        target["UploadId"] = upload["UploadId"]
+        part = {"PartNumber": 1, "Body": body, "ChecksumSHA256": sha256_base64(summed)}
+        try:
+            return self._accepted(lambda: self.admin().upload_part(**target, **part))
+        finally:
+            with Translated(self._place, key):
+                self.admin().abort_multipart_upload(**target)
+
+    def _accepted(self, send: Callable[[], Any]) -> bool:
+        try:
+            with Translated(self._place):
+                send()
+        except (ObjectCorruptError, StoreDeniedError):
+            return False
+        return True
+
+    def _data(self) -> Data:
+        return self._connect()[2]
+
+    def _full(self, key: str) -> str:
+        check_key(key)
+        return self._root + key
+
+    def _connect(self) -> tuple[Any, Any, Data]:
+        """Session, boto3 client and data client; new ones when the credential files have changed."""
+        connected = self._connected
+        if connected and connected[0] is self._credentials.latest:
+            return connected
+        with self._lock:
+            session = self._credentials.session()
+            if self._connected is None or self._connected[0] is not session:
+                admin = self._make_admin(session)
+                self._connected = (session, admin, self._make_data(admin))
+            return self._connected
+
+    def _make_admin(self, session: Any) -> Any:
+        if session.get_credentials() is None:
+            raise StoreDeniedError(f"{self._place}: {NO_CREDENTIALS}")
+        config = botocore.config.Config(
+            connect_timeout=self.timeouts.connect,
+            read_timeout=self.timeouts.read,
+            retries={"mode": "standard", "total_max_attempts": 1},  # the retry decorator's job
+            request_checksum_calculation="when_required",
+            response_checksum_validation="when_required",
+            max_pool_connections=32,
+            s3={"addressing_style": "path" if self.settings.endpoint else "auto"},
+        )
+        return session.client("s3", endpoint_url=self.settings.endpoint or None, config=config)
+
+    def _make_data(self, admin: Any) -> Data:
+        verified = self.capabilities.checks_sha256
+        if self.capabilities.client == "boto3":
+            return BotoData(admin, self.settings.bucket, verified)
+        quick = self._make_obstore(admin, self.timeouts.read)
+        patient = self._make_obstore(admin, self.timeouts.upload)
+        return ObstoreData(quick, patient, verified)
+
+    def _make_obstore(self, admin: Any, read_timeout: float) -> Any:
+        endpoint: str = admin.meta.endpoint_url
+        own_server = not str(urlsplit(endpoint).hostname).endswith((".amazonaws.com", ".amazonaws.com.cn"))
+        config: dict[str, Any] = {
+            "region": admin.meta.region_name,
+            "virtual_hosted_style_request": not own_server and "." not in self.settings.bucket,
+        }
+        if own_server:
+            config["endpoint"] = endpoint
+        if self.capabilities.checks_sha256:
+            config["checksum_algorithm"] = "sha256"
+        return obstore.store.S3Store(
+            self.settings.bucket,
+            config=config,  # type: ignore[arg-type]
+            client_options={
+                "allow_http": endpoint.startswith("http://"),
+                "connect_timeout": timedelta(seconds=self.timeouts.connect),
+                "read_timeout": timedelta(seconds=read_timeout),
+                "timeout": timedelta(
+                    days=1
+                ),  # of a whole request; a stream takes as long as its object is large
+            },
+            retry_config={"max_retries": 0},
+            credential_provider=self._credentials,
+        )
+
+
+class _Credentials:
+    """boto3's chain for obstore: environment, profile, SSO, instance role; asked again when a file changes."""
+
+    def __init__(self, region: str) -> None:
+        self._region = region
+        self._lock = threading.Lock()
+        self._read_at: tuple[int, ...] = ()
+        self.latest: Any = None
+
+    def session(self) -> Any:
+        """The present boto3 session. Raises botocore's errors where the configuration makes no sense."""
+        with self._lock:
+            changed = (
+                _modified("AWS_SHARED_CREDENTIALS_FILE", "credentials"),
+                _modified("AWS_CONFIG_FILE", "config"),
+            )
+            if self.latest is None or changed != self._read_at:
+                session = boto3.Session()
+                region = self._region or session.region_name or "us-east-1"
+                self.latest = boto3.Session(region_name=region)
+                self._read_at = changed
+            return self.latest
+
+    def __call__(self) -> Any:
+        """What obstore asks for, from its own thread."""
+        found = self.session().get_credentials()
+        if found is None:
+            raise botocore.exceptions.NoCredentialsError
+        frozen = found.get_frozen_credentials()
+        return {
+            "access_key_id": frozen.access_key,
+            "secret_access_key": frozen.secret_key,
+            "token": frozen.token,
+            "expires_at": datetime.now(UTC) + _CREDENTIALS_FOR,
+        }
+
+
+def _modified(variable: str, name: str) -> int:
+    """When an AWS configuration file last changed, in nanoseconds; 0 where there is none."""
+    path = os.path.expanduser(os.environ.get(variable, f"~/.aws/{name}"))
+    try:
+        return os.stat(path).st_mtime_ns
+    except OSError:
+        return 0
+
+
+def describe(settings: S3Settings) -> str:
+    """The URL, without a name or password that somebody may have put into the endpoint."""
+    path = f"/{settings.prefix}" if settings.prefix else ""
+    if not settings.endpoint:
+        return f"s3://{settings.bucket}{path}"
+    parts = urlsplit(settings.endpoint)
+    host = (parts.hostname or "") + (f":{parts.port}" if parts.port else "")
+    return f"s3://{settings.bucket}{path}?endpoint={parts.scheme}://{host}"

@@ -1,0 +1,196 @@
+"""From what S3 clients raise to our errors. Imports no client: it goes by class names, statuses and S3 codes.
+
+Sources: the S3 API's list of error codes; obstore 0.12 (its errors are text with a status, the server's XML and
+a kind of transport error); botocore's exceptions. Messages name bucket, key and code, and never a server's own
+text, which may hold signatures.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from types import TracebackType
+
+from tierfs.errors import (
+    BucketMissingError,
+    ObjectCorruptError,
+    ObjectMissingError,
+    PreconditionError,
+    StoreDeniedError,
+    StoreError,
+    StoreFullError,
+    StoreThrottledError,
+    StoreUnavailableError,
+)
+
+NO_CREDENTIALS = (
+    "no AWS credentials found: set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
+    "or run 'aws configure'"
+)
+_STATUS = re.compile(r"status code: (\d{3})|status: (\d{3})")
+_CODE = re.compile(r"<Code>(\w+)</Code>")
+_REGION = re.compile(r"<Region>([\w-]+)</Region>")
+
+_THROTTLES = frozenset(
+    {"SlowDown", "Throttling", "ThrottlingException", "TooManyRequests", "RequestLimitExceeded"}
+    | {"RequestThrottled", "BandwidthLimitExceeded", "TooManyRequestsException"}
+)
+_FULL = frozenset({"QuotaExceeded", "XMinioStorageFull", "InsufficientStorage", "InsufficientCapacity"})
+_DAMAGED = frozenset(
+    {"BadDigest", "InvalidDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch"}
+    | {"InvalidRange", "IncompleteBody"}
+)
+_REDIRECTS = frozenset(
+    {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException"}
+)
+_EXPIRED = frozenset({"ExpiredToken", "TokenRefreshRequired", "RequestExpired"})
+_RETRYABLE = frozenset({"RequestTimeout", "InternalError", "ServiceUnavailable"})
+_NO_CREDENTIALS = frozenset({"NoCredentialsError", "PartialCredentialsError"})
+_CREDENTIAL_TROUBLE = frozenset(
+    {"CredentialRetrievalError", "TokenRetrievalError", "UnauthorizedSSOTokenError", "SSOTokenLoadError"}
+    | {"ProfileNotFound", "SSOError", "UnauthenticatedError", "LoginRefreshRequired", "ConfigParseError"}
+)
+_MODULES = ("obstore", "botocore", "boto3", "urllib3")
+
+
+@dataclass(frozen=True, slots=True)
+class _Facts:
+    """What is known of a failure: status 0 and code "" where the server did not answer."""
+
+    status: int
+    code: str
+    name: str
+    text: str
+
+
+class Translated:
+    """A context in which a client's errors become ours: `with Translated("s3://bucket", key): ...`"""
+
+    __slots__ = ("_key", "_place")
+
+    def __init__(self, place: str, key: str = "") -> None:
+        self._place = place
+        self._key = key
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(exc, Exception) and _from_client(exc):
+            raise translate(exc, self._place, self._key) from exc
+
+
+def _from_client(exc: Exception) -> bool:
+    """Whether this is trouble of a client, its server or the network; bugs and our own errors are not.
+
+    A body may be read from the local disk while it goes up: an OSError with an errno is the disk's.
+    """
+    if type(exc).__module__.split(".")[0] in _MODULES or isinstance(exc, (ConnectionError, TimeoutError)):
+        return True
+    return isinstance(exc, FileNotFoundError) and exc.errno is None
+
+
+def translate(exc: Exception, place: str, key: str = "") -> StoreError:
+    """Our error for a client's; `place` is the store's URL, `key` the object's where there is one."""
+    facts = _facts(exc)
+    subject = f"{place}: {key}" if key else place
+    return (
+        _of_credentials(facts, place)
+        or _of_code(facts, place, subject)
+        or _of_status(facts, subject)
+        or _of_transport(facts, subject)
+    )
+
+
+def _facts(exc: Exception) -> _Facts:
+    name = type(exc).__name__
+    response = getattr(exc, "response", None)
+    if isinstance(response, dict):  # botocore's ClientError
+        error = response.get("Error", {})
+        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        return _Facts(
+            int(status), str(error.get("Code", "")), name, f"<Region>{error.get('Region', '')}</Region>"
+        )
+    text = str(exc)
+    status_found, code_found = _STATUS.search(text), _CODE.search(text)
+    status = (status_found[1] or status_found[2]) if status_found else 0
+    return _Facts(int(status), code_found[1] if code_found else "", name, text)
+
+
+def _of_credentials(facts: _Facts, place: str) -> StoreError | None:
+    if facts.name in _NO_CREDENTIALS:
+        return StoreDeniedError(f"{place}: {NO_CREDENTIALS}")
+    if facts.name in _CREDENTIAL_TROUBLE:
+        reason = "" if facts.name == "UnauthenticatedError" else f" ({facts.name})"
+        return StoreDeniedError(
+            f"{place}: the AWS credentials cannot be read or renewed{reason}: "
+            "run 'aws sso login' or 'aws configure'"
+        )
+    return None
+
+
+def _of_code(facts: _Facts, place: str, subject: str) -> StoreError | None:
+    code = facts.code
+    if code == "NoSuchBucket":
+        return BucketMissingError(f"{place}: no such bucket: create it, or correct the URL")
+    if code in _THROTTLES:
+        return StoreThrottledError(f"{subject}: the server asks for fewer requests ({code})")
+    if code in _FULL:
+        return StoreFullError(f"{subject}: the store is full ({code})")
+    if code in _DAMAGED:
+        return ObjectCorruptError(f"{subject}: the bytes asked for or sent do not match the object ({code})")
+    if code in _REDIRECTS:
+        region = _REGION.search(facts.text)
+        remedy = f"add region={region[1]} to the URL" if region else "add region=... to the URL"
+        return StoreDeniedError(f"{place}: the bucket is in another region: {remedy}")
+    if code in _EXPIRED:
+        return StoreDeniedError(f"{place}: the AWS credentials have expired: renew them (aws sso login)")
+    if code == "RequestTimeTooSkewed":
+        return StoreDeniedError(f"{place}: this machine's clock is off by more than the server allows: set it")
+    if code == "InvalidObjectState":
+        return StoreUnavailableError(f"{subject}: archived; it can be read once its restore has finished")
+    if code in _RETRYABLE and facts.status != 503:
+        return StoreUnavailableError(f"{subject}: the server cannot now ({code})")
+    return None
+
+
+def _of_status(facts: _Facts, subject: str) -> StoreError | None:
+    status, named = facts.status, f"{facts.status} {facts.code}".rstrip()
+    if facts.name in ("AlreadyExistsError", "PreconditionError") or status in (409, 412):
+        return PreconditionError(f"{subject} is not the expected version")
+    if status == 404 or facts.name in ("FileNotFoundError", "NotFoundError"):
+        return ObjectMissingError(f"{subject}: no such object")
+    if status in (429, 503):
+        return StoreThrottledError(f"{subject}: the server asks for fewer requests ({named})")
+    if status in (401, 403) or facts.name == "PermissionDeniedError":
+        return StoreDeniedError(f"{subject}: the server refuses these credentials or this action ({named})")
+    if status == 416:
+        return ObjectCorruptError(f"{subject} is shorter than recorded")
+    if status == 507:
+        return StoreFullError(f"{subject}: the store is full ({named})")
+    if 300 <= status < 400:
+        return StoreDeniedError(
+            f"{subject}: the server redirects ({named}): correct the region or endpoint in the URL"
+        )
+    if 400 <= status < 500 and status != 408:
+        return StoreDeniedError(f"{subject}: the server refuses the request ({named})")
+    if status == 501:
+        return StoreDeniedError(f"{subject}: the server does not implement this ({named})")
+    if status:
+        return StoreUnavailableError(f"{subject}: the server failed ({named})")
+    return None
+
+
+def _of_transport(facts: _Facts, subject: str) -> StoreError:
+    text = facts.text
+    if "NotPartial" in text:
+        return StoreDeniedError(
+            f"{subject}: the server answers a range with status 200: probe it, to use boto3"
+        )
+    if "Timeout" in facts.name or "TimedOut" in text or "kind: Timeout" in text:
+        return StoreUnavailableError(f"{subject}: the server did not answer in time")
+    if "Connect" in facts.name or "kind: Connect" in text:
+        return StoreUnavailableError(f"{subject}: cannot connect to the server")
+    return StoreUnavailableError(f"{subject}: the connection broke or the answer makes no sense ({facts.name})")
