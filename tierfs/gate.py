@@ -144,7 +144,9 @@ class Gate:
             self._break_guard(inode)
         if inode.content is None and not inode.backing_id:
             stub = self.tree.read_stub(opath)
-            if stub is not None:
+            if stub is not None and st.st_size == 0:
+                self.tree.clear_stub(opath)  # a truncation that was cut short; empty files are never demoted
+            elif stub is not None:
                 self._take_in(inode, stub, opath, st)
         if inode.opath < 0:
             inode.opath = opath

@@ -1,0 +1,379 @@
+"""The gate over a real directory: I/O modes, seals against hidden writers, guards, truncation, marks."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import socket
+
+import pytest
+
+from tierfs import wire
+from tierfs.gate import Gate
+from tierfs.marks import Mark, MarkReader, MarkWriter
+from tierfs.model import Copy, Record, Residency, Stub, make_generation
+from tierfs.tree import open_tree
+from tierfs.waits import Blocked
+
+EPOCH = 3
+
+
+class DictIndex:
+    """What the gate reads of an index."""
+
+    def __init__(self):
+        self.records = {}
+
+    def get(self, ino):
+        return self.records.get(ino)
+
+    def get_bits(self, ino):
+        return None
+
+    def get_leaves(self, fid, generation):
+        return None
+
+
+class FakeBacking:
+    """Counts registrations as the kernel would."""
+
+    def __init__(self):
+        self.live = {}
+        self._next = 0
+
+    def open(self, fd):
+        self._next += 1
+        self.live[self._next] = os.fstat(fd).st_ino
+        return self._next
+
+    def close(self, backing_id):
+        del self.live[backing_id]
+
+
+class World:
+    """A tree with one file in it, a gate, and the mover's end of the link."""
+
+    def __init__(self, path):
+        (path / "tree").mkdir()
+        (path / "marks").mkdir()
+        self.tree = open_tree(str(path / "tree"))
+        self.marks_fd = os.open(path / "marks", os.O_RDONLY)
+        self.index = DictIndex()
+        self.backing = FakeBacking()
+        ours, theirs = wire.make_pair()
+        self.mover = wire.Link(theirs, server=False)
+        theirs.setblocking(False)
+        self.gate = Gate(
+            self.tree, self.index, MarkWriter(self.marks_fd), EPOCH, self.backing, wire.Link(ours, server=True)
+        )
+        self.path = path / "tree" / "file"
+        self.path.write_bytes(b"content" * 1000)
+        self.reader = MarkReader(self.marks_fd, 0)
+
+    def open(self, flags=os.O_RDONLY):
+        opath = os.open(self.path, os.O_PATH | os.O_NOFOLLOW)
+        try:
+            return self.gate.open(opath, os.fstat(opath), flags, self.tree.root_ino, b"file")
+        except BaseException:
+            os.close(opath)
+            raise
+
+    def truncate(self, size):
+        opath = os.open(self.path, os.O_PATH)
+        try:
+            self.gate.truncate(opath, os.fstat(opath), size, self.tree.root_ino, b"file")
+        finally:
+            os.close(opath)
+
+    @property
+    def ino(self):
+        return self.path.stat().st_ino
+
+    def make_stub(self, content=None):
+        """Punch the file as the mover would, with its record."""
+        content = content if content is not None else self.path.read_bytes()
+        stub = Stub(b"f" * 16, make_generation(1, 1), b"t" * 8, b"d" * 32)
+        with open(self.path, "r+b") as file:
+            st = os.fstat(file.fileno())
+            self.tree.write_stub(file.fileno(), stub)
+            self.tree.punch(file.fileno(), st)
+            self.tree.set_times(file.fileno(), st.st_atime_ns, st.st_mtime_ns)
+            now = os.fstat(file.fileno())
+        copy = Copy(stub.generation, stub.tag, stub.digest, st.st_size, st.st_mtime_ns, st.st_ctime_ns, 1)
+        handle = self._handle()
+        self.index.records[st.st_ino] = Record(
+            st.st_ino, handle, stub.fid, stub.generation, Residency.STUB, st.st_size, st.st_blocks, copy=copy,
+            left_ctime=now.st_ctime_ns,
+        )  # fmt: skip
+        return st
+
+    def _handle(self):
+        fd = os.open(self.path, os.O_PATH)
+        try:
+            return self.tree.handle_of(fd)
+        finally:
+            os.close(fd)
+
+    def sent(self, kind):
+        found = []
+        while True:
+            try:
+                received = self.mover.receive()
+            except BlockingIOError:
+                return found
+            if received is None:
+                return found
+            message, fds = received
+            for fd in fds:
+                os.close(fd)
+            if isinstance(message, kind):
+                found.append(message)
+
+    def tell(self, message, fds=()):
+        self.mover.send(message, fds)
+        self.gate.on_link_readable()
+
+    def drained(self):
+        list(self.reader.read())
+        self.tell(wire.Drained(self.reader.position))
+
+    def fill(self):
+        """Bring the content back as the mover would."""
+        with open(self.path, "r+b") as file:
+            file.write(b"content" * 1000)
+        self.tell(wire.Filled(self.ino, 0, 7000))
+
+    def settle(self):
+        with open(self.path, "r+b") as file:
+            self.tree.clear_stub(file.fileno())
+        self.tell(wire.Settled(self.ino))
+
+    def seal(self):
+        fd = os.open(self.path, os.O_RDONLY)
+        try:
+            self.tell(wire.Seal(1, [self.ino]), [fd])
+        finally:
+            os.close(fd)
+        (answer,) = self.sent(wire.SealAnswer)
+        return answer.generations[0]
+
+    def guard(self):
+        self.drained()
+        self.tell(wire.Guard(1, [self.ino], self.reader.position))
+        (answer,) = self.sent(wire.GuardAnswer)
+        return answer.granted[0]
+
+
+@pytest.fixture
+def world(tmp_path):
+    if os.geteuid() != 0:
+        pytest.skip("needs root: stubs are trusted.* attributes")
+    made = World(tmp_path)
+    yield made
+    made.gate.set_link(None)
+    made.mover.close()
+    os.close(made.marks_fd)
+    made.tree.close()
+
+
+def test_resident_files_share_one_backing_id_until_the_last_release(world):
+    first, second = world.open(), world.open(os.O_RDWR)
+    assert first.backing_id == second.backing_id != 0 and first.fd == -1
+    world.gate.release(first)
+    assert world.backing.live
+    world.gate.release(second)
+    assert not world.backing.live
+
+
+def test_set_id_files_are_never_passthrough(world):
+    world.path.chmod(0o4755)
+    handle = world.open(os.O_RDWR)
+    assert handle.backing_id == 0 and handle.fd >= 0
+    assert world.gate.write(handle, 0, b"X") == 1
+    world.gate.release(handle)
+
+
+def test_an_inode_open_in_cached_mode_stays_cached_for_later_opens(world):
+    world.path.chmod(0o4755)
+    first = world.open()
+    world.path.chmod(0o755)
+    second = world.open()
+    assert second.backing_id == 0
+    world.gate.release(first)
+    world.gate.release(second)
+    third = world.open()
+    assert third.backing_id
+    world.gate.release(third)
+
+
+def test_a_write_open_leaves_a_mark_with_a_new_generation_and_a_close_leaves_the_size(world):
+    world.gate.release(world.open(os.O_RDWR))
+    world.gate.release(world.open(os.O_RDWR))
+    kinds = [(e.kind, e.generation, e.a) for e in world.reader.read()]
+    first, second = make_generation(EPOCH, 1), make_generation(EPOCH, 2)
+    assert kinds == [
+        (Mark.WRITE, first, 0), (Mark.CLOSED, 0, 7000), (Mark.WRITE, second, 0), (Mark.CLOSED, 0, 7000),
+    ]  # fmt: skip
+
+
+def test_reading_leaves_no_mark(world):
+    world.gate.release(world.open())
+    assert list(world.reader.read()) == []
+
+
+def test_a_seal_is_refused_while_a_handle_writes_and_while_a_mark_is_undrained(world):
+    handle = world.open(os.O_RDWR)
+    world.drained()
+    assert world.seal() == 0
+    world.gate.release(handle)
+    assert world.seal() == 0
+    world.drained()
+    assert world.seal() != 0
+
+
+def test_a_seal_is_refused_while_a_mapping_outlives_its_descriptor(world):
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    fd = os.open(world.path, os.O_RDWR)
+    address = libc.mmap(None, 4096, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, fd, 0)
+    os.close(fd)
+    assert world.seal() == 0
+    libc.munmap(address, 4096)
+    assert world.seal() != 0
+
+
+def test_a_write_open_breaks_the_seal_and_raises_the_generation(world):
+    generation = world.seal()
+    world.gate.release(world.open())
+    assert world.sent(wire.SealBroken) == []
+    world.gate.release(world.open(os.O_WRONLY))
+    assert [m.inos for m in world.sent(wire.SealBroken)] == [[world.ino]]
+    (mark, *_) = world.reader.read()
+    assert mark.kind == Mark.WRITE and mark.generation > generation
+
+
+def test_truncating_a_sealed_file_breaks_the_seal(world):
+    world.seal()
+    world.truncate(10)
+    assert world.sent(wire.SealBroken)
+    assert world.path.stat().st_size == 10
+
+
+def test_a_guard_is_refused_while_open_and_while_marks_are_undrained(world):
+    handle = world.open()
+    assert not world.guard()
+    world.gate.release(handle)
+    world.gate.release(world.open(os.O_RDWR))
+    world.tell(wire.Guard(2, [world.ino], 0))
+    assert world.sent(wire.GuardAnswer)[0].granted == [False]
+    assert world.guard()
+
+
+def test_a_guarded_file_opens_when_the_guard_ends_and_the_mover_is_told(world):
+    assert world.guard()
+    with pytest.raises(Blocked) as caught:
+        world.open()
+    assert [m.ino for m in world.sent(wire.GuardBreak)] == [world.ino]
+    with pytest.raises(Blocked):
+        world.gate.before_change(world.ino)
+    world.tell(wire.GuardEnd([world.ino]))
+    assert caught.value.wait.done
+    world.gate.release(world.open())
+
+
+def test_a_dead_mover_voids_its_guards_and_seals(world):
+    assert world.seal() and world.guard()
+    with pytest.raises(Blocked) as caught:
+        world.open()
+    world.gate.set_link(None)
+    assert caught.value.wait.done
+    world.gate.release(world.open())
+
+
+def test_a_small_stub_is_fetched_in_open_and_readers_need_not_wait_for_durability(world):
+    shown = world.make_stub()
+    with pytest.raises(Blocked) as caught:
+        world.open()
+    (fetch,) = world.sent(wire.Fetch)
+    assert fetch.whole and fetch.length == 7000
+    assert world.gate.appearance.shown(os.stat(world.path)).st_mtime_ns == shown.st_mtime_ns
+    world.fill()
+    assert caught.value.wait.done
+    reader = world.open()
+    assert reader.backing_id
+    with pytest.raises(Blocked):
+        world.open(os.O_RDWR)
+    world.tell(wire.FetchEnd(fetch.id, world.ino, 0))
+    world.settle()
+    writer = world.open(os.O_RDWR)
+    assert writer.backing_id == reader.backing_id
+    world.gate.release(reader)
+    world.gate.release(writer)
+
+
+def test_a_failed_fetch_fails_the_open_with_its_reason(world):
+    world.make_stub()
+    with pytest.raises(Blocked) as caught:
+        world.open()
+    (fetch,) = world.sent(wire.Fetch)
+    world.tell(wire.FetchEnd(fetch.id, world.ino, 5, "store is down"))
+    assert caught.value.wait.errno == 5 and caught.value.wait.reason == "store is down"
+
+
+def test_o_trunc_of_a_stub_fetches_nothing_and_marks_a_new_generation(world):
+    world.make_stub()
+    handle = world.open(os.O_WRONLY | os.O_TRUNC)
+    assert world.sent(wire.Fetch) == []
+    assert world.path.stat().st_size == 0 and world.tree.read_stub(handle.inode.opath) is None
+    world.gate.release(handle)
+    assert next(world.reader.read()).kind == Mark.WRITE
+
+
+def test_truncating_a_stub_to_a_size_waits_for_its_content(world):
+    world.make_stub()
+    with pytest.raises(Blocked) as caught:
+        world.truncate(100)
+    world.fill()
+    assert not caught.value.wait.done
+    world.settle()
+    assert caught.value.wait.done
+    world.truncate(100)
+    assert world.path.stat().st_size == 100
+
+
+def test_a_stub_of_size_zero_is_a_truncation_to_be_finished(world):
+    world.make_stub()
+    os.truncate(world.path, 0)
+    handle = world.open(os.O_RDWR)
+    assert handle.inode.content is None and world.tree.read_stub(handle.inode.opath) is None
+    world.gate.release(handle)
+
+
+def test_a_stub_shows_its_old_times_and_blocks_until_somebody_changes_it(world):
+    old = world.make_stub()
+    shown = world.gate.appearance.shown(os.stat(world.path))
+    assert (shown.st_mtime_ns, shown.st_ctime_ns, shown.st_blocks) == (
+        old.st_mtime_ns, old.st_ctime_ns, old.st_blocks,
+    )  # fmt: skip
+    world.path.chmod(0o600)
+    real = os.stat(world.path)
+    shown = world.gate.appearance.shown(real)
+    assert (shown.st_mtime_ns, shown.st_ctime_ns, shown.st_blocks) == (
+        old.st_mtime_ns, real.st_ctime_ns, old.st_blocks,
+    )  # fmt: skip
+
+
+def test_a_new_mover_is_asked_again(world):
+    world.make_stub()
+    with pytest.raises(Blocked):
+        world.open()
+    world.sent(wire.Fetch)
+    world.mover.close()
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    theirs.setblocking(False)
+    world.mover = wire.Link(theirs, server=False)
+    world.gate.set_link(wire.Link(ours, server=True))
+    assert len(world.sent(wire.Fetch)) == 1
