@@ -184,7 +184,8 @@ def create(state: str, **settings: str) -> Volume:
     """Lay out a new volume, not yet known to its store; the caller holds the lock. `settings` are raw values
     of configuration keys. Raises VolumeError, ConfigError."""
     strange = set(os.listdir(state)) - {"lock", "run.json", "config.toml", "config.toml.new", "volume.json.new",
-                                        "tree", "adopting.json", "log"}  # fmt: skip
+                                        "adopting.json", "index", "heat", "marks", "log",
+                                        "store", "tree.new"}  # fmt: skip
     if strange:
         raise VolumeError(
             f"{state}: is neither a volume nor empty ({min(strange)!r} is in it): choose another --state"
@@ -235,8 +236,8 @@ def discard(state: str) -> None:
 # --- the store -------------------------------------------------------------------------------------------
 
 
-def complete(volume: Volume, store: ObjectStore, like: os.stat_result | None = None) -> Volume:
-    """Claim the store for a new volume, and make its backing tree, its root with the mode and owner of `like`.
+def complete(volume: Volume, store: ObjectStore) -> Volume:
+    """Claim the store for a new volume.
 
     Raises VolumeError where the store belongs to another volume, StoreError, OSError.
     """
@@ -246,7 +247,6 @@ def complete(volume: Volume, store: ObjectStore, like: os.stat_result | None = N
         check_owner(volume, store)
     if not store.capabilities.conditional_put:
         check_owner(volume, store)
-    _make_tree(volume.path("tree"), like)
     abilities = store.capabilities
     identity = replace(
         volume.identity,
@@ -260,13 +260,18 @@ def complete(volume: Volume, store: ObjectStore, like: os.stat_result | None = N
     return Volume(volume.state, identity)
 
 
-def _make_tree(path: str, like: os.stat_result | None) -> None:
+def make_tree(volume: Volume, like: os.stat_result) -> None:
+    """Make the backing tree where there is none, its root with owner and mode of `like`. Raises OSError."""
+    path = volume.path("tree")
     if os.path.isdir(path):
         return
-    os.mkdir(path, 0o755)
-    if like is not None:
-        os.chown(path, like.st_uid if os.geteuid() == 0 else -1, like.st_gid)
-        os.chmod(path, stat.S_IMODE(like.st_mode))
+    new = path + ".new"
+    os.makedirs(new, exist_ok=True)
+    if os.geteuid() == 0:
+        os.chown(new, like.st_uid, like.st_gid)
+    os.chmod(new, stat.S_IMODE(like.st_mode) | stat.S_IRWXU)
+    os.rename(new, path)
+    sync_directory(volume.state)
 
 
 def check_owner(volume: Volume, store: ObjectStore) -> None:

@@ -1,0 +1,218 @@
+"""The daemon's entry: makes or opens the volume, mounts it, and stays as its supervisor.
+
+Exit codes: 0 unmounted or stopped in order, 1 failed (the reason goes to the log, to stderr in the foreground,
+and to the pipe by which `tierfs mount` waits).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import resource
+import shutil
+import socket
+import sys
+
+from tierfs import adoption, config, control, launch, volume
+from tierfs.errors import TierError, VolumeError
+from tierfsd import logs
+from tierfsd.supervisor import Plan, Supervisor, notify
+
+log = logging.getLogger("supervisor")
+
+
+def _parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="tierfsd", allow_abbrev=False)
+    parser.add_argument("--state", required=True)
+    parser.add_argument("--mountpoint", required=True)
+    parser.add_argument("--store")
+    parser.add_argument("--local-limit")
+    parser.add_argument("--binding", default="auto", choices=("auto", "kernel", "fusepy"))
+    parser.add_argument("-o", dest="options", action="append", default=[])
+    parser.add_argument("--adopt", action="store_true")
+    parser.add_argument("--foreground", action="store_true")
+    parser.add_argument("--ready-fd", type=int, default=-1)
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Run until unmounted; returns the exit code."""
+    arguments = _parse_arguments()
+    answer = Answer(arguments.ready_fd)
+    try:
+        return _run(arguments, answer)
+    except TierError as exc:
+        answer.failed(str(exc))
+    except OSError as exc:
+        named = f"{exc.filename}: " if exc.filename else ""
+        answer.failed(f"{named}{exc.strerror or exc}")
+    except Exception as exc:
+        log.exception("internal error")
+        where = os.path.join(arguments.state, "log", "tierfs.log")
+        answer.failed(f"{arguments.mountpoint}: internal error ({type(exc).__name__}): see {where}")
+    return 1
+
+
+class Answer:
+    """What whoever started the daemon is told, once."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def ready(self) -> None:
+        """The mount answers."""
+        self._tell(launch.READY)
+        notify("READY=1")
+
+    def failed(self, message: str) -> None:
+        """It does not, because of this."""
+        line = message.replace("\n", " ")
+        log.error("%s", line)
+        if self._fd < 0:
+            with contextlib.suppress(OSError):
+                print(f"tierfs: {line}", file=sys.stderr, flush=True)
+        self._tell(line.encode(errors="backslashreplace") + b"\n")
+
+    def _tell(self, data: bytes) -> None:
+        if self._fd >= 0:
+            with contextlib.suppress(OSError):
+                os.write(self._fd, data)
+            os.close(self._fd)
+            self._fd = -1
+
+
+def _run(arguments: argparse.Namespace, answer: Answer) -> int:
+    state, mountpoint = arguments.state, arguments.mountpoint
+    logging.lastResort = None  # until there is a log file, errors have other ways to be told
+    _precheck(arguments)
+    fresh = not os.path.isdir(state)
+    volume.make_state(state)
+    with contextlib.ExitStack() as stack:
+        lock = volume.lock(state)
+        stack.callback(os.close, lock)
+        os.set_inheritable(lock, False)
+        try:
+            opened = _open_volume(arguments)
+        except BaseException:
+            if fresh and not _is_complete(state):
+                _undo(state)
+            raise
+        volume.check_mountpoint(mountpoint, state)
+        logfile = logs.LogFile(opened.path("log/tierfs.log"), 2 if arguments.foreground else None)
+        logs.setup(logfile)
+        _raise_limits()
+        listener = _listen(opened)
+        stack.callback(_stop_listening, listener)
+        options = [part for given in arguments.options for part in given.split(",") if part]
+        plan = Plan(opened, mountpoint, arguments.binding, options)
+        supervisor = Supervisor(plan, lock, listener, logfile)
+        supervisor.start()
+        log.info("volume %s is mounted at %s", opened.identity.volume[:8], mountpoint)
+        answer.ready()
+        return supervisor.run()
+
+
+def _precheck(arguments: argparse.Namespace) -> None:
+    """Find what is wrong before anything is made. Raises VolumeError."""
+    if adoption.read_intent(arguments.state) is not None:
+        return
+    if arguments.adopt:
+        adoption.check_directory(arguments.mountpoint, arguments.state)
+    else:
+        volume.check_mountpoint(arguments.mountpoint, arguments.state)
+
+
+def _open_volume(arguments: argparse.Namespace) -> volume.Volume:
+    """The volume, made where there is none, with its backing tree in place. Raises TierError, OSError."""
+    state, mountpoint = arguments.state, arguments.mountpoint
+    intent = adoption.read_intent(state)
+    if arguments.adopt and intent is None:
+        adoption.begin(mountpoint, state)
+    adopting = arguments.adopt or intent is not None
+    opened = _existing(arguments) if _is_complete(state) else _create(arguments, adopting)
+    if adopting:
+        if not os.path.isdir(opened.path("tree")):
+            if not arguments.adopt:
+                raise VolumeError(f"{mountpoint}: its adoption was interrupted: run `tierfs adopt` again")
+            adoption.check_directory(mountpoint, state)
+            adoption.move(mountpoint, state)
+        adoption.finish(mountpoint, state)
+    if not os.path.isdir(opened.path("tree")):
+        tree = opened.path("tree")
+        raise VolumeError(f"{tree}: the backing tree is missing: put it back, or use another --state")
+    return opened
+
+
+def _is_complete(state: str) -> bool:
+    return volume.exists(state) and volume.load(state).identity.complete
+
+
+def _existing(arguments: argparse.Namespace) -> volume.Volume:
+    """Open a volume that is there; its store is not asked for anything."""
+    opened = volume.load(arguments.state)
+    if arguments.store is not None and arguments.store != opened.identity.store:
+        raise VolumeError(
+            f"{arguments.mountpoint}: the volume's store is {opened.identity.store}: leave out --store,"
+            " or use another --state for another volume"
+        )
+    path = opened.path(config.FILE_NAME)
+    if arguments.local_limit is not None:
+        config.set_key(path, "local_limit", arguments.local_limit)
+    config.load(path)
+    return opened
+
+
+def _create(arguments: argparse.Namespace, adopting: bool) -> volume.Volume:
+    """Make a volume and claim its store. Raises TierError, OSError."""
+    from tierfs.store.urls import open_store
+
+    settings = {"store": arguments.store, "local_limit": arguments.local_limit}
+    given = {key: value for key, value in settings.items() if value is not None}
+    made = volume.create(arguments.state, **given)
+    if not adopting:
+        volume.make_tree(made, os.stat(arguments.mountpoint))
+    store = open_store(made.store_url)
+    try:
+        return volume.complete(made, store)
+    finally:
+        store.close()
+
+
+def _undo(state: str) -> None:
+    """Remove a state directory that we have just made and that never became a volume."""
+    adoption.cancel(state)
+    volume.discard(state)
+    with contextlib.suppress(OSError):
+        os.rmdir(os.path.join(state, "tree"))
+        shutil.rmtree(state)
+
+
+def _listen(opened: volume.Volume) -> socket.socket:
+    """The control socket. Raises VolumeError, OSError."""
+    directory = control.make_runtime_directory(os.geteuid())
+    path = os.path.join(directory, f"{opened.identity.volume}.sock")
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    listener.bind(path)
+    os.chmod(path, 0o666)
+    listener.listen(64)
+    return listener
+
+
+def _stop_listening(listener: socket.socket) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(listener.getsockname())
+    listener.close()
+
+
+def _raise_limits() -> None:
+    """Let the server hold as many descriptors as it may."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,361 @@
+"""The supervisor: holds the lock and the control socket, and keeps a mount server and a mover running.
+
+A mover that dies is replaced at once, later after a growing pause, and the server gets a new link. When the
+server dies the mount is detached and made anew with a new pair of processes. An unmount, by whomever, ends
+the server in order, and then all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import selectors
+import signal
+import socket
+import stat
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from types import FrameType
+
+from tierfs import channel, volume, wire
+from tierfs.errors import TierError, VolumeError
+from tierfs.fuse import mounting
+from tierfs.index import Index
+from tierfsd.children import Child
+from tierfsd.logs import LogFile
+
+log = logging.getLogger("supervisor")
+
+READY_SECONDS = 60.0
+_MOVER_PAUSES = (0.0, 0.1, 0.5, 2.0, 10.0, 30.0)
+_SERVER_DEATHS = 5  # in quick succession; then the volume is given up
+_BUSY_SECONDS = 10.0  # how long an orderly stop waits for the last open file
+_EXIT_SECONDS = 20.0  # for a child that was asked to end
+
+
+@dataclass
+class Plan:
+    """What to mount and how. `options` are those of `-o`."""
+
+    volume: volume.Volume
+    mountpoint: str
+    binding: str = "auto"
+    options: list[str] = field(default_factory=list)
+
+
+class Supervisor:
+    """Runs one mounted volume in one thread. Use `start`, then `run`."""
+
+    def __init__(self, plan: Plan, lock_fd: int, listener: socket.socket, logfile: LogFile) -> None:
+        self._plan = plan
+        self._lock_fd = lock_fd
+        self._listener = listener
+        self._logfile = logfile
+        self._selector = selectors.DefaultSelector()
+        self._log_read, self._log_write = os.pipe()
+        self._log_rest = b""
+        self._server = Child("server", "tierfsd.mount_server", self._log_write)
+        self._mover = Child("mover", "tierfsd.mover", self._log_write)
+        self._channel: channel.Channel | None = None
+        self._fuse_fd = -1
+        self._ready = False
+        self._clean = False
+        self._mover_due = 0.0
+        self._signals: list[int] = []
+
+    # --- starting ----------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Mount, and return when the mount answers. Raises TierError, OSError."""
+        os.set_blocking(self._log_read, False)
+        self._selector.register(self._log_read, selectors.EVENT_READ, self._pump_log)
+        self._catch_signals()
+        try:
+            self._mount()
+        except BaseException:
+            self._end_children()
+            self._detach()
+            raise
+        self._publish()
+
+    def _mount(self) -> None:
+        """Begin a session, mount, start both processes, and wait for the server to answer the kernel."""
+        epoch = self._begin_session()
+        self._ready = self._clean = False
+        plan = self._plan
+        with _writable(plan.mountpoint):
+            self._fuse_fd = mounting.mount(plan.mountpoint, plan.volume.identity.volume, plan.options)
+        ours, theirs = channel.make_pair()
+        self._channel = channel.Channel(ours, server=False)
+        self._selector.register(ours, selectors.EVENT_READ, self._hear_server)
+        arguments = {"state": plan.volume.state, "fuse-fd": self._fuse_fd, "channel-fd": theirs.fileno(),
+                     "epoch": epoch}  # fmt: skip
+        with theirs:
+            self._server.start(arguments, [self._fuse_fd, theirs.fileno(), self._lock_fd])
+        self._start_mover()
+        self._wait(lambda: self._ready or not self._server.alive(), READY_SECONDS)
+        if not self._ready:
+            self._drain_log()
+            reason = self._logfile.last_error or f"see {self._logfile.path}"
+            raise VolumeError(f"{plan.mountpoint}: the mount server did not start: {reason}")
+
+    def _begin_session(self) -> int:
+        with Index.open(self._plan.volume.path("index")) as index, open(
+            "/proc/sys/kernel/random/boot_id", encoding="ascii"
+        ) as file:
+            return index.begin_session(file.read().strip()).epoch
+
+    def _end_session(self) -> None:
+        with Index.open(self._plan.volume.path("index")) as index:
+            index.end_session()
+
+    def _start_mover(self) -> None:
+        assert self._channel is not None
+        server_end, mover_end = wire.make_pair()
+        with server_end, mover_end:
+            control_fd = self._listener.fileno()
+            link_fd = mover_end.fileno()
+            arguments = {"state": self._plan.volume.state, "link-fd": link_fd, "control-fd": control_fd}
+            self._mover.start(arguments, [link_fd, control_fd, self._lock_fd])
+            with contextlib.suppress(OSError):  # the server's death is noticed by itself
+                self._channel.send(channel.NewMover(), [server_end.fileno()])
+
+    def _publish(self) -> None:
+        """Write down for the mover (status) and for people who we are."""
+        volume.write_runtime(
+            self._plan.volume.state,
+            {
+                "mountpoint": self._plan.mountpoint,
+                "pids": {"supervisor": os.getpid(), "server": self._server.pid, "mover": self._mover.pid},
+                "mover_deaths": self._mover.total_deaths,
+                "server_deaths": self._server.total_deaths,
+            },
+        )
+
+    # --- running -----------------------------------------------------------------------------------------
+
+    def run(self) -> int:
+        """Keep it running until it is unmounted or told to stop. Returns the exit code."""
+        while True:
+            self._wait(self._eventful, self._pause())
+            if signal.SIGHUP in self._signals:
+                self._signals.remove(signal.SIGHUP)
+                self._mover.signal(signal.SIGHUP)
+            if self._signals:
+                return self._stop()
+            status = self._server.reap()
+            if status is not None:
+                if status == 0 and self._clean:
+                    return self._finish()
+                if not self._revive(status):
+                    return 1
+            self._look_after_mover()
+
+    def _eventful(self) -> bool:
+        mover_due = not self._mover.pid and time.monotonic() >= self._mover_due
+        mover_dead = bool(self._mover.pid) and not self._mover.alive()
+        return bool(self._signals) or not self._server.alive() or mover_due or mover_dead
+
+    def _pause(self) -> float | None:
+        """How long to wait for an event at most; None: for ever (a child's end is an event: SIGCHLD)."""
+        return None if self._mover.pid else max(0.0, self._mover_due - time.monotonic())
+
+    def _look_after_mover(self) -> None:
+        status = self._mover.reap()
+        if status is not None:
+            self._mover.died()
+            pause = _MOVER_PAUSES[min(self._mover.deaths, len(_MOVER_PAUSES)) - 1]
+            self._mover_due = time.monotonic() + pause
+            log.error("the mover %s; starting another in %.1f s", _how(status), pause)
+        if not self._mover.pid and time.monotonic() >= self._mover_due:
+            self._start_mover()
+            self._publish()
+
+    def _revive(self, status: int) -> bool:
+        """The server has died: detach the mount and make it anew. False where that was tried too often."""
+        self._server.died()
+        log.error("the mount server %s; mounting anew", _how(status))
+        self._end_mover()
+        self._detach()
+        if self._server.deaths > _SERVER_DEATHS:
+            log.critical("the mount server keeps dying: giving up; see the lines above")
+            return False
+        try:
+            self._mount()
+        except (TierError, OSError) as exc:
+            log.critical("the volume cannot be mounted anew: %s", exc)
+            self._end_children()
+            self._detach()
+            return False
+        self._publish()
+        return True
+
+    # --- ending ------------------------------------------------------------------------------------------
+
+    def _stop(self) -> int:
+        """Asked to end: unmount, waiting a little for what is open; then without regard to it."""
+        log.info("stopping")
+        notify("STOPPING=1")
+        deadline = time.monotonic() + _BUSY_SECONDS
+        while self._server.alive() and time.monotonic() < deadline:
+            try:
+                mounting.unmount(self._plan.mountpoint)
+            except OSError as exc:
+                log.debug("not yet unmounted: %s", exc)
+            self._wait(lambda: not self._server.alive(), 0.5)
+        if not self._server.alive():
+            return self._finish() if self._server.reap() == 0 and self._clean else self._give_up()
+        log.warning("files are still open: detaching the mount")
+        self._detach_mount()
+        self._wait(lambda: not self._server.alive(), _BUSY_SECONDS / 2)
+        if self._server.reap() == 0 and self._clean:
+            return self._finish()
+        return self._give_up()
+
+    def _give_up(self) -> int:
+        """End without a clean session: after the next start every copy is proven anew."""
+        self._end_children()
+        self._detach()
+        log.warning("ended while files were open")
+        return 0
+
+    def _finish(self) -> int:
+        """Unmounted, with no file open: end in order."""
+        self._end_mover()
+        self._drain_log()
+        self._end_session()
+        self._detach()
+        log.info("unmounted")
+        return 0
+
+    def _end_mover(self) -> None:
+        self._mover.signal(signal.SIGTERM)
+        self._wait(lambda: not self._mover.alive(), _EXIT_SECONDS)
+        if self._mover.alive():
+            log.error("the mover did not end within %.0f s: killed", _EXIT_SECONDS)
+        self._mover.kill()
+
+    def _end_children(self) -> None:
+        self._end_mover()
+        self._server.signal(signal.SIGTERM)
+        self._wait(lambda: not self._server.alive(), _EXIT_SECONDS / 4)
+        self._server.kill()
+        self._drain_log()
+
+    def _detach(self) -> None:
+        """Let go of the mount, whatever its state."""
+        if self._channel is not None:
+            self._selector.unregister(self._channel)
+            self._channel.close()
+            self._channel = None
+        self._detach_mount()
+        if self._fuse_fd >= 0:
+            os.close(self._fuse_fd)
+            self._fuse_fd = -1
+
+    def _detach_mount(self) -> None:
+        with contextlib.suppress(OSError):
+            mounting.unmount(self._plan.mountpoint, lazy=True)
+
+    # --- events ------------------------------------------------------------------------------------------
+
+    def _catch_signals(self) -> None:
+        reading, writing = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+        self._selector.register(reading, selectors.EVENT_READ, lambda: os.read(reading, 4096))
+
+        def note(number: int, _frame: FrameType | None) -> None:
+            self._signals.append(number)
+
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, note)
+        signal.signal(signal.SIGCHLD, lambda _number, _frame: None)
+
+    def _wait(self, until: Callable[[], bool], timeout: float | None) -> None:
+        """Handle events until the condition holds or the time is up."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while not until():
+            left = None if deadline is None else deadline - time.monotonic()
+            if left is not None and left <= 0:
+                return
+            for key, _ in self._selector.select(left):
+                key.data()
+
+    def _hear_server(self) -> None:
+        assert self._channel is not None
+        try:
+            received = self._channel.receive()
+        except BlockingIOError:
+            return
+        except OSError:
+            received = None
+        if received is None:
+            self._selector.unregister(self._channel)
+            self._channel.close()
+            return
+        message, fds = received
+        for fd in fds:
+            os.close(fd)
+        if isinstance(message, channel.Ready):
+            self._ready = True
+        elif isinstance(message, channel.Stopped):
+            self._clean = message.clean
+
+    def _pump_log(self) -> bool:
+        """Move lines from the pipe of the children to the log file; False where there are none."""
+        try:
+            data = os.read(self._log_read, 65536)
+        except BlockingIOError:
+            return False
+        lines, separator, self._log_rest = (self._log_rest + data).rpartition(b"\n")
+        if separator:
+            self._logfile.append(lines + separator)
+        return True
+
+    def _drain_log(self) -> None:
+        """Take over what dead children have left in the pipe."""
+        while self._pump_log():
+            pass
+
+
+@contextlib.contextmanager
+def _writable(mountpoint: str) -> Iterator[None]:
+    """fusermount3 wants a mountpoint that its user may write to; beneath the mount it is as it was before."""
+    if os.geteuid() == 0:
+        yield
+        return
+    fd = os.open(mountpoint, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        status = os.fstat(fd)
+        mode = stat.S_IMODE(status.st_mode)
+        closed = status.st_uid == os.geteuid() and not mode & stat.S_IWUSR
+        if closed:
+            os.fchmod(fd, mode | stat.S_IWUSR)
+        try:
+            yield
+        finally:
+            if closed:
+                os.fchmod(fd, mode)
+    finally:
+        os.close(fd)
+
+
+def _how(status: int) -> str:
+    """How a child ended, in words."""
+    if status >= 0:
+        return f"ended with exit code {status}"
+    return f"was killed by {signal.Signals(-status).name}"
+
+
+def notify(state: str) -> None:
+    """Tell the service manager, where one wants to know (sd_notify)."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+        try:
+            sock.sendto(state.encode(), "\0" + address[1:] if address[0] == "@" else address)
+        except OSError as exc:
+            log.warning("the service manager cannot be told %s: %s", state, exc)

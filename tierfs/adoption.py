@@ -1,0 +1,158 @@
+"""Turning a directory into a volume by one rename, and back.
+
+`adopting.json` in the state directory is the intent, written before anything moves and removed at the end:
+    {directory, ino, mode}. Written by `begin`, resolved by `finish`, which `adopt` and `mount` both call.
+What a crash leaves: nothing moved yet (the directory is where it was: adopt again), or the directory is the
+backing tree and its old place is empty (the mountpoint is made then).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import stat
+from typing import Any
+
+from tierfs import locate, volume
+from tierfs.errors import VolumeError
+
+_INTENT = "adopting.json"
+_MOUNTPOINT_MODE = 0o555  # no program may write beneath the mount when it is not mounted
+
+
+def check_directory(directory: str, state: str) -> None:
+    """Refuse a directory that cannot be adopted. Both are absolute real paths. Raises VolumeError."""
+    try:
+        status = os.lstat(directory)
+    except FileNotFoundError as exc:
+        raise VolumeError(f"{directory}: does not exist") from exc
+    if not stat.S_ISDIR(status.st_mode):
+        raise VolumeError(f"{directory}: is not a directory")
+    if directory == "/":
+        raise VolumeError("/: the root directory cannot be adopted")
+    if os.geteuid() not in (0, status.st_uid):
+        raise VolumeError(f"{directory}: belongs to another user: act as its owner or as root")
+    for mount in locate.read_mounts():
+        if locate.is_under(mount.mountpoint, directory):
+            what = "is" if mount.mountpoint == directory else "contains"
+            raise VolumeError(f"{directory}: {what} a mountpoint ({mount.mountpoint}): unmount that first")
+    if locate.is_under(state, directory):
+        raise VolumeError(f"{state}: the state directory lies inside the directory: choose another --state")
+    if os.stat(_existing_parent(state)).st_dev != status.st_dev:
+        raise VolumeError(f"{state}: is on another filesystem than {directory}: choose another --state")
+
+
+def _existing_parent(path: str) -> str:
+    while not os.path.isdir(path):
+        path = os.path.dirname(path)
+    return path
+
+
+def begin(directory: str, state: str) -> None:
+    """Write the intent, durably. Raises VolumeError, OSError."""
+    volume.make_state(state)
+    if os.path.isdir(os.path.join(state, "tree")):
+        raise VolumeError(f"{state}: already holds a volume: mount it with `tierfs mount --state`")
+    status = os.stat(directory)
+    intent = {"directory": directory, "ino": status.st_ino}
+    path = os.path.join(state, _INTENT)
+    with open(path + ".new", "w", encoding="ascii") as file:
+        json.dump(intent, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(path + ".new", path)
+    volume.sync_directory(state)
+    volume.sync_directory(os.path.dirname(state))
+
+
+def move(directory: str, state: str) -> None:
+    """The one rename: the directory becomes the backing tree. Raises OSError."""
+    os.rename(directory, os.path.join(state, "tree"))
+
+
+def finish(directory: str, state: str) -> None:
+    """Bring an adoption that was begun to its end: the mountpoint in the old place, and no intent.
+
+    Does nothing where there is no intent, or nothing has been moved yet. Raises VolumeError, OSError.
+    """
+    intent = read_intent(state)
+    tree = os.path.join(state, "tree")
+    if intent is None or intent["directory"] != directory or not os.path.isdir(tree):
+        return
+    try:
+        os.mkdir(directory, 0o755)
+    except FileExistsError:
+        if os.listdir(directory):
+            raise VolumeError(
+                f"{directory}: was filled while its content is in {tree}: empty it, then try again"
+            ) from None
+    if os.geteuid() == 0:
+        status = os.stat(tree)
+        os.chown(directory, status.st_uid, status.st_gid)
+    os.chmod(directory, _MOUNTPOINT_MODE)
+    volume.sync_directory(os.path.dirname(directory))
+    volume.sync_directory(state)
+    os.unlink(os.path.join(state, _INTENT))
+
+
+def read_intent(state: str) -> dict[str, Any] | None:
+    """The adoption under way in a state directory, if there is one. Raises VolumeError."""
+    path = os.path.join(state, _INTENT)
+    try:
+        with open(path, "rb") as file:
+            intent = json.load(file)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as exc:
+        raise VolumeError(f"{path}: cannot be read: {exc}") from exc
+    return intent if isinstance(intent, dict) and "directory" in intent else None
+
+
+def cancel(state: str) -> None:
+    """Forget an intent of which nothing has happened yet. Raises OSError."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(os.path.join(state, _INTENT))
+
+
+def find_stubs(tree: str, limit: int = 10) -> list[str]:
+    """Paths of files (at most `limit`) whose content is not all in the backing tree. Raises OSError."""
+    stubs: list[str] = []
+    for path, names in _files(tree):
+        for name in names:
+            whole = os.path.join(path, name)
+            if _attributes(whole) & {"trusted.tierfs", "user.tierfs"}:
+                stubs.append(os.path.relpath(whole, tree))
+                if len(stubs) == limit:
+                    return stubs
+    return stubs
+
+
+def strip(tree: str) -> None:
+    """Remove TierFS's own attributes (pins) from a tree without stubs. Raises OSError."""
+    for path, names in _files(tree):
+        for whole in [path, *(os.path.join(path, name) for name in names)]:
+            for attribute in _attributes(whole) & {"trusted.tierfs_pin", "user.tierfs_pin"}:
+                os.removexattr(whole, attribute, follow_symlinks=False)
+
+
+def give_back(directory: str, state: str) -> None:
+    """Put the backing tree in the place of the (empty, unmounted) mountpoint. Raises OSError."""
+    os.rename(os.path.join(state, "tree"), directory)
+    volume.sync_directory(os.path.dirname(directory))
+    volume.sync_directory(state)
+
+
+def _files(tree: str) -> list[tuple[str, list[str]]]:
+    def refuse(error: OSError) -> None:
+        raise error
+
+    return [(path, names) for path, _, names in os.walk(tree, onerror=refuse)]
+
+
+def _attributes(path: str) -> set[str]:
+    try:
+        return set(os.listxattr(path, follow_symlinks=False))
+    except OSError as exc:
+        # A file that its owner may not read: only root's attributes could be hidden there.
+        raise VolumeError(f"{path}: its attributes cannot be read: {exc.strerror}") from exc

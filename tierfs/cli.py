@@ -1,0 +1,123 @@
+"""The `tierfs` command: finds the subcommand, and turns every error into one line and an exit code.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import sys
+import time
+
+import click
+
+from tierfs import __version__
+from tierfs.errors import TierError, UsageError
+
+# subcommand -> (module of tierfs.commands, function, its line in --help)
+_COMMANDS = {
+    "mount": ("mount", "mount", "Mount a volume, creating it where there is none."),
+    "umount": ("mount", "umount", "Unmount a volume and end its daemon."),
+    "status": ("show", "status", "Show what a volume, or a path, is and does."),
+    "ls": ("show", "ls", "List names with tier, size, heat and pin."),
+    "pin": ("orders", "pin", "Keep files and directories on the local disk."),
+    "unpin": ("orders", "unpin", "Let pinned files and directories drift again."),
+    "pins": ("show", "pins", "List what is pinned."),
+    "demote": ("orders", "demote", "Move files to the store now."),
+    "fetch": ("orders", "fetch", "Bring files back to the local disk now."),
+    "adopt": ("home", "adopt", "Turn an existing directory into a mounted volume."),
+    "leave": ("home", "leave", "Turn a volume back into a plain directory."),
+    "check": ("check", "check", "Compare a volume's tree, index and store."),
+}
+
+
+class _Lazy(click.Group):
+    """Subcommands whose modules are imported on use."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        module, function, _ = _COMMANDS[cmd_name]
+        command: click.Command = getattr(importlib.import_module(f"tierfs.commands.{module}"), function)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, _, line) in _COMMANDS.items()])
+
+
+@click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="tierfs")
+def tierfs() -> None:
+    """A home directory that keeps what you use on the local disk and lets the rest drift to S3."""
+
+
+def main() -> None:
+    """Entry point of the command. Always ends by SystemExit."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    sys.exit(_run())
+
+
+def _run() -> int:
+    try:
+        result = tierfs.main(standalone_mode=False, prog_name="tierfs")
+        sys.stdout.flush()
+        return result if isinstance(result, int) else 0
+    except click.exceptions.Exit as exc:
+        return exc.exit_code
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        return 130
+    except click.exceptions.NoArgsIsHelpError as exc:
+        click.echo(exc.format_message())
+        return 2
+    except click.ClickException as exc:
+        where = exc.ctx.command_path if isinstance(exc, click.UsageError) and exc.ctx else "tierfs"
+        return _fail(f"{exc.format_message()}: see `{where} --help`", exc.exit_code)
+    except UsageError as exc:
+        return _fail(str(exc), 2)
+    except TierError as exc:
+        return _fail(str(exc), 1)
+    except BrokenPipeError:
+        # Whoever read our output has gone; nothing more may be written, at exit neither.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as exc:
+        named = f"{exc.filename}: " if exc.filename else ""
+        return _fail(f"{named}{exc.strerror or exc}", 1)
+    except Exception as exc:
+        return _fail(f"internal error ({type(exc).__name__}): {_keep_traceback()}", 1)
+
+
+def _fail(message: str, code: int) -> int:
+    line = message.replace("\n", " ").rstrip(".")
+    with contextlib.suppress(OSError):
+        print(f"tierfs: {line}", file=sys.stderr, flush=True)
+    return code
+
+
+def _keep_traceback() -> str:
+    """Write the traceback of the present exception to a file, and say where it is."""
+    import traceback
+
+    state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+    directory = "/var/lib/tierfs" if os.geteuid() == 0 else os.path.join(state, "tierfs")
+    path = os.path.join(directory, "cli.log")
+    try:
+        os.makedirs(directory, mode=0o755 if os.geteuid() == 0 else 0o700, exist_ok=True)
+        fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        with open(fd, "a", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {sys.argv!r}\n{traceback.format_exc()}\n")
+    except OSError as exc:
+        return f"its log cannot be written to {path}: {exc.strerror}"
+    return f"see {path}"
+
+
+if __name__ == "__main__":
+    main()

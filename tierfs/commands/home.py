@@ -1,0 +1,127 @@
+"""adopt and leave: a directory becomes a volume by one rename, and a directory again by another."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+
+import click
+
+from tierfs import adoption, control, launch, locate, terminal, volume
+from tierfs.commands.mount import clear_dead_mount, daemon_arguments, mounted_at, unmount
+from tierfs.commands.orders import converse_with_bar
+from tierfs.errors import TierError, VolumeError
+
+
+@click.command()
+@click.option("--store", metavar="URL", help="s3://bucket/prefix or file:///path.")
+@click.option("--state", metavar="DIR", type=click.Path(), help="Where the volume keeps its local data.")
+@click.argument("directory", type=click.Path())
+def adopt(store: str | None, state: str | None, directory: str) -> None:
+    """Turn DIRECTORY into a volume, by one rename, and mount it in the same place."""
+    real = os.path.realpath(directory)
+    where = os.path.realpath(state) if state else volume.adopted_state(real)
+    clear_dead_mount(real)
+    launch.launch([*daemon_arguments(real, where, store), "--adopt"], real)
+
+
+@click.command()
+@click.argument("directory", type=click.Path())
+def leave(directory: str) -> None:
+    """Fetch everything, unmount, and make DIRECTORY a plain directory again."""
+    real = os.path.realpath(directory)
+    clear_dead_mount(real)
+    if locate.mount_at(real, locate.read_mounts()) is None:
+        state = volume.find_state(real, None)
+    else:
+        state = _bring_home(mounted_at(real))
+    _give_back(real, state)
+
+
+def _bring_home(mount: locate.Mount) -> str:
+    """Fetch everything and unmount; nothing has changed where this fails. Returns the state directory.
+
+    Raises VolumeError.
+    """
+    status = _status(mount)
+    _check_room(mount, status)
+    # A pin on the root keeps the mover from demoting again what has just come back.
+    pinned_before = any(item == b"" for item in _pins(mount))
+    try:
+        _must(mount, control.SetPin([b""], True), "Pinning")
+        _must(mount, control.Fetch([b""], True), "Fetching")
+        unmount(mount)
+    except BaseException:
+        if not pinned_before:
+            with contextlib.suppress(TierError):
+                _must(mount, control.SetPin([b""], False), "Unpinning")
+        raise
+    return status.state
+
+
+def _status(mount: locate.Mount) -> control.Status:
+    for answer in control.converse(mount, control.GetStatus()):
+        if isinstance(answer, control.Status):
+            return answer
+    raise VolumeError(f"{mount.mountpoint}: its daemon gave no status: try again")
+
+
+def _pins(mount: locate.Mount) -> list[bytes]:
+    return [
+        answer.path
+        for answer in control.converse(mount, control.GetPins())
+        if isinstance(answer, control.Facts)
+    ]
+
+
+def _must(mount: locate.Mount, request: control.Request, title: str) -> None:
+    """Carry out a request of which nothing may fail. Raises VolumeError."""
+    done = converse_with_bar(mount, request, title)
+    failed = [(os.fsdecode(item.path), item.reason) for item in done.stayed if item.failed]
+    if failed:
+        terminal.complain_all(failed)
+        raise VolumeError(
+            f"{mount.mountpoint}: {len(failed)} files are still only in the store: nothing was changed;"
+            " try again when the store answers"
+        )
+
+
+def _check_room(mount: locate.Mount, status: control.Status) -> None:
+    try:
+        same = os.stat(status.state).st_dev == os.stat(os.path.dirname(mount.mountpoint)).st_dev
+        free = os.statvfs(status.state)
+    except OSError as exc:
+        raise VolumeError(f"{status.state}: cannot be read: act as the volume's owner or as root") from exc
+    if not same:
+        raise VolumeError(
+            f"{mount.mountpoint}: its content is on another filesystem ({status.state}): copy it with `cp -a`"
+        )
+    missing = status.total_bytes - status.local_bytes
+    if missing > free.f_bavail * free.f_frsize:
+        raise VolumeError(
+            f"{mount.mountpoint}: {terminal.size(missing)} must be fetched, but only"
+            f" {terminal.size(free.f_bavail * free.f_frsize)} are free: make room first"
+        )
+
+
+def _give_back(directory: str, state: str) -> None:
+    """With nothing mounted: verify, rename back, remove the state directory. Raises VolumeError, OSError."""
+    home = volume.load(state)
+    lock = volume.lock(state)
+    try:
+        tree = home.path("tree")
+        adoption.finish(directory, state)
+        if os.path.isdir(tree):
+            stubs = adoption.find_stubs(tree)
+            if stubs:
+                raise VolumeError(
+                    f"{directory}: {terminal.shown(stubs[0])} is only in the store: mount it, then try again"
+                )
+            adoption.strip(tree)
+            adoption.give_back(directory, state)
+        shutil.rmtree(state)
+    finally:
+        os.close(lock)
+    if not home.store_url.startswith(f"file://{state}/"):
+        click.echo(f"The copies are left in {home.store_url}: delete them when you no longer want them.")

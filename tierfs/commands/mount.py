@@ -1,0 +1,172 @@
+"""mount and umount."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import subprocess
+import sys
+
+import click
+
+from tierfs import config, control, launch, locate, terminal, volume
+from tierfs.errors import ConfigError, TierError, UsageError, VolumeError
+
+_END_SECONDS = 120.0
+
+
+@click.command()
+@click.option("--store", metavar="URL", help="s3://bucket/prefix or file:///path.")
+@click.option("--state", metavar="DIR", type=click.Path(), help="Where the volume keeps its local data.")
+@click.option("--local-limit", metavar="SIZE", help='Most bytes kept locally, like "20G".')
+@click.option("--binding", type=click.Choice(["auto", "kernel", "fusepy"]), default="auto", show_default=True)
+@click.option("--foreground", is_flag=True, help="Stay in the foreground, for service managers.")
+@click.option("-o", "options", metavar="OPTS", multiple=True, help="Mount options, separated by commas.")
+@click.argument("mountpoint", type=click.Path())
+def mount(
+    store: str | None,
+    state: str | None,
+    local_limit: str | None,
+    binding: str,
+    foreground: bool,
+    options: tuple[str, ...],
+    mountpoint: str,
+) -> None:
+    """Mount the volume of MOUNTPOINT there, creating it where there is none."""
+    if local_limit is not None and local_limit != "none":
+        try:
+            config.parse_size(local_limit)
+        except ValueError as exc:
+            raise UsageError(f"--local-limit: {exc}") from exc
+    real = os.path.realpath(mountpoint)
+    where = volume.find_state(real, state)
+    clear_dead_mount(real)
+    arguments = daemon_arguments(real, where, store, local_limit, binding, options)
+    if foreground:
+        os.execv(sys.executable, launch.command([*arguments, "--foreground"]))
+    launch.launch(arguments, real)
+
+
+def daemon_arguments(
+    mountpoint: str,
+    state: str,
+    store: str | None = None,
+    local_limit: str | None = None,
+    binding: str = "auto",
+    options: tuple[str, ...] = (),
+) -> list[str]:
+    """The daemon's command line. Raises UsageError for a store that is none."""
+    arguments = ["--state", state, "--mountpoint", mountpoint, "--binding", binding]
+    if store is not None:
+        arguments += ["--store", store_url(store)]
+    if local_limit is not None:
+        arguments += ["--local-limit", local_limit]
+    for option in options:
+        arguments += ["-o", option]
+    return arguments
+
+
+def store_url(given: str) -> str:
+    """The URL of a store as the daemon takes it. Raises UsageError."""
+    try:
+        config.parse(config.default_text(store=given))
+    except ConfigError as exc:
+        raise UsageError(f"--store: {given!r} is no store: use s3://bucket/prefix or file:///path") from exc
+    return given
+
+
+def clear_dead_mount(mountpoint: str) -> None:
+    """Detach a TierFS mount whose daemon is gone, which would answer nothing for ever. Raises VolumeError."""
+    found = locate.mount_at(mountpoint, locate.read_mounts())
+    if found is None or not found.volume:
+        return
+    try:
+        control.connect(found).close()
+    except VolumeError:
+        detach(mountpoint)
+
+
+@click.command()
+@click.option("--wait", is_flag=True, help="First wait until everything is in the store.")
+@click.argument("mountpoint", type=click.Path())
+def umount(wait: bool, mountpoint: str) -> None:
+    """Unmount MOUNTPOINT and end its daemon."""
+    found = mounted_at(mountpoint)
+    if wait:
+        drain(found)
+    unmount(found)
+
+
+def mounted_at(mountpoint: str) -> locate.Mount:
+    """The TierFS mount at a mountpoint. Raises VolumeError."""
+    found = locate.mount_at(os.path.realpath(mountpoint), locate.read_mounts())
+    if found is None or not found.volume:
+        raise VolumeError(f"{mountpoint}: is no mounted TierFS volume: `tierfs status` lists those that are")
+    return found
+
+
+def drain(mount: locate.Mount) -> None:
+    """Wait, with a progress bar, until all is in the store. Raises VolumeError where something cannot leave."""
+    with terminal.bar("Copying to the store") as bar:
+        for answer in control.converse(mount, control.Drain()):
+            if isinstance(answer, control.Progress):
+                bar.show(answer)
+            elif isinstance(answer, control.Done):
+                done = answer
+    if done.stayed:
+        at = os.fsencode(mount.mountpoint)
+        lines = [(os.fsdecode(os.path.join(at, item.path)), item.reason) for item in done.stayed]
+        terminal.complain_all(lines)
+        raise VolumeError(
+            f"{mount.mountpoint}: {len(lines)} files are not in the store: close them, or leave out --wait"
+        )
+
+
+def unmount(mount: locate.Mount) -> None:
+    """Unmount, and wait until the daemon has ended. Raises VolumeError (busy, not permitted)."""
+    supervisor = _daemon_of(mount)
+    try:
+        if os.geteuid() == 0:
+            command = ["umount", "-i", "--", mount.mountpoint]
+        else:
+            command = ["fusermount3", "-u", "--", mount.mountpoint]
+        _run(command, mount.mountpoint)
+        if supervisor is not None and not select.select([supervisor], [], [], _END_SECONDS)[0]:
+            raise VolumeError(f"{mount.mountpoint}: is unmounted, but its daemon still runs: see its log")
+    finally:
+        if supervisor is not None:
+            os.close(supervisor)
+
+
+def detach(mountpoint: str) -> None:
+    """Take a dead mount out of the way. Raises VolumeError."""
+    command = ["umount", "-i", "-l"] if os.geteuid() == 0 else ["fusermount3", "-uz"]
+    _run([*command, "--", mountpoint], mountpoint)
+
+
+def _daemon_of(mount: locate.Mount) -> int | None:
+    """A descriptor that becomes readable when the supervisor has ended; None where none answers."""
+    with contextlib.suppress(TierError, ProcessLookupError):
+        for answer in control.converse(mount, control.GetStatus()):
+            if isinstance(answer, control.Status) and answer.pids.get("supervisor"):
+                return os.pidfd_open(answer.pids["supervisor"])
+    return None
+
+
+def _run(command: list[str], mountpoint: str) -> None:
+    environment = {**os.environ, "LC_ALL": "C"}
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    except FileNotFoundError as exc:
+        raise VolumeError(f"{mountpoint}: {command[0]} is not installed: install the package fuse3") from exc
+    if result.returncode == 0:
+        return
+    said = result.stderr.strip().splitlines()[-1:] or [f"{command[0]} failed"]
+    if "busy" in said[0]:
+        raise VolumeError(
+            f"{mountpoint}: is busy: close what is open in it (`fuser -vm {mountpoint}` names the processes)"
+        )
+    if "not permitted" in said[0] or "must be superuser" in said[0]:
+        raise VolumeError(f"{mountpoint}: only root and the user who mounted it may unmount it")
+    raise VolumeError(f"{mountpoint}: cannot be unmounted: {said[0].split(': ')[-1]}")

@@ -1,0 +1,162 @@
+"""status, ls and pins: commands that only show."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from tierfs import control, locate, terminal
+from tierfs.errors import PathError, TierError
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+@click.argument("paths", nargs=-1, type=click.Path())
+def status(as_json: bool, paths: tuple[str, ...]) -> int:
+    """Show sizes, tiers, queue and errors of volumes, or tier, heat and pin of a PATH in one."""
+    mounts = locate.read_mounts()
+    documents: list[dict[str, Any]] = []
+    failed = False
+    if not paths:
+        paths = tuple(mount.mountpoint for mount in locate.tier_mounts())
+        if not paths and not as_json:
+            click.echo("No TierFS volume is mounted.")
+    for path in paths:
+        try:
+            place = locate.locate(path, mounts)
+            document = _volume_document(place.mount) if not place.relative else _path_document(path, place)
+        except TierError as exc:
+            if len(paths) == 1:
+                raise
+            terminal.complain(path, str(exc).removeprefix(f"{path}: "))
+            failed = True
+            continue
+        documents.append(document)
+        if not as_json:
+            (_print_volume if "mountpoint" in document else _print_path)(document)
+    if as_json:
+        single = len(documents) == 1 and len(click.get_current_context().params["paths"]) == 1
+        terminal.print_json(documents[0] if single else documents)
+    return 1 if failed else 0
+
+
+def _volume_document(mount: locate.Mount) -> dict[str, Any]:
+    for answer in control.converse(mount, control.GetStatus()):
+        if isinstance(answer, control.Status):
+            return {"mountpoint": mount.mountpoint, **control.to_json(answer)}
+    raise PathError(f"{mount.mountpoint}: its daemon gave no status: try again")
+
+
+def _path_document(path: str, place: locate.Place) -> dict[str, Any]:
+    facts = _facts(place, control.GetFacts([place.relative]), path)
+    return {**facts[0], "path": os.path.abspath(path)}
+
+
+def _facts(place: locate.Place, request: control.Request, path: str) -> list[dict[str, Any]]:
+    """The facts that a request is answered with. Raises PathError where a path was refused."""
+    found = []
+    for answer in control.converse(place.mount, request):
+        if isinstance(answer, control.Facts):
+            found.append(control.to_json(answer))
+        elif isinstance(answer, control.Done) and answer.stayed:
+            raise PathError(f"{path}: {answer.stayed[0].reason}")
+    return found
+
+
+def _print_path(document: dict[str, Any]) -> None:
+    state = ", ".join(
+        word
+        for word, on in (
+            (document["tier"], True),
+            ("pinned", document["pinned"]),
+            ("not yet in the store", document["dirty"]),
+        )
+        if on
+    )
+    click.echo(f"{terminal.shown(document['path'])}: {state}")
+    if document["tier"] in ("directory", "other"):
+        return
+    local, size = terminal.size(document["local_bytes"]), terminal.size(document["size"])
+    click.echo(f"  size   {size}, {local} of it local")
+    click.echo(f"  heat   {document['heat']:.2f}")
+    click.echo(f"  copy   {document['copy'] or 'none'}")
+    if document["reason"]:
+        click.echo(f"  error  {document['reason']}")
+
+
+def _print_volume(document: dict[str, Any]) -> None:
+    size = terminal.size
+    limit = document["local_limit"]
+    of_limit = f" of {size(limit)}" if limit else ""
+    resident = document["files"] - document["stubs"]
+    lines = [
+        ("store", document["store"]),
+        ("state", document["state"]),
+        ("local", f"{size(document['local_bytes'])}{of_limit}; all content {size(document['total_bytes'])}"),
+        ("files", f"{document['files']}: {resident} local, {document['stubs']} stubs"),
+        ("to copy", f"{document['dirty_files']} files, {size(document['dirty_bytes'])}" + _since(document)),
+        ("queued", f"{document['queued']}"),
+        ("rates", f"up {size(int(document['upload_rate']))}/s, down {size(int(document['fetch_rate']))}/s"),
+        ("pids", ", ".join(f"{name} {pid}" for name, pid in document["pids"].items())),
+    ]
+    if document["verifying"]:
+        lines.append(("verifying", f"{document['verifying']} files after an unclean stop"))
+    lines += [("note", note) for note in document["notes"]]
+    for problem in document["errors"]:
+        at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(problem["at"]))
+        lines.append(("error", f"{at} {terminal.shown(problem['what'])}"))
+    click.echo(terminal.shown(document["mountpoint"]))
+    for name, text in lines:
+        click.echo(f"  {name:<9} {text}")
+
+
+def _since(document: dict[str, Any]) -> str:
+    oldest = document["oldest_dirty"]
+    return f", the oldest for {terminal.age(oldest)}" if oldest else ""
+
+
+@click.command("ls")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+@click.argument("path", default=".", type=click.Path())
+def ls(as_json: bool, path: str) -> None:
+    """List the names in PATH with tier, local and total size, heat and pin."""
+    place = locate.locate(path)
+    documents = _facts(place, control.ListNames(place.relative), path)
+    base = os.fsdecode(place.relative)
+    for document in documents:
+        document["name"] = os.path.relpath(document["path"], base) if document["path"] != base else path
+        document["path"] = os.path.join(place.mount.mountpoint, document["path"])
+    if as_json:
+        terminal.print_json(documents)
+        return
+    _print_table(documents, lambda document: str(document["name"]))
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+def pins(as_json: bool) -> None:
+    """List what is pinned in the mounted volumes."""
+    documents = []
+    for mount in locate.tier_mounts():
+        place = locate.Place(mount, b"")
+        for document in _facts(place, control.GetPins(), mount.mountpoint):
+            path = os.path.join(mount.mountpoint, document["path"]).rstrip("/")
+            documents.append({**document, "path": path})
+    if as_json:
+        terminal.print_json(documents)
+        return
+    _print_table(documents, lambda document: str(document["path"]))
+
+
+def _print_table(documents: list[dict[str, Any]], name: Callable[[dict[str, Any]], str]) -> None:
+    if documents:
+        click.echo(f"{'TIER':<10}{'LOCAL':>8}{'SIZE':>8}{'HEAT':>8}  PIN  NAME")
+    for document in documents:
+        pinned = "pin" if document["pinned"] else "-"
+        local, total = terminal.size(document["local_bytes"]), terminal.size(document["size"])
+        row = f"{document['tier']:<10}{local:>8}{total:>8}{document['heat']:>8.2f}  {pinned:<4}"
+        click.echo(f"{row} {terminal.shown(name(document))}")

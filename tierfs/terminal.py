@@ -1,0 +1,124 @@
+"""What commands show: sizes, names, lines on stderr, progress bars."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tierfs.control import Progress
+
+_NAMED = 50  # outcomes shown one by one
+
+
+def size(count: int) -> str:
+    """Bytes for people: 0, 512, 4.0K, 1.3G."""
+    value = float(count)
+    for unit in ("", "K", "M", "G", "T"):
+        if value < 1023.95:
+            return f"{value:.1f}{unit}" if unit else f"{count}"
+        value /= 1024
+    return f"{value:.1f}P"
+
+
+def age(seconds: float) -> str:
+    """A duration for people: 45 s, 12 min, 3 h, 5 d."""
+    for limit, unit, name in ((120, 1, "s"), (7200, 60, "min"), (172800, 3600, "h")):
+        if seconds < limit:
+            return f"{seconds / unit:.0f} {name}"
+    return f"{seconds / 86400:.0f} d"
+
+
+def shown(path: bytes | str) -> str:
+    """A name on one line: unprintable characters and bytes that are no UTF-8 as escapes."""
+    text = os.fsdecode(path)
+    if text.isprintable() and "\\" not in text:
+        return text
+    return "".join(char if char.isprintable() else _escaped(char) for char in text)
+
+
+def _escaped(char: str) -> str:
+    code = ord(char)
+    if 0xDC80 <= code <= 0xDCFF:
+        return f"\\x{code - 0xDC00:02x}"
+    return char.encode("unicode_escape").decode()
+
+
+def print_json(value: Any) -> None:
+    """One JSON document. Bytes that are no UTF-8 become lone surrogates, as `os.fsencode` takes them back."""
+    print(json.dumps(value, indent=2))
+
+
+def complain(path: str, reason: str) -> None:
+    """One line on stderr about one path."""
+    print(f"tierfs: {shown(path)}: {reason}", file=sys.stderr, flush=True)
+
+
+def complain_all(lines: list[tuple[str, str]]) -> None:
+    """Lines on stderr about (path, reason) pairs; many are cut short."""
+    for path, reason in lines[:_NAMED]:
+        complain(path, reason)
+    if len(lines) > _NAMED:
+        print(f"tierfs: … and {len(lines) - _NAMED} more", file=sys.stderr, flush=True)
+
+
+class Bar:
+    """A progress bar on stderr where that is a terminal, nothing elsewhere."""
+
+    def __init__(self, title: str) -> None:
+        self._title = title
+        self._progress: Any = None
+        self._task: Any = None
+
+    def show(self, progress: Progress) -> None:
+        """Draw how far it is."""
+        if not sys.stderr.isatty():
+            return
+        if self._progress is None:
+            self._begin()
+        by_bytes = progress.bytes_total > 0
+        name = shown(os.path.basename(progress.path))
+        self._progress.update(
+            self._task,
+            total=progress.bytes_total if by_bytes else progress.files_total,
+            completed=progress.bytes_done if by_bytes else progress.files_done,
+            files=f"{progress.files_done}/{progress.files_total}",
+            current=name if len(name) <= 30 else name[:29] + "…",
+        )
+
+    def _begin(self) -> None:
+        from rich import progress
+        from rich.console import Console
+
+        self._progress = progress.Progress(
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(),
+            progress.TextColumn("{task.fields[files]} files"),
+            progress.DownloadColumn(binary_units=True),
+            progress.TransferSpeedColumn(),
+            progress.TimeRemainingColumn(),
+            progress.TextColumn("{task.fields[current]}", markup=False),
+            console=Console(stderr=True),
+            transient=True,
+        )
+        self._progress.start()
+        self._task = self._progress.add_task(self._title, files="0/0", current="")
+
+    def close(self) -> None:
+        """Remove the bar."""
+        if self._progress is not None:
+            self._progress.stop()
+
+
+@contextlib.contextmanager
+def bar(title: str) -> Iterator[Bar]:
+    """A bar for as long as the block runs."""
+    shown_bar = Bar(title)
+    try:
+        yield shown_bar
+    finally:
+        shown_bar.close()
