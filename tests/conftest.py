@@ -1,0 +1,154 @@
+"""Fixtures: volumes mounted by the command, S3 servers, users, and the check that nothing of ours stays behind.
+
+With TIERFS_TESTS_PLAIN=1 volumes are plain directories: the workloads are then tried against the filesystem
+beneath (tests that need tiers are skipped).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import pwd
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import s3servers
+from harness import TIERFS, PlainVolume, Scratch, Volume
+
+PLAIN = bool(os.environ.get("TIERFS_TESTS_PLAIN"))
+_numbers = itertools.count(1)
+
+
+@pytest.fixture(scope="session")
+def area() -> Iterator[Scratch]:
+    """The run's directory; at the end the run fails when a mount or a process of ours is left."""
+    area = Scratch()
+    yield area
+    left = area.close()
+    assert not left, "left behind by the tests:\n" + "\n".join(left)
+
+
+def _new(area: Scratch, **options: object) -> Volume:
+    base = area.path / f"v{next(_numbers)}"
+    base.mkdir()
+    base.chmod(0o755)
+    return (PlainVolume if PLAIN else Volume)(base, area.connections, **options)
+
+
+@pytest.fixture
+def volume(area: Scratch) -> Iterator[Callable[..., Volume]]:
+    """A factory: `volume(store=…, env=…, options=…, mount=False)` makes and mounts a volume for one test."""
+    with contextlib.ExitStack() as stack:
+
+        def make(mount: bool = True, **options: object) -> Volume:
+            made = _new(area, **options)
+            stack.callback(made.close)
+            if mount:
+                made.mount()
+            return made
+
+        yield make
+
+
+@pytest.fixture(scope="module")
+def shared(area: Scratch) -> Iterator[Volume]:
+    """One mounted volume for all tests of a module, each of which keeps to a directory of its own."""
+    made = _new(area, limit=500)
+    try:
+        made.mount()
+        yield made
+    finally:
+        made.close()
+
+
+@pytest.fixture
+def work(shared: Volume) -> Iterator[Path]:
+    """An empty directory in the shared volume."""
+    path = shared.mountpoint / f"t{next(_numbers)}"
+    path.mkdir()
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture
+def opened() -> Iterator[Callable[..., int]]:
+    """`opened(path, flags, mode)`: a descriptor that is closed when the test ends."""
+    fds: list[int] = []
+
+    def open_(path: Path, flags: int, mode: int = 0o644) -> int:
+        fds.append(os.open(path, flags, mode))
+        return fds[-1]
+
+    yield open_
+    for fd in fds:
+        os.close(fd)
+
+
+@pytest.fixture
+def tiers() -> None:
+    """For tests that have no meaning on a plain directory."""
+    if PLAIN:
+        pytest.skip("plain directories have no tiers")
+
+
+@pytest.fixture(params=["resident", "demoted"])
+def settle(request: pytest.FixtureRequest, shared: Volume) -> Callable[..., None]:
+    """`settle(paths…)` brings files of the shared volume into the state that the test runs for."""
+
+    def settle(*paths: Path) -> None:
+        if request.param == "demoted" and paths:
+            shared.demote(*paths)
+            assert [shared.tier(path) for path in paths] == ["stub"] * len(paths)
+
+    if request.param == "demoted" and PLAIN:
+        pytest.skip("plain directories have no tiers")
+    return settle
+
+
+@pytest.fixture(scope="session")
+def rclone_s3(area: Scratch) -> Iterator[s3servers.Server]:
+    with _server(area, "rclone") as server:
+        yield server
+
+
+@contextlib.contextmanager
+def _server(area: Scratch, name: str) -> Iterator[s3servers.Server]:
+    try:
+        with s3servers.SERVERS[name](area.path / f"s3-{name}") as server:
+            yield server
+    except s3servers.Unavailable as exc:
+        pytest.skip(str(exc))
+
+
+@pytest.fixture
+def needs_root() -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can do this")
+
+
+@pytest.fixture(scope="session")
+def user(area: Scratch) -> Iterator[pwd.struct_passwd]:
+    """A user made for the run, with a home of the ordinary sort."""
+    if os.geteuid() != 0 or not shutil.which("useradd"):
+        pytest.skip("only root can make a user")
+    name, home = f"tierfs-t{os.getpid()}", area.path / "home"
+    subprocess.run(["useradd", "-m", "-d", home, "-s", "/bin/sh", name], check=True, capture_output=True)
+    entry = pwd.getpwnam(name)
+    try:
+        yield entry
+    finally:
+        subprocess.run(["userdel", name], check=True, capture_output=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests under mount/ and home/ need FUSE and the command."""
+    usable = os.path.exists("/dev/fuse") and TIERFS.exists()
+    for item in items:
+        if {"mount", "home"} & set(item.path.relative_to(Path(__file__).parent).parts[:-1]):
+            item.add_marker(pytest.mark.mount)
+            if not usable and not PLAIN:
+                item.add_marker(pytest.mark.skip(reason="needs /dev/fuse and an installed tierfs"))

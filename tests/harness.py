@@ -1,0 +1,322 @@
+"""Volumes for tests and benchmarks: mounted by the command in a process of its own, and gone without a trace.
+
+Nothing here trusts a mount to answer. Each one has a shell beside it that aborts the FUSE connection when its
+time is up, so that a server that hangs ends a test with ENOTCONN, not the run with an unkillable process. Our
+processes are known by a variable in their environment, and are ended by pid.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+REPO = Path(__file__).resolve().parent.parent
+TIERFS = Path(sys.executable).parent / "tierfs"
+SESSION = "TIERFS_TEST_SESSION"
+VOLUME = "TIERFS_TEST_VOLUME"
+session_id = uuid.uuid4().hex
+BLOCK = 512  # the unit of st_blocks
+
+Done = subprocess.CompletedProcess
+Path_ = str | bytes | os.PathLike
+
+
+class Scratch:
+    """A directory that every user may enter, and a private fusectl, for one run."""
+
+    def __init__(self) -> None:
+        os.environ[SESSION] = session_id
+        self.path = Path(tempfile.mkdtemp(prefix="tierfs-tests-"))
+        self.path.chmod(0o755)
+        self.connections = Path("/sys/fs/fuse/connections")
+        self._own_fusectl = False
+        if os.geteuid() == 0 and not os.path.ismount(self.connections):
+            self.connections = self.path / "fusectl"
+            self.connections.mkdir()
+            self._own_fusectl = not subprocess.run(
+                ["mount", "-t", "fusectl", "none", self.connections], capture_output=True
+            ).returncode
+
+    def leftovers(self) -> list[str]:
+        """What of ours is still mounted or running."""
+        found = [f"mount {where}" for where, _ in mounts() if where.startswith(f"{self.path}/")]
+        found += [f"process {pid}: {command(pid)}" for pid in pids_with(SESSION, session_id)]
+        return [line for line in found if not line.endswith("/fusectl")]
+
+    def close(self) -> list[str]:
+        """Remove everything; what should have been gone already is returned, in words."""
+        deadline = time.monotonic() + 5
+        while (left := self.leftovers()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        for where, device in mounts():
+            if where.startswith(f"{self.path}/") and where != str(self.connections):
+                detach(where, device, self.connections)
+        for pid in pids_with(SESSION, session_id):
+            kill(pid)
+        if self._own_fusectl:
+            subprocess.run(["umount", "-l", self.connections], check=True)
+        if not any(where.startswith(f"{self.path}/") for where, _ in mounts()):
+            shutil.rmtree(self.path, ignore_errors=True)
+        return left
+
+
+def mounts() -> list[tuple[str, int]]:
+    """(mountpoint, minor device number) of every mount, read without touching one."""
+    found = []
+    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
+        fields = line.split(" ")
+        where = fields[4].encode("utf-8", "surrogateescape").decode("unicode_escape")
+        found.append((where, int(fields[2].split(":")[1])))
+    return found
+
+
+def connection_of(mountpoint: Path_) -> int | None:
+    """The minor device number of the mount at a path: the name of its FUSE connection."""
+    parent, name = os.path.split(os.fspath(mountpoint))
+    where = os.path.join(os.path.realpath(parent), name)
+    return next((device for at, device in reversed(mounts()) if at == where), None)
+
+
+def detach(mountpoint: str, device: int, connections: Path) -> None:
+    """The last resort for one mount: unmount lazily, then abort its connection."""
+    subprocess.run(["umount", "-l", mountpoint], capture_output=True, timeout=20)
+    with contextlib.suppress(OSError):
+        (connections / str(device) / "abort").write_text("1")
+
+
+def pids_with(variable: str, value: str) -> list[int]:
+    """Processes, other than this one, that have the variable with that value in their environment."""
+    needle = f"\0{variable}={value}\0".encode()
+    found = []
+    for entry in os.listdir("/proc"):
+        if entry.isdigit() and int(entry) != os.getpid():
+            with contextlib.suppress(OSError):
+                if needle in b"\0" + Path("/proc", entry, "environ").read_bytes() + b"\0":
+                    found.append(int(entry))
+    return found
+
+
+def command(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        words = Path("/proc", str(pid), "cmdline").read_bytes().replace(b"\0", b" ")
+        return words.decode(errors="replace")[:200]
+    return "?"
+
+
+def kill(pid: int, number: int = signal.SIGKILL) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+def wait_gone(pids: Sequence[int], seconds: float) -> list[int]:
+    """Wait until these processes have ended; those that have not are returned."""
+    deadline = time.monotonic() + seconds
+    left = []
+    for pid in pids:
+        try:
+            fd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            continue
+        with open(fd, "rb"):
+            if not select.select([fd], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                left.append(pid)
+    return left
+
+
+@dataclass
+class Volume:
+    """One volume under a directory of its own: `mountpoint`, `state`, and the command to work on them."""
+
+    base: Path
+    connections: Path
+    store: str = ""
+    env: dict[str, str] = field(default_factory=dict)
+    options: tuple[str, ...] = ()
+    limit: float = 110.0  # seconds until a mount is aborted
+    program: tuple[str, ...] = (str(TIERFS),)
+    user: str | int | None = None
+    mountpoint: Path = Path()
+    state: Path = Path()
+
+    def __post_init__(self) -> None:
+        self.mountpoint = self.base / "mnt"
+        self.state = self.base / "state"
+        self._guard: subprocess.Popen | None = None
+
+    # --- the command ---------------------------------------------------------------------------------------
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {**os.environ, **self.env, SESSION: session_id, VOLUME: str(self.base)}
+
+    def cli(self, *args: Path_, check: bool = True, timeout: float = 100, **more: Any) -> Done:
+        """Run `tierfs ARGS`; with `check` a failure is an AssertionError with what it said."""
+        more = {"user": self.user, "env": self.environment, "cwd": self.base, **more}
+        argv = [*self.program, *(os.fspath(arg) for arg in args)]
+        done = subprocess.run(
+            argv, capture_output=True, text=True, errors="surrogateescape", timeout=timeout, **more
+        )
+        if check:
+            said = f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}\n{self.log()[-4000:]}"
+            assert done.returncode == 0, f"tierfs {args}: exit code {done.returncode}\n{said}"
+        return done
+
+    def json(self, *args: Path_, **more: Any) -> Any:
+        """What a command says with `--json`."""
+        return json.loads(self.cli(*args, **more).stdout)
+
+    def mount(self, *args: Path_, check: bool = True, timeout: float = 60) -> Done:
+        self.mountpoint.mkdir(exist_ok=True)
+        given = ("--store", self.store) if self.store else ()
+        given += ("--state", self.state, *self.options, *args)
+        done = self.cli("mount", *given, self.mountpoint, check=check, timeout=timeout)
+        self.watch()
+        return done
+
+    def watch(self) -> None:
+        """Put a guard beside the mount that aborts its connection when `limit` has passed."""
+        device = connection_of(self.mountpoint)
+        if device is not None and self._guard is None:
+            script = f"sleep {self.limit:.0f}; echo 1 > '{self.connections}/{device}/abort'"
+            argv, path = ["sh", "-c", script], {"PATH": os.defpath}
+            self._guard = subprocess.Popen(argv, start_new_session=True, env=path)
+
+    def _unwatch(self) -> None:
+        if self._guard is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._guard.pid, signal.SIGKILL)
+            self._guard.wait()
+            self._guard = None
+
+    def umount(self, *args: Path_, check: bool = True) -> Done:
+        """`tierfs umount`, and wait until the daemon has ended."""
+        done = self.cli("umount", *args, self.mountpoint, check=check)
+        if done.returncode == 0:
+            left = wait_gone(self.pids(), 20)
+            assert not left, f"still running after umount: {[command(pid) for pid in left]}"
+            self._unwatch()
+        return done
+
+    def remount(self, *args: Path_) -> None:
+        self.umount()
+        self.mount(*args)
+
+    def configure(self, **keys: str) -> None:
+        """Set keys of the configuration; the volume is unmounted around it when it is mounted."""
+        from tierfs import config
+
+        mounted = connection_of(self.mountpoint) is not None
+        if mounted:
+            self.umount()
+        for key, value in keys.items():
+            config.set_key(str(self.state / config.FILE_NAME), key, value)
+        if mounted:
+            self.mount()
+
+    def close(self) -> None:
+        """Unmount whatever the state; AssertionError where that needed force."""
+        forced = ""
+        device = connection_of(self.mountpoint)
+        try:
+            if device is not None:
+                done = self.cli("umount", self.mountpoint, check=False, timeout=30)
+                forced = done.stderr if done.returncode else ""
+        except subprocess.TimeoutExpired:
+            forced = "umount hung"
+        if (forced or connection_of(self.mountpoint) is not None) and device is not None:
+            forced = forced or "umount left a mount behind"
+            detach(str(self.mountpoint), device, self.connections)
+        self._unwatch()
+        for pid in wait_gone(self.pids(), 1 if forced else 15):
+            forced = forced or f"{command(pid)} ran on after umount"
+            kill(pid)
+        assert not forced, f"{self.base}: {forced}\n{self.log()[-4000:]}"
+
+    # --- facts ---------------------------------------------------------------------------------------------
+
+    def pids(self) -> list[int]:
+        return pids_with(VOLUME, str(self.base))
+
+    def log(self) -> str:
+        with contextlib.suppress(OSError):
+            return (self.state / "log" / "tierfs.log").read_text(errors="replace")
+        return ""
+
+    def status(self, *paths: Path_) -> Any:
+        return self.json("status", "--json", *(paths or (self.mountpoint,)))
+
+    def mover(self) -> int:
+        return int(self.status()["pids"]["mover"])
+
+    def backing(self, path: Path_) -> str:
+        """The file of the backing tree that is shown at a path of the mount."""
+        return os.path.join(self.state, "tree", os.path.relpath(os.fsdecode(path), self.mountpoint))
+
+    def objects(self) -> list[Path]:
+        """The objects that hold content, in an embedded store."""
+        data = self.state / "store" / "data"
+        names = (path for path in data.rglob("*") if path.is_file() and "." not in path.name)
+        return sorted(path for path in names if "-" in path.name)
+
+    # --- tiers ---------------------------------------------------------------------------------------------
+
+    def demote(self, *paths: Path_) -> None:
+        """Demote files, or everything; all that is named must become stubs."""
+        self.cli("demote", "--wait", *(paths or (self.mountpoint,)))
+
+    def fetch(self, *paths: Path_) -> None:
+        self.cli("fetch", "--wait", *(paths or (self.mountpoint,)))
+
+    def tier(self, path: Path_) -> str:
+        return os.getxattr(path, "user.tierfs.tier").decode()
+
+
+class PlainVolume(Volume):
+    """A plain directory in a volume's place: shows that a workload itself is right. Nothing is ever demoted."""
+
+    def mount(self, *args: Path_, check: bool = True, timeout: float = 60) -> Done:
+        self.mountpoint.mkdir(exist_ok=True)
+        return Done([], 0, "", "")
+
+    def umount(self, *args: Path_, check: bool = True) -> Done:
+        return Done([], 0, "", "")
+
+    def configure(self, **keys: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def demote(self, *paths: Path_) -> None:
+        pass
+
+    def fetch(self, *paths: Path_) -> None:
+        pass
+
+    def backing(self, path: Path_) -> str:
+        return os.fsdecode(path)
+
+
+@contextlib.contextmanager
+def scratch() -> Iterator[Scratch]:
+    """A Scratch for a benchmark; what is left at the end is an error."""
+    area = Scratch()
+    try:
+        yield area
+    finally:
+        left = area.close()
+        if left:
+            raise RuntimeError("left behind: " + "; ".join(left))
