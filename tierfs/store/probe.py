@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from tierfs.errors import ObjectCorruptError, PreconditionError, StoreDeniedError, StoreUnavailableError
 from tierfs.store.base import Capabilities, ObjectStore
+from tierfs.store.decorators import innermost
 
 if TYPE_CHECKING:
     from tierfs.store.s3 import S3Store
@@ -27,13 +28,6 @@ def probe(store: ObjectStore) -> Capabilities:
     if not hasattr(inner, "with_capabilities"):
         return inner.capabilities
     return _probe_s3(inner)  # type: ignore[arg-type]
-
-
-def innermost(store: ObjectStore) -> ObjectStore:
-    """The store beneath the decorators."""
-    while isinstance(below := getattr(store, "inner", None), ObjectStore):
-        store = below
-    return store
 
 
 def _probe_s3(store: S3Store) -> Capabilities:

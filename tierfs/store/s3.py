@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -27,6 +28,7 @@ from tierfs.store.s3_errors import NO_CREDENTIALS, Translated
 from tierfs.store.s3_obstore import Data, ObstoreData
 
 COLD_PREFIX = "data/"  # only these keys get the storage class: a journal in Glacier could not restore anything
+_LOOK_EVERY = 10.0  # seconds between looks whether the credential files have changed
 _CREDENTIALS_FOR = timedelta(seconds=60)  # then asked again: notices renewed and rewritten credentials
 
 
@@ -67,6 +69,7 @@ class S3Store(ObjectStore):
         self._credentials = _Credentials(settings.region)
         self._lock = threading.Lock()
         self._connected: tuple[Any, Any, Data] | None = None
+        self._look_again = 0.0
 
     def with_capabilities(self, capabilities: Capabilities) -> S3Store:
         """The same place, used as if the server could do this; for probing."""
@@ -85,10 +88,20 @@ class S3Store(ObjectStore):
         try:
             if not self.capabilities.conditional_put:
                 return self._put_after_check(key, body, etag)
-            with Translated(self._place, key):
-                return self._data().put_if(full, body, etag)
+            return self._put_if_matching(full, body, etag)
         except ObjectMissingError as exc:
             raise PreconditionError(f"{self._place}: {key} is not the expected version") from exc
+
+    def _put_if_matching(self, full: str, body: bytes, etag: str | None) -> Put:
+        """RADOS gateways compare the bare etag: what is refused in quotes is tried once without."""
+        try:
+            with Translated(self._place, full):
+                return self._data().put_if(full, body, etag)
+        except PreconditionError:
+            if etag is None or not etag.startswith('"'):
+                raise
+            with Translated(self._place, full):
+                return self._data().put_if(full, body, etag.strip('"'))
 
     def _put_after_check(self, key: str, body: bytes, etag: str | None) -> Put:
         try:
@@ -210,10 +223,11 @@ class S3Store(ObjectStore):
     def _connect(self) -> tuple[Any, Any, Data]:
         """Session, boto3 client and data client; new ones when the credential files have changed."""
         connected = self._connected
-        if connected and connected[0] is self._credentials.latest:
+        if connected and connected[0] is self._credentials.latest and time.monotonic() < self._look_again:
             return connected
         with self._lock:
             session = self._credentials.session()
+            self._look_again = time.monotonic() + _LOOK_EVERY
             if self._connected is None or self._connected[0] is not session:
                 admin = self._make_admin(session)
                 self._connected = (session, admin, self._make_data(admin))

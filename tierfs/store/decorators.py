@@ -1,0 +1,49 @@
+"""The base of what is wrapped around a store: retry, throttle, faults. Each hands on the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from tierfs.store.base import ObjectInfo, ObjectStore, Put
+
+
+class Decorator(ObjectStore):
+    """A store that is another store, `inner`, with something about it changed."""
+
+    def __init__(self, inner: ObjectStore) -> None:
+        self.inner = inner
+        self.capabilities = inner.capabilities
+
+    def put(self, key: str, body: bytes | Iterable[bytes], size: int) -> Put:
+        return self.inner.put(key, body, size)
+
+    def put_if(self, key: str, body: bytes, etag: str | None) -> Put:
+        return self.inner.put_if(key, body, etag)
+
+    def get(self, key: str, start: int = 0, length: int | None = None) -> bytes:
+        return self.inner.get(key, start, length)
+
+    def stream(self, key: str, start: int = 0, length: int | None = None) -> Iterator[bytes]:
+        return self.inner.stream(key, start, length)
+
+    def head(self, key: str) -> ObjectInfo:
+        return self.inner.head(key)
+
+    def delete(self, keys: Sequence[str]) -> None:
+        self.inner.delete(keys)
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        return self.inner.list(prefix)
+
+    def describe(self) -> str:
+        return self.inner.describe()
+
+    def close(self) -> None:
+        self.inner.close()
+
+
+def innermost(store: ObjectStore) -> ObjectStore:
+    """The store beneath all decorators."""
+    while isinstance(store, Decorator):
+        store = store.inner
+    return store
