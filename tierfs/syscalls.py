@@ -9,7 +9,7 @@ import ctypes
 import os
 import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import cast
 
 AT_FDCWD = -100
@@ -25,7 +25,6 @@ _STATX_BTIME_AT = 0x50  # offset of stx_btime in struct statx
 _MOST_HANDLE = 128  # MAX_HANDLE_SZ
 _HANDLE_HEAD = 8
 _HANDLE_SIZE = struct.Struct("=I")
-_DIRENT = struct.Struct("=QqHB")  # inode, offset, record length, type
 _TIMESPECS = struct.Struct("=qqqq")
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -131,19 +130,10 @@ def syncfs(fd: int) -> None:
         raise _fail()
 
 
-def list_directory(fd: int) -> Iterator[tuple[bytes, int, int]]:
-    """(name, inode, d_type) of each entry from the descriptor's position on, with `.` and `..`."""
+def read_directory(fd: int) -> bytes:
+    """The next records (struct linux_dirent64, at most 64 KiB) of a directory; b"" at its end."""
     buffers = _buffers
-    unpack = _DIRENT.unpack_from
-    while True:
-        size = _getdents64(fd, buffers.dirents_at, len(buffers.dirents))
-        if size < 0:
-            raise _fail()
-        if size == 0:
-            return
-        data = ctypes.string_at(buffers.dirents_at, size)
-        at = 0
-        while at < size:
-            ino, _, length, kind = unpack(data, at)
-            yield data[at + 19 : data.index(0, at + 19)], ino, kind
-            at += length
+    size = _getdents64(fd, buffers.dirents_at, len(buffers.dirents))
+    if size < 0:
+        raise _fail()
+    return ctypes.string_at(buffers.dirents_at, size)

@@ -9,6 +9,7 @@ import threading
 import pytest
 
 from tierfs import syscalls
+from tierfs.dirs import Listing
 from tierfs.errors import ForeignStubError
 from tierfs.model import Stub
 from tierfs.tree import fd_path, open_tree, pwrite_all
@@ -232,7 +233,9 @@ def test_listing_keeps_bytes_and_types(tree, tmp_path):
     for name in names:
         os.close(os.open(os.fsencode(tmp_path) + b"/" + name, os.O_CREAT | os.O_WRONLY))
     os.symlink(b"nowhere", os.fsencode(tmp_path) + b"/link")
-    found = {name: (ino, kind) for name, ino, kind in syscalls.list_directory(tree.rootfd)}
+    listing = Listing(os.dup(tree.rootfd))
+    found = {entry.name: (entry.ino, entry.kind) for entry in listing.read(0)}
+    listing.close()
     assert set(found) == names | {b"link", b".", b".."}
     assert found[b"link"][1] == stat.S_IFLNK >> 12
     assert found[b"plain"] == (os.stat(tmp_path / "plain").st_ino, stat.S_IFREG >> 12)

@@ -1,0 +1,141 @@
+"""Names that go or change: unlink, rmdir and rename.
+
+What a name means is looked at before it goes: the kernel may know the inode, somebody may have it open, and the
+mover must hear of a file whose last name is gone, by its file handle, since inode numbers are used again.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+
+from tierfs import syscalls
+from tierfs.gate import Gate
+from tierfs.nodes import Node, NodeTable
+from tierfs.tree import Tree
+
+_OPATH = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+_STAYS = syscalls.RENAME_EXCHANGE | syscalls.RENAME_NOREPLACE
+
+
+class _Going:
+    """A name that is about to be removed or replaced."""
+
+    __slots__ = ("_gate", "_handle", "_node", "_nodes", "_st", "_watch")
+
+    def __init__(
+        self, gate: Gate, nodes: NodeTable, st: os.stat_result, node: Node | None, handle: bytes, watch: int
+    ) -> None:
+        """`handle` of a regular file that loses its last name; `watch`, O_PATH, of one that has others."""
+        self._gate = gate
+        self._nodes = nodes
+        self._st = st
+        self._node = node
+        self._handle = handle
+        self._watch = watch
+
+    def gone(self) -> None:
+        """It has been removed."""
+        if self._node is not None:
+            self._nodes.unlinked(self._node, self._st)
+        if self._handle:
+            self._gate.gone(self._st.st_ino, self._handle)
+        elif self._watch >= 0:
+            self._gate.after_change(self._st.st_ino, os.fstat(self._watch))
+
+    def close(self) -> None:
+        """Removed or not, done."""
+        if self._watch >= 0:
+            os.close(self._watch)
+
+
+class Names:
+    """Operations on names; directories go by node number."""
+
+    def __init__(self, tree: Tree, gate: Gate, nodes: NodeTable) -> None:
+        self._tree = tree
+        self._gate = gate
+        self._nodes = nodes
+
+    def _child(self, parent: int, name: bytes) -> tuple[Node, int, os.stat_result]:
+        """The directory, its descriptor, and the stat of a name in it."""
+        directory = self._nodes.get(parent)
+        dirfd = self._nodes.dirfd(directory)
+        return directory, dirfd, os.stat(name, dir_fd=dirfd, follow_symlinks=False)
+
+    def unlink(self, parent: int, name: bytes) -> None:
+        """Remove a name that is no directory's. Raises Blocked, OSError."""
+        directory, dirfd, st = self._child(parent, name)
+        if stat.S_ISDIR(st.st_mode):
+            raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), name)
+        going = self._going(directory, dirfd, name, st)
+        try:
+            os.unlink(name, dir_fd=dirfd)
+            going.gone()
+        finally:
+            going.close()
+
+    def rmdir(self, parent: int, name: bytes) -> None:
+        """Remove an empty directory. Raises OSError."""
+        _, dirfd, st = self._child(parent, name)
+        os.rmdir(name, dir_fd=dirfd)
+        node = self._nodes.known(st.st_ino)
+        if node is not None:
+            self._nodes.unlinked(node, st)
+
+    def rename(self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int = 0) -> None:
+        """All flags of renameat2(2). Raises Blocked, OSError."""
+        source, source_fd, st = self._child(parent, name)
+        target = self._nodes.get(new_parent)
+        target_fd = self._nodes.dirfd(target)
+        try:
+            there = os.stat(new_name, dir_fd=target_fd, follow_symlinks=False)
+        except FileNotFoundError:
+            there = None
+        if there is not None and there.st_ino == st.st_ino and not flags:
+            return  # two names of one file: both stay
+        exchange = bool(flags & syscalls.RENAME_EXCHANGE)
+        if stat.S_ISREG(st.st_mode):
+            self._gate.before_change(st.st_ino)
+        if exchange and there is not None and stat.S_ISREG(there.st_mode):
+            self._gate.before_change(there.st_ino)
+        replaced = None if flags & _STAYS else there
+        going = self._going(target, target_fd, new_name, replaced) if replaced is not None else None
+        try:
+            if flags:
+                syscalls.renameat2(source_fd, name, target_fd, new_name, flags)
+            else:
+                os.rename(name, new_name, src_dir_fd=source_fd, dst_dir_fd=target_fd)
+            if going is not None:
+                going.gone()
+        finally:
+            if going is not None:
+                going.close()
+        self._renamed(st, target, target_fd, new_name)
+        if exchange and there is not None:
+            self._renamed(there, source, source_fd, name)
+
+    def _renamed(self, before: os.stat_result, directory: Node, dirfd: int, name: bytes) -> None:
+        """Tell everyone of a file's new name."""
+        node = self._nodes.known(before.st_ino)
+        if node is not None:
+            self._nodes.moved(node, directory, name)
+        if stat.S_ISDIR(before.st_mode):
+            self._gate.made_dir(before.st_ino, directory.ino, name)
+        elif stat.S_ISREG(before.st_mode):
+            self._gate.named(before.st_ino, directory.ino, name)
+            self._gate.after_change(before.st_ino, os.stat(name, dir_fd=dirfd, follow_symlinks=False))
+
+    def _going(self, directory: Node, dirfd: int, name: bytes, st: os.stat_result) -> _Going:
+        """Prepare for this name's end. Raises Blocked, OSError; nothing has changed yet."""
+        regular = stat.S_ISREG(st.st_mode)
+        others = regular and st.st_nlink > 1
+        if others:
+            self._gate.before_change(st.st_ino)
+        handle = self._tree.handle_at(dirfd, name) if regular and not others else b""
+        node = self._nodes.known(st.st_ino)
+        if node is not None:
+            self._nodes.unlinking(node, directory, name, st)
+        watch = os.open(name, _OPATH, dir_fd=dirfd) if others else -1
+        return _Going(self._gate, self._nodes, st, node, handle, watch)

@@ -1,0 +1,187 @@
+"""Open files by number, and the operations on their data. Placement of the content is the Gate's business.
+
+What may take long is returned as Slow, to be run in a thread, with descriptors of its own: by then the file
+may have changed its mode of access.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Callable
+from typing import TypeVar
+
+from tierfs import syscalls
+from tierfs.gate import Gate
+from tierfs.handles import Handle
+from tierfs.making import Caller
+from tierfs.nodes import Node, NodeTable
+from tierfs.tree import fd_path
+from tierfs.waits import Slow
+
+_T = TypeVar("_T")
+QUICK = 1 << 20  # bytes that are copied or allocated at once, without a thread
+
+
+def drop_set_id(opath: int) -> None:
+    """Take set-user-id, and set-group-id where the group may execute, from a file that somebody changes."""
+    mode = os.fstat(opath).st_mode
+    drop = mode & stat.S_ISUID
+    if mode & stat.S_IXGRP:
+        drop |= mode & stat.S_ISGID
+    if drop:
+        os.chmod(fd_path(opath), stat.S_IMODE(mode) & ~drop)
+
+
+class OpenFiles:
+    """The open regular files of a mount. Each call raises OSError(EBADF) for an unknown number."""
+
+    def __init__(self, gate: Gate, nodes: NodeTable) -> None:
+        self._gate = gate
+        self._nodes = nodes
+        self._files: dict[int, tuple[Node, Handle]] = {}
+        self._next = 0
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def add(self, node: Node, handle: Handle) -> int:
+        """Keep this handle; its number."""
+        self._next += 1
+        self._files[self._next] = node, handle
+        self._nodes.opened(node)
+        return self._next
+
+    def get(self, fh: int) -> Handle:
+        """The handle of this number."""
+        try:
+            return self._files[fh][1]
+        except KeyError:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF)) from None
+
+    def find(self, fh: int | None) -> Handle | None:
+        """The handle of this number if it is one of a regular file."""
+        entry = self._files.get(fh) if fh is not None else None
+        return entry[1] if entry is not None else None
+
+    def release(self, fh: int) -> None:
+        """The last reference is gone."""
+        handle = self.get(fh)
+        node = self._files.pop(fh)[0]
+        kernel_handle = handle.inode.handle
+        try:
+            self._gate.release(handle)
+        finally:
+            last = self._nodes.released(node)
+        if last is not None and node.parent is None:
+            # It never had a name, so no unlink has told the mover.
+            self._gate.gone(node.ino, kernel_handle)
+
+    def read(self, fh: int, offset: int, size: int) -> bytes:
+        """Up to `size` bytes. Raises Blocked, OSError."""
+        return self._gate.read(self.get(fh), offset, size)
+
+    def write(self, fh: int, offset: int, data: bytes | memoryview, kill_suidgid: bool = False) -> int:
+        """How many bytes were written. `kill_suidgid`: set-id bits go. Raises Blocked, OSError."""
+        handle = self.get(fh)
+        if kill_suidgid:
+            self._gate.ready(handle, True)
+            drop_set_id(handle.inode.opath)
+        return self._gate.write(handle, offset, data)
+
+    def flush(self, fh: int) -> None:
+        """One descriptor of several was closed. Nothing is held back here."""
+        self.get(fh)
+
+    def fsync(self, fh: int, datasync: bool) -> Slow:
+        """Make the file durable."""
+        handle = self.get(fh)
+        fd = self._own(handle, writable=False)
+        return Slow(_closing(lambda: (os.fdatasync if datasync else os.fsync)(fd), fd))
+
+    def fallocate(
+        self, fh: int, mode: int, offset: int, length: int, caller: Caller | None = None
+    ) -> Slow | None:
+        """All modes of fallocate(2). Raises Blocked, OSError."""
+        handle = self.get(fh)
+        self._gate.ready(handle, True)
+        self._changing(handle, caller)
+        if length <= QUICK:
+            with self._gate.borrowed(handle, True) as borrowed:
+                syscalls.fallocate(borrowed, mode, offset, length)
+            return None
+        fd = self._own(handle, writable=True)
+        return Slow(_closing(lambda: syscalls.fallocate(fd, mode, offset, length), fd))
+
+    def lseek(self, fh: int, offset: int, whence: int) -> int:
+        """SEEK_DATA and SEEK_HOLE; of a stub by the extents that it had. Raises ENXIO behind the end."""
+        handle = self.get(fh)
+        if whence not in (os.SEEK_DATA, os.SEEK_HOLE):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        opath = handle.inode.opath
+        st = os.fstat(opath)
+        extents = self._gate.appearance.extents(st, opath)
+        if extents is None:
+            with self._gate.borrowed(handle, False) as fd:
+                return os.lseek(fd, offset, whence)
+        return seek_extents(extents, st.st_size, offset, whence)
+
+    def copy_file_range(
+        self, fh_in: int, offset_in: int, fh_out: int, offset_out: int, length: int,
+        flags: int = 0, caller: Caller | None = None,
+    ) -> Slow | int:  # fmt: skip
+        """Copy between two files; how many bytes were. Raises Blocked until the source is local, OSError."""
+        if flags:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        source, target = self.get(fh_in), self.get(fh_out)
+        self._gate.ready(source, False)
+        self._gate.ready(target, True)
+        self._changing(target, caller)
+        fd_in = self._own(source, writable=False)
+        try:
+            fd_out = self._own(target, writable=True)
+        except BaseException:
+            os.close(fd_in)
+            raise
+        run = _closing(lambda: os.copy_file_range(fd_in, fd_out, length, offset_in, offset_out), fd_in, fd_out)
+        return Slow(run) if length > QUICK else run()
+
+    def _changing(self, handle: Handle, caller: Caller | None) -> None:
+        if caller is not None and caller.uid != 0:
+            drop_set_id(handle.inode.opath)
+
+    def _own(self, handle: Handle, *, writable: bool) -> int:
+        """A descriptor that outlives this call; the caller closes it."""
+        with self._gate.borrowed(handle, writable) as fd:
+            return os.dup(fd)
+
+
+def seek_extents(extents: list[tuple[int, int]], size: int, offset: int, whence: int) -> int:
+    """Where lseek(2) would go in a file of these data ranges. Raises OSError(ENXIO)."""
+    nowhere = OSError(errno.ENXIO, os.strerror(errno.ENXIO))
+    if offset < 0 or offset >= size:
+        raise nowhere
+    at = offset
+    for start, end in extents:
+        if end <= at:
+            continue
+        if whence == os.SEEK_DATA:
+            return max(start, at)
+        if start > at:
+            return at
+        at = end
+    if whence == os.SEEK_DATA:
+        raise nowhere
+    return min(at, size)
+
+
+def _closing(run: Callable[[], _T], *fds: int) -> Callable[[], _T]:
+    def whole() -> _T:
+        try:
+            return run()
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    return whole

@@ -1,0 +1,328 @@
+"""The POSIX operations of a mount, over the backing tree. Knows nothing of FUSE and nothing of the store.
+
+Nodes go by number (ROOT is the mount's own directory), open files and directories by handle number; names are
+bytes. An operation raises OSError or TierError, or Blocked before it has changed anything: then it is to be run
+again when the wait fires. It may return Slow. Permissions are the kernel's business (default_permissions).
+Attributes are stat results, or objects with the same st_* fields. Not thread-safe: one thread, or one lock.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Callable
+from typing import NamedTuple
+
+from tierfs import syscalls
+from tierfs.dirs import Directories
+from tierfs.gate import Gate
+from tierfs.handles import Handle, Shown
+from tierfs.making import Caller, Maker
+from tierfs.names import Names
+from tierfs.nodes import ROOT, GoneStat, Node, NodeTable
+from tierfs.openfiles import OpenFiles, drop_set_id
+from tierfs.tree import Tree, fd_path
+from tierfs.xattrs import Xattrs
+
+__all__ = ["NOW", "ROOT", "Attr", "Caller", "Statfs", "Vfs"]
+
+Attr = Shown | GoneStat
+NOW = 1 << 70  # a time to be set: the present one, by the backing filesystem's own clock
+
+_BILLION = 1_000_000_000
+
+
+class Statfs(NamedTuple):
+    """Sizes of the filesystem in blocks of `frsize` bytes."""
+
+    bsize: int
+    frsize: int
+    blocks: int
+    bfree: int
+    bavail: int
+    files: int
+    ffree: int
+    namelen: int
+
+
+def _error(number: int, name: bytes | None = None) -> OSError:
+    return OSError(number, os.strerror(number), name)
+
+
+def _timespec(when: int | None) -> tuple[int, int]:
+    if when is None:
+        return 0, syscalls.UTIME_OMIT
+    if when == NOW:
+        return 0, syscalls.UTIME_NOW
+    return divmod(when, _BILLION)
+
+
+class Vfs:
+    """See the module's docstring. `readdirplus` is `readdir` with a `lookup` of each name but . and .. ."""
+
+    def __init__(
+        self,
+        tree: Tree,
+        gate: Gate,
+        evictable: Callable[[], int] = lambda: 0,
+        heat: Callable[[int], bytes | None] = lambda ino: None,
+        directory_fds: int = 1024,
+    ) -> None:
+        """`evictable`: bytes that can be freed at once; `heat`: what `user.tierfs.heat` of an inode says."""
+        self.tree = tree
+        self.gate = gate
+        self.nodes = NodeTable(tree, directory_fds)
+        self.files = OpenFiles(gate, self.nodes)
+        self._evictable = evictable
+        self._maker = Maker()
+        self.dirs = Directories(self.nodes)
+        names = Names(tree, gate, self.nodes)
+        xattrs = Xattrs(tree, gate, self.nodes, heat)
+        self.read = self.files.read
+        self.write = self.files.write
+        self.release = self.files.release
+        self.flush = self.files.flush
+        self.fsync = self.files.fsync
+        self.fallocate = self.files.fallocate
+        self.lseek = self.files.lseek
+        self.copy_file_range = self.files.copy_file_range
+        self.opendir = self.dirs.open
+        self.readdir = self.dirs.read
+        self.releasedir = self.dirs.release
+        self.fsyncdir = self.dirs.fsync
+        self.unlink = names.unlink
+        self.rmdir = names.rmdir
+        self.rename = names.rename
+        self.getxattr = xattrs.get
+        self.listxattr = xattrs.list
+        self.setxattr = xattrs.set
+        self.removexattr = xattrs.remove
+
+    def close(self) -> None:
+        """Close all descriptors of nodes and directories."""
+        self.dirs.close()
+        self.nodes.close()
+
+    # --- nodes and attributes -----------------------------------------------------------------------------
+
+    def _attr(self, st: os.stat_result) -> Attr:
+        return self.gate.appearance.shown(st) if stat.S_ISREG(st.st_mode) else st
+
+    def lookup(self, parent: int, name: bytes) -> tuple[int, Attr]:
+        """The node of a name, and its attributes; counts one lookup. Raises OSError."""
+        directory = self.nodes.get(parent)
+        st = os.stat(name, dir_fd=self.nodes.dirfd(directory), follow_symlinks=False)
+        return self.nodes.found(st, directory, name).id, self._attr(st)
+
+    def forget(self, nodeid: int, count: int = 1) -> None:
+        """Take back lookups."""
+        self.nodes.forget(nodeid, count)
+
+    def getattr(self, nodeid: int, fh: int | None = None) -> Attr:
+        """Attributes now. Raises OSError."""
+        handle = self.files.find(fh)
+        if handle is not None:
+            return self._attr(os.fstat(handle.inode.opath))
+        st = self.nodes.stat(self.nodes.get(nodeid))
+        return st if isinstance(st, GoneStat) else self._attr(st)
+
+    def birth_time(self, nodeid: int) -> int | None:
+        """When it was made, nanoseconds; None where that is not known. Raises OSError."""
+        fd, _ = self.nodes.reach(self.nodes.get(nodeid))
+        try:
+            return syscalls.birth_time(fd, b"")
+        finally:
+            os.close(fd)
+
+    def setattr(
+        self,
+        nodeid: int,
+        fh: int | None = None,
+        *,
+        mode: int | None = None,
+        uid: int | None = None,
+        gid: int | None = None,
+        size: int | None = None,
+        atime_ns: int | None = None,
+        mtime_ns: int | None = None,
+        kill_suidgid: bool = False,
+        caller: Caller | None = None,
+    ) -> Attr:
+        """Change what is given (times may be NOW); the new attributes. Raises Blocked, OSError."""
+        node = self.nodes.get(nodeid)
+        handle = self.files.find(fh)
+        opath, st = self._reach(node, handle)
+        try:
+            regular = stat.S_ISREG(st.st_mode)
+            if regular:
+                self.gate.before_change(st.st_ino)
+            if size is not None:
+                self._resize(node, handle, opath, st, size)
+            path = fd_path(opath)
+            if uid is not None or gid is not None:
+                os.chown(path, -1 if uid is None else uid, -1 if gid is None else gid)
+            if mode is not None:
+                os.chmod(path, stat.S_IMODE(mode))
+            elif kill_suidgid or (size is not None and caller is not None and caller.uid != 0):
+                drop_set_id(opath)
+            if atime_ns is not None or mtime_ns is not None:
+                times = (*_timespec(atime_ns), *_timespec(mtime_ns))
+                syscalls.utimensat(syscalls.AT_FDCWD, os.fsencode(path), times, 0)
+            st = os.fstat(opath)
+            if regular:
+                self.gate.after_change(st.st_ino, st, mtime_set=mtime_ns is not None)
+        finally:
+            os.close(opath)
+        return self._attr(st)
+
+    def _reach(self, node: Node, handle: Handle | None) -> tuple[int, os.stat_result]:
+        if handle is None:
+            return self.nodes.reach(node)
+        opath = os.dup(handle.inode.opath)
+        return opath, os.fstat(opath)
+
+    def _resize(self, node: Node, handle: Handle | None, opath: int, st: os.stat_result, size: int) -> None:
+        if not stat.S_ISREG(st.st_mode):
+            raise _error(errno.EISDIR if stat.S_ISDIR(st.st_mode) else errno.EINVAL, node.name)
+        if handle is not None and not self.tree.privileged:
+            # The mode may forbid what the open descriptor allows.
+            with self.gate.borrowed(handle, True) as fd:
+                os.ftruncate(fd, size)
+        else:
+            self.gate.truncate(opath, st, size, node.parent_ino, node.name)
+
+    def statfs(self) -> Statfs:
+        """The local space; free is also what can be evicted at once. Raises OSError."""
+        fs = os.fstatvfs(self.tree.rootfd)
+        more = self._evictable() // fs.f_frsize
+        return Statfs(
+            bsize=fs.f_bsize,
+            frsize=fs.f_frsize,
+            blocks=fs.f_blocks,
+            bfree=min(fs.f_bfree + more, fs.f_blocks),
+            bavail=min(fs.f_bavail + more, fs.f_blocks),
+            files=fs.f_files,
+            ffree=fs.f_ffree,
+            namelen=fs.f_namemax,
+        )
+
+    # --- making -------------------------------------------------------------------------------------------
+
+    def create(
+        self, parent: int, name: bytes, flags: int, mode: int, caller: Caller
+    ) -> tuple[int, Attr, int, Handle]:
+        """Make a file and open it, or open the one that is there: (node, attributes, number, handle)."""
+        directory = self.nodes.get(parent)
+        dirfd = self.nodes.dirfd(directory)
+        try:
+            fd, st = self._maker.file(dirfd, name, mode, caller)
+        except FileExistsError:
+            if flags & os.O_EXCL:
+                raise
+            return self._open_existing(parent, name, flags, caller)
+        handle = self._take(fd, st, flags, directory, name, lambda: os.unlink(name, dir_fd=dirfd))
+        node = self.nodes.made(st, directory, name)
+        return node.id, st, self.files.add(node, handle), handle
+
+    def _take(
+        self, fd: int, st: os.stat_result, flags: int, directory: Node, name: bytes, undo: Callable[[], None]
+    ) -> Handle:
+        try:
+            return self.gate.created(fd, st, flags, directory.ino, name)
+        except BaseException:
+            os.close(fd)
+            undo()
+            raise
+
+    def _open_existing(
+        self, parent: int, name: bytes, flags: int, caller: Caller
+    ) -> tuple[int, Attr, int, Handle]:
+        nodeid, attr = self.lookup(parent, name)
+        try:
+            if not stat.S_ISREG(attr.st_mode):
+                # The kernel took the name for free: let it look again.
+                raise _error(errno.ESTALE, name)
+            fh, handle = self.open(nodeid, flags, caller)
+        except BaseException:
+            self.forget(nodeid, 1)
+            raise
+        return nodeid, self.getattr(nodeid, fh), fh, handle
+
+    def tmpfile(self, parent: int, flags: int, mode: int, caller: Caller) -> tuple[int, Attr, int, Handle]:
+        """A file without a name, as `create` otherwise."""
+        directory = self.nodes.get(parent)
+        fd, st = self._maker.nameless(self.nodes.dirfd(directory), flags, mode, caller)
+        opath = self.tree.reopen(fd, os.O_PATH)
+        handle = self._take(fd, st, flags, directory, b"", lambda: os.close(opath))
+        node = self.nodes.made(st, None, b"")
+        self.nodes.anchor(node, opath)
+        return node.id, st, self.files.add(node, handle), handle
+
+    def mknod(self, parent: int, name: bytes, mode: int, rdev: int, caller: Caller) -> tuple[int, Attr]:
+        """Make a file, fifo, socket or device node."""
+        directory = self.nodes.get(parent)
+        dirfd = self.nodes.dirfd(directory)
+        if stat.S_IFMT(mode) in (0, stat.S_IFREG):
+            fd, st = self._maker.file(dirfd, name, mode, caller)
+            handle = self._take(fd, st, os.O_WRONLY, directory, name, lambda: os.unlink(name, dir_fd=dirfd))
+            self.gate.release(handle)
+        else:
+            st = self._maker.special(dirfd, name, mode, rdev, caller)
+        return self.nodes.made(st, directory, name).id, st
+
+    def mkdir(self, parent: int, name: bytes, mode: int, caller: Caller) -> tuple[int, Attr]:
+        """Make a directory."""
+        directory = self.nodes.get(parent)
+        st = self._maker.directory(self.nodes.dirfd(directory), name, mode, caller)
+        self.gate.made_dir(st.st_ino, directory.ino, name)
+        return self.nodes.made(st, directory, name).id, st
+
+    def symlink(self, parent: int, name: bytes, target: bytes, caller: Caller) -> tuple[int, Attr]:
+        """Make a symbolic link."""
+        directory = self.nodes.get(parent)
+        st = self._maker.symlink(self.nodes.dirfd(directory), name, target, caller)
+        return self.nodes.made(st, directory, name).id, st
+
+    def readlink(self, nodeid: int) -> bytes:
+        """Where a symbolic link points. Raises OSError."""
+        fd, _ = self.nodes.reach(self.nodes.get(nodeid))
+        try:
+            return os.readlink(b"", dir_fd=fd)
+        finally:
+            os.close(fd)
+
+    def link(self, nodeid: int, parent: int, name: bytes) -> tuple[int, Attr]:
+        """Give a file one more name; counts one lookup. Raises Blocked, OSError."""
+        directory = self.nodes.get(parent)
+        fd, st = self.nodes.reach(self.nodes.get(nodeid))
+        try:
+            regular = stat.S_ISREG(st.st_mode)
+            if regular:
+                self.gate.before_change(st.st_ino)
+            os.link(fd_path(fd), name, dst_dir_fd=self.nodes.dirfd(directory))
+            st = os.fstat(fd)
+        finally:
+            os.close(fd)
+        if regular:
+            self.gate.after_change(st.st_ino, st)
+            self.gate.named(st.st_ino, directory.ino, name)
+        return self.nodes.found(st, directory, name).id, self._attr(st)
+
+    # --- opening ------------------------------------------------------------------------------------------
+
+    def open(self, nodeid: int, flags: int, caller: Caller, kill_suidgid: bool = False) -> tuple[int, Handle]:
+        """Open a regular file: number and handle. Raises Blocked, OSError, TierError."""
+        node = self.nodes.get(nodeid)
+        opath, st = self.nodes.reach(node)
+        try:
+            if not stat.S_ISREG(st.st_mode):
+                raise _error(errno.EISDIR if stat.S_ISDIR(st.st_mode) else errno.ENXIO, node.name)
+            handle = self.gate.open(opath, st, flags, node.parent_ino, node.name, caller.pid)
+        except BaseException:
+            os.close(opath)
+            raise
+        fh = self.files.add(node, handle)
+        if kill_suidgid and flags & os.O_TRUNC:
+            drop_set_id(handle.inode.opath)
+        return fh, handle
