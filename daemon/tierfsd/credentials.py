@@ -7,7 +7,6 @@ import ctypes
 import os
 import platform
 import socket
-import struct
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -15,6 +14,7 @@ from tierfs import control
 from tierfs.errors import NotPermittedError
 
 _SO_PEERGROUPS = 59
+_GROUPS_LIMIT = 65536
 # glibc's setgroups changes all threads of a process; the bare system call changes the calling one.
 _SYS_SETGROUPS = {"x86_64": 116, "aarch64": 159, "riscv64": 159, "ppc64le": 81, "s390x": 206}.get(
     platform.machine()
@@ -38,8 +38,12 @@ class Peer(NamedTuple):
 def peer_of(sock: socket.socket) -> Peer:
     """The user at the other end, as the kernel noted it when the connection was made. Raises OSError."""
     _, uid, gid = control.peer_credentials(sock)
-    raw = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, 4 * 1024)
-    return Peer(uid, gid, struct.unpack(f"{len(raw) // 4}I", raw))
+    # Python's own getsockopt takes no more than 1024 bytes, which is 256 groups.
+    array = (ctypes.c_uint32 * _GROUPS_LIMIT)()
+    length = ctypes.c_uint32(ctypes.sizeof(array))
+    if _libc.getsockopt(sock.fileno(), socket.SOL_SOCKET, _SO_PEERGROUPS, array, ctypes.byref(length)) != 0:
+        raise _last_error()
+    return Peer(uid, gid, tuple(array[: length.value // 4]))
 
 
 @contextlib.contextmanager
@@ -67,5 +71,9 @@ def acting_as(peer: Peer) -> Iterator[None]:
 def _set_groups(groups: tuple[int, ...]) -> None:
     array = (ctypes.c_uint32 * len(groups))(*groups)
     if _libc.syscall(_SYS_SETGROUPS, ctypes.c_size_t(len(groups)), array) != 0:
-        error = ctypes.get_errno()
-        raise OSError(error, os.strerror(error))
+        raise _last_error()
+
+
+def _last_error() -> OSError:
+    error = ctypes.get_errno()
+    return OSError(error, os.strerror(error))

@@ -19,10 +19,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import FrameType
 
+from tierfs.index import Index
+
 from tierfs import channel, volume, wire
 from tierfs.errors import TierError, VolumeError
 from tierfs.fuse import mounting
-from tierfs.index import Index
 from tierfsd.children import Child
 from tierfsd.logs import LogFile
 

@@ -1,0 +1,349 @@
+"""The control socket: framing, rights of peers, cancelling, and a daemon that is down."""
+
+import contextlib
+import os
+import socket
+import stat
+import struct
+import subprocess
+import sys
+import threading
+
+import pytest
+from tierfsd import control_server
+from tierfsd.credentials import Peer, acting_as
+from tierfsd.reach import Reach, Target
+
+from tierfs import control, locate
+from tierfs.errors import NotPermittedError, PathError, TierError, UsageError, VolumeError
+
+
+class FakeBackend:
+    """Remembers what it is asked."""
+
+    def __init__(self):
+        self.orders = []
+        self.pinned = set()
+        self.cancelled = threading.Event()
+        self.block = False
+        self.error = None
+
+    def status(self):
+        errors = [control.Problem(1.0, "secret")]
+        return control.Status("abc", "/s", "file:///x", 1, 2, 3, 4, 5, 6, 7, 8, {}, errors)
+
+    def facts(self, opath, status, path):
+        tier = "directory" if stat.S_ISDIR(status.st_mode) else "resident"
+        return control.Facts(path, tier, status.st_size, status.st_blocks * 512)
+
+    def handle_of(self, opath):
+        return b"h%d" % os.fstat(opath).st_ino
+
+    def demote(self, targets, job):
+        if self.error:
+            raise self.error
+        self.orders.append(targets)
+        while self.block:
+            job.report(control.Progress(0, len(targets), 0, 0))
+            if job.cancelled.wait(0.01):
+                self.cancelled.set()
+                break
+        return control.Done(len(targets))
+
+    fetch = demote
+
+    def set_pin(self, opath, status, parent, name, on):
+        (self.pinned.add if on else self.pinned.discard)(name)
+
+    def pins(self):
+        return self.pinned
+
+    def drain(self, job):
+        return control.Done()
+
+    def check(self, repair, read_data, job):
+        return control.Findings([control.Finding("stub without copy", b"a\xff")], 3)
+
+    def reload(self):
+        raise TierError("config.toml:1: bad")
+
+
+@pytest.fixture
+def tree(tmp_path):
+    root = tmp_path / "tree"
+    (root / "d" / "e").mkdir(parents=True)
+    (root / "f").write_text("12345")
+    (root / "d" / "g").write_text("1")
+    (root / "d" / "e" / "h").write_text("1")
+    (root / "link").symlink_to("d")
+    os.mkfifo(root / "fifo")
+    return root
+
+
+@pytest.fixture
+def backend():
+    return FakeBackend()
+
+
+@pytest.fixture
+def mount(tree, backend, tmp_path, monkeypatch):
+    path = str(tmp_path / "abc.sock")
+    monkeypatch.setattr(control, "socket_path", lambda volume, uid: path)
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(path)
+    listener.listen(8)
+    rootfd = os.open(tree, os.O_RDONLY | os.O_DIRECTORY)
+    server = control_server.ControlServer(listener, rootfd, backend)
+    server.start()
+    yield locate.Mount("/m", locate.FSTYPE, "tierfs#abc", os.geteuid())
+    server.close()
+    listener.close()
+    os.close(rootfd)
+
+
+def ask(mount, request):
+    return list(control.converse(mount, request))
+
+
+def test_status_and_facts(mount):
+    (status,) = ask(mount, control.GetStatus())
+    assert status.volume == "abc" and status.errors
+    *facts, done = ask(mount, control.GetFacts([b"f", b"d", b"none", b"link/g", b"../x"]))
+    assert [(fact.path, fact.tier) for fact in facts] == [(b"f", "resident"), (b"d", "directory")]
+    assert {item.path: item.reason for item in done.stayed} == {
+        b"none": "does not exist",
+        b"link/g": "does not exist",
+        b"../x": "is not a plain path inside the volume",
+    }
+
+
+def test_names_are_listed_in_order(mount):
+    *facts, done = ask(mount, control.ListNames(b""))
+    assert [fact.path for fact in facts] == [b"d", b"f", b"fifo", b"link"]
+    assert done.files == 4
+    *facts, _ = ask(mount, control.ListNames(b"d/g"))
+    assert [fact.path for fact in facts] == [b"d/g"]
+    with pytest.raises(TierError, match="No such file"):
+        ask(mount, control.ListNames(b"none"))
+
+
+def test_an_order_reaches_all_files_below_and_says_which_were_named(mount, backend, tree):
+    (done,) = ask(mount, control.Demote([b"", b"f", b"fifo"], True))
+    (targets,) = backend.orders
+    assert sorted((target.path, target.named) for target in targets) == [
+        (b"d/e/h", False), (b"d/g", False), (b"f", False), (b"f", True),
+    ]  # fmt: skip
+    by_path = {target.path: target for target in targets}
+    assert by_path[b"d/g"].parent == (tree / "d").stat().st_ino
+    assert by_path[b"d/g"].name == b"g"
+    assert by_path[b"f"].size == 5
+    assert [item.path for item in done.stayed] == [b"fifo"]
+
+
+def test_without_wait_the_order_runs_in_the_background(mount, backend):
+    backend.block = True
+    (done,) = ask(mount, control.Demote([b"d"], False))
+    assert done.files == 2
+    assert not backend.cancelled.wait(0.2)
+    backend.block = False
+
+
+def test_hanging_up_cancels(mount, backend):
+    backend.block = True
+    answers = control.converse(mount, control.Fetch([b"d"], True))
+    assert isinstance(next(answers), control.Progress)
+    answers.close()
+    assert backend.cancelled.wait(5)
+
+
+def test_pinning_fetches_and_pins_are_listed(mount, backend):
+    ask(mount, control.SetPin([b"f"], True))
+    *facts, _ = ask(mount, control.GetPins())
+    assert [fact.path for fact in facts] == [b"f"]
+    ask(mount, control.SetPin([b"f"], False))
+    assert ask(mount, control.GetPins()) == [control.Done(0)]
+
+
+def test_errors_keep_their_message_and_class(mount, backend):
+    with pytest.raises(TierError, match=r"config\.toml:1: bad"):
+        ask(mount, control.Reload())
+    backend.error = PathError("f: is gone")
+    with pytest.raises(PathError, match="f: is gone"):
+        ask(mount, control.Demote([b"f"], True))
+    backend.error = ZeroDivisionError("boom")
+    with pytest.raises(TierError, match="internal error: see"):
+        ask(mount, control.Demote([b"f"], True))
+    (status,) = ask(mount, control.GetStatus())
+    assert status.volume == "abc"
+
+
+def test_findings_become_json(mount):
+    (findings,) = ask(mount, control.Check(False, False))
+    assert findings.findings[0].path == b"a\xff"
+    document = control.to_json(control.Facts(b"a\xff", "stub", 3))
+    assert document["path"] == "a\udcff"
+    assert "type" not in document
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"\1", b"\xff\xff\xff\xff", struct.pack("<I", 3) + b"abc", struct.pack("<I", 100) + b"short",
+     struct.pack("<I", 7) + b"\x81\xa4type\xa1"],
+)  # fmt: skip
+def test_nonsense_harms_nobody(mount, data):
+    with control.connect(mount) as sock:
+        sock.sendall(data)
+        sock.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(ConnectionResetError):
+            assert sock.recv(100) == b""
+    (status,) = ask(mount, control.GetStatus())
+    assert status.volume == "abc"
+
+
+def test_a_frame_that_is_too_long_is_refused():
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.sendall(struct.pack("<I", control.MAX_FRAME + 1))
+        with pytest.raises(UsageError, match="too long"):
+            control.receive_request(theirs)
+
+
+def test_a_daemon_that_is_down_is_one_clear_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(control, "socket_path", lambda volume, uid: str(tmp_path / "none.sock"))
+    mount = locate.Mount("/m", locate.FSTYPE, "tierfs#abc", os.geteuid())
+    with pytest.raises(VolumeError, match="/m: its daemon does not answer"):
+        ask(mount, control.GetStatus())
+
+
+def test_a_daemon_that_dies_meanwhile_is_one_clear_error(tmp_path, monkeypatch):
+    path = str(tmp_path / "x.sock")
+    monkeypatch.setattr(control, "socket_path", lambda volume, uid: path)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen(1)
+        thread = threading.Thread(target=lambda: listener.accept()[0].close())
+        thread.start()
+        with pytest.raises(VolumeError, match="its daemon"):
+            ask(locate.Mount("/m", locate.FSTYPE, "tierfs#abc", os.geteuid()), control.GetStatus())
+        thread.join()
+
+
+def test_runtime_directories_of_others_are_not_trusted(tmp_path, monkeypatch):
+    uid = os.geteuid() + 12345
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    assert control.runtime_directory(uid) == f"/tmp/tierfs-{uid}"
+    assert control.runtime_directory(0) == "/run/tierfs"
+
+
+# --- other users (needs root) ----------------------------------------------------------------------------
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="takes on other users' rights")
+NOBODY = Peer(65534, 65534, (65534,))
+
+
+@pytest.fixture
+def others(tree):
+    for path, mode, owner in (("f", 0o600, 0), ("d", 0o755, 0), ("d/g", 0o644, 0), ("d/e", 0o700, 0)):
+        os.chown(tree / path, owner, owner)
+        os.chmod(tree / path, mode)
+    (tree / "mine").write_text("")
+    os.chown(tree / "mine", NOBODY.uid, NOBODY.gid)
+    (tree / "group").write_text("")
+    os.chown(tree / "group", 0, 4711)
+    os.chmod(tree / "group", 0o640)
+    rootfd = os.open(tree, os.O_RDONLY | os.O_DIRECTORY)
+    yield Reach(rootfd, lambda opath: b"")
+    os.close(rootfd)
+
+
+def reached(reach, peer, path, access):
+    targets, stayed = reach.targets(peer, [path], access, threading.Event())
+    return [target.path for target in targets], [item.reason for item in stayed]
+
+
+@needs_root
+def test_another_user_reaches_what_the_kernel_would_allow(others):
+    assert reached(others, NOBODY, b"d/g", os.O_RDONLY) == ([b"d/g"], [])
+    assert reached(others, NOBODY, b"f", os.O_RDONLY) == ([], ["you may not read it"])
+    assert reached(others, NOBODY, b"d/e/h", os.O_RDONLY) == ([], ["you may not reach it"])
+    assert reached(others, NOBODY, b"d", os.O_RDONLY)[0] == [b"d/g"]
+    assert reached(others, NOBODY, b"d/g", os.O_WRONLY) == ([], ["belongs to another user"])
+    assert reached(others, NOBODY, b"mine", os.O_WRONLY) == ([b"mine"], [])
+
+
+@needs_root
+def test_supplementary_groups_count(others):
+    assert reached(others, NOBODY, b"group", os.O_RDONLY)[0] == []
+    member = Peer(NOBODY.uid, NOBODY.gid, (NOBODY.gid, 4711))
+    assert reached(others, member, b"group", os.O_RDONLY)[0] == [b"group"]
+
+
+@needs_root
+def test_rights_are_given_back_and_other_threads_keep_theirs(tmp_path):
+    secret = tmp_path / "secret"
+    secret.write_text("x")
+    secret.chmod(0o600)
+    inside, go = threading.Event(), threading.Event()
+    seen = []
+
+    def act():
+        with acting_as(NOBODY):
+            with contextlib.suppress(PermissionError), open(secret):
+                seen.append("read")
+            inside.set()
+            go.wait(5)
+        seen.append(secret.read_text())
+
+    groups = os.getgroups()
+    thread = threading.Thread(target=act)
+    thread.start()
+    assert inside.wait(5)
+    assert secret.read_text() == "x"
+    assert os.getgroups() == groups
+    go.set()
+    thread.join()
+    assert seen == ["x"]
+
+
+@needs_root
+def test_another_user_over_the_socket(mount, tree, tmp_path):
+    os.chmod(tmp_path / "abc.sock", 0o666)
+    for directory in [tmp_path, *tmp_path.parents]:
+        if directory.stat().st_uid == 0 and str(directory).startswith("/tmp/"):
+            os.chmod(directory, directory.stat().st_mode | 0o011)
+    os.chmod(tree / "f", 0o600)
+    script = f"""
+import sys
+from tierfs import control, locate
+control.socket_path = lambda volume, uid: {str(tmp_path / "abc.sock")!r}
+mount = locate.Mount("/m", locate.FSTYPE, "tierfs#abc", 0)
+(status,) = control.converse(mount, control.GetStatus())
+assert status.errors == [], status
+*facts, done = control.converse(mount, control.GetFacts([b"f", b"d/g"]))
+assert [fact.path for fact in facts] == [b"d/g"], facts
+for request in (control.Drain(), control.Check(False, False), control.Reload()):
+    try:
+        list(control.converse(mount, request))
+    except control.NotPermittedError:
+        continue
+    sys.exit(f"{{request}} was allowed")
+(done,) = control.converse(mount, control.SetPin([b"d/g"], True))
+assert done.stayed[0].reason == "belongs to another user", done
+"""
+    script = script.replace("import sys\n", "import os, sys\n", 1).replace(
+        "control.socket_path", "os.setgroups([]); os.setgid(65534); os.setuid(65534)\ncontrol.socket_path", 1
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=30, check=False
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_only_root_can_serve_other_users(monkeypatch):
+    monkeypatch.setattr(os, "geteuid", lambda: 4242)
+    with pytest.raises(NotPermittedError), acting_as(Peer(77, 77, ())):
+        pass
+
+
+def test_targets_are_plain_values():
+    assert Target(b"p", 1, b"h", 2, b"n", 3, True).named

@@ -1,0 +1,264 @@
+"""State directories, ownership of stores, mountpoints and the mount table."""
+
+import json
+import os
+import stat
+import subprocess
+
+import pytest
+
+from tierfs import adoption, locate, volume
+from tierfs.errors import PathError, StoreUnavailableError, VolumeError
+from tierfs.store.memory import MemoryStore
+
+
+@pytest.fixture
+def state(tmp_path):
+    path = str(tmp_path / "state")
+    volume.make_state(path)
+    return path
+
+
+def test_a_new_volume_is_private_and_claims_its_store(state):
+    store = MemoryStore()
+    made = volume.create(state, local_limit="1G")
+    assert not made.identity.complete
+    finished = volume.complete(made, store)
+    assert finished.identity.complete
+    assert volume.load(state) == finished
+    assert json.loads(store.get("volume.json"))["volume"] == finished.identity.volume
+    assert stat.S_IMODE(os.stat(state).st_mode) == 0o700
+    assert stat.S_IMODE(os.stat(finished.path("config.toml")).st_mode) == 0o600
+
+
+def test_a_store_of_another_volume_is_refused_and_named(tmp_path):
+    store = MemoryStore()
+    for name in ("one", "two"):
+        volume.make_state(str(tmp_path / name))
+    volume.complete(volume.create(str(tmp_path / "one")), store)
+    second = volume.create(str(tmp_path / "two"))
+    with pytest.raises(VolumeError, match=r"belongs to volume .* of host"):
+        volume.complete(second, store)
+    assert not volume.load(str(tmp_path / "two")).identity.complete
+
+
+def test_creation_interrupted_after_the_store_was_claimed_is_finished_by_trying_again(state):
+    store = MemoryStore()
+    made = volume.create(state)
+    volume.complete(made, store)
+    again = volume.complete(volume.Volume(state, made.identity), store)
+    assert again.identity.volume == made.identity.volume
+
+
+def test_a_store_without_our_mark_is_down_and_not_created_again(state):
+    made = volume.create(state)
+    with pytest.raises(StoreUnavailableError, match="not this volume's store, or is not mounted"):
+        volume.check_owner(made, MemoryStore())
+
+
+def test_a_store_with_a_strange_mark_is_refused(state):
+    store = MemoryStore()
+    store.put("volume.json", b"[]", 2)
+    with pytest.raises(VolumeError, match="not ours"):
+        volume.complete(volume.create(state), store)
+
+
+def test_a_directory_with_other_content_is_no_state_directory(tmp_path):
+    (tmp_path / "thesis.txt").write_text("x")
+    with pytest.raises(VolumeError, match="neither a volume nor empty"):
+        volume.create(str(tmp_path))
+
+
+NEWER = '{"format": 9, "volume": "a", "store": "s", "created": 1, "host": "h"}'
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"volume": 1', NEWER])
+def test_a_damaged_volume_file_is_one_clear_error(state, content):
+    with open(os.path.join(state, "volume.json"), "w") as file:
+        file.write(content)
+    with pytest.raises(VolumeError, match=r"damaged|format 9"):
+        volume.load(state)
+
+
+def test_the_lock_is_held_once_and_names_the_user(state):
+    first = volume.lock(state)
+    volume.write_runtime(state, {"mountpoint": "/home/ann"})
+    with pytest.raises(VolumeError, match="in use by the mount at /home/ann"):
+        volume.lock(state)
+    os.close(first)
+    os.close(volume.lock(state))
+
+
+def test_discarding_keeps_a_tree(state):
+    volume.create(state)
+    os.mkdir(os.path.join(state, "tree"))
+    volume.discard(state)
+    assert not volume.exists(state)
+    assert "tree" in os.listdir(state)
+
+
+@pytest.mark.parametrize("path", ["/home/ann", "/home/ann b/.x", "/.a", "/", "/a-b//c/", "/ä/\udcff\n"])
+def test_names_are_escaped_as_systemd_does(path):
+    escaped = volume.escape_path(path)
+    assert "/" not in escaped and escaped.isascii() and escaped.isprintable()
+    try:
+        expected = subprocess.run(
+            ["systemd-escape", "--path", "--", os.fsencode(path)], capture_output=True, check=True
+        )
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return
+    assert escaped == expected.stdout.decode().rstrip("\n")
+
+
+def test_very_long_paths_still_make_a_name_and_different_ones():
+    one, two = (volume.escape_path("/" + "x/" * 300 + end) for end in "ab")
+    assert one != two and len(one) <= 200
+
+
+def test_mountpoints_that_cannot_be_used(tmp_path):
+    state = str(tmp_path / "state")
+    with pytest.raises(VolumeError, match="does not exist: create it"):
+        volume.check_mountpoint(str(tmp_path / "none"), state)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(VolumeError, match="is not a directory"):
+        volume.check_mountpoint(str(tmp_path / "file"), state)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").write_text("")
+    with pytest.raises(VolumeError, match=r"not empty.*tierfs adopt"):
+        volume.check_mountpoint(str(tmp_path / "full"), state)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(VolumeError, match="state directory lies inside the mountpoint"):
+        volume.check_mountpoint(str(tmp_path / "empty"), str(tmp_path / "empty" / "s"))
+    with pytest.raises(VolumeError, match="lies inside the state directory"):
+        volume.check_mountpoint(str(tmp_path / "empty"), str(tmp_path))
+    volume.check_mountpoint(str(tmp_path / "empty"), state)
+
+
+# --- the mount table -------------------------------------------------------------------------------------
+
+TABLE = b"""\
+22 1 259:1 / / rw,relatime shared:1 - ext4 /dev/root rw
+40 22 0:50 / /home/ann rw,nosuid,nodev shared:7 - fuse.tierfs tierfs#abc rw,user_id=1000,group_id=1000
+41 40 0:51 / /home/ann/usb\\040stick rw - vfat /dev/sdb1 rw
+42 22 0:52 / /mnt/a\\134b\\012c rw - fuse.tierfs tierfs#def rw,user_id=0,group_id=0,allow_other
+"""
+
+
+@pytest.fixture
+def mounts(tmp_path):
+    (tmp_path / "table").write_bytes(TABLE)
+    return locate.read_mounts(str(tmp_path / "table"))
+
+
+def test_the_mount_table_is_read_with_its_escapes(mounts):
+    assert [mount.mountpoint for mount in mounts] == ["/", "/home/ann", "/home/ann/usb stick", "/mnt/a\\b\nc"]
+    assert [mount.volume for mount in mounts] == ["", "abc", "", "def"]
+    assert mounts[1].uid == 1000
+
+
+def test_paths_find_their_volume(mounts):
+    assert locate.locate("/home/ann", mounts).relative == b""
+    place = locate.locate("/home/ann/a/b c", mounts)
+    assert (place.mount.volume, place.relative) == ("abc", b"a/b c")
+    for path in ("/home/anna", "/home", "/home/ann/usb stick/x", "/tmp"):
+        with pytest.raises(PathError, match="not in a mounted TierFS volume"):
+            locate.locate(path, mounts)
+
+
+def test_a_covered_mount_is_not_found(mounts):
+    over = locate.Mount("/home/ann", "tmpfs", "tmpfs", 0)
+    with pytest.raises(PathError):
+        locate.locate("/home/ann/x", [*mounts, over])
+
+
+def test_links_on_the_way_are_followed_and_a_link_itself_is_meant(tmp_path, monkeypatch):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    real = os.path.realpath(tmp_path)
+    assert locate.resolve(str(tmp_path / "link" / "x")) == f"{real}/real/x"
+    assert locate.resolve(str(tmp_path / "link")) == f"{real}/link"
+    assert locate.resolve(str(tmp_path / "link") + "/") == f"{real}/real"
+    monkeypatch.chdir(tmp_path / "real")
+    assert locate.resolve("x") == f"{real}/real/x"
+    assert locate.resolve(".") == f"{real}/real"
+    assert locate.resolve("..") == real
+
+
+# --- adoption --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def home(tmp_path):
+    directory = tmp_path / "home"
+    directory.mkdir(0o750)
+    (directory / "letter").write_text("dear")
+    return str(directory)
+
+
+def test_adoption_can_be_finished_after_a_crash_at_any_step(home):
+    state = volume.adopted_state(home)
+    adoption.check_directory(home, state)
+    adoption.begin(home, state)
+    adoption.finish(home, state)  # a crash before the rename: nothing has moved, nothing is changed
+    assert os.listdir(home) == ["letter"]
+    adoption.move(home, state)
+    assert not os.path.exists(home)
+    adoption.finish(home, state)  # a crash after it
+    assert os.listdir(home) == []
+    assert stat.S_IMODE(os.stat(home).st_mode) == 0o555
+    assert os.listdir(os.path.join(state, "tree")) == ["letter"]
+    assert stat.S_IMODE(os.stat(os.path.join(state, "tree")).st_mode) == 0o750
+    assert adoption.read_intent(state) is None
+    adoption.finish(home, state)
+
+
+def test_adoption_never_covers_what_came_in_between(home):
+    state = volume.adopted_state(home)
+    adoption.begin(home, state)
+    adoption.move(home, state)
+    os.mkdir(home)
+    with open(os.path.join(home, "new"), "w"):
+        pass
+    with pytest.raises(VolumeError, match="was filled"):
+        adoption.finish(home, state)
+
+
+def test_giving_back_restores_the_very_directory(home):
+    state = volume.adopted_state(home)
+    inode = os.stat(home).st_ino
+    adoption.begin(home, state)
+    adoption.move(home, state)
+    adoption.finish(home, state)
+    tree = os.path.join(state, "tree")
+    os.setxattr(tree, "user.tierfs_pin", b"1")
+    assert adoption.find_stubs(tree) == []
+    adoption.strip(tree)
+    adoption.give_back(home, state)
+    assert os.stat(home).st_ino == inode
+    assert os.listxattr(home) == []
+    with open(os.path.join(home, "letter")) as file:
+        assert file.read() == "dear"
+
+
+def test_stubs_are_found_wherever_they_are(tmp_path):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "stub").write_text("")
+    (tmp_path / "plain").write_text("")
+    os.setxattr(tmp_path / "a" / "b" / "stub", "user.tierfs", b"\1")
+    assert adoption.find_stubs(str(tmp_path)) == ["a/b/stub"]
+
+
+@pytest.mark.parametrize("directory", ["/", "/proc", "/dev"])
+def test_directories_that_cannot_be_adopted(directory, tmp_path):
+    with pytest.raises(VolumeError, match=r"mountpoint|root directory"):
+        adoption.check_directory(directory, str(tmp_path / "s"))
+
+
+def test_adopting_what_is_no_directory_or_holds_the_state(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(VolumeError, match="not a directory"):
+        adoption.check_directory(str(tmp_path / "file"), str(tmp_path / "s"))
+    with pytest.raises(VolumeError, match="does not exist"):
+        adoption.check_directory(str(tmp_path / "none"), str(tmp_path / "s"))
+    with pytest.raises(VolumeError, match="lies inside the directory"):
+        adoption.check_directory(str(tmp_path), str(tmp_path / "s"))
