@@ -17,6 +17,7 @@ import stat
 import time
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
+from urllib.parse import quote
 
 from tierfs import config, locate
 from tierfs.errors import ObjectMissingError, PreconditionError, StoreUnavailableError, VolumeError
@@ -70,7 +71,9 @@ class Volume:
 
 def resolve_store(state: str, store: str) -> str:
     """The URL behind a `store` setting."""
-    return f"file://{os.path.join(state, 'store')}" if store == config.EMBEDDED_STORE else store
+    if store != config.EMBEDDED_STORE:
+        return store
+    return "file://" + quote(os.fsencode(os.path.join(state, "store")))
 
 
 # --- names and places ------------------------------------------------------------------------------------

@@ -166,6 +166,7 @@ def _existing(arguments: argparse.Namespace) -> volume.Volume:
 
 def _create(arguments: argparse.Namespace, adopting: bool) -> volume.Volume:
     """Make a volume and claim its store. Raises TierError, OSError."""
+    from tierfs.store.probe import probe
     from tierfs.store.urls import open_store
 
     settings = {"store": arguments.store, "local_limit": arguments.local_limit}
@@ -173,11 +174,10 @@ def _create(arguments: argparse.Namespace, adopting: bool) -> volume.Volume:
     made = volume.create(arguments.state, **given)
     if not adopting:
         volume.make_tree(made, os.stat(arguments.mountpoint))
-    store = open_store(made.store_url)
-    try:
+    with contextlib.closing(open_store(made.store_url, create=True)) as unknown:
+        capabilities = probe(unknown)
+    with contextlib.closing(open_store(made.store_url, capabilities=capabilities)) as store:
         return volume.complete(made, store)
-    finally:
-        store.close()
 
 
 def _undo(state: str) -> None:

@@ -8,7 +8,7 @@ import shutil
 
 import click
 
-from tierfs import adoption, control, launch, locate, terminal, volume
+from tierfs import adoption, config, control, launch, locate, terminal, volume
 from tierfs.commands.mount import clear_dead_mount, daemon_arguments, mounted_at, unmount
 from tierfs.commands.orders import converse_with_bar
 from tierfs.errors import TierError, VolumeError
@@ -123,5 +123,5 @@ def _give_back(directory: str, state: str) -> None:
         shutil.rmtree(state)
     finally:
         os.close(lock)
-    if not home.store_url.startswith(f"file://{state}/"):
+    if home.identity.store != config.EMBEDDED_STORE:
         click.echo(f"The copies are left in {home.store_url}: delete them when you no longer want them.")

@@ -11,7 +11,7 @@ import sys
 import click
 
 from tierfs import config, control, launch, locate, terminal, volume
-from tierfs.errors import ConfigError, TierError, UsageError, VolumeError
+from tierfs.errors import TierError, UsageError, VolumeError
 
 _END_SECONDS = 120.0
 
@@ -59,21 +59,16 @@ def daemon_arguments(
     """The daemon's command line. Raises UsageError for a store that is none."""
     arguments = ["--state", state, "--mountpoint", mountpoint, "--binding", binding]
     if store is not None:
-        arguments += ["--store", store_url(store)]
+        if store != config.EMBEDDED_STORE:
+            from tierfs.store.urls import check_url
+
+            check_url(store)
+        arguments += ["--store", store]
     if local_limit is not None:
         arguments += ["--local-limit", local_limit]
     for option in options:
         arguments += ["-o", option]
     return arguments
-
-
-def store_url(given: str) -> str:
-    """The URL of a store as the daemon takes it. Raises UsageError."""
-    try:
-        config.parse(config.default_text(store=given))
-    except ConfigError as exc:
-        raise UsageError(f"--store: {given!r} is no store: use s3://bucket/prefix or file:///path") from exc
-    return given
 
 
 def clear_dead_mount(mountpoint: str) -> None:

@@ -1,0 +1,55 @@
+# Every target begins with what it needs: on a bare Debian or Ubuntu machine `make test` is enough.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
+PACKAGES := python3-venv fuse3 libfuse2 attr acl gcc git make procps psmisc sqlite3 strace util-linux
+PYTEST := $(BIN)/pytest
+PYTEST_ARGS ?=
+
+.PHONY: setup demo test soak lint bench clean
+
+setup: $(VENV)/.installed
+
+# Only what is missing is installed, so that a machine without the right to do so can still be set up by hand.
+$(VENV)/.installed: setup.cfg pyproject.toml Makefile
+	@missing=""; for package in $(PACKAGES); do \
+		dpkg-query -W -f='$${Status}' $$package 2>/dev/null | grep -q 'ok installed' || \
+		dpkg-query -W -f='$${Status}' $${package}t64 2>/dev/null | grep -q 'ok installed' || \
+		missing="$$missing $$package"; \
+	done; \
+	if [ -n "$$missing" ]; then \
+		echo "installing$$missing"; \
+		$(SUDO) apt-get update -qq && \
+		for package in $$missing; do \
+			DEBIAN_FRONTEND=noninteractive $(SUDO) apt-get install -y -qq --no-install-recommends $$package >/dev/null || \
+			DEBIAN_FRONTEND=noninteractive $(SUDO) apt-get install -y -qq --no-install-recommends $${package}t64 >/dev/null || \
+			{ echo "make setup: $$package cannot be installed: install it by hand" >&2; exit 1; }; \
+		done; \
+	fi
+	@[ -e /dev/fuse ] || $(SUDO) modprobe fuse || echo "make setup: there is no /dev/fuse: mounting will fail" >&2
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "make setup: $(PYTHON) is too old: give Python 3.11 or later as PYTHON=..." >&2; exit 1; }
+	[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	@touch $@
+
+demo: setup
+	@bash tests/demo.sh
+
+test: setup
+	$(PYTEST) -m 'not soak' $(PYTEST_ARGS)
+
+soak: setup
+	$(PYTEST) -m soak --timeout 7200 $(PYTEST_ARGS)
+
+lint: setup
+	$(BIN)/ruff check tierfs daemon tests benchmarks
+	$(BIN)/mypy
+
+bench: setup
+	@for benchmark in benchmarks/bench_*.py; do echo "== $$benchmark"; $(BIN)/python $$benchmark $(BENCH_ARGS) || exit 1; done
+
+clean:
+	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
