@@ -47,7 +47,9 @@ def status(as_json: bool, paths: tuple[str, ...]) -> int:
 def _volume_document(mount: locate.Mount) -> dict[str, Any]:
     for answer in control.converse(mount, control.GetStatus()):
         if isinstance(answer, control.Status):
-            return {"mountpoint": mount.mountpoint, **control.to_json(answer)}
+            document = {"mountpoint": mount.mountpoint, **control.to_json(answer)}
+            document["local_limit"] = document["local_limit"] or None  # none is not a limit of nothing
+            return document
     raise PathError(f"{mount.mountpoint}: its daemon gave no status: try again")
 
 

@@ -1,0 +1,227 @@
+"""The command line: arguments, exit codes, JSON and one-line errors, against a daemon that is played."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tierfs import cli, control, locate
+from tierfs.errors import PathError, VolumeError
+
+MOUNT = locate.Mount("/vol", locate.FSTYPE, "tierfs#abc", 0)
+STATUS = control.Status(
+    volume="abc", state="/state", store="file:///store", local_bytes=100, local_limit=2048, total_bytes=300,
+    files=3, stubs=1, dirty_files=1, dirty_bytes=50, queued=0, pids={"supervisor": 1, "server": 2, "mover": 3},
+    errors=[control.Problem(0.0, "a\nb: not fetched")],
+)  # fmt: skip
+
+
+class Daemon:
+    """Plays the daemon: answers by request type, and remembers the requests."""
+
+    def __init__(self):
+        self.requests = []
+        self.answers = {control.GetStatus: [STATUS]}
+
+    def converse(self, mount, request):
+        self.requests.append(request)
+        for answer in self.answers[type(request)]:
+            if isinstance(answer, BaseException):
+                raise answer
+            yield answer
+
+
+@pytest.fixture
+def daemon(monkeypatch):
+    played = Daemon()
+    monkeypatch.setattr(control, "converse", played.converse)
+    monkeypatch.setattr(locate, "read_mounts", lambda *_: [locate.Mount("/", "ext4", "x", 0), MOUNT])
+    return played
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["tierfs", *arguments])
+        code = cli._run()
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err
+        return code, captured.out, captured.err
+
+    return call
+
+
+def facts(path, tier="resident", **more):
+    return control.Facts(path, tier, size=10, local_bytes=4096, heat=1.5, generation=7, **more)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["frobnicate"], ["mount"], ["mount", "--stroe", "x", "/vol"], ["demote"], ["umount"], ["adopt"], ["leave"],
+     ["check"], ["mount", "--binding", "x", "/vol"], ["mount", "--local-limit", "much", "/tmp/x"],
+     ["mount", "--store", "ftp://x", "/tmp/x"], ["mount", "--store", "s3://", "/tmp/x"]],
+)  # fmt: skip
+def test_wrong_usage_is_one_line_and_exit_2(run, arguments):
+    code, out, err = run(*arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("tierfs: ") and err.count("\n") == 1
+
+
+def test_without_arguments_the_commands_are_shown(run):
+    code, out, err = run()
+    assert code == 2
+    assert all(name in out + err for name in cli._COMMANDS)
+
+
+@pytest.mark.parametrize("name", list(cli._COMMANDS))
+def test_every_command_has_help(run, name):
+    code, out, _ = run(name, "--help")
+    assert code == 0 and out.startswith("Usage: tierfs " + name)
+
+
+def test_status_of_a_volume_has_the_promised_keys(run, daemon):
+    code, out, _ = run("status", "--json", "/vol")
+    document = json.loads(out)
+    assert code == 0
+    assert set(document) >= {
+        "mountpoint", "state", "store", "local_bytes", "local_limit", "total_bytes", "files", "stubs",
+        "dirty_files", "dirty_bytes", "queued", "errors", "pids",
+    }  # fmt: skip
+    assert document["mountpoint"] == "/vol"
+    assert set(document["pids"]) == {"supervisor", "server", "mover"}
+
+
+def test_status_of_a_path_has_the_promised_keys(run, daemon):
+    daemon.answers[control.GetFacts] = [facts(b"d/f"), control.Done(1)]
+    code, out, _ = run("status", "--json", "/vol/d/f")
+    document = json.loads(out)
+    assert code == 0
+    assert set(document) >= {"path", "tier", "size", "local_bytes", "dirty", "pinned", "heat", "generation"}
+    assert document["path"] == "/vol/d/f"
+    assert daemon.requests == [control.GetFacts([b"d/f"])]
+
+
+def test_status_of_several_is_a_list(run, daemon):
+    daemon.answers[control.GetFacts] = [facts(b"f"), control.Done(1)]
+    code, out, _ = run("status", "--json", "/vol", "/vol/f")
+    assert code == 0
+    assert ["mountpoint" in document for document in json.loads(out)] == [True, False]
+    code, out, _ = run("status", "--json")
+    assert [document["mountpoint"] for document in json.loads(out)] == ["/vol"]
+
+
+def test_status_for_people_is_one_line_an_item(run, daemon):
+    code, out, _ = run("status")
+    assert code == 0
+    assert "2.0K" in out and "a\\nb: not fetched" in out
+
+
+def test_status_outside_of_a_volume_fails_clearly(run, daemon):
+    code, out, err = run("status", "/tmp")
+    assert (code, out) == (1, "")
+    assert err == "tierfs: /tmp: is not in a mounted TierFS volume: mount it with `tierfs mount`\n"
+
+
+def test_a_missing_path_fails_and_the_others_are_shown(run, daemon):
+    daemon.answers[control.GetFacts] = [control.Done(0, [control.Outcome(b"x", "does not exist", True)])]
+    code, out, err = run("status", "/vol/x", "/vol")
+    assert code == 1
+    assert err == "tierfs: /vol/x: does not exist\n"
+    assert "file:///store" in out
+
+
+def test_ls_shows_strange_names_on_one_line(run, daemon):
+    strange = facts(b"d/a\nb\xff", "stub", pinned=True)
+    daemon.answers[control.ListNames] = [strange, facts(b"d/c"), control.Done(2)]
+    code, out, _ = run("ls", "/vol/d")
+    assert code == 0
+    assert out.count("\n") == 3
+    assert "a\\nb\\xff" in out
+    code, out, _ = run("ls", "--json", "/vol/d")
+    documents = json.loads(out)
+    assert [os.fsencode(document["name"]) for document in documents] == [b"a\nb\xff", b"c"]
+    assert documents[0]["tier"] == "stub" and documents[0]["pinned"] is True
+
+
+def test_pins_are_absolute_paths(run, daemon):
+    daemon.answers[control.GetPins] = [facts(b"d", "directory", pinned=True), control.Done(1)]
+    code, out, _ = run("pins", "--json")
+    assert code == 0
+    assert [document["path"] for document in json.loads(out)] == ["/vol/d"]
+
+
+@pytest.mark.parametrize(
+    ("stayed", "arguments", "code"),
+    [
+        ([], ["--wait"], 0),
+        ([control.Outcome(b"f", "is open")], ["--wait"], 1),
+        ([control.Outcome(b"f", "is open")], [], 0),
+        ([control.Outcome(b"d/below", "is pinned")], ["--wait"], 0),
+        ([control.Outcome(b"d/below", "not in the store: the disk is full", True)], ["--wait"], 1),
+        ([control.Outcome(b"f", "does not exist", True)], [], 1),
+    ],
+)
+def test_what_stays_is_named_and_a_named_file_that_stays_fails(run, daemon, stayed, arguments, code):
+    for name, request in (("demote", control.Demote), ("fetch", control.Fetch)):
+        daemon.answers[request] = [control.Progress(1, 2, 3, 4, b"x"), control.Done(1, stayed)]
+        found, out, err = run(name, *arguments, "/vol/f", "/vol/d")
+        assert (found, out) == (code, "")
+        assert err == "".join(f"tierfs: /vol/{os.fsdecode(item.path)}: {item.reason}\n" for item in stayed)
+        assert daemon.requests[-1] == request([b"f", b"d"], bool(arguments))
+
+
+def test_paths_outside_fail_but_the_others_are_done(run, daemon):
+    daemon.answers[control.SetPin] = [control.Done(1)]
+    code, _, err = run("pin", "/tmp/x", "/vol/f")
+    assert code == 1
+    assert err.startswith("tierfs: /tmp/x: is not in a mounted TierFS volume")
+    assert daemon.requests == [control.SetPin([b"f"], True)]
+
+
+def test_an_interrupt_is_exit_130_without_a_word(run, daemon):
+    daemon.answers[control.Demote] = [control.Progress(0, 1, 0, 1), KeyboardInterrupt()]
+    code, out, err = run("demote", "--wait", "/vol/f")
+    assert (code, out, err.strip()) == (130, "", "")
+
+
+@pytest.mark.parametrize("error", [VolumeError("/vol: its daemon does not answer: x"), PathError("f: is gone")])
+def test_errors_of_the_daemon_are_one_line(run, daemon, error):
+    daemon.answers[control.GetStatus] = [error]
+    assert run("status", "/vol") == (1, "", f"tierfs: {error}\n")
+
+
+def test_an_unexpected_error_says_where_the_log_is(run, daemon, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    monkeypatch.setattr(os, "geteuid", lambda: 4242)
+    daemon.answers[control.GetStatus] = [ZeroDivisionError("boom")]
+    code, out, err = run("status", "/vol")
+    log = tmp_path / "tierfs" / "cli.log"
+    assert (code, out) == (1, "")
+    assert err == f"tierfs: internal error (ZeroDivisionError): see {log}\n"
+    assert "boom" in log.read_text()
+
+
+def test_umount_of_what_is_no_mount(run, daemon):
+    code, _, err = run("umount", "/tmp")
+    assert code == 1
+    assert err.startswith("tierfs: /tmp: is no mounted TierFS volume")
+
+
+def test_umount_wait_names_what_is_not_in_the_store_and_keeps_the_mount(run, daemon):
+    stayed = [control.Outcome(b"db.sqlite", "open, not in the store since 10 min")]
+    daemon.answers[control.Drain] = [control.Done(0, stayed)]
+    code, _, err = run("umount", "--wait", "/vol")
+    assert code == 1
+    assert err.splitlines()[0] == "tierfs: /vol/db.sqlite: open, not in the store since 10 min"
+    assert daemon.requests == [control.Drain()]
+
+
+def test_output_into_a_closed_pipe_is_no_traceback():
+    command = [sys.executable, "-m", "tierfs.cli", "--help"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert b"Traceback" not in process.stderr.read()
+    process.stderr.close()
+    process.wait(timeout=30)
