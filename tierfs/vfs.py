@@ -286,8 +286,10 @@ class Vfs:
 
     def readlink(self, nodeid: int) -> bytes:
         """Where a symbolic link points. Raises OSError."""
-        fd, _ = self.nodes.reach(self.nodes.get(nodeid))
+        fd, st = self.nodes.reach(self.nodes.get(nodeid))
         try:
+            if not stat.S_ISLNK(st.st_mode):
+                raise _error(errno.EINVAL)
             return os.readlink(b"", dir_fd=fd)
         finally:
             os.close(fd)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from tierfs.gate import Gate
+from tierfs.making import Caller
 from tierfs.nodes import Node, NodeTable
 from tierfs.tree import Tree, fd_path
 
@@ -44,6 +45,12 @@ class Xattrs:
     def _reserved(self, name: bytes) -> bool:
         return self._internal(name) or name.startswith(_VIRTUAL)
 
+    def _refuse(self, name: bytes, caller: Caller | None) -> None:
+        """Raises EPERM for what may not be changed. Not every binding has a kernel that guards trusted.* ."""
+        foreign = name.startswith(b"trusted.") and caller is not None and caller.uid != 0
+        if foreign or (self._reserved(name) and name != _PIN):
+            raise _error(errno.EPERM, name)
+
     def get(self, nodeid: int, name: bytes) -> bytes:
         """The value. Raises OSError: ENODATA where there is none or none to be seen."""
         if self._internal(name):
@@ -67,14 +74,19 @@ class Xattrs:
         return b"".join(name + b"\0" for name in names if not self._reserved(name))
 
     def set(
-        self, nodeid: int, name: bytes, value: bytes | memoryview, flags: int = 0, kill_sgid: bool = False
+        self,
+        nodeid: int,
+        name: bytes,
+        value: bytes | memoryview,
+        flags: int = 0,
+        caller: Caller | None = None,
+        kill_sgid: bool = False,
     ) -> None:
         """Set one; `kill_sgid`: an ACL that takes set-group-id away.
 
         Raises Blocked and OSError: EPERM for names that are TierFS's own, EINVAL for a pin neither on nor off.
         """
-        if self._reserved(name) and name != _PIN:
-            raise _error(errno.EPERM, name)
+        self._refuse(name, caller)
         with self._changing(nodeid) as (node, fd, st):
             if name == _PIN:
                 self._set_pin(node, fd, st, bytes(value), flags)
@@ -84,10 +96,9 @@ class Xattrs:
             if mode & stat.S_ISGID:
                 os.chmod(fd_path(fd), stat.S_IMODE(mode) & ~stat.S_ISGID)
 
-    def remove(self, nodeid: int, name: bytes) -> None:
+    def remove(self, nodeid: int, name: bytes, caller: Caller | None = None) -> None:
         """Raises Blocked and OSError: EPERM for names that are TierFS's own, ENODATA where there is none."""
-        if self._reserved(name) and name != _PIN:
-            raise _error(errno.EPERM, name)
+        self._refuse(name, caller)
         with self._changing(nodeid) as (node, fd, st):
             if name != _PIN:
                 os.removexattr(fd_path(fd), name)
