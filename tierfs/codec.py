@@ -70,7 +70,7 @@ def unpack_record(ino: int, raw: bytes) -> Record:
 
 def _checked(ino: int, raw: bytes) -> bytes:
     if len(raw) < _HEAD.size + _BODY.size or raw[0] != _VERSION:
-        raise IndexError_(f"the index's record of inode {ino} is of unknown version: run `tierfs check --repair`")
+        raise IndexError_(f"the index's record of inode {ino} is of another version: `tierfs check --repair`")
     _, crc = _HEAD.unpack_from(raw)
     body = raw[_HEAD.size :]
     if zlib.crc32(body) != crc:

@@ -299,7 +299,6 @@ class Index:
         self.tables = tables
         self._env = env
         self._readonly = readonly
-        self._local = threading.local()
         self._wake = threading.Condition()
         self._jobs: list[_Job] = []
         self._closed = False
@@ -339,18 +338,9 @@ class Index:
     # --- reading ------------------------------------------------------------------------------------------
 
     def _get(self, table: str, key: bytes) -> bytes | None:
-        # One read transaction a thread, renewed for each look: a new one costs twice as much, and one kept
-        # open would hold on to old pages.
-        local = self._local
-        txn = getattr(local, "txn", None)
-        if txn is None:
-            txn = local.txn = self._env.begin(buffers=False)
-        else:
-            txn.renew()
-        try:
+        # A transaction for each look: the binding keeps spare ones, and one left open would hold old pages.
+        with self._env.begin() as txn:
             value: bytes | None = txn.get(key, db=self.tables[table])
-        finally:
-            txn.reset()
         return value
 
     def get(self, ino: int) -> Record | None:
@@ -515,8 +505,8 @@ class Index:
 
     # --- sessions -----------------------------------------------------------------------------------------
 
-    def begin_session(self, boot: str) -> Session:
-        """A new epoch, durably. Custody goes on after an orderly end, or within one boot of the machine.
+    def begin_session(self, boot: str, floor: int = 0) -> Session:
+        """A new epoch above `floor`, durably. Custody goes on after an orderly end, or within one boot.
 
         Otherwise writes may have been lost with their marks: the custody epoch rises, and every proof of the
         earlier one needs the local bytes hashed again.
@@ -525,7 +515,7 @@ class Index:
             meta = writer.meta
             if not meta.clean and meta.boot != boot:
                 meta.custody += 1
-            meta.epoch, meta.boot, meta.clean = meta.epoch + 1, boot, False
+            meta.epoch, meta.boot, meta.clean = max(meta.epoch, floor) + 1, boot, False
             return Session(meta.epoch, meta.custody)
 
     def end_session(self) -> None:
