@@ -63,18 +63,25 @@ class DirectoryStore(ObjectStore):
 
     def put(self, key: str, body: bytes | Iterable[bytes], size: int) -> Put:
         _check(key)
+        temporary = f"{_TMP}/{secrets.token_hex(8)}"
         with _Errors(self._path, key):
             root = self._root()
-            temporary = f"{_TMP}/{secrets.token_hex(8)}"
-            try:
-                found = self._write(root, temporary, exactly(key, body, size))
+            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=root)
+        try:
+            for piece in exactly(key, body, size):  # outside of _Errors: the body's errors are not the store's
+                with _Errors(self._path, key):
+                    _write_all(fd, piece)
+            with _Errors(self._path, key):
+                found = _settle(fd)
                 self._publish(root, temporary, key)
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    os.unlink(temporary, dir_fd=root)
-                raise
-            self._marked = self._marked or key == _MARKER
-            return Put(_etag(found), verified=False)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary, dir_fd=root)
+            raise
+        finally:
+            os.close(fd)
+        self._marked = self._marked or key == _MARKER
+        return Put(_etag(found), verified=False)
 
     def put_if(self, key: str, body: bytes, etag: str | None) -> Put:
         _check(key)
@@ -95,20 +102,6 @@ class DirectoryStore(ObjectStore):
             with _Errors(self._path, key):
                 fcntl.flock(fd, fcntl.LOCK_EX)
             yield
-        finally:
-            os.close(fd)
-
-    def _write(self, root: int, name: str, pieces: Iterator[bytes]) -> os.stat_result:
-        fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=root)
-        try:
-            for piece in pieces:
-                rest = memoryview(piece)
-                while rest:
-                    rest = rest[os.write(fd, rest) :]
-            os.fsync(fd)
-            # Out of the page cache, so that whoever verifies the object reads the disk; it is cold anyway.
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-            return os.fstat(fd)
         finally:
             os.close(fd)
 
@@ -303,6 +296,19 @@ def _check(key: str) -> None:
     check_key(key)
     if key.split("/", 1)[0] in (_TMP, _LOCK):
         raise UsageError(f"not a key for a directory store: {key!r}")
+
+
+def _write_all(fd: int, piece: bytes) -> None:
+    rest = memoryview(piece)
+    while rest:
+        rest = rest[os.write(fd, rest) :]
+
+
+def _settle(fd: int) -> os.stat_result:
+    """Sync a finished file, and forget its pages: whoever verifies it shall read the disk, and it is cold anyway."""
+    os.fsync(fd)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    return os.fstat(fd)
 
 
 def _regular(fd: int, key: str) -> os.stat_result:

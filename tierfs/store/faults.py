@@ -28,7 +28,7 @@ class Kind(enum.Enum):
 
 @dataclass
 class Fault:
-    """Strikes the next `times` operations of this name ("*": any) on keys with this prefix, after `skip` others."""
+    """The next `times` operations of this name ("*": any) on keys with this prefix, after `skip` others."""
 
     kind: Kind
     operation: str = "*"

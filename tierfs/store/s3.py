@@ -25,7 +25,7 @@ from tierfs.store.base import Capabilities, ObjectInfo, ObjectStore, Put
 from tierfs.store.keys import check_key, check_range, too_short
 from tierfs.store.s3_boto import BotoData, sha256_base64
 from tierfs.store.s3_errors import NO_CREDENTIALS, Translated
-from tierfs.store.s3_obstore import Data, ObstoreData
+from tierfs.store.s3_obstore import ONE_REQUEST, Data, ObstoreData
 
 COLD_PREFIX = "data/"  # only these keys get the storage class: a journal in Glacier could not restore anything
 _LOOK_EVERY = 10.0  # seconds between looks whether the credential files have changed
@@ -80,8 +80,13 @@ class S3Store(ObjectStore):
         storage_class = self.settings.storage_class if key.startswith(COLD_PREFIX) else ""
         with Translated(self._place, key):
             answer = self._data().put(full, body, size, storage_class)
-        # RADOS gateways answer the end of an upload in parts without an etag.
-        return answer if answer.etag else replace(answer, etag=self.head(key).etag)
+        if size <= ONE_REQUEST:
+            return answer
+        # At the end of an upload in parts a RADOS gateway names no etag, and rclone one that it then forgets.
+        found = self.head(key)
+        if found.size != size:
+            raise too_short(key, 0, size, found.size)
+        return replace(answer, etag=found.etag)
 
     def put_if(self, key: str, body: bytes, etag: str | None) -> Put:
         full = self._full(key)
@@ -172,7 +177,8 @@ class S3Store(ObjectStore):
             for page in pages.paginate(Bucket=self.settings.bucket, Prefix=self._root + prefix):
                 for entry in page.get("Contents", ()):
                     key = entry["Key"][len(self._root) :]
-                    yield ObjectInfo(key, entry["Size"], entry["ETag"], entry["LastModified"].timestamp())
+                    etag = f'"{entry["ETag"].strip(chr(34))}"'  # rclone leaves out the quotes, in listings only
+                    yield ObjectInfo(key, entry["Size"], etag, entry["LastModified"].timestamp())
 
     def describe(self) -> str:
         return self._place

@@ -2,8 +2,8 @@
 
 The limit halves when the server asks for fewer requests and grows by one for every `limit` requests that
 succeed (additive increase, multiplicative decrease: clients that share a server end up sharing it evenly).
-A foreground request waits for other foreground requests only, never for an upload to end: that may take minutes.
-While uploads fill the limit, reads may therefore exceed it, up to twice.
+A foreground request waits for other foreground requests only, never for an upload to end, which may take
+minutes. While uploads fill the limit, reads may therefore exceed it, up to twice.
 """
 
 from __future__ import annotations

@@ -1,0 +1,128 @@
+"""What is special about S3 servers: what the probe sees, wrong accounts and buckets, storage classes."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from conftest import S3_KINDS
+
+from tierfs.errors import BucketMissingError, StoreDeniedError, TierError
+from tierfs.store.base import Capabilities
+from tierfs.store.decorators import innermost
+from tierfs.store.s3 import S3Settings, S3Store
+from tierfs.store.urls import open_store
+
+SEEN = {
+    "rclone": Capabilities(conditional_put=False, partial_content=False, checks_sha256=False, client="boto3"),
+    "moto": Capabilities(conditional_put=True, partial_content=True, checks_sha256=False, client="obstore"),
+    "versitygw": Capabilities(conditional_put=True, partial_content=True, checks_sha256=True, client="obstore"),
+    "rgw": Capabilities(conditional_put=True, partial_content=True, checks_sha256=False, client="obstore"),
+}
+every_server = pytest.mark.parametrize("kind", S3_KINDS)
+
+
+@every_server
+def test_the_probe_sees_what_the_server_does_and_leaves_nothing(kind: str, stores) -> None:
+    store = stores(kind)
+    assert store.capabilities == SEEN[kind]
+    assert list(store.list("probe/")) == []
+
+
+@every_server
+@pytest.mark.parametrize("client", ["obstore", "boto3"])
+def test_missing_bucket(kind: str, client: str, s3_server) -> None:
+    settings = S3Settings("no-such-bucket", "x", s3_server(kind).endpoint)
+    store = S3Store(settings, Capabilities(client=client))
+    for call in (
+        lambda: store.get("a"),
+        lambda: store.get("a", 3, 5),
+        lambda: store.head("a"),
+        lambda: store.put("a", b"x", 1),
+        lambda: list(store.list("")),
+    ):
+        with pytest.raises(BucketMissingError, match="no such bucket"):
+            call()
+    store.close()
+
+
+@pytest.mark.parametrize("kind", [each for each in S3_KINDS if each.values[0] != "moto"])
+@pytest.mark.parametrize("client", ["obstore", "boto3"])
+def test_wrong_secret(kind: str, client: str, s3_server, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = s3_server(kind)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "quite-wrong")
+    store = S3Store(S3Settings(server.bucket, "x", server.endpoint), Capabilities(client=client))
+    for call in (lambda: store.get("a"), lambda: store.head("a"), lambda: store.put("a", b"x", 1)):
+        with pytest.raises(StoreDeniedError) as caught:
+            call()
+        assert "quite-wrong" not in str(caught.value) and "\n" not in str(caught.value)
+    store.close()
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("client", ["obstore", "boto3"])
+def test_only_data_gets_the_storage_class(client: str, s3_server) -> None:
+    server = s3_server("moto")
+    store = open_store(f"{server.url}&storage_class=STANDARD_IA", capabilities=Capabilities(client=client))
+    large = 17 * 1024 * 1024
+    store.put("data/small", b"x", 1)
+    store.put("data/large", iter([bytes(large)]), large)
+    store.put("meta/journal", b"x", 1)
+    admin = innermost(store).admin()
+    classes = {
+        key: admin.head_object(Bucket=server.bucket, Key=f"tests/{key}").get("StorageClass", "STANDARD")
+        for key in ("data/small", "data/large", "meta/journal")
+    }
+    assert classes == {"data/small": "STANDARD_IA", "data/large": "STANDARD_IA", "meta/journal": "STANDARD"}
+    store.close()
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("client", ["obstore", "boto3"])
+def test_sums_are_sent_where_they_are_checked(client: str, s3_server) -> None:
+    server = s3_server("versitygw")
+    store = S3Store(
+        S3Settings(server.bucket, "sums", server.endpoint), Capabilities(checks_sha256=True, client=client)
+    )
+    large = os.urandom(1024 * 1024) * 18
+    assert store.put("small", b"x", 1).verified
+    assert store.put("large", iter([large]), len(large)).verified
+    for key in ("small", "large"):
+        answer = store.admin().head_object(Bucket=server.bucket, Key=f"sums/{key}", ChecksumMode="ENABLED")
+        assert answer.get("ChecksumSHA256"), key
+    assert store.get("large") == large
+    store.close()
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("client", ["obstore", "boto3"])
+def test_an_upload_that_fails_leaves_no_parts(client: str, s3_server) -> None:
+    server = s3_server("versitygw")
+    store = S3Store(S3Settings(server.bucket, "parts", server.endpoint), Capabilities(client=client))
+    with pytest.raises(TierError):
+        store.put("a", iter([bytes(20 * 1024 * 1024)]), 30 * 1024 * 1024)
+    assert not store.admin().list_multipart_uploads(Bucket=server.bucket).get("Uploads")
+    store.close()
+
+
+@pytest.mark.s3
+def test_credentials_are_read_again_when_their_file_changes(
+    s3_server, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = s3_server("versitygw")
+    secret = os.environ["AWS_SECRET_ACCESS_KEY"]
+    path = tmp_path / "credentials"
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(path))
+    monkeypatch.setattr("tierfs.store.s3._LOOK_EVERY", 0.0)
+    store = S3Store(S3Settings(server.bucket, "x", server.endpoint))
+    with pytest.raises(StoreDeniedError, match="no AWS credentials found: set AWS_PROFILE"):
+        store.get("a")
+    path.write_text("[default]\naws_access_key_id = tierfs-tests\naws_secret_access_key = wrong\n")
+    with pytest.raises(StoreDeniedError):
+        store.put("a", b"x", 1)
+    path.write_text(f"[default]\naws_access_key_id = tierfs-tests\naws_secret_access_key = {secret}\n")
+    os.utime(path, ns=(1, 1))
+    assert store.put("a", b"x", 1).etag
+    store.close()
