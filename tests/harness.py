@@ -147,7 +147,8 @@ class Volume:
     options: tuple[str, ...] = ()
     limit: float = 110.0  # seconds until a mount is aborted
     program: tuple[str, ...] = (str(TIERFS),)
-    user: str | int | None = None
+    user: int | None = None
+    group: int | None = None
     mountpoint: Path = Path()
     state: Path = Path()
 
@@ -159,12 +160,17 @@ class Volume:
     # --- the command ---------------------------------------------------------------------------------------
 
     @property
+    def identity(self) -> dict[str, Any]:
+        """Who runs the command, for `subprocess.run`."""
+        return {} if self.user is None else {"user": self.user, "group": self.group, "extra_groups": []}
+
+    @property
     def environment(self) -> dict[str, str]:
         return {**os.environ, **self.env, SESSION: session_id, VOLUME: str(self.base)}
 
     def cli(self, *args: Path_, check: bool = True, timeout: float = 100, **more: Any) -> Done:
         """Run `tierfs ARGS`; with `check` a failure is an AssertionError with what it said."""
-        more = {"user": self.user, "env": self.environment, "cwd": self.base, **more}
+        more = {**self.identity, "env": self.environment, "cwd": self.base, **more}
         argv = [*self.program, *(os.fspath(arg) for arg in args)]
         done = subprocess.run(
             argv, capture_output=True, text=True, errors="surrogateescape", timeout=timeout, **more

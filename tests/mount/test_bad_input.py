@@ -1,0 +1,275 @@
+"""Wrong input gives one clear line, an exit code, and leaves everything as it was."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import s3servers
+from harness import Volume, connection_of
+
+pytestmark = pytest.mark.usefixtures("tiers")
+Make = Callable[..., Volume]
+
+
+def refused(done: subprocess.CompletedProcess, *words: str, code: int = 1) -> None:
+    """One line on stderr that has these words, and the exit code."""
+    assert done.returncode == code, done
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("tierfs: ")
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in lines[0], lines[0]
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("mount",), ("mount", "--no-such", "x"), ("nonsense",), ("pin",), ("demote",), ("umount",),
+        ("mount", "--local-limit", "plenty", "x"), ("mount", "--binding", "magic", "x"),
+        ("mount", "--store", "gopher://x", "x"), ("leave",), ("check",),
+    ],
+)  # fmt: skip
+def test_wrong_usage_is_exit_code_2(volume: Make, args: tuple[str, ...]) -> None:
+    done = volume(mount=False).cli(*args, check=False)
+    assert done.returncode == 2, done
+    assert done.stderr.strip()
+    assert "Traceback" not in done.stderr
+
+
+def test_mountpoint_missing(volume: Make) -> None:
+    made = volume(mount=False)
+    refused(made.cli("mount", "--state", made.state, made.base / "nowhere", check=False), "nowhere")
+    assert not (made.state / "tree").exists()
+
+
+def test_mountpoint_is_a_file(volume: Make) -> None:
+    made = volume(mount=False)
+    (made.base / "file").touch()
+    refused(made.cli("mount", "--state", made.state, made.base / "file", check=False), "directory")
+
+
+def test_mountpoint_not_empty(volume: Make) -> None:
+    made = volume(mount=False)
+    made.mountpoint.mkdir()
+    (made.mountpoint / "mine").write_text("precious")
+    refused(made.mount(check=False), "not empty")
+    assert (made.mountpoint / "mine").read_text() == "precious"
+
+
+def test_state_inside_the_mountpoint(volume: Make) -> None:
+    made = volume(mount=False)
+    made.mountpoint.mkdir()
+    inside = made.mountpoint / "state"
+    refused(made.cli("mount", "--state", inside, made.mountpoint, check=False), "inside")
+    assert not inside.exists()
+
+
+def test_mounting_twice(volume: Make) -> None:
+    made = volume()
+    (made.mountpoint / "f").write_text("x")
+    refused(made.mount(check=False), "already")
+    other = made.base / "other"
+    other.mkdir()
+    refused(made.cli("mount", "--state", made.state, other, check=False), str(made.mountpoint))
+    assert (made.mountpoint / "f").read_text() == "x"
+
+
+def test_umount_when_busy(volume: Make) -> None:
+    made = volume()
+    with open(made.mountpoint / "held", "w") as held:
+        refused(made.umount(check=False), "busy")
+        held.write("still works")
+    assert (made.mountpoint / "held").read_text() == "still works"
+
+
+def test_umount_of_what_is_not_mounted(volume: Make) -> None:
+    made = volume(mount=False)
+    made.mountpoint.mkdir()
+    refused(made.umount(check=False), "mnt")
+
+
+@pytest.mark.parametrize("command", ["status", "pin", "demote", "fetch", "ls"])
+def test_a_path_outside_any_mount(volume: Make, command: str) -> None:
+    made = volume(mount=False)
+    outside = made.base / "outside"
+    outside.touch()
+    refused(made.cli(command, outside, check=False), "outside", "mount")
+
+
+@pytest.mark.parametrize("command", ["status", "pin", "demote", "fetch"])
+def test_a_path_that_does_not_exist(shared: Volume, work: Path, command: str) -> None:
+    refused(shared.cli(command, work / "absent", check=False), "absent")
+
+
+@pytest.mark.parametrize("name", [b"new\nline", b"\xff\xfe", b"'; rm -rf x", b"-rf", b"*", b"tab\there"])
+def test_strange_names_from_end_to_end(shared: Volume, work: Path, name: bytes) -> None:
+    path = os.path.join(os.fsencode(work), name)
+    with open(path, "wb") as out:
+        out.write(name * 1000)
+    shared.cli("demote", "--wait", path)
+    assert os.getxattr(path, "user.tierfs.tier") == b"stub"
+    facts = shared.status(path)
+    assert facts["tier"] == "stub"
+    assert os.fsencode(facts["path"]) == path
+    (listed,) = shared.json("ls", "--json", work)
+    assert os.fsencode(listed["name"]) == name
+    shared.cli("pin", path)
+    with open(path, "rb") as back:
+        assert back.read() == name * 1000
+    shared.cli("unpin", path)
+
+
+def test_config_malformed(volume: Make) -> None:
+    made = volume()
+    made.umount()
+    config = made.state / "config.toml"
+    good = config.read_text()
+    config.write_text("local_limit = [\n")
+    refused(made.mount(check=False), "config.toml")
+    config.write_text(good.replace("# quiet =", "quite ="))
+    refused(made.mount(check=False), "config.toml", "quite", "quiet")
+    config.write_text(good.replace('# chunk_size = "4M"', 'chunk_size = "a lot"'))
+    refused(made.mount(check=False), "chunk_size", "a lot")
+    assert connection_of(made.mountpoint) is None
+    config.write_text(good)
+    made.mount()
+
+
+def test_config_not_readable(volume: Make) -> None:
+    made = volume()
+    made.umount()
+    config = made.state / "config.toml"
+    config.rename(made.state / "kept")
+    config.mkdir()
+    refused(made.mount(check=False), "config.toml")
+    config.rmdir()
+    (made.state / "kept").rename(config)
+    made.mount()
+
+
+def test_state_directory_that_is_something_else(volume: Make) -> None:
+    made = volume(mount=False)
+    made.state.mkdir()
+    (made.state / "letters.txt").write_text("mine")
+    refused(made.mount(check=False), "state")
+    assert os.listdir(made.state) == ["letters.txt"]
+
+
+def test_volume_json_damaged(volume: Make) -> None:
+    made = volume()
+    (made.mountpoint / "f").write_text("x")
+    made.umount()
+    path = made.state / "volume.json"
+    good = path.read_text()
+    path.write_text(good[: len(good) // 2])
+    refused(made.mount(check=False), "volume.json")
+    path.write_text(good)
+    made.mount()
+    assert (made.mountpoint / "f").read_text() == "x"
+
+
+# --- stores ------------------------------------------------------------------------------------------------
+
+
+def test_store_directory_missing(volume: Make) -> None:
+    made = volume(mount=False)
+    made.store = f"file://{made.base}/no/such/nas"
+    refused(made.mount(check=False), "no/such/nas")
+
+
+def test_bucket_missing(volume: Make, rclone_s3: s3servers.Server) -> None:
+    url = rclone_s3.url_for("x").replace(rclone_s3.bucket, "no-such-bucket")
+    made = volume(mount=False, store=url, env=rclone_s3.env)
+    refused(made.mount(check=False), "no-such-bucket")
+    assert connection_of(made.mountpoint) is None
+    made.store = rclone_s3.url_for("after-a-typo")
+    made.mount()
+
+
+def test_no_credentials(volume: Make, rclone_s3: s3servers.Server) -> None:
+    bare = {**rclone_s3.env, "AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}
+    made = volume(mount=False, store=rclone_s3.url_for("x"), env=bare)
+    refused(made.mount(check=False), "credentials")
+
+
+def test_wrong_credentials(volume: Make, rclone_s3: s3servers.Server) -> None:
+    env = s3servers.credentials("tierfs-tests", "not-the-secret")
+    made = volume(mount=False, store=rclone_s3.url_for("x"), env=env)
+    done = made.mount(check=False)
+    refused(done)
+    assert "not-the-secret" not in done.stderr + made.log()
+
+
+def test_store_of_another_volume(volume: Make, rclone_s3: s3servers.Server) -> None:
+    first = volume(store=rclone_s3.url_for("owned"), env=rclone_s3.env)
+    (first.mountpoint / "f").write_text("x")
+    second = volume(mount=False, store=rclone_s3.url_for("owned"), env=rclone_s3.env)
+    refused(second.mount(check=False), "belongs", socket.gethostname())
+    assert (first.mountpoint / "f").read_text() == "x"
+
+
+def test_nothing_listens(volume: Make) -> None:
+    port = s3servers.free_port()
+    url = f"s3://bucket/x?endpoint=http://127.0.0.1:{port}&region=us-east-1"
+    made = volume(mount=False, store=url, env=s3servers.credentials())
+    refused(made.mount(check=False), str(port))
+
+
+class _Nonsense(BaseHTTPRequestHandler):
+    """Says 200 and something that is no S3 to whatever it is asked."""
+
+    protocol_version = "HTTP/1.1"
+
+    def _answer(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        body = b"" if self.command == "HEAD" else b"<html>Welcome to the hotel's network. Please log in.</html>"
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _answer
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Keep the test's output clean."""
+
+
+@pytest.fixture
+def nonsense() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Nonsense)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_store_that_answers_nonsense(volume: Make, nonsense: str) -> None:
+    url = f"s3://bucket/x?endpoint={nonsense}&region=us-east-1"
+    made = volume(mount=False, store=url, env=s3servers.credentials())
+    refused(made.mount(check=False))
+    assert connection_of(made.mountpoint) is None
+
+
+def test_json_is_one_document(shared: Volume, work: Path) -> None:
+    (work / "a").write_text("a")
+    (work / "b").write_text("b")
+    facts = shared.status(work / "a")
+    wanted = {"path", "tier", "size", "local_bytes", "dirty", "pinned", "heat", "generation"}
+    assert wanted <= facts.keys()
+    assert [item["path"] for item in shared.status(work / "a", work / "b")] == [f"{work}/a", f"{work}/b"]
+    assert shared.status(work)["tier"] == "directory"
+    volume_facts = json.loads(shared.cli("status", "--json", shared.mountpoint).stdout)
+    assert volume_facts.keys() >= {
+        "mountpoint", "state", "store", "local_bytes", "local_limit", "total_bytes", "files", "stubs",
+        "dirty_files", "dirty_bytes", "queued", "errors", "pids",
+    }  # fmt: skip
+    assert volume_facts["pids"].keys() >= {"supervisor", "server", "mover"}

@@ -1,0 +1,129 @@
+"""Pins: kept local, inherited by what is in a directory, carried along by renames."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from harness import Volume
+
+pytestmark = pytest.mark.usefixtures("tiers")
+CONTENT = os.urandom(20_000)
+
+
+def pinned(shared: Volume, work: Path) -> set[str]:
+    """What `tierfs pins` lists below `work`, relative to it."""
+    listed = (item["path"] for item in shared.json("pins", "--json"))
+    return {os.path.relpath(path, work) for path in listed if path.startswith(f"{work}/") or path == str(work)}
+
+
+def stays(shared: Volume, path: Path) -> bool:
+    """Whether an order to demote leaves this file alone."""
+    done = shared.cli("demote", "--wait", path, check=False)
+    if shared.tier(path) == "stub":
+        assert done.returncode == 0
+        return False
+    assert done.returncode == 1
+    assert "pin" in done.stderr
+    return True
+
+
+def test_a_pinned_file_stays(shared: Volume, work: Path) -> None:
+    path = work / "file"
+    path.write_bytes(CONTENT)
+    shared.cli("pin", path)
+    assert pinned(shared, work) == {"file"}
+    assert stays(shared, path)
+    assert shared.status(path)["pinned"] is True
+    assert os.getxattr(path, "user.tierfs.pin") == b"1"
+    shared.cli("unpin", path)
+    assert pinned(shared, work) == set()
+    assert shared.status(path)["pinned"] is False
+    assert not stays(shared, path)
+
+
+def test_a_stub_is_fetched_when_it_is_pinned(shared: Volume, work: Path) -> None:
+    path = work / "file"
+    path.write_bytes(CONTENT)
+    shared.demote(path)
+    shared.cli("pin", path)
+    assert shared.tier(path) == "resident"
+    assert path.read_bytes() == CONTENT
+
+
+def test_a_directory_with_all_that_is_in_it(shared: Volume, work: Path) -> None:
+    deep = work / "pinned" / "a" / "b"
+    deep.mkdir(parents=True)
+    old, other = deep / "old", work / "other"
+    old.write_bytes(CONTENT)
+    other.write_bytes(CONTENT)
+    shared.demote(old, other)
+    shared.cli("pin", work / "pinned")
+    assert shared.tier(old) == "resident"
+    assert shared.tier(other) == "stub"
+    new = deep / "new"
+    new.write_bytes(CONTENT)
+    assert stays(shared, new), "inherited by new children"
+    assert shared.status(new)["pinned"] is True
+    done = shared.cli("demote", "--wait", work, check=False)
+    assert shared.tier(old) == shared.tier(new) == "resident", done.stderr
+    shared.cli("unpin", work / "pinned")
+    assert not stays(shared, new)
+
+
+def test_renames_carry_pins(shared: Volume, work: Path) -> None:
+    path = work / "file"
+    path.write_bytes(CONTENT)
+    shared.cli("pin", path)
+    (work / "d").mkdir()
+    os.rename(path, work / "d" / "moved")
+    os.rename(work / "d", work / "e")
+    moved = work / "e" / "moved"
+    assert pinned(shared, work) == {"e/moved"}
+    assert stays(shared, moved)
+
+
+def test_moving_out_of_a_pinned_directory_ends_an_inherited_pin(shared: Volume, work: Path) -> None:
+    (work / "pinned").mkdir()
+    path = work / "pinned" / "file"
+    path.write_bytes(CONTENT)
+    shared.cli("pin", work / "pinned")
+    assert stays(shared, path)
+    os.rename(path, work / "file")
+    assert not stays(shared, work / "file")
+    os.rename(work / "file", path)
+    assert shared.status(path)["pinned"] is True
+
+
+def test_pins_by_attribute(shared: Volume, work: Path) -> None:
+    path = work / "file"
+    path.write_bytes(CONTENT)
+    os.setxattr(path, "user.tierfs.pin", b"1")
+    assert pinned(shared, work) == {"file"}
+    assert stays(shared, path)
+    assert "user.tierfs.pin" not in os.listxattr(path)
+    os.setxattr(path, "user.tierfs.pin", b"0")
+    assert not stays(shared, path)
+
+
+def test_removed_files_leave_the_list(shared: Volume, work: Path) -> None:
+    path = work / "file"
+    path.write_bytes(CONTENT)
+    shared.cli("pin", path)
+    path.unlink()
+    path.write_bytes(CONTENT)
+    assert pinned(shared, work) == set()
+    assert not stays(shared, path)
+
+
+def test_pins_survive_a_remount(volume: Callable[..., Volume]) -> None:
+    mounted = volume()
+    path = mounted.mountpoint / "d" / "file"
+    path.parent.mkdir()
+    path.write_bytes(CONTENT)
+    mounted.cli("pin", path.parent)
+    mounted.remount()
+    assert pinned(mounted, mounted.mountpoint) == {"d"}
+    assert stays(mounted, path)

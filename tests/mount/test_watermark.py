@@ -1,0 +1,130 @@
+"""`local_limit` is honoured: local bytes come down to the low watermark, coldest first; the pinned stay."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from harness import BLOCK, Volume
+
+pytestmark = pytest.mark.usefixtures("tiers")
+MIB = 1 << 20
+LIMIT = 32 * MIB
+Make = Callable[..., Volume]
+
+
+def tree_bytes(mounted: Volume) -> int:
+    tree = mounted.state / "tree"
+    return sum(
+        os.lstat(os.path.join(at, name)).st_blocks * BLOCK for at, _, names in os.walk(tree) for name in names
+    )
+
+
+def settled(mounted: Volume, most: int, seconds: float = 40) -> int:
+    """Wait until the backing tree holds at most so many bytes; what it holds."""
+    deadline = time.monotonic() + seconds
+    while (held := tree_bytes(mounted)) > most and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return held
+
+
+def limited(volume: Make, **more: str) -> Volume:
+    mounted = volume(options=("--local-limit", str(LIMIT)))
+    mounted.configure(min_age="0s", quiet="0s", high="95%", low="90%", **more)
+    return mounted
+
+
+def fill(mounted: Volume, names: list[str], size: int = MIB) -> dict[Path, bytes]:
+    contents = {}
+    for number, name in enumerate(names):
+        path = mounted.mountpoint / name
+        contents[path] = random.Random(number).randbytes(size)
+        path.write_bytes(contents[path])
+    return contents
+
+
+def test_local_bytes_come_down(volume: Make) -> None:
+    mounted = limited(volume)
+    contents = fill(mounted, [f"f{number:02}" for number in range(48)])
+    held = settled(mounted, LIMIT * 95 // 100)
+    assert held <= LIMIT * 95 // 100
+    assert held >= LIMIT // 2, "no more than it takes is demoted"
+    facts = mounted.status()
+    assert facts["local_limit"] == LIMIT
+    assert facts["local_bytes"] <= LIMIT
+    assert 0 < facts["stubs"] < facts["files"] == len(contents)
+    for path, content in contents.items():
+        assert path.read_bytes() == content
+    assert settled(mounted, LIMIT * 95 // 100) <= LIMIT * 95 // 100, "reading it all does not outgrow it either"
+
+
+def test_the_coldest_leave_and_the_pinned_stay(volume: Make) -> None:
+    mounted = limited(volume)
+    hot = fill(mounted, ["hot"])
+    kept = fill(mounted, ["kept"])
+    mounted.cli("pin", *kept)
+    first = fill(mounted, [f"a{number:02}" for number in range(20)])
+    (hot_path,) = hot
+    for _ in range(3):
+        mounted.remount()  # heat is flushed, so that the touches below count apart
+        assert hot_path.read_bytes() == hot[hot_path]
+    second = fill(mounted, [f"b{number:02}" for number in range(20)])
+    assert settled(mounted, LIMIT * 95 // 100) <= LIMIT * 95 // 100
+    assert mounted.tier(next(iter(kept))) == "resident"
+    assert mounted.tier(hot_path) == "resident"
+    gone = [path.name for path in (*first, *second) if mounted.tier(path) == "stub"]
+    assert gone
+
+
+def test_min_age_protects_what_is_in_use(volume: Make) -> None:
+    """Files younger than `min_age` stay even above the limit; the order to demote overrules it."""
+    mounted = volume(options=("--local-limit", str(LIMIT)))
+    mounted.configure(min_age="1h", quiet="0s")
+    contents = fill(mounted, [f"f{number:02}" for number in range(40)])
+    assert settled(mounted, LIMIT, seconds=3) > LIMIT
+    assert mounted.status()["stubs"] == 0
+    mounted.demote()
+    assert tree_bytes(mounted) == 0
+    assert all(path.read_bytes() == content for path, content in contents.items())
+
+
+def test_an_open_file_is_never_a_victim(volume: Make) -> None:
+    mounted = limited(volume)
+    held = mounted.mountpoint / "held"
+    held.write_bytes(b"h" * MIB)
+    with open(held, "rb") as reader:
+        fill(mounted, [f"f{number:02}" for number in range(40)])
+        assert settled(mounted, LIMIT * 95 // 100) <= LIMIT * 95 // 100
+        assert mounted.tier(held) == "resident"
+        assert reader.read() == b"h" * MIB
+
+
+def test_replicated_files_leave_without_an_upload(volume: Make, tmp_path: Path) -> None:
+    """`replicate = "all"`: quiet files have copies long before the space is needed."""
+    mounted = volume()
+    mounted.configure(replicate="all", quiet="0s", min_age="0s")
+    contents = fill(mounted, [f"f{number}" for number in range(8)])
+    deadline = time.monotonic() + 30
+    while mounted.status()["dirty_files"] and time.monotonic() < deadline:
+        time.sleep(0.1)
+    facts = mounted.status()
+    assert (facts["dirty_files"], facts["dirty_bytes"], facts["stubs"]) == (0, 0, 0)
+    before = mounted.objects()
+    assert len(before) == len(contents)
+    mounted.demote()
+    assert mounted.objects() == before
+    assert all(path.read_bytes() == content for path, content in contents.items())
+
+
+def test_umount_wait_leaves_nothing_uncopied(volume: Make) -> None:
+    mounted = volume()
+    contents = fill(mounted, [f"f{number}" for number in range(8)])
+    mounted.umount("--wait")
+    kept = {path.read_bytes() for path in mounted.objects()}
+    assert set(contents.values()) <= kept
+    mounted.mount()
+    assert all(path.read_bytes() == content for path, content in contents.items())
