@@ -6,6 +6,7 @@ Layouts follow the kernel's uapi headers (fcntl.h, stat.h, dirent.h) on 64-bit L
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import struct
 import threading
@@ -131,9 +132,12 @@ def syncfs(fd: int) -> None:
 
 
 def read_directory(fd: int) -> bytes:
-    """The next records (struct linux_dirent64, at most 64 KiB) of a directory; b"" at its end."""
+    """The next records (struct linux_dirent64, at most 64 KiB) of a directory; b"" at its end, or once removed."""
     buffers = _buffers
     size = _getdents64(fd, buffers.dirents_at, len(buffers.dirents))
     if size < 0:
-        raise _fail()
+        error = _fail()
+        if error.errno == errno.ENOENT:
+            return b""
+        raise error
     return ctypes.string_at(buffers.dirents_at, size)

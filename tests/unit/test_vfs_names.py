@@ -3,6 +3,7 @@
 import errno
 import itertools
 import os
+import random
 import stat
 
 import pytest
@@ -446,8 +447,6 @@ def test_umask_is_left_alone(world):
 
 
 def test_random_renames_and_links_agree_with_the_tree(world):
-    import random
-
     chance = random.Random(7)
     dirs = [(ROOT, world.path)]
     for number in range(4):
