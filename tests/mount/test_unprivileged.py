@@ -6,29 +6,14 @@ import os
 import pwd
 import shutil
 import subprocess
-import sys
-import sysconfig
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
-from harness import REPO, Volume
+from harness import Volume
+from users import program_for
 
 pytestmark = pytest.mark.usefixtures("tiers")
 LARGE = os.urandom(9 << 20)
-RUN = "import sys; sys.argv[0] = 'tierfs'; from tierfs.cli import main; main()"
-
-
-def interpreter(user: pwd.struct_passwd) -> str:
-    """A Python of our version that this user may run: an environment's often lies in a private directory."""
-    for candidate in (sys.executable, f"/usr/bin/python{sys.version_info[0]}.{sys.version_info[1]}"):
-        try:
-            argv, ids = [candidate, "-c", ""], {"user": user.pw_uid, "group": user.pw_gid}
-            subprocess.run(argv, **ids, extra_groups=[], check=True)
-            return candidate
-        except (OSError, subprocess.CalledProcessError):
-            continue
-    pytest.skip("no interpreter of this version that other users may run")
 
 
 @pytest.fixture
@@ -36,15 +21,8 @@ def theirs(volume: Callable[..., Volume], user: pwd.struct_passwd) -> Iterator[V
     """A volume that belongs to the user."""
     if not shutil.which("fusermount3"):
         pytest.skip("fusermount3 is not installed")
-    home = Path(user.pw_dir)
-    packages = sysconfig.get_paths()["purelib"]
-    env = {
-        "HOME": user.pw_dir, "USER": user.pw_name, "XDG_STATE_HOME": str(home / ".state"),
-        "PYTHONPATH": os.pathsep.join((str(REPO), str(REPO / "daemon"), packages)),
-        "PYTHONDONTWRITEBYTECODE": "1",
-    }  # fmt: skip
-    program = (interpreter(user), "-c", RUN)
-    made = volume(mount=False, env=env, program=program, user=user.pw_uid, group=user.pw_gid)
+    program = program_for(user)
+    made = volume(mount=False, env=program.env, program=program.words, user=user.pw_uid, group=user.pw_gid)
     os.chown(made.base, user.pw_uid, user.pw_gid)
     made.mountpoint.mkdir()
     os.chown(made.mountpoint, user.pw_uid, user.pw_gid)
