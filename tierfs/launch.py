@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from tierfs.errors import VolumeError
+from tierfs.errors import UsageError, VolumeError
 
 _READY_SECONDS = 120.0
 READY = b"ready\n"
@@ -21,7 +21,7 @@ def command(arguments: Sequence[str]) -> list[str]:
 
 
 def launch(arguments: Sequence[str], mountpoint: str) -> None:
-    """Start the daemon in the background; return when its mount answers. Raises VolumeError."""
+    """Start the daemon in the background; return when its mount answers. Raises VolumeError, UsageError."""
     reading, writing = os.pipe()
     with contextlib.ExitStack() as stack:
         stack.callback(os.close, reading)
@@ -44,9 +44,10 @@ def launch(arguments: Sequence[str], mountpoint: str) -> None:
             raise
     if answer == READY:
         return
-    process.wait()
     reason = answer.decode(errors="backslashreplace").strip()
-    raise VolumeError(reason or f"{mountpoint}: the daemon died at once")
+    if process.wait() == 2:
+        raise UsageError(reason)
+    raise VolumeError(reason or f"{mountpoint}: the daemon died at once: `--foreground` shows why")
 
 
 def _read_answer(fd: int, mountpoint: str) -> bytes:

@@ -1,4 +1,4 @@
-"""A volume's state directory: its layout, its identity, its lock, and its mark of ownership in the store.
+"""A volume's state directory: its layout, its identity, its lock, and facts of the running daemon.
 
 A volume comes into being in this order, so that a crash between any two steps is finished by trying again:
 `volume.json` with `complete` false (it holds the random id) → `volume.json` in the store, written only where
@@ -20,11 +20,10 @@ from typing import Any
 from urllib.parse import quote
 
 from tierfs import config, locate
-from tierfs.errors import ObjectMissingError, PreconditionError, StoreUnavailableError, VolumeError
-from tierfs.store.base import Capabilities, ObjectStore
+from tierfs.errors import VolumeError
+from tierfs.store.base import Capabilities
 
 FORMAT = 1
-STORE_KEY = "volume.json"
 _PLAIN = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789:_.")
 _NAME_LIMIT = 200
 
@@ -201,7 +200,7 @@ def create(state: str, **settings: str) -> Volume:
         if store == config.EMBEDDED_STORE:
             os.makedirs(os.path.join(state, "store"), 0o700, exist_ok=True)
         volume = Volume(state, Identity(os.urandom(16).hex(), store, time.time(), socket.gethostname()))
-        _write_json(volume.path("volume.json"), asdict(volume.identity))
+        write_json(volume.path("volume.json"), asdict(volume.identity))
     except OSError as exc:
         raise VolumeError(f"{state}: the volume cannot be made: {exc.strerror}") from exc
     return volume
@@ -236,33 +235,6 @@ def discard(state: str) -> None:
             os.rmdir(os.path.join(state, name))
 
 
-# --- the store -------------------------------------------------------------------------------------------
-
-
-def complete(volume: Volume, store: ObjectStore) -> Volume:
-    """Claim the store for a new volume.
-
-    Raises VolumeError where the store belongs to another volume, StoreError, OSError.
-    """
-    try:
-        store.put_if(STORE_KEY, _claim(volume.identity), None)
-    except PreconditionError:
-        check_owner(volume, store)
-    if not store.capabilities.conditional_put:
-        check_owner(volume, store)
-    abilities = store.capabilities
-    identity = replace(
-        volume.identity,
-        complete=True,
-        conditional_put=abilities.conditional_put,
-        partial_content=abilities.partial_content,
-        checks_sha256=abilities.checks_sha256,
-        client=abilities.client,
-    )
-    _write_json(volume.path("volume.json"), asdict(identity))
-    return Volume(volume.state, identity)
-
-
 def make_tree(volume: Volume, like: os.stat_result) -> None:
     """Make the backing tree where there is none, its root with owner and mode of `like`. Raises OSError."""
     path = volume.path("tree")
@@ -277,39 +249,18 @@ def make_tree(volume: Volume, like: os.stat_result) -> None:
     sync_directory(volume.state)
 
 
-def check_owner(volume: Volume, store: ObjectStore) -> None:
-    """Make sure that the store is this volume's. Raises StoreError, and in particular
-
-    VolumeError where it is another's; StoreUnavailableError where it has no `volume.json`: something else
-    is mounted there, or the bucket is a wrong one.
-    """
-    try:
-        raw = store.get(STORE_KEY)
-    except ObjectMissingError as exc:
-        raise StoreUnavailableError(
-            f"{store.describe()}: holds no {STORE_KEY}: it is not this volume's store, or is not mounted"
-        ) from exc
-    try:
-        owner = json.loads(raw)
-        ident, host, created = str(owner["volume"]), str(owner["host"]), float(owner["created"])
-    except (ValueError, TypeError, KeyError) as exc:
-        raise VolumeError(f"{store.describe()}: its {STORE_KEY} is not ours: use another prefix") from exc
-    if ident != volume.identity.volume:
-        since = time.strftime("%Y-%m-%d", time.localtime(created))
-        raise VolumeError(
-            f"{store.describe()}: the store belongs to volume {ident[:8]} of host {host!r} since {since}:"
-            " use another prefix"
-        )
-
-
-def _claim(identity: Identity) -> bytes:
-    claim = {
-        "format": identity.format,
-        "volume": identity.volume,
-        "host": identity.host,
-        "created": identity.created,
-    }
-    return json.dumps(claim, indent=1).encode()
+def complete(volume: Volume, abilities: Capabilities) -> Volume:
+    """Note that the store is ours and what its server can do: the volume exists now. Raises OSError."""
+    identity = replace(
+        volume.identity,
+        complete=True,
+        conditional_put=abilities.conditional_put,
+        partial_content=abilities.partial_content,
+        checks_sha256=abilities.checks_sha256,
+        client=abilities.client,
+    )
+    write_json(volume.path("volume.json"), asdict(identity))
+    return Volume(volume.state, identity)
 
 
 # --- facts of the running daemon --------------------------------------------------------------------------
@@ -317,7 +268,7 @@ def _claim(identity: Identity) -> bytes:
 
 def write_runtime(state: str, facts: dict[str, Any]) -> None:
     """Publish facts of the running daemon for its own processes. Raises OSError."""
-    _write_json(os.path.join(state, "run.json"), facts, sync=False)
+    write_json(os.path.join(state, "run.json"), facts, sync=False)
 
 
 def read_runtime(state: str) -> dict[str, Any]:
@@ -330,7 +281,24 @@ def read_runtime(state: str) -> dict[str, Any]:
     return facts if isinstance(facts, dict) else {}
 
 
-def _write_json(path: str, value: dict[str, Any], *, sync: bool = True) -> None:
+def last_epoch(state: str) -> int:
+    """The highest epoch that this volume has used: kept apart from the index, which may get lost."""
+    try:
+        with open(os.path.join(state, "epoch"), "rb") as file:
+            return int(json.load(file)["epoch"])
+    except FileNotFoundError:
+        return 0
+    except (ValueError, TypeError, KeyError) as exc:
+        raise VolumeError(f"{state}/epoch: is damaged: put it back from a backup") from exc
+
+
+def keep_epoch(state: str, epoch: int) -> None:
+    """Note, durably, that this epoch is in use. Raises OSError."""
+    write_json(os.path.join(state, "epoch"), {"epoch": epoch})
+
+
+def write_json(path: str, value: dict[str, Any], *, sync: bool = True) -> None:
+    """Replace a JSON file (mode 0600), durably with `sync`. Raises OSError."""
     fd = os.open(path + ".new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with open(fd, "w", encoding="ascii") as file:
         json.dump(value, file, indent=1)

@@ -1,7 +1,7 @@
 """The daemon's entry: makes or opens the volume, mounts it, and stays as its supervisor.
 
-Exit codes: 0 unmounted or stopped in order, 1 failed (the reason goes to the log, to stderr in the foreground,
-and to the pipe by which `tierfs mount` waits).
+Exit codes: 0 unmounted or stopped in order, 1 failed, 2 wrong usage. The reason goes to the log, to stderr in
+the foreground, and to the pipe by which `tierfs mount` waits.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import shutil
 import socket
 import sys
 
-from tierfs import adoption, config, control, launch, volume
-from tierfs.errors import TierError, VolumeError
+from tierfs import adoption, config, control, launch, ownership, volume
+from tierfs.errors import TierError, UsageError, VolumeError
 from tierfsd import logs
 from tierfsd.supervisor import Plan, Supervisor, notify
 
@@ -43,6 +43,9 @@ def main() -> int:
     answer = Answer(arguments.ready_fd)
     try:
         return _run(arguments, answer)
+    except UsageError as exc:
+        answer.failed(str(exc))
+        return 2
     except TierError as exc:
         answer.failed(str(exc))
     except OSError as exc:
@@ -177,7 +180,8 @@ def _create(arguments: argparse.Namespace, adopting: bool) -> volume.Volume:
     with contextlib.closing(open_store(made.store_url, create=True)) as unknown:
         capabilities = probe(unknown)
     with contextlib.closing(open_store(made.store_url, capabilities=capabilities)) as store:
-        return volume.complete(made, store)
+        ownership.create(made, store)
+    return volume.complete(made, capabilities)
 
 
 def _undo(state: str) -> None:

@@ -19,11 +19,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import FrameType
 
-from tierfs.index import Index
-
 from tierfs import channel, volume, wire
-from tierfs.errors import TierError, VolumeError
+from tierfs.errors import IndexError_, TierError, VolumeError
 from tierfs.fuse import mounting
+from tierfs.index import Index
 from tierfsd.children import Child
 from tierfsd.logs import LogFile
 
@@ -90,7 +89,7 @@ class Supervisor:
             self._fuse_fd = mounting.mount(plan.mountpoint, plan.volume.identity.volume, plan.options)
         ours, theirs = channel.make_pair()
         self._channel = channel.Channel(ours, server=False)
-        self._selector.register(ours, selectors.EVENT_READ, self._hear_server)
+        self._selector.register(self._channel, selectors.EVENT_READ, self._hear_server)
         arguments = {"state": plan.volume.state, "fuse-fd": self._fuse_fd, "channel-fd": theirs.fileno(),
                      "epoch": epoch}  # fmt: skip
         with theirs:
@@ -103,17 +102,29 @@ class Supervisor:
             raise VolumeError(f"{plan.mountpoint}: the mount server did not start: {reason}")
 
     def _begin_session(self) -> int:
-        with Index.open(self._plan.volume.path("index")) as index, open(
-            "/proc/sys/kernel/random/boot_id", encoding="ascii"
-        ) as file:
-            return index.begin_session(file.read().strip()).epoch
+        """A new epoch. A damaged index is put aside: the stubs in the tree say all that is needed of it."""
+        home = self._plan.volume
+        path = home.path("index")
+        try:
+            index = Index.open(path)
+        except IndexError_ as exc:
+            aside = f"{path}.damaged-{int(time.time())}"
+            log.error("%s: put aside as %s; a new index is made from the tree", exc, aside)
+            os.rename(path, aside)
+            os.mkdir(path, 0o700)
+            index = Index.open(path)
+        with contextlib.closing(index), open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            epoch = index.begin_session(file.read().strip(), volume.last_epoch(home.state)).epoch
+        volume.keep_epoch(home.state, epoch)
+        return epoch
 
     def _end_session(self) -> None:
-        with Index.open(self._plan.volume.path("index")) as index:
+        with contextlib.closing(Index.open(self._plan.volume.path("index"))) as index:
             index.end_session()
 
     def _start_mover(self) -> None:
-        assert self._channel is not None
+        if self._channel is None:  # the server has just died, and is about to be replaced with its mover
+            return
         server_end, mover_end = wire.make_pair()
         with server_end, mover_end:
             control_fd = self._listener.fileno()
@@ -247,14 +258,17 @@ class Supervisor:
 
     def _detach(self) -> None:
         """Let go of the mount, whatever its state."""
-        if self._channel is not None:
-            self._selector.unregister(self._channel)
-            self._channel.close()
-            self._channel = None
+        self._drop_channel()
         self._detach_mount()
         if self._fuse_fd >= 0:
             os.close(self._fuse_fd)
             self._fuse_fd = -1
+
+    def _drop_channel(self) -> None:
+        if self._channel is not None:
+            self._selector.unregister(self._channel)
+            self._channel.close()
+            self._channel = None
 
     def _detach_mount(self) -> None:
         with contextlib.suppress(OSError):
@@ -285,7 +299,8 @@ class Supervisor:
                 key.data()
 
     def _hear_server(self) -> None:
-        assert self._channel is not None
+        if self._channel is None:
+            return
         try:
             received = self._channel.receive()
         except BlockingIOError:
@@ -293,8 +308,7 @@ class Supervisor:
         except OSError:
             received = None
         if received is None:
-            self._selector.unregister(self._channel)
-            self._channel.close()
+            self._drop_channel()
             return
         message, fds = received
         for fd in fds:

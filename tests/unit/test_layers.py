@@ -31,7 +31,7 @@ FAMILIES = [
 # Parts of a larger module that were split off share its place.
 PARTS_OF = {
     "gate": {"inflow", "handles", "appearance", "report"},
-    "vfs": {"nodes", "dirs", "xattrs"},
+    "vfs": {"nodes", "dirs", "xattrs", "making", "names", "openfiles"},
     "tier": {"copying", "punching", "filling"},
 }
 WORLDS = {

@@ -2,12 +2,13 @@
 
 import json
 import os
+import shutil
 import stat
 import subprocess
 
 import pytest
 
-from tierfs import adoption, locate, volume
+from tierfs import adoption, locate, ownership, volume
 from tierfs.errors import PathError, StoreUnavailableError, VolumeError
 from tierfs.store.memory import MemoryStore
 
@@ -19,11 +20,16 @@ def state(tmp_path):
     return path
 
 
+def complete(made, store):
+    ownership.create(made, store)
+    return volume.complete(made, store.capabilities)
+
+
 def test_a_new_volume_is_private_and_claims_its_store(state):
     store = MemoryStore()
     made = volume.create(state, local_limit="1G")
     assert not made.identity.complete
-    finished = volume.complete(made, store)
+    finished = complete(made, store)
     assert finished.identity.complete
     assert volume.load(state) == finished
     assert json.loads(store.get("volume.json"))["volume"] == finished.identity.volume
@@ -35,32 +41,72 @@ def test_a_store_of_another_volume_is_refused_and_named(tmp_path):
     store = MemoryStore()
     for name in ("one", "two"):
         volume.make_state(str(tmp_path / name))
-    volume.complete(volume.create(str(tmp_path / "one")), store)
+    complete(volume.create(str(tmp_path / "one")), store)
     second = volume.create(str(tmp_path / "two"))
     with pytest.raises(VolumeError, match=r"belongs to volume .* of host"):
-        volume.complete(second, store)
+        complete(second, store)
     assert not volume.load(str(tmp_path / "two")).identity.complete
 
 
 def test_creation_interrupted_after_the_store_was_claimed_is_finished_by_trying_again(state):
     store = MemoryStore()
     made = volume.create(state)
-    volume.complete(made, store)
-    again = volume.complete(volume.Volume(state, made.identity), store)
+    complete(made, store)
+    again = complete(volume.Volume(state, made.identity), store)
     assert again.identity.volume == made.identity.volume
 
 
 def test_a_store_without_our_mark_is_down_and_not_created_again(state):
     made = volume.create(state)
     with pytest.raises(StoreUnavailableError, match="not this volume's store, or is not mounted"):
-        volume.check_owner(made, MemoryStore())
+        ownership.check(made, MemoryStore())
 
 
 def test_a_store_with_a_strange_mark_is_refused(state):
     store = MemoryStore()
     store.put("volume.json", b"[]", 2)
     with pytest.raises(VolumeError, match="not ours"):
-        volume.complete(volume.create(state), store)
+        complete(volume.create(state), store)
+
+
+def test_each_mount_takes_the_store_and_a_clone_is_refused(tmp_path, state):
+    store = MemoryStore()
+    mine = complete(volume.create(state), store)
+    ownership.renew(mine, store, 1)
+    clone = volume.Volume(str(tmp_path / "clone"), mine.identity)
+    shutil.copytree(state, clone.state)
+    ownership.renew(mine, store, 2)
+    ownership.renew(mine, store, 3)
+    with pytest.raises(VolumeError, match="was taken over by host"):
+        ownership.renew(clone, store, 2)
+    assert json.loads(store.get("volume.json"))["epoch"] == 3
+
+
+def test_a_mount_interrupted_while_it_takes_the_store_is_not_a_clone(state, monkeypatch):
+    store = MemoryStore()
+    mine = complete(volume.create(state), store)
+    ownership.renew(mine, store, 1)
+    real = ownership.write_json
+    for crash_at in (1, 2):
+        calls = []
+
+        def crash(path, value, crash_at=crash_at, calls=calls):
+            calls.append(path)
+            if len(calls) == crash_at:
+                raise KeyboardInterrupt
+            real(path, value)
+
+        monkeypatch.setattr(ownership, "write_json", crash)
+        with pytest.raises(KeyboardInterrupt):
+            ownership.renew(mine, store, 2)
+        monkeypatch.setattr(ownership, "write_json", real)
+        ownership.renew(mine, store, 3)
+
+
+def test_epochs_outlive_the_index(state):
+    assert volume.last_epoch(state) == 0
+    volume.keep_epoch(state, 7)
+    assert volume.last_epoch(state) == 7
 
 
 def test_a_directory_with_other_content_is_no_state_directory(tmp_path):

@@ -1,0 +1,149 @@
+"""Log file, children, hot reload and the service manager: the supervisor's parts, without a mount."""
+
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+
+import pytest
+from tierfsd import logs
+from tierfsd.children import Child
+from tierfsd.watcher import ConfigWatcher
+
+from tierfs import config
+from tierfs.errors import ConfigError
+
+
+@pytest.fixture
+def root_logger():
+    root = logging.getLogger()
+    before = (root.handlers[:], root.level)
+    yield root
+    root.handlers[:], level = before
+    root.setLevel(level)
+
+
+def test_log_lines_can_be_read_and_keep_to_one_line(tmp_path, root_logger):
+    file = logs.LogFile(str(tmp_path / "t.log"))
+    logs.setup(file)
+    logging.getLogger("mover").error("%s: cannot be read", "a\nb\udcff")
+    logging.getLogger("mover").info("fine")
+    lines = (tmp_path / "t.log").read_text().splitlines()
+    assert len(lines) == 2
+    assert lines[0].endswith("ERROR mover: a\\nb\\udcff: cannot be read")
+    assert lines[0][:2] == "20"
+    assert file.last_error == "a\\nb\\udcff: cannot be read"
+
+
+def test_the_log_is_rotated_and_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(logs, "MAX_BYTES", 1000)
+    file = logs.LogFile(str(tmp_path / "t.log"))
+    for number in range(200):
+        file.append(b"%090d\n" % number)
+    names = sorted(os.listdir(tmp_path))
+    assert names == ["t.log", *(f"t.log.{n}" for n in range(1, logs.KEEP + 1))]
+    assert (tmp_path / "t.log").read_bytes().endswith(b"%090d\n" % 199)
+    assert all((tmp_path / name).stat().st_size <= 1200 for name in names)
+
+
+def test_the_foreground_sees_the_log(tmp_path):
+    reading, writing = os.pipe()
+    logs.LogFile(str(tmp_path / "t.log"), echo=writing).append(b"hello\n")
+    assert os.read(reading, 100) == b"hello\n"
+    os.close(reading)
+    os.close(writing)
+
+
+def test_a_child_is_started_reaped_and_counted(tmp_path):
+    module = tmp_path / "childmodule.py"
+    module.write_text("import sys; print(sys.argv[1:]); sys.exit(3)")
+    reading, writing = os.pipe()
+    child = Child("c", "childmodule", writing)
+    os.environ["PYTHONPATH"] = str(tmp_path)
+    try:
+        child.start({"state": "/s", "epoch": 4}, [])
+    finally:
+        del os.environ["PYTHONPATH"]
+    assert os.read(reading, 1000) == b"['--state', '/s', '--epoch', '4']\n"
+    while child.alive():
+        threading.Event().wait(0.01)
+    assert child.reap() == 3
+    assert child.reap() is None
+    child.died()
+    assert (child.deaths, child.pid) == (1, 0)
+    child.signal(signal.SIGTERM)
+    child.kill()
+    os.close(reading)
+    os.close(writing)
+
+
+def test_the_working_directory_is_not_imported_from(tmp_path, monkeypatch):
+    (tmp_path / "msgspec.py").write_text("raise SystemExit(77)")
+    monkeypatch.chdir(tmp_path)
+    status = os.spawnv(os.P_WAIT, sys.executable, [sys.executable, "-P", "-c", "import msgspec"])
+    assert status == 0
+
+
+@pytest.fixture
+def watched(tmp_path):
+    path = tmp_path / "config.toml"
+    config.write_default(str(path))
+    seen = []
+    changed = threading.Condition()
+
+    def apply(fresh):
+        with changed:
+            seen.append(fresh)
+            changed.notify_all()
+
+    watcher = ConfigWatcher(str(path), config.load(str(path)), apply)
+    watcher.start()
+
+    def wait_for(condition):
+        with changed:
+            assert changed.wait_for(condition, 10)
+
+    yield path, watcher, seen, wait_for
+    watcher.close()
+
+
+def test_a_saved_configuration_is_in_force_at_once(watched):
+    path, _, seen, wait_for = watched
+    path.write_text('quiet = "1s"\n')
+    wait_for(lambda: seen and seen[-1].quiet_seconds == 1)
+    config.set_key(str(path), "quiet", "2s")  # saved as editors do: written aside and renamed over
+    wait_for(lambda: seen[-1].quiet_seconds == 2)
+
+
+def test_a_bad_configuration_changes_nothing_and_is_told(watched):
+    path, watcher, seen, wait_for = watched
+    path.write_text('quite = "1s"\n')
+    with pytest.raises(ConfigError, match="did you mean 'quiet'"):
+        watcher.reload()
+    assert "unknown key 'quite'" in watcher.problem
+    assert seen == [] and watcher.current == config.VolumeConfig()
+    path.write_text('quiet = "3s"\n')
+    wait_for(lambda: seen)
+    assert watcher.problem == "" and watcher.current.quiet_seconds == 3
+
+
+def test_the_store_of_a_volume_cannot_be_changed_by_its_configuration(watched):
+    path, watcher, seen, _ = watched
+    path.write_text('store = "s3://other"\n')
+    with pytest.raises(ConfigError, match="fixed when the volume is created"):
+        watcher.reload()
+    assert seen == []
+
+
+def test_the_service_manager_is_told(tmp_path, monkeypatch):
+    supervisor = pytest.importorskip("tierfsd.supervisor")
+    address = str(tmp_path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.bind(address)
+        monkeypatch.setenv("NOTIFY_SOCKET", address)
+        supervisor.notify("READY=1")
+        assert sock.recv(100) == b"READY=1"
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "gone"))
+    supervisor.notify("READY=1")
