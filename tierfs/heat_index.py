@@ -1,0 +1,259 @@
+"""Heat in an LMDB environment of its own: rebuildable, so never synced, never shared with the durable index.
+
+    table  key                     value
+    heat   ino                     level, clock, last, shown, size, flags, order key
+    score  order key, ino          size        (local files past probation; order key sorts as the score)
+    queue  admission number, ino   size        (local files on probation)
+    meta   "state"                 clock's bytes admitted, next admission number, bytes on probation
+
+One thread of the mover writes, in batches; the mount server reads single entries.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import struct
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lmdb
+
+from tierfs.errors import IndexError_
+from tierfs.index import check_size
+from tierfs.policy.heat import Heat, admitted, score, seeded, shown_at, touched
+from tierfs.policy.victims import victims
+
+log = logging.getLogger("index")
+
+MAP_SIZE = 16 << 30
+_TABLES = ("heat", "score", "queue", "meta")
+_ENTRY = struct.Struct("<ddddQB8s")
+_STATE = struct.Struct("<QQQ")
+_KEY = struct.Struct(">8sQ")
+_U64 = struct.Struct(">Q")
+_PROBATION, _LISTED = 1, 2
+_PAGE = 256  # victims looked at in one transaction
+
+
+def order_key(value: float) -> bytes:
+    """Eight bytes that sort as the number does (IEEE 754, sign folded)."""
+    bits = struct.unpack(">Q", struct.pack(">d", value))[0]
+    return _U64.pack(bits ^ (0xFFFFFFFFFFFFFFFF if bits >> 63 else 1 << 63))
+
+
+class HeatIndex:
+    """Thread-safe. All sizes in bytes; times in seconds of wall clock."""
+
+    def __init__(self, path: str, capacity: int, by_bytes: bool = False, readonly: bool = False) -> None:
+        """`capacity`: bytes of the local tier, the unit of the turnover clock. A damaged one is made anew."""
+        self.capacity = max(capacity, 1)
+        self.by_bytes = by_bytes
+        self._lock = threading.Lock()
+        try:
+            self._open(path, readonly)
+        except (lmdb.Error, IndexError_) as error:
+            if readonly:
+                raise IndexError_(f"{path}: heat cannot be read: {error}") from error
+            log.warning("heat is lost and begins anew: %s", error)
+            shutil.rmtree(path, ignore_errors=True)
+            os.makedirs(path, 0o700)
+            self._open(path, readonly)
+
+    def _open(self, path: str, readonly: bool) -> None:
+        check_size(path)
+        self._env = lmdb.open(
+            path, map_size=MAP_SIZE, max_dbs=len(_TABLES), readonly=readonly, create=not readonly, sync=False,
+            metasync=False, readahead=False, max_readers=64,
+        )  # fmt: skip
+        self._db = {name: self._env.open_db(name.encode(), create=not readonly) for name in _TABLES}
+
+    def close(self) -> None:
+        """Close the environment; what the kernel has not written yet it will."""
+        self._env.close()
+
+    # --- reading ------------------------------------------------------------------------------------------
+
+    def heat(self, ino: int, now: float | None = None) -> float:
+        """The heat that people see; 0.0 of an unknown file."""
+        with self._env.begin() as txn:
+            found = _unpack(txn.get(_U64.pack(ino), db=self._db["heat"]))
+        return shown_at(found[0], time.time() if now is None else now) if found else 0.0
+
+    def last_use(self, ino: int) -> float | None:
+        """Wall seconds of the last use; None of an unknown file."""
+        with self._env.begin() as txn:
+            found = _unpack(txn.get(_U64.pack(ino), db=self._db["heat"]))
+        return found[0].last if found else None
+
+    def victims(self, local_bytes: int) -> Iterator[int]:
+        """Files in the order in which they should leave; the caller skips those that may not."""
+        return victims(self, local_bytes)
+
+    def by_score(self) -> Iterator[tuple[int, int]]:
+        """(ino, size) of local files past probation, coldest first."""
+        return self._walk("score")
+
+    def by_admission(self) -> Iterator[tuple[int, int]]:
+        """(ino, size) of local files on probation, oldest first."""
+        return self._walk("queue")
+
+    def probation_bytes(self) -> int:
+        """What the files on probation hold together."""
+        with self._env.begin() as txn:
+            return int(self._state(txn)[2])
+
+    def _walk(self, table: str) -> Iterator[tuple[int, int]]:
+        """In pages, each a short transaction: one held open would keep old pages alive."""
+        start = b""
+        while True:
+            with self._env.begin() as txn, txn.cursor(db=self._db[table]) as cursor:
+                rows = []
+                if cursor.set_range(start):
+                    for key, value in cursor:
+                        rows.append((bytes(key), bytes(value)))
+                        if len(rows) >= _PAGE:
+                            break
+            for key, value in rows:
+                yield _KEY.unpack(key)[1], _U64.unpack(value)[0]
+            if len(rows) < _PAGE:
+                return
+            start = rows[-1][0] + b"\0"
+
+    def _state(self, txn: Any) -> tuple[int, int, int]:
+        raw = txn.get(b"state", db=self._db["meta"])
+        volume, number, probation = _STATE.unpack(raw) if raw is not None else (0, 0, 0)
+        return volume, number, probation
+
+    # --- writing ------------------------------------------------------------------------------------------
+
+    def touch_many(self, uses: Iterable[tuple[int, int, int]], now: float | None = None) -> None:
+        """(ino, count, size) of files that were used."""
+        moment = time.time() if now is None else now
+        with self._batch() as batch:
+            for ino, count, size in uses:
+                heat, _ = batch.get(ino)
+                batch.put(ino, touched(heat or Heat(), batch.clock, moment, count, size), batch.listed(ino))
+
+    def admit(self, ino: int, size: int, grown: int, now: float | None = None) -> None:
+        """The file is local now with `size` bytes, `grown` of them new: the clock moves on by that."""
+        moment = time.time() if now is None else now
+        with self._batch() as batch:
+            batch.volume += max(grown, 0)
+            heat, _ = batch.get(ino)
+            batch.put(ino, admitted(heat, batch.clock, moment, size), True)
+
+    def admit_many(self, files: Iterable[tuple[int, int, int]], now: float | None = None) -> None:
+        """As `admit`, for many (ino, size, grown) in one transaction."""
+        moment = time.time() if now is None else now
+        with self._batch() as batch:
+            for ino, size, grown in files:
+                batch.volume += max(grown, 0)
+                heat, _ = batch.get(ino)
+                batch.put(ino, admitted(heat, batch.clock, moment, size), True)
+
+    def seed_many(self, files: Iterable[tuple[int, int, float]], now: float | None = None) -> None:
+        """(ino, size, seconds since last use) of files found in an adopted tree; known ones are left alone."""
+        moment = time.time() if now is None else now
+        with self._batch() as batch:
+            for ino, size, age in files:
+                heat, _ = batch.get(ino)
+                if heat is None:
+                    batch.put(ino, seeded(age, batch.clock, moment, size), True)
+
+    def left(self, inos: Iterable[int]) -> None:
+        """These are local no more: they keep their heat and leave the queues."""
+        with self._batch() as batch:
+            for ino in inos:
+                heat, _ = batch.get(ino)
+                if heat is not None:
+                    batch.put(ino, heat, False)
+
+    def forget(self, inos: Iterable[int]) -> None:
+        """These files are gone."""
+        with self._batch() as batch:
+            for ino in inos:
+                batch.drop(ino)
+
+    @contextmanager
+    def _batch(self) -> Iterator[_Batch]:
+        with self._lock, self._env.begin(write=True) as txn:
+            batch = _Batch(self, txn)
+            yield batch
+            batch.finish()
+
+
+class _Batch:
+    """One write transaction over heat and both queues."""
+
+    def __init__(self, index: HeatIndex, txn: Any) -> None:
+        self._index = index
+        self._txn = txn
+        self._db = index._db
+        self.volume, self._number, self._probation = index._state(txn)
+
+    @property
+    def clock(self) -> float:
+        """V, in turnovers."""
+        return self.volume / self._index.capacity
+
+    def get(self, ino: int) -> tuple[Heat | None, bytes]:
+        """A file's heat, and the key under which it is queued (empty: it is not)."""
+        found = _unpack(self._txn.get(_U64.pack(ino), db=self._db["heat"]))
+        return found if found else (None, b"")
+
+    def listed(self, ino: int) -> bool:
+        """The file is in one of the queues."""
+        return bool(self.get(ino)[1])
+
+    def put(self, ino: int, heat: Heat, local: bool) -> None:
+        """Set a file's heat and its place in the queues."""
+        before, queued = self.get(ino)
+        key = b""
+        if local and heat.probation:
+            key = queued if queued and before and before.probation else self._next_number()
+        elif local:
+            key = order_key(score(heat, self._index.by_bytes))
+        self._unqueue(ino, before, queued)
+        if key:
+            table = "queue" if heat.probation else "score"
+            self._txn.put(_KEY.pack(key, ino), _U64.pack(heat.size), db=self._db[table])
+            self._probation += heat.size if heat.probation else 0
+        self._txn.put(_U64.pack(ino), _pack(heat, key), db=self._db["heat"])
+
+    def drop(self, ino: int) -> None:
+        """Forget a file."""
+        before, queued = self.get(ino)
+        self._unqueue(ino, before, queued)
+        self._txn.delete(_U64.pack(ino), db=self._db["heat"])
+
+    def _next_number(self) -> bytes:
+        self._number += 1
+        return _U64.pack(self._number)
+
+    def _unqueue(self, ino: int, before: Heat | None, queued: bytes) -> None:
+        if before is None or not queued:
+            return
+        table = "queue" if before.probation else "score"
+        if self._txn.delete(_KEY.pack(queued, ino), db=self._db[table]) and before.probation:
+            self._probation = max(0, self._probation - before.size)
+
+    def finish(self) -> None:
+        """Write the state behind the tables."""
+        self._txn.put(b"state", _STATE.pack(self.volume, self._number, self._probation), db=self._db["meta"])
+
+
+def _pack(heat: Heat, key: bytes) -> bytes:
+    flags = (_PROBATION if heat.probation else 0) | (_LISTED if key else 0)
+    return _ENTRY.pack(heat.level, heat.clock, heat.last, heat.shown, heat.size, flags, key)
+
+
+def _unpack(raw: bytes | None) -> tuple[Heat, bytes] | None:
+    if raw is None or len(raw) != _ENTRY.size:
+        return None
+    level, clock, last, shown, size, flags, key = _ENTRY.unpack(raw)
+    return Heat(level, clock, last, shown, size, bool(flags & _PROBATION)), key if flags & _LISTED else b""

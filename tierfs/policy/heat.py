@@ -1,0 +1,87 @@
+"""Heat: how often a file has been used lately, on a clock that counts turnover instead of time.
+
+The turnover clock stands at V = bytes admitted to the local tier (fetched or newly written) / its capacity: it
+runs as fast as the tier's content is replaced and stands still when nothing is. A use at V weighs 2^(V/H), so
+that older uses count half as much every H turnovers; L is log2 of the sum of weights. In the log domain
+files that nobody touches never change their order, so nothing ever needs ageing.
+
+Pure: time and the clock are arguments. The same class serves the daemon and the replay of traces.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+HALF_LIFE = 0.5  # turnovers
+BURST = 0.1  # uses within this many turnovers count once: a script's thousand opens are one use
+PROBATION_SHARE = 0.10  # of the local bytes; beyond it files used once go first, oldest first
+DISPLAY_HALF_LIFE = 7 * 86400.0  # seconds, of the heat that people see and age rules use
+REQUEST_SECONDS = 0.060  # cost of a miss: one request ...
+BYTES_PER_SECOND = 50e6  # ... and the transfer
+NEVER = -1e300
+
+
+@dataclass(frozen=True, slots=True)
+class Heat:
+    """What is kept of one file. `level` is L, `clock` V at the last counted use, `last` wall seconds of any.
+
+    `shown` is the decayed number of uses at `last`. On `probation`: used once since it was admitted.
+    """
+
+    level: float = NEVER
+    clock: float = NEVER
+    last: float = 0.0
+    shown: float = 0.0
+    size: int = 0
+    probation: bool = True
+
+
+def add_use(level: float, clock: float) -> float:
+    """L after one more use at V = `clock`."""
+    weight = clock / HALF_LIFE
+    if level <= NEVER:
+        return weight
+    return max(level, weight) + math.log2(1.0 + 2.0 ** -min(abs(level - weight), 1000.0))
+
+
+def touched(heat: Heat, clock: float, now: float, count: int, size: int) -> Heat:
+    """After `count` uses around wall time `now` (seconds). A clock jump backwards decays nothing."""
+    shown = heat.shown * decay(now - heat.last) + count
+    again = heat.clock > NEVER and clock - heat.clock < BURST
+    if again:
+        return replace(heat, last=max(now, heat.last), shown=shown, size=size)
+    level = add_use(heat.level, clock)
+    return Heat(level, clock, max(now, heat.last), shown, size, heat.probation and heat.clock <= NEVER)
+
+
+def admitted(heat: Heat | None, clock: float, now: float, size: int) -> Heat:
+    """After the file came to the local disk: on probation, unless it was here less than a turnover ago."""
+    if heat is None or heat.clock <= NEVER:
+        return touched(Heat(), clock, now, 0, size)
+    soon = clock - heat.clock < 1.0
+    return replace(heat, size=size, probation=heat.probation and not soon)
+
+
+def seeded(age: float, clock: float, now: float, size: int) -> Heat:
+    """A file that was here before TierFS, last used `age` seconds ago: one use, a turnover a month ago."""
+    past = clock - max(age, 0.0) / (30 * 86400.0)
+    return Heat(add_use(NEVER, past), past, now - max(age, 0.0), decay(age), size, probation=False)
+
+
+def decay(seconds: float) -> float:
+    """The share of displayed heat that is left after so many seconds."""
+    return float(0.5 ** (max(seconds, 0.0) / DISPLAY_HALF_LIFE))
+
+
+def shown_at(heat: Heat, now: float) -> float:
+    """The heat that people see: uses, half of them forgotten every seven days."""
+    return heat.shown * decay(now - heat.last)
+
+
+def score(heat: Heat, by_bytes: bool = False) -> float:
+    """The order of victims: lowest first. `by_bytes`: a miss costs its bytes, not its time (egress is paid)."""
+    if by_bytes or heat.size <= 0:
+        return heat.level
+    cost = REQUEST_SECONDS + heat.size / BYTES_PER_SECOND
+    return heat.level + math.log2(cost / heat.size)
