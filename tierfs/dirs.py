@@ -10,7 +10,6 @@ import errno
 import os
 import struct
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from tierfs import syscalls
 from tierfs.nodes import NodeTable
@@ -21,13 +20,8 @@ _SHIFT = 16  # a block is at most 64 KiB
 _NAME = 19
 
 
-class Entry(NamedTuple):
-    """One name. `next`: the offset at which to go on behind it; `kind`: DT_DIR and the like."""
-
-    next: int
-    name: bytes
-    ino: int
-    kind: int
+# The offset at which to go on behind it, name, inode, d_type. A plain tuple: there are very many.
+Entry = tuple[int, bytes, int, int]
 
 
 class Listing:
@@ -64,7 +58,7 @@ class Listing:
                 start = at + _NAME
                 at += length
                 following = base + at if at < end else base + (1 << _SHIFT)
-                yield Entry(following, block[start : block.index(0, start)], ino, kind)
+                yield following, block[start : block.index(0, start)], ino, kind
             number, at = number + 1, 0
 
     def _block(self, number: int) -> bytes | None:

@@ -14,6 +14,7 @@ from typing import NamedTuple, TypeVar
 
 _T = TypeVar("_T")
 _SET_ID = stat.S_ISUID | stat.S_ISGID
+_SYNC = os.O_SYNC | os.O_DSYNC
 _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -34,9 +35,12 @@ class Maker:
         self._uid = os.geteuid()
         self._gid = os.getegid()
 
-    def file(self, dirfd: int, name: bytes, mode: int, caller: Caller) -> tuple[int, os.stat_result]:
+    def file(
+        self, dirfd: int, name: bytes, flags: int, mode: int, caller: Caller
+    ) -> tuple[int, os.stat_result]:
         """A new regular file: a descriptor open for reading and writing, and its stat."""
-        fd = self._masked(caller, lambda: os.open(name, _NEW, mode & 0o1777, dir_fd=dirfd))
+        how = _NEW | flags & _SYNC
+        fd = self._masked(caller, lambda: os.open(name, how, mode & 0o1777, dir_fd=dirfd))
         try:
             return fd, self._give(fd, dirfd, mode, caller)
         except BaseException:
@@ -46,7 +50,7 @@ class Maker:
 
     def nameless(self, dirfd: int, flags: int, mode: int, caller: Caller) -> tuple[int, os.stat_result]:
         """A file without a name (O_TMPFILE); with O_EXCL in `flags` it can never be given one."""
-        how = os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC | flags & os.O_EXCL
+        how = os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC | flags & (os.O_EXCL | _SYNC)
         fd = self._masked(caller, lambda: os.open(b".", how, mode & 0o1777, dir_fd=dirfd))
         try:
             return fd, self._give(fd, dirfd, mode, caller)

@@ -46,6 +46,11 @@ class OpenFiles:
     def __len__(self) -> int:
         return len(self._files)
 
+    @property
+    def writers(self) -> int:
+        """How many of them are open for writing."""
+        return sum(handle.writable for _, handle in self._files.values())
+
     def add(self, node: Node, handle: Handle) -> int:
         """Keep this handle; its number."""
         self._next += 1

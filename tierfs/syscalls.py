@@ -132,7 +132,7 @@ def syncfs(fd: int) -> None:
 
 
 def read_directory(fd: int) -> bytes:
-    """The next records (struct linux_dirent64, at most 64 KiB) of a directory; b"" at its end, or once removed."""
+    """The next records (struct linux_dirent64, at most 64 KiB) of a directory; b"" at its end."""
     buffers = _buffers
     size = _getdents64(fd, buffers.dirents_at, len(buffers.dirents))
     if size < 0:

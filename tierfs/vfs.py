@@ -216,7 +216,7 @@ class Vfs:
         directory = self.nodes.get(parent)
         dirfd = self.nodes.dirfd(directory)
         try:
-            fd, st = self._maker.file(dirfd, name, mode, caller)
+            fd, st = self._maker.file(dirfd, name, flags, mode, caller)
         except FileExistsError:
             if flags & os.O_EXCL:
                 raise
@@ -264,7 +264,7 @@ class Vfs:
         directory = self.nodes.get(parent)
         dirfd = self.nodes.dirfd(directory)
         if stat.S_IFMT(mode) in (0, stat.S_IFREG):
-            fd, st = self._maker.file(dirfd, name, mode, caller)
+            fd, st = self._maker.file(dirfd, name, 0, mode, caller)
             handle = self._take(fd, st, os.O_WRONLY, directory, name, lambda: os.unlink(name, dir_fd=dirfd))
             self.gate.release(handle)
         else:

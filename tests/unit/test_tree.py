@@ -234,7 +234,7 @@ def test_listing_keeps_bytes_and_types(tree, tmp_path):
         os.close(os.open(os.fsencode(tmp_path) + b"/" + name, os.O_CREAT | os.O_WRONLY))
     os.symlink(b"nowhere", os.fsencode(tmp_path) + b"/link")
     listing = Listing(os.dup(tree.rootfd))
-    found = {entry.name: (entry.ino, entry.kind) for entry in listing.read(0)}
+    found = {name: (ino, kind) for _, name, ino, kind in listing.read(0)}
     listing.close()
     assert set(found) == names | {b"link", b".", b".."}
     assert found[b"link"][1] == stat.S_IFLNK >> 12
