@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import lmdb
@@ -141,11 +142,7 @@ class HeatIndex:
 
     def admit(self, ino: int, size: int, grown: int, now: float | None = None) -> None:
         """The file is local now with `size` bytes, `grown` of them new: the clock moves on by that."""
-        moment = time.time() if now is None else now
-        with self._batch() as batch:
-            batch.volume += max(grown, 0)
-            heat, _ = batch.get(ino)
-            batch.put(ino, admitted(heat, batch.clock, moment, size), True)
+        self.admit_many([(ino, size, grown)], now)
 
     def admit_many(self, files: Iterable[tuple[int, int, int]], now: float | None = None) -> None:
         """As `admit`, for many (ino, size, grown) in one transaction."""
@@ -153,8 +150,10 @@ class HeatIndex:
         with self._batch() as batch:
             for ino, size, grown in files:
                 batch.volume += max(grown, 0)
-                heat, _ = batch.get(ino)
-                batch.put(ino, admitted(heat, batch.clock, moment, size), True)
+                heat, queued = batch.get(ino)
+                here = heat is not None and bool(queued)
+                new = replace(heat, size=size) if heat and here else admitted(heat, batch.clock, moment, size)
+                batch.put(ino, new, True)
 
     def seed_many(self, files: Iterable[tuple[int, int, float]], now: float | None = None) -> None:
         """(ino, size, seconds since last use) of files found in an adopted tree; known ones are left alone."""

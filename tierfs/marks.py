@@ -61,16 +61,22 @@ def _segments(dirfd: int) -> list[int]:
 class MarkWriter:
     """The server's end. Appending costs about a microsecond and no system call."""
 
-    def __init__(self, dirfd: int) -> None:
-        """Continue the log in this directory behind its last whole entry."""
+    def __init__(self, dirfd: int, at_least: int = 0) -> None:
+        """Continue the log in this directory behind its last whole entry.
+
+        `at_least`: how far the index has read. A power cut may have taken away what it read; marks at lower
+        positions would never be seen, so the log then goes on from there, in a new segment.
+        """
         self._dirfd = dirfd
         reader = MarkReader(dirfd, None)
         for _ in reader.read():
             pass
         self.position = reader.position
         segments = _segments(dirfd)
-        start = segments[-1] if segments else self.position
-        self._open(start, self.position)
+        if self.position < at_least:
+            self._open(at_least, at_least)
+        else:
+            self._open(segments[-1] if segments else self.position, self.position)
 
     def _open(self, start: int, position: int) -> None:
         fd = os.open(_segment_name(start), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600, dir_fd=self._dirfd)

@@ -1,0 +1,238 @@
+"""The durable index: what is put is found, damage is noticed, totals and queues follow, commits are shared."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from dataclasses import replace
+
+import lmdb
+import pytest
+
+from tierfs.errors import IndexError_
+from tierfs.index import Index, Totals
+from tierfs.model import Copy, Record, Residency, make_generation
+
+
+def record(ino=5, *, copied=True, residency=Residency.RESIDENT, **changes):
+    generation = make_generation(1, ino)
+    copy = Copy(generation, b"t" * 8, b"d" * 32, 1000, 11, 22, 1) if copied else None
+    made = Record(
+        ino, b"\1\0\0\0handle%d" % ino, ino.to_bytes(16, "big"), generation, residency, 1000, 8, 4096, 2,
+        b"name \xff\n", copy, 33,
+    )  # fmt: skip
+    return replace(made, **changes)
+
+
+@pytest.fixture
+def index(tmp_path):
+    opened = Index.open(str(tmp_path))
+    yield opened
+    opened.close()
+
+
+def put(index, *records):
+    for future in [index.commit(lambda w, r=r: w.put(r)) for r in records]:
+        future.result()
+
+
+def test_a_record_is_found_by_inode_and_by_file_id(index):
+    put(index, record(5), record(6, copied=False))
+    assert index.get(5) == record(5) and index.get(6) == record(6, copied=False)
+    assert index.get_by_fid(record(5).fid) == record(5)
+    assert index.get(7) is None and index.get_by_fid(b"x" * 16) is None
+
+
+def test_totals_follow_every_change(index):
+    put(index, record(5), record(6, copied=False))
+    assert index.totals() == Totals(2, 0, 8192, 2000, 1, 1000)
+    put(index, record(5, residency=Residency.STUB, local=0))
+    assert index.totals() == Totals(2, 1, 4096, 2000, 1, 1000)
+    index.commit(lambda w: w.delete(6)).result()
+    assert index.totals() == Totals(1, 1, 0, 1000, 0, 0)
+
+
+def test_the_dirty_queue_is_ordered_by_the_last_change(index):
+    put(index, record(5, copied=False), record(6, copied=False))
+    assert index.quiet(time.time_ns()) == [5, 6]
+    assert index.quiet(0) == []
+    index.commit(lambda w: w.touch_dirty(5)).result()
+    assert index.quiet(time.time_ns()) == [6, 5]
+    put(index, record(6))
+    assert index.quiet(time.time_ns()) == [5]
+
+
+def test_a_metadata_change_does_not_restart_the_quiet_time(index):
+    put(index, record(5, copied=False), record(6, copied=False), record(5, copied=False, name=b"new"))
+    assert index.quiet(time.time_ns()) == [5, 6]
+
+
+def test_another_file_on_a_reused_inode_replaces_the_file_id(index):
+    put(index, record(5), replace(record(5), fid=b"n" * 16))
+    assert index.get_by_fid(record(5).fid) is None
+    assert index.get_by_fid(b"n" * 16).ino == 5
+
+
+def test_a_failing_commit_spoils_no_other(index):
+    def fail(writer):
+        raise ValueError("no")
+
+    jobs = [lambda w: w.put(record(5)), fail, lambda w: w.put(record(6))]
+    futures = [index.commit(job) for job in jobs]
+    futures[0].result()
+    futures[2].result()
+    with pytest.raises(ValueError, match="no"):
+        futures[1].result()
+    assert index.get(5) and index.get(6)
+
+
+def test_bits_leaves_pins_dirs_pending_and_tombstones(index):
+    def fill(w):
+        w.put(record(5, residency=Residency.PARTIAL))
+        w.put_bits(5, b"\5")
+        w.put_leaves(b"f" * 16, 9, b"d" * 64, [(0, 10), (1 << 40, 2 << 40)])
+        w.put_pin(5, 2, b"p\n\xff")
+        w.put_dir(2, 1, b"dir")
+        w.put_pending(5)
+        w.bury(record(5), 77)
+
+    index.commit(fill).result()
+    leaves = index.get_leaves(b"f" * 16, 9)
+    assert index.get_bits(5) == b"\5"
+    assert (leaves.digests, leaves.extents) == (b"d" * 64, [(0, 10), (1 << 40, 2 << 40)])
+    assert index.pins() == [(5, 2, b"p\n\xff")] and index.get_dir(2) == (1, b"dir")
+    assert index.pending() == [5]
+    ((when, key),) = index.tombstones(78)
+    assert when == 77 and key.startswith("data/") and index.tombstones(77) == []
+    index.commit(lambda w: w.put(record(5))).result()
+    assert index.get_bits(5) is None
+
+
+def test_custody_goes_on_within_a_boot_or_after_an_orderly_end_only(tmp_path):
+    def session(boot, end):
+        index = Index.open(str(tmp_path))
+        found = index.begin_session(boot)
+        if end:
+            index.end_session()
+        index.close()
+        return found
+
+    first, second = session("a", True), session("b", True)
+    assert second.epoch == first.epoch + 1 and second.custody == first.custody
+    assert session("b", False).custody == first.custody
+    assert session("b", False).custody == first.custody
+    assert session("c", False).custody == first.custody + 1
+    assert session("c", True).custody == first.custody + 1
+
+
+def test_the_log_position_moves_in_the_transaction_of_its_effects(index):
+    assert index.log_position() is None
+    index.commit(lambda w: (w.put(record(5)), w.set_log_position(640))).result()
+    assert index.log_position() == 640
+
+
+def test_a_truncated_file_is_refused_before_it_can_kill_the_process(tmp_path):
+    index = Index.open(str(tmp_path))
+    put(index, *[record(i) for i in range(1, 200)])
+    index.close()
+    file = tmp_path / "data.mdb"
+    os.truncate(file, file.stat().st_size // 2)
+    with pytest.raises(IndexError_, match="cut short"):
+        Index.open(str(tmp_path))
+
+
+def test_a_flipped_bit_in_a_record_is_noticed(tmp_path):
+    index = Index.open(str(tmp_path))
+    put(index, record(5))
+    index.close()
+    file = tmp_path / "data.mdb"
+    data = bytearray(file.read_bytes())
+    at = data.rfind(b"name \xff\n")
+    while at >= 0:
+        data[at] ^= 1
+        at = data.rfind(b"name \xff\n", 0, at)
+    file.write_bytes(data)
+    index = Index.open(str(tmp_path))
+    with pytest.raises(IndexError_, match="damaged"):
+        index.get(5)
+    put(index, record(5))
+    assert index.get(5) == record(5)
+    index.close()
+
+
+def _read_elsewhere(path, ino, pipe):
+    index = Index.open(path, readonly=True)
+    pipe.send(index.get(ino))
+    pipe.recv()
+    pipe.send(index.get(ino))
+    index.close()
+
+
+def test_another_process_reads_what_was_committed(tmp_path):
+    index = Index.open(str(tmp_path))
+    put(index, record(5))
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_read_elsewhere, args=(str(tmp_path), 5, theirs))
+    process.start()
+    assert ours.recv() == record(5)
+    put(index, record(5, name=b"other"))
+    ours.send(None)
+    assert ours.recv().name == b"other"
+    process.join(10)
+    index.close()
+
+
+def _write_forever(path, pipe):
+    index = Index.open(path)
+    for ino in range(1, 1 << 30):
+        index.commit(lambda w, ino=ino: w.put(record(ino))).result()
+        pipe.send(ino)
+
+
+def test_what_was_acknowledged_survives_a_kill(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_write_forever, args=(str(tmp_path), theirs))
+    process.start()
+    theirs.close()
+    while (last := ours.recv()) < 50:
+        pass
+    os.kill(process.pid, signal.SIGKILL)
+    process.join(10)
+    try:
+        while True:
+            last = ours.recv()
+    except EOFError:
+        pass
+    index = Index.open(str(tmp_path))
+    assert all(index.get(ino) == record(ino) for ino in range(1, last + 1))
+    assert index.totals().files >= last
+    index.close()
+
+
+def test_an_unknown_format_is_refused(tmp_path):
+    index = Index.open(str(tmp_path))
+    with index.write() as writer:
+        writer.meta.format = 99
+    index.close()
+    with pytest.raises(IndexError_, match="format 99"):
+        Index.open(str(tmp_path))
+
+
+def test_ten_thousand_stubs_take_at_most_400_bytes_each(tmp_path):
+    """Pages in use: the file also holds pages that later commits will use again."""
+    index = Index.open(str(tmp_path))
+    with index.write() as writer:
+        for ino in range(1, 10_001):
+            stub = record(ino, residency=Residency.STUB, fid=os.urandom(16), name=b"file-%06d.txt" % ino)
+            writer.put(stub)
+    index.close()
+    with lmdb.open(str(tmp_path), max_dbs=20, readonly=True) as env, env.begin() as txn:
+        used = 0
+        for name in (b"files", b"fids", b"dirty", b"quiet"):
+            stat = txn.stat(env.open_db(name, txn=txn, create=False))
+            used += (stat["leaf_pages"] + stat["branch_pages"]) * stat["psize"]
+    assert used / 10_000 <= 310

@@ -1,0 +1,94 @@
+"""The mark log: order, segments, a torn end, another process, a killed writer."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+
+import pytest
+
+from tierfs import marks
+from tierfs.marks import Mark, MarkReader, MarkWriter
+
+
+@pytest.fixture
+def directory(tmp_path):
+    fd = os.open(tmp_path, os.O_RDONLY)
+    yield fd
+    os.close(fd)
+
+
+def test_entries_come_back_in_order_and_the_position_goes_on(directory):
+    writer, reader = MarkWriter(directory), MarkReader(directory, None)
+    writer.append(Mark.WRITE, 5, 77, 2, handle=b"h" * 12, name=b"n\xff\n")
+    writer.append(Mark.CLOSED, 5, a=-3, b=9)
+    first, second = reader.read()
+    assert (first.kind, first.ino, first.generation, first.parent) == (Mark.WRITE, 5, 77, 2)
+    assert (first.handle, first.name) == (b"h" * 12, b"n\xff\n")
+    assert (second.kind, second.a, second.b) == (Mark.CLOSED, -3, 9)
+    assert list(reader.read()) == []
+    writer.append(Mark.GONE, 5)
+    assert [e.kind for e in reader.read()] == [Mark.GONE]
+    assert reader.position == writer.position
+
+
+def test_segments_follow_each_other_and_drained_ones_go(directory, monkeypatch):
+    monkeypatch.setattr(marks, "SEGMENT", 4096)
+    writer, reader = MarkWriter(directory), MarkReader(directory, 0)
+    for ino in range(500):
+        writer.append(Mark.NAMED, ino, name=b"x" * (ino % 255))
+    assert len(os.listdir(directory)) > 3
+    assert [e.ino for e in reader.read(limit=10)] == list(range(10))
+    assert [e.ino for e in reader.read()] == list(range(10, 500))
+    reader.forget(reader.position)
+    assert len(os.listdir(directory)) == 1
+    writer.append(Mark.GONE, 1)
+    assert [e.kind for e in MarkReader(directory, reader.position).read()] == [Mark.GONE]
+
+
+def test_a_new_writer_goes_on_behind_the_last_whole_entry(directory):
+    writer = MarkWriter(directory)
+    writer.append(Mark.WRITE, 1)
+    end = writer.position
+    writer.append(Mark.WRITE, 2)
+    writer.close()
+    (name,) = os.listdir(directory)
+    fd = os.open(name, os.O_RDWR, dir_fd=directory)
+    os.pwrite(fd, b"\xff", end + 20)
+    os.close(fd)
+    again = MarkWriter(directory)
+    assert again.position == end
+    again.append(Mark.GONE, 3)
+    assert [e.ino for e in MarkReader(directory, 0).read()] == [1, 3]
+
+
+def test_a_position_ahead_of_a_log_that_was_lost_does_not_hide_new_marks(directory):
+    reader = MarkReader(directory, 1 << 30)
+    writer = MarkWriter(directory, at_least=1 << 30)
+    writer.append(Mark.WRITE, 9)
+    assert [e.ino for e in reader.read()] == [9]
+
+
+def _write(path, pipe):
+    fd = os.open(path, os.O_RDONLY)
+    writer = MarkWriter(fd)
+    for ino in range(1 << 30):
+        writer.append(Mark.WRITE, ino, name=b"name")
+        if ino % 1000 == 0:
+            pipe.send(ino)
+
+
+def test_marks_of_a_killed_writer_survive(tmp_path, directory):
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_write, args=(str(tmp_path), theirs))
+    process.start()
+    reader, seen = MarkReader(directory, 0), []
+    while ours.recv() < 20_000:
+        seen += [e.ino for e in reader.read()]
+    os.kill(process.pid, signal.SIGKILL)
+    process.join(10)
+    while more := [e.ino for e in reader.read()]:
+        seen += more
+    assert len(seen) > 20_000 and seen == list(range(len(seen)))
