@@ -20,6 +20,7 @@ from tierfs.errors import NotPermittedError, PathError, TierError, UsageError, V
 from tierfs.locate import Mount
 
 MAX_FRAME = 16 << 20
+_QUICK_SECONDS = 60.0  # for an answer to a request that only looks; a restart of the mover may lie in between
 _LENGTH = struct.Struct("<I")
 _CREDENTIALS = struct.Struct("3i")
 
@@ -318,7 +319,7 @@ def connect(mount: Mount) -> socket.socket:
 
 
 def peer_credentials(sock: socket.socket) -> tuple[int, int, int]:
-    """(pid, uid, gid) of the process at the other end."""
+    """(pid, uid, gid) of the process at the other end; for a client that is the supervisor, which listens."""
     raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     pid, uid, gid = _CREDENTIALS.unpack(raw)
     return pid, uid, gid
@@ -331,6 +332,8 @@ def converse(mount: Mount, request: Request) -> Iterator[Answer]:
     """
     with connect(mount) as sock:
         try:
+            if isinstance(request, GetStatus | GetFacts | ListNames | GetPins):
+                sock.settimeout(_QUICK_SECONDS)
             send(sock, request)
             while (answer := receive_answer(sock)) is not None:
                 if isinstance(answer, Failed):
@@ -338,6 +341,10 @@ def converse(mount: Mount, request: Request) -> Iterator[Answer]:
                 yield answer
                 if not isinstance(answer, Progress | Facts):
                     return
+        except TimeoutError as exc:
+            raise VolumeError(
+                f"{mount.mountpoint}: its mover does not answer: see log/tierfs.log in the state directory"
+            ) from exc
         except OSError as exc:
             raise VolumeError(f"{mount.mountpoint}: its daemon went away: see its log") from exc
     raise VolumeError(f"{mount.mountpoint}: its daemon was restarted: try again")

@@ -37,7 +37,13 @@ class Child:
         for key, value in arguments.items():
             command += [f"--{key}", str(value)]
         self._process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=self._log_fd, stderr=self._log_fd, pass_fds=fds, cwd="/"
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=self._log_fd,
+            stderr=self._log_fd,
+            pass_fds=fds,
+            cwd="/",
+            process_group=0,  # Ctrl-C at the terminal is for the supervisor, which ends the others in order
         )
         self._started = time.monotonic()
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import FrameType
 
-from tierfs import channel, volume, wire
+from tierfs import channel, locate, volume, wire
 from tierfs.errors import IndexError_, TierError, VolumeError
 from tierfs.fuse import mounting
 from tierfs.index import Index
@@ -88,6 +88,7 @@ class Supervisor:
         with _writable(plan.mountpoint):
             self._fuse_fd = mounting.mount(plan.mountpoint, plan.volume.identity.volume, plan.options)
         ours, theirs = channel.make_pair()
+        ours.setblocking(False)
         self._channel = channel.Channel(ours, server=False)
         self._selector.register(self._channel, selectors.EVENT_READ, self._hear_server)
         arguments = {"state": plan.volume.state, "fuse-fd": self._fuse_fd, "channel-fd": theirs.fileno(),
@@ -159,7 +160,7 @@ class Supervisor:
                 return self._stop()
             status = self._server.reap()
             if status is not None:
-                if status == 0 and self._clean:
+                if status == 0 and not self._is_mounted():
                     return self._finish()
                 if not self._revive(status):
                     return 1
@@ -217,30 +218,27 @@ class Supervisor:
             except OSError as exc:
                 log.debug("not yet unmounted: %s", exc)
             self._wait(lambda: not self._server.alive(), 0.5)
-        if not self._server.alive():
-            return self._finish() if self._server.reap() == 0 and self._clean else self._give_up()
-        log.warning("files are still open: detaching the mount")
-        self._detach_mount()
-        self._wait(lambda: not self._server.alive(), _BUSY_SECONDS / 2)
-        if self._server.reap() == 0 and self._clean:
-            return self._finish()
-        return self._give_up()
-
-    def _give_up(self) -> int:
-        """End without a clean session: after the next start every copy is proven anew."""
-        self._end_children()
-        self._detach()
-        log.warning("ended while files were open")
-        return 0
+        if self._server.alive():
+            log.warning("files are still open: detaching the mount")
+            self._detach_mount()
+            self._wait(lambda: not self._server.alive(), _BUSY_SECONDS / 2)
+        self._server.reap()
+        return self._finish()
 
     def _finish(self) -> int:
-        """Unmounted, with no file open: end in order."""
-        self._end_mover()
-        self._drain_log()
-        self._end_session()
+        """The mount has ended. Where files were still open, every copy is proven anew after the next start."""
+        while self._channel is not None and self._hear_server():
+            pass
+        self._end_children()
         self._detach()
-        log.info("unmounted")
+        if self._clean:
+            self._end_session()
+        log.info("unmounted" if self._clean else "ended while files were open")
         return 0
+
+    def _is_mounted(self) -> bool:
+        found = locate.mount_at(self._plan.mountpoint, locate.read_mounts())
+        return found is not None and found.volume == self._plan.volume.identity.volume
 
     def _end_mover(self) -> None:
         self._mover.signal(signal.SIGTERM)
@@ -298,18 +296,19 @@ class Supervisor:
             for key, _ in self._selector.select(left):
                 key.data()
 
-    def _hear_server(self) -> None:
+    def _hear_server(self) -> bool:
+        """Take one message; False where there is none."""
         if self._channel is None:
-            return
+            return False
         try:
             received = self._channel.receive()
         except BlockingIOError:
-            return
+            return False
         except OSError:
             received = None
         if received is None:
             self._drop_channel()
-            return
+            return False
         message, fds = received
         for fd in fds:
             os.close(fd)
@@ -317,6 +316,7 @@ class Supervisor:
             self._ready = True
         elif isinstance(message, channel.Stopped):
             self._clean = message.clean
+        return True
 
     def _pump_log(self) -> bool:
         """Move lines from the pipe of the children to the log file; False where there are none."""

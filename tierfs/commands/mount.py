@@ -142,10 +142,9 @@ def detach(mountpoint: str) -> None:
 
 def _daemon_of(mount: locate.Mount) -> int | None:
     """A descriptor that becomes readable when the supervisor has ended; None where none answers."""
-    with contextlib.suppress(TierError, ProcessLookupError):
-        for answer in control.converse(mount, control.GetStatus()):
-            if isinstance(answer, control.Status) and answer.pids.get("supervisor"):
-                return os.pidfd_open(answer.pids["supervisor"])
+    with contextlib.suppress(TierError, ProcessLookupError), control.connect(mount) as sock:
+        pid, _, _ = control.peer_credentials(sock)
+        return os.pidfd_open(pid)
     return None
 
 
