@@ -170,6 +170,15 @@ class GuardEnd(Message, frozen=True):
     inos: list[int]
 
 
+class Bring(Message, frozen=True):
+    """Ask for all content of these stubs (an order, a pin); comes with one O_PATH descriptor each, in order.
+
+    The server asks by Fetch, as for somebody who opens them, so that only it decides when a file may change.
+    """
+
+    inos: list[int]
+
+
 class Changed(Message, frozen=True):
     """Attributes of these inodes changed beneath: drop what is cached."""
 
@@ -187,12 +196,35 @@ ToMover = (
     Fetch | CancelFetch | SealAnswer | SealBroken | GuardAnswer | GuardBreak | Touches | Poke
 )
 ToServer = (
-    Hello | Drained | Filled | FetchEnd | Settled | Seal | Unseal | Guard | GuardEnd | Changed | Limits
+    Hello | Drained | Filled | FetchEnd | Settled | Seal | Unseal | Guard | GuardEnd | Bring | Changed | Limits
 )
 
 _encoder = msgspec.msgpack.Encoder()
 _to_mover = msgspec.msgpack.Decoder(ToMover)
 _to_server = msgspec.msgpack.Decoder(ToServer)
+
+
+def send(sock: socket.socket, data: bytes, fds: Sequence[int] = ()) -> None:
+    """Send one message with descriptors. Raises OSError."""
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+    sock.sendmsg([data], rights)
+
+
+def receive(sock: socket.socket) -> tuple[bytes, list[int]] | None:
+    """The next message with its descriptors (the caller's to close); None at the end. Raises OSError."""
+    size = array.array("i").itemsize * MAX_FDS
+    data, ancillary, flags, _ = sock.recvmsg(MAX_MESSAGE, socket.CMSG_SPACE(size))
+    fds = array.array("i")
+    for level, kind, payload in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
+    if not data:
+        return None
+    if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+        for fd in fds:
+            os.close(fd)
+        raise OSError("a message between two processes was cut")
+    return data, list(fds)
 
 
 class Link:
@@ -208,28 +240,18 @@ class Link:
 
     def send(self, message: Message, fds: Sequence[int] = ()) -> None:
         """Send one message. Raises OSError: EAGAIN (non-blocking and full), EPIPE/ECONNRESET (peer gone)."""
-        data = _encoder.encode(message)
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
-        self.sock.sendmsg([data], rights)
+        send(self.sock, _encoder.encode(message), fds)
 
     def receive(self) -> tuple[ToMover | ToServer, list[int]] | None:
         """The next message with its descriptors (the caller's to close); None at the end of the stream.
 
         Raises BlockingIOError where nothing is there yet, OSError where the peer is gone.
         """
-        size = array.array("i").itemsize * MAX_FDS
-        data, ancillary, flags, _ = self.sock.recvmsg(MAX_MESSAGE, socket.CMSG_SPACE(size))
-        fds = array.array("i")
-        for level, kind, payload in ancillary:
-            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
-        if not data:
+        received = receive(self.sock)
+        if received is None:
             return None
-        if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
-            for fd in fds:
-                os.close(fd)
-            raise OSError("a message between server and mover was cut")
-        return self._decoder.decode(data), list(fds)
+        data, fds = received
+        return self._decoder.decode(data), fds
 
     def close(self) -> None:
         """Close this end."""

@@ -1,0 +1,222 @@
+"""The mount server's process: answers the kernel, and waits for nothing but kernel, mover and supervisor.
+
+Started by the supervisor with inherited descriptors. Ends when the mount does, or on SIGTERM; its last message
+says whether custody was unbroken. Without its supervisor it goes on serving: programs have files open.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import logging
+import os
+import select
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+
+from tierfs import channel, wire
+from tierfs.errors import TierError
+from tierfs.fuse.kernel import End, Session
+from tierfs.fuse.spinning import Spinner
+from tierfs.gate import Gate
+from tierfs.index import Index
+from tierfs.marks import MarkWriter
+from tierfs.tree import Tree, open_tree
+from tierfs.vfs import Vfs
+from tierfsd import logs
+
+log = logging.getLogger("server")
+
+BATCH = 16  # requests between two looks at the mover and the supervisor
+TICK_SECONDS = 0.25  # from the first request after an idle time to the gate's turn
+_STATFS_SECONDS = 2.0  # how long the sum of evictable bytes is believed
+
+
+class Evictable:
+    """How much could be freed at once: what is local and has a copy. Read from the index now and then."""
+
+    def __init__(self, index: Index) -> None:
+        self._index = index
+        self._bytes = 0
+        self._until = 0.0
+
+    def __call__(self) -> int:
+        now = time.monotonic()
+        if now >= self._until:
+            totals = self._index.totals()
+            self._bytes = max(0, totals.local_bytes - totals.dirty_bytes)
+            self._until = now + _STATFS_SECONDS
+        return self._bytes
+
+
+class Server:
+    """The event loop of one mount: the kernel first, then the mover, then the supervisor."""
+
+    def __init__(self, session: Session, gate: Gate, supervisor: channel.Channel, stop_fd: int) -> None:
+        """`stop_fd` becomes readable when the process is told to end."""
+        self._session = session
+        self._gate = gate
+        self._supervisor = supervisor
+        self._link_fd = -1
+        self._stopping = False
+        self._said_ready = False
+        self._next_tick = 0.0
+        self._spinner = session.spinner
+        self._poll = select.epoll()
+        self._handlers: dict[int, Callable[[], None]] = {}
+        supervisor.sock.setblocking(False)
+        self._watch(session.fileno(), lambda: None)
+        self._watch(supervisor.fileno(), self._hear_supervisor)
+        self._watch(stop_fd, self._stop)
+
+    def _watch(self, fd: int, handler: Callable[[], None]) -> None:
+        self._handlers[fd] = handler
+        self._poll.register(fd, select.EPOLLIN)
+
+    def run(self) -> bool:
+        """Serve until the mount ends or somebody says so. Returns whether custody is unbroken."""
+        session = self._session
+        while session.end is None and not self._stopping:
+            served = session.serve(BATCH)
+            session.run_ready()
+            if session.ready and not self._said_ready:
+                self._said_ready = True
+                self._tell(channel.Ready(self._gate.backing is not None))
+            self._turn(served)
+            self._events(0.0 if served == BATCH else self._pause())
+            session.run_ready()
+        self._gate.tick(time.monotonic())
+        # Releases that the unmount has overtaken count as open: that loses custody, never data.
+        return session.end is End.UNMOUNTED and not session.writers_open
+
+    def _turn(self, served: int) -> None:
+        """Give the gate its turn when it is due; after an idle time that is soon after the first request."""
+        now = time.monotonic()
+        if served:
+            self._next_tick = min(self._next_tick, now + TICK_SECONDS)
+        if now >= self._next_tick:
+            self._next_tick = now + self._gate.tick(now)
+            self._session.run_ready()
+
+    def _pause(self) -> float:
+        return max(0.0, self._next_tick - time.monotonic())
+
+    def _events(self, timeout: float) -> None:
+        """Sleep until something happens, and let all be heard but the kernel, whose turn is next."""
+        before = time.perf_counter()
+        events = self._poll.poll(timeout)
+        if timeout and events:
+            self._spinner.slept(time.perf_counter() - before)
+        for fd, _ in events:
+            handler = self._handlers.get(fd)
+            if handler is not None:
+                handler()
+        if events:
+            self._next_tick = min(self._next_tick, time.monotonic() + TICK_SECONDS)
+
+    # --- supervisor and mover -----------------------------------------------------------------------------
+
+    def _tell(self, message: wire.Message) -> None:
+        try:
+            self._supervisor.send(message)
+        except OSError as error:
+            log.warning("the supervisor does not listen: %s", error)
+
+    def _stop(self) -> None:
+        self._stopping = True
+
+    def _hear_supervisor(self) -> None:
+        try:
+            received = self._supervisor.receive()
+        except BlockingIOError:
+            return
+        except OSError as error:
+            log.error("lost the supervisor: %s", error)
+            received = None
+        if received is None:
+            log.error("the supervisor is gone: serving on until the unmount; a dead mover is not replaced")
+            del self._handlers[self._supervisor.fileno()]
+            self._poll.unregister(self._supervisor.fileno())
+            return
+        message, fds = received
+        if isinstance(message, channel.NewMover) and len(fds) == 1:
+            self._connect(fds[0])
+        elif isinstance(message, channel.Stop):
+            self._stop()
+
+    def _connect(self, fd: int) -> None:
+        """Talk to a new mover. The gate owns the link, and closes it when it is lost."""
+        self._handlers.pop(self._link_fd, None)
+        self._link_fd = fd
+        self._gate.set_link(wire.Link(socket.socket(fileno=fd), server=True))
+        self._watch(fd, self._gate.on_link_readable)
+
+    def finish(self, clean: bool) -> None:
+        """Say goodbye."""
+        self._tell(channel.Stopped(clean))
+        self._poll.close()
+
+
+def _arguments(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="tierfsd.mount_server")
+    parser.add_argument("--state", required=True)
+    for name in ("--fuse-fd", "--channel-fd", "--epoch"):
+        parser.add_argument(name, type=int, required=True)
+    return parser.parse_args(argv)
+
+
+def _stop_signal() -> int:
+    """A descriptor that becomes readable on SIGTERM. Ctrl-C at a terminal is the supervisor's business."""
+    reading, writing = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    signal.signal(signal.SIGTERM, lambda _number, _frame: None)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    return reading
+
+
+def _serve(arguments: argparse.Namespace, tree: Tree, index: Index, stack: contextlib.ExitStack) -> None:
+    marks_fd = os.open(os.path.join(arguments.state, "marks"), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    stack.callback(os.close, marks_fd)
+    marks = MarkWriter(marks_fd)
+    stack.callback(marks.close)
+    gate = Gate(tree, index, marks, arguments.epoch)
+    vfs = Vfs(tree, gate, Evictable(index))
+    stack.callback(vfs.close)
+    session = Session(arguments.fuse_fd, vfs, passthrough=tree.privileged, spinner=Spinner())
+    supervisor = channel.Channel(socket.socket(fileno=arguments.channel_fd), server=True)
+    server = Server(session, gate, supervisor, _stop_signal())
+    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    # What exists now stays: it need not be looked at in each collection.
+    gc.collect()
+    gc.freeze()
+    clean = server.run()
+    session.close()
+    gate.set_link(None)
+    log.info("the mount has ended%s", "" if clean else ", not in order: copies will be proven again")
+    server.finish(clean)
+
+
+def main(argv: list[str]) -> int:
+    """Serve one mount; 0 when it has ended."""
+    arguments = _arguments(argv)
+    logs.setup()
+    try:
+        with contextlib.ExitStack() as stack:
+            tree = open_tree(os.path.join(arguments.state, "tree"))
+            stack.callback(tree.close)
+            index = Index.open(os.path.join(arguments.state, "index"), readonly=True)
+            stack.callback(index.close)
+            _serve(arguments, tree, index, stack)
+    except (TierError, OSError) as error:
+        log.critical("%s", error)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

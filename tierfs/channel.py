@@ -1,0 +1,79 @@
+"""Messages between the supervisor and the mount server, over a SOCK_SEQPACKET pair."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+
+import msgspec
+
+from tierfs import wire
+from tierfs.wire import Message
+
+# --- supervisor to mount server ---------------------------------------------------------------------------
+
+
+class NewMover(Message, frozen=True):
+    """There is a new mover; comes with the server's end of the link to it."""
+
+
+class Stop(Message, frozen=True):
+    """End now, as on SIGTERM: what is still mounted is nobody's from then on."""
+
+
+# --- mount server to supervisor ---------------------------------------------------------------------------
+
+
+class Ready(Message, frozen=True):
+    """The kernel has been answered: the mount works."""
+
+    passthrough: bool
+
+
+class Stopped(Message, frozen=True):
+    """The last message. `clean`: unmounted, and no file was open for writing any more."""
+
+    clean: bool
+
+
+_encoder = msgspec.msgpack.Encoder()
+_to_server = msgspec.msgpack.Decoder(NewMover | Stop)
+_to_supervisor = msgspec.msgpack.Decoder(Ready | Stopped)
+
+
+class Channel:
+    """One end of the pair."""
+
+    def __init__(self, sock: socket.socket, *, server: bool) -> None:
+        self.sock = sock
+        self._decoder: msgspec.msgpack.Decoder[NewMover | Stop | Ready | Stopped] = (
+            _to_server if server else _to_supervisor
+        )
+
+    def fileno(self) -> int:
+        """For poll."""
+        return self.sock.fileno()
+
+    def send(self, message: Message, fds: Sequence[int] = ()) -> None:
+        """Send one message. Raises OSError: EPIPE, ECONNRESET where the peer is gone."""
+        wire.send(self.sock, _encoder.encode(message), fds)
+
+    def receive(self) -> tuple[NewMover | Stop | Ready | Stopped, list[int]] | None:
+        """The next message with its descriptors (the caller's to close); None at the end of the stream.
+
+        Raises BlockingIOError where nothing is there yet, OSError where the peer is gone.
+        """
+        received = wire.receive(self.sock)
+        if received is None:
+            return None
+        data, fds = received
+        return self._decoder.decode(data), fds
+
+    def close(self) -> None:
+        """Close this end."""
+        self.sock.close()
+
+
+def make_pair() -> tuple[socket.socket, socket.socket]:
+    """A connected pair (supervisor's end, server's end)."""
+    return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

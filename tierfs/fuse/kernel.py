@@ -1,0 +1,300 @@
+"""A session with the Linux kernel over /dev/fuse: receive, run, reply; passthrough where it is permitted.
+
+One thread serves requests one after another. A request whose operation is Blocked is parked and run again as a
+whole when its wait fires; a Slow one is finished by a small pool of threads, which reply themselves. A request
+gets exactly one reply, from whoever takes it out of `_parked`, or ran it, or finished it.
+"""
+
+from __future__ import annotations
+
+import collections
+import enum
+import errno
+import fcntl
+import io
+import logging
+import os
+import struct
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from tierfs.errors import TierError
+from tierfs.fuse import protocol as p
+from tierfs.fuse.mounting import filesystem_of
+from tierfs.fuse.operations import Answer, Message, Operation, Operations
+from tierfs.fuse.spinning import Spinner
+from tierfs.vfs import Vfs
+from tierfs.waits import Blocked, Slow, Wait
+
+log = logging.getLogger("fuse")
+
+SLOW_THREADS = 4
+READAHEAD = 1 << 20  # bytes; the kernel takes the lesser of this and the mount's read_ahead_kb
+_STACKED = frozenset({"overlay", "ecryptfs"})
+_GATHER = 4096  # a reply larger than this is not worth copying behind its header
+_RESENT = 1 << 63
+_MOST_ERRNO = 511
+_BACKING_ID = struct.Struct("<I")
+
+
+class End(enum.Enum):
+    """Why a session is over."""
+
+    UNMOUNTED = "unmounted"
+    ABORTED = "aborted"
+
+
+@dataclass(eq=False, slots=True)
+class _Parked:
+    """A request that waits, with a copy of its bytes."""
+
+    operation: Operation
+    message: bytes
+    unique: int
+    nodeid: int
+    wait: Wait
+    runnable: collections.deque[_Parked]
+
+    def wake(self) -> None:
+        """Not run from within the gate, which is in the middle of something when a wait fires."""
+        self.runnable.append(self)
+
+
+class KernelBacking:
+    """The passthrough calls of a connection (tierfs.handles.Backing)."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def open(self, fd: int) -> int:
+        """Register a regular file by an O_PATH descriptor; its id (> 0). Raises OSError."""
+        # A mutable argument: only then is the call's own result returned.
+        return int(fcntl.ioctl(self._fd, p.BACKING_OPEN, bytearray(p.BACKING_MAP.pack(fd, 0, 0))))
+
+    def close(self, backing_id: int) -> None:
+        """Forget it. Raises OSError."""
+        fcntl.ioctl(self._fd, p.BACKING_CLOSE, bytearray(_BACKING_ID.pack(backing_id)))
+
+
+class Session:
+    """Serves one mount. Not thread-safe; `gate.backing` is set as soon as passthrough is known to work."""
+
+    def __init__(self, fd: int, vfs: Vfs, *, passthrough: bool, spinner: Spinner | None = None) -> None:
+        """`fd`: /dev/fuse of a mount, made non-blocking; stays the caller's."""
+        os.set_blocking(fd, False)
+        self._device = io.FileIO(fd, "r+", closefd=False)
+        self._fd = fd
+        self._vfs = vfs
+        self._passthrough = passthrough
+        self.spinner = spinner or Spinner(enabled=False)
+        self._buffer = bytearray(p.BUFFER)
+        self._view = memoryview(self._buffer)
+        self._parked: dict[int, _Parked] = {}
+        self._runnable: collections.deque[_Parked] = collections.deque()
+        self._pool = ThreadPoolExecutor(SLOW_THREADS, "slow")
+        self._table: list[Operation] = [operation or _unsupported for operation in Operations(vfs).table]
+        self._table[p.Op.INIT] = self._init
+        self._table[p.Op.INTERRUPT] = self._interrupt
+        self._table[p.Op.DESTROY] = self._destroy
+        self.ready = False  # the kernel has got its answer to INIT
+        self.end: End | None = None
+
+    def fileno(self) -> int:
+        """For poll."""
+        return self._fd
+
+    @property
+    def writers_open(self) -> bool:
+        """A file is open for writing, as far as the kernel has told."""
+        return self._vfs.files.writers > 0
+
+    def close(self) -> None:
+        """Finish what the threads still do. Parked requests get no answer: the connection's end is theirs."""
+        self._pool.shutdown(wait=True)
+        self._parked.clear()
+
+    # --- requests -----------------------------------------------------------------------------------------
+
+    def serve(self, most: int) -> int:
+        """Answer what is there, at most so many requests, after a burst with a little patience. How many."""
+        receive, table, head = self._device.readinto, self._table, p.HEAD.unpack_from
+        view, buffer, write_request = self._view, self._buffer, p.Op.WRITE
+        served = 0
+        while served < most:
+            try:
+                size = receive(buffer)
+                if size is None:
+                    size = self._linger()
+            except OSError as error:
+                if self._at_end(error):
+                    return served
+                continue
+            if size is None:
+                return served
+            served += 1
+            length, opcode, unique, nodeid = head(buffer)
+            message = view[:length] if opcode == write_request else view[:length].tobytes()
+            self._run(table[opcode] if opcode < p.OPS else _unsupported, message, unique, nodeid)
+            if self.end is not None:
+                return served
+        return served
+
+    def _linger(self) -> int | None:
+        """Nothing is there: try again for as long as another request is likely. Raises OSError."""
+        patience = self.spinner.patience
+        if not patience:
+            return None
+        receive, buffer, clock = self._device.readinto, self._buffer, time.perf_counter
+        until = clock() + patience
+        while clock() < until:
+            size = receive(buffer)
+            if size is not None:
+                self.spinner.hit()
+                return size
+        self.spinner.miss()
+        return None
+
+    def _at_end(self, error: OSError) -> bool:
+        """Whether the session is over; otherwise it was a request that its caller gave up while we read it."""
+        if error.errno in (errno.ENODEV, errno.ECONNABORTED):
+            self.end = End.UNMOUNTED if error.errno == errno.ENODEV else End.ABORTED
+            return True
+        if error.errno in (errno.ENOENT, errno.EINTR, errno.EAGAIN):
+            return False
+        raise error
+
+    def run_ready(self) -> None:
+        """Run again what has got what it waited for. Call it after the gate has been given a turn."""
+        while self._runnable:
+            parked = self._runnable.popleft()
+            if self._parked.get(parked.unique) is not parked:
+                continue  # interrupted meanwhile
+            del self._parked[parked.unique]
+            wait = parked.wait
+            if wait.errno:
+                log.warning("%s failed: %s", _described(parked.message), wait.reason or os.strerror(wait.errno))
+                self._fail(parked.unique, wait.errno)
+            else:
+                self._run(parked.operation, parked.message, parked.unique, parked.nodeid)
+
+    def _run(self, operation: Operation, message: Message, unique: int, nodeid: int) -> None:
+        try:
+            answer = operation(message, nodeid)
+        except Blocked as blocked:
+            parked = _Parked(operation, bytes(message), unique, nodeid, blocked.wait, self._runnable)
+            self._parked[unique] = parked
+            blocked.wait.add(parked.wake)
+        except Exception as error:
+            self._fail(unique, _errno_of(error, message))
+        else:
+            self._answer(unique, answer, message)
+
+    def _answer(self, unique: int, answer: Answer, message: Message) -> None:
+        if isinstance(answer, bytes):
+            self._reply(unique, answer)
+        elif answer is not None:
+            self._pool.submit(self._finish, unique, answer, bytes(message[: p.IN]))
+
+    def _finish(self, unique: int, slow: Slow, head: bytes) -> None:
+        """In a thread of the pool: the rest of an operation."""
+        try:
+            answer = slow.run()
+        except Exception as error:
+            self._fail(unique, _errno_of(error, head))
+        else:
+            self._reply(unique, answer)
+
+    # --- replies ------------------------------------------------------------------------------------------
+
+    def _reply(self, unique: int, body: bytes) -> None:
+        size = p.OUT_SIZE + len(body)
+        head = p.OUT.pack(size, 0, unique)
+        try:
+            if size > _GATHER:
+                os.writev(self._fd, (head, body))
+            else:
+                self._device.write(head + body)
+        except OSError as error:
+            self._not_replied(unique, error)
+
+    def _fail(self, unique: int, number: int) -> None:
+        try:
+            self._device.write(p.OUT.pack(p.OUT_SIZE, -number, unique))
+        except OSError as error:
+            self._not_replied(unique, error)
+
+    def _not_replied(self, unique: int, error: OSError) -> None:
+        # The kernel no longer knows the request (aborted), or the connection is gone: reading says which.
+        if error.errno not in (errno.ENOENT, errno.ENODEV, errno.ECONNABORTED):
+            log.error("the kernel refused a reply (request %d): %s", unique & ~_RESENT, error)
+
+    # --- requests about the session itself ------------------------------------------------------------------
+
+    def _init(self, message: bytes, _nodeid: int) -> None:
+        (unique,) = p.U64.unpack_from(message, 8)
+        major, minor, readahead, low = p.INIT_IN_OLD.unpack_from(message, p.IN)
+        if major != p.MAJOR or minor < p.OLDEST_MINOR:
+            log.error("the kernel speaks FUSE %d.%d; 7.%d (Linux 5.13) is needed: use --binding fusepy",
+                      major, minor, p.OLDEST_MINOR)  # fmt: skip
+            self._fail(unique, errno.EPROTO)
+            self.end = End.ABORTED
+            return
+        offered = low
+        if low & p.Feature.INIT_EXT.bit:
+            offered |= p.INIT_IN.unpack_from(message, p.IN)[4] << 32
+        depth = 2 if filesystem_of(os.fstat(self._vfs.tree.rootfd).st_dev) in _STACKED else 1
+        reply, agreed = p.init_reply(minor, min(readahead, READAHEAD), offered, self._passthrough, depth)
+        self._reply(unique, reply)
+        if agreed & p.Feature.PASSTHROUGH.bit:
+            self._try_passthrough()
+        self.ready = True
+        log.info("FUSE 7.%d, passthrough %s", min(minor, p.MINOR), "on" if self._vfs.gate.backing else "off")
+
+    def _try_passthrough(self) -> None:
+        """Let the gate use passthrough if the kernel takes a file of the backing filesystem for it."""
+        backing = KernelBacking(self._fd)
+        try:
+            with tempfile.TemporaryFile(dir=self._vfs.tree.path) as probe:
+                backing.close(backing.open(probe.fileno()))
+        except OSError as error:
+            log.warning("passthrough is not to be had here: %s", error)
+            return
+        self._vfs.gate.backing = backing
+
+    def _interrupt(self, message: bytes, _nodeid: int) -> None:
+        (unique,) = p.U64.unpack_from(message, p.IN)
+        parked = self._parked.pop(unique, None)
+        # Otherwise it has been answered, or is in a system call that cannot be cut short.
+        if parked is None:
+            return
+        parked.wait.discard(parked.wake)
+        self._fail(unique, errno.EINTR)
+
+    def _destroy(self, _message: bytes, _nodeid: int) -> bytes:
+        self.end = End.UNMOUNTED
+        return b""
+
+
+def _unsupported(_message: Message, _nodeid: int) -> bytes:
+    raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+
+def _described(message: Message) -> str:
+    _, opcode, _, nodeid = p.HEAD.unpack_from(message)
+    name = p.Op(opcode).name if opcode in p.Op._value2member_map_ else f"request {opcode}"
+    return f"{name} of node {nodeid}"
+
+
+def _errno_of(error: Exception, message: Message) -> int:
+    """What the kernel is told. What a person should hear of is logged, here and nowhere else."""
+    if isinstance(error, TierError):
+        log.error("%s: %s", _described(message), error)
+        return error.errno
+    if isinstance(error, OSError) and error.errno is not None and 0 < error.errno <= _MOST_ERRNO:
+        if error.errno == errno.EIO:
+            log.error("%s: %s", _described(message), error)
+        return error.errno
+    log.error("%s failed unexpectedly", _described(message), exc_info=error)
+    return errno.EIO

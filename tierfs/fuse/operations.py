@@ -1,0 +1,324 @@
+"""Requests of the kernel as calls of the vfs: unpack, call, pack. No policy, no state, no input or output.
+
+An operation gets a whole request and the node's number. It returns the body of the reply, or Slow whose result
+is that, or None where no reply is expected; it raises what the vfs raises. A request may be run several times.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from typing import Any
+
+from tierfs.fuse import protocol as p
+from tierfs.fuse.protocol import IN, Op
+from tierfs.handles import Handle
+from tierfs.vfs import NOW, Caller, Vfs
+from tierfs.waits import Slow
+
+Message = bytes | memoryview
+Answer = bytes | Slow | None
+Operation = Callable[[Any, int], Answer]
+
+_DOTS = frozenset({b".", b".."})
+_SECOND = 1_000_000_000
+_DONE = b""
+
+
+def _name(message: bytes, at: int) -> bytes:
+    """The name that begins at `at`, up to its zero byte."""
+    return message[at : message.index(0, at)]
+
+
+def _two_names(message: bytes, at: int) -> tuple[bytes, bytes]:
+    first = _name(message, at)
+    return first, _name(message, at + len(first) + 1)
+
+
+def _caller(message: bytes, umask: int = 0) -> Caller:
+    uid, gid, pid, extensions = p.CALLER.unpack_from(message, p.CALLER_AT)
+    groups = p.groups(message, extensions * 8) if extensions else None
+    return Caller(uid, gid, pid, umask, groups)
+
+
+def _then(result: Slow | Any, pack: Callable[[Any], bytes]) -> bytes | Slow:
+    """Pack a result now, or when it is there."""
+    if isinstance(result, Slow):
+        return Slow(lambda: pack(result.run()))
+    return pack(result)
+
+
+def _nothing(_result: object) -> bytes:
+    return _DONE
+
+
+def _opened(handle: Handle) -> tuple[int, int]:
+    """Flags and backing id for the reply to an open."""
+    if handle.backing_id:
+        return p.OPEN_PASSTHROUGH | p.OPEN_NOFLUSH, handle.backing_id
+    # FLUSH only writes back what a cached writer has mapped. Without KEEP_CACHE an open drops cached pages.
+    return (0 if handle.writable else p.OPEN_NOFLUSH), 0
+
+
+class Operations:
+    """One method an opcode; `table` maps opcodes to them."""
+
+    def __init__(self, vfs: Vfs) -> None:
+        self._vfs = vfs
+        self._writers_open = vfs.gate.writers_open
+        self.table: list[Operation | None] = [None] * p.OPS
+        for op in Op:
+            method = getattr(self, op.name.lower(), None)
+            if method is not None:
+                self.table[op] = method
+
+    # --- nodes and attributes -----------------------------------------------------------------------------
+
+    def _entry(self, found: tuple[int, Any]) -> bytes:
+        nodeid, st = found
+        return p.entry(nodeid, st, 0 if self._writers_open(st.st_ino) else p.ATTR_SECONDS)
+
+    def _attributes(self, st: Any) -> bytes:
+        # A mapped passthrough write changes them without a request.
+        return p.attributes(st, 0 if self._writers_open(st.st_ino) else p.ATTR_SECONDS)
+
+    def lookup(self, message: bytes, nodeid: int) -> bytes:
+        return self._entry(self._vfs.lookup(nodeid, message[IN:-1]))
+
+    def forget(self, message: bytes, nodeid: int) -> None:
+        (count,) = p.U64.unpack_from(message, IN)
+        self._vfs.forget(nodeid, count)
+
+    def batch_forget(self, message: bytes, _nodeid: int) -> None:
+        (count, _) = p.COUNT_IN.unpack_from(message, IN)
+        at = IN + p.COUNT_IN.size
+        for nodeid, lookups in p.FORGET_ONE.iter_unpack(message[at : at + count * p.FORGET_ONE.size]):
+            self._vfs.forget(nodeid, lookups)
+
+    def getattr(self, message: bytes, nodeid: int) -> bytes:
+        flags, _, fh = p.GETATTR_IN.unpack_from(message, IN)
+        return self._attributes(self._vfs.getattr(nodeid, fh if flags & p.GETATTR_FH else None))
+
+    def statx(self, message: bytes, nodeid: int) -> bytes:
+        flags, _, fh, _, _ = p.STATX_IN.unpack_from(message, IN)
+        st = self._vfs.getattr(nodeid, fh if flags & p.GETATTR_FH else None)
+        seconds = 0 if self._writers_open(st.st_ino) else p.ATTR_SECONDS
+        try:
+            birth = self._vfs.birth_time(nodeid)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ESTALE):
+                raise
+            birth = None  # without a name it cannot be asked any more
+        return p.statx(st, birth, seconds)
+
+    def setattr(self, message: bytes, nodeid: int) -> bytes:
+        (
+            valid, _, fh, size, _, atime, mtime, _, atime_ns, mtime_ns, _, mode, _, uid, gid, _,
+        ) = p.SETATTR_IN.unpack_from(message, IN)  # fmt: skip
+        st = self._vfs.setattr(
+            nodeid,
+            fh if valid & p.SET_FH else None,
+            mode=mode if valid & p.SET_MODE else None,
+            uid=uid if valid & p.SET_UID else None,
+            gid=gid if valid & p.SET_GID else None,
+            size=size if valid & p.SET_SIZE else None,
+            atime_ns=_moment(valid, p.SET_ATIME, p.SET_ATIME_NOW, atime, atime_ns),
+            mtime_ns=_moment(valid, p.SET_MTIME, p.SET_MTIME_NOW, mtime, mtime_ns),
+            kill_suidgid=bool(valid & p.SET_KILL_SUIDGID),
+            caller=_caller(message),
+        )
+        return self._attributes(st)
+
+    def statfs(self, _message: bytes, _nodeid: int) -> bytes:
+        fs = self._vfs.statfs()
+        return p.STATFS_OUT.pack(
+            fs.blocks, fs.bfree, fs.bavail, fs.files, fs.ffree, fs.bsize, fs.namelen, fs.frsize, 0
+        )
+
+    # --- names --------------------------------------------------------------------------------------------
+
+    def readlink(self, _message: bytes, nodeid: int) -> bytes:
+        return self._vfs.readlink(nodeid)
+
+    def symlink(self, message: bytes, nodeid: int) -> bytes:
+        name, target = _two_names(message, IN)
+        return self._entry(self._vfs.symlink(nodeid, name, target, _caller(message)))
+
+    def mknod(self, message: bytes, nodeid: int) -> bytes:
+        mode, rdev, umask, _ = p.MKNOD_IN.unpack_from(message, IN)
+        name = _name(message, IN + p.MKNOD_IN.size)
+        return self._entry(self._vfs.mknod(nodeid, name, mode, rdev, _caller(message, umask)))
+
+    def mkdir(self, message: bytes, nodeid: int) -> bytes:
+        mode, umask = p.MKDIR_IN.unpack_from(message, IN)
+        name = _name(message, IN + p.MKDIR_IN.size)
+        return self._entry(self._vfs.mkdir(nodeid, name, mode, _caller(message, umask)))
+
+    def unlink(self, message: bytes, nodeid: int) -> bytes:
+        self._vfs.unlink(nodeid, message[IN:-1])
+        return _DONE
+
+    def rmdir(self, message: bytes, nodeid: int) -> bytes:
+        self._vfs.rmdir(nodeid, message[IN:-1])
+        return _DONE
+
+    def rename(self, message: bytes, nodeid: int) -> bytes:
+        (new_parent,) = p.U64.unpack_from(message, IN)
+        old, new = _two_names(message, IN + p.U64.size)
+        self._vfs.rename(nodeid, old, new_parent, new, 0)
+        return _DONE
+
+    def rename2(self, message: bytes, nodeid: int) -> bytes:
+        new_parent, flags, _ = p.RENAME2_IN.unpack_from(message, IN)
+        old, new = _two_names(message, IN + p.RENAME2_IN.size)
+        self._vfs.rename(nodeid, old, new_parent, new, flags)
+        return _DONE
+
+    def link(self, message: bytes, nodeid: int) -> bytes:
+        (linked,) = p.U64.unpack_from(message, IN)
+        return self._entry(self._vfs.link(linked, nodeid, _name(message, IN + p.U64.size)))
+
+    # --- open files ---------------------------------------------------------------------------------------
+
+    def open(self, message: bytes, nodeid: int) -> bytes:
+        flags, open_flags = p.OPEN_IN.unpack_from(message, IN)
+        kill = bool(open_flags & p.OPEN_KILL_SUIDGID)
+        fh, handle = self._vfs.open(nodeid, flags, _caller(message), kill)
+        return p.OPEN_OUT.pack(fh, *_opened(handle))
+
+    def create(self, message: bytes, nodeid: int) -> bytes:
+        flags, mode, umask, _ = p.CREATE_IN.unpack_from(message, IN)
+        name = _name(message, IN + p.CREATE_IN.size)
+        made, st, fh, handle = self._vfs.create(nodeid, name, flags, mode, _caller(message, umask))
+        return self._entry((made, st)) + p.OPEN_OUT.pack(fh, *_opened(handle))
+
+    def tmpfile(self, message: bytes, nodeid: int) -> bytes:
+        flags, mode, umask, _ = p.CREATE_IN.unpack_from(message, IN)
+        made, st, fh, handle = self._vfs.tmpfile(nodeid, flags, mode, _caller(message, umask))
+        return self._entry((made, st)) + p.OPEN_OUT.pack(fh, *_opened(handle))
+
+    def read(self, message: bytes, _nodeid: int) -> bytes:
+        fh, offset, size, *_ = p.READ_IN.unpack_from(message, IN)
+        return self._vfs.read(fh, offset, size)
+
+    def write(self, message: Message, _nodeid: int) -> bytes:
+        fh, offset, size, flags, *_ = p.READ_IN.unpack_from(message, IN)
+        at = IN + p.READ_IN.size
+        kill = bool(flags & p.WRITE_KILL_SUIDGID)
+        return p.WRITE_OUT.pack(self._vfs.write(fh, offset, message[at : at + size], kill), 0)
+
+    def release(self, message: bytes, _nodeid: int) -> bytes:
+        fh, *_ = p.RELEASE_IN.unpack_from(message, IN)
+        self._vfs.release(fh)
+        return _DONE
+
+    def flush(self, message: bytes, _nodeid: int) -> bytes:
+        fh, *_ = p.RELEASE_IN.unpack_from(message, IN)
+        self._vfs.flush(fh)
+        return _DONE
+
+    def fsync(self, message: bytes, _nodeid: int) -> bytes | Slow:
+        fh, flags, _ = p.FSYNC_IN.unpack_from(message, IN)
+        return _then(self._vfs.fsync(fh, bool(flags & p.FSYNC_DATA)), _nothing)
+
+    def fallocate(self, message: bytes, _nodeid: int) -> bytes | Slow:
+        fh, offset, length, mode, _ = p.FALLOCATE_IN.unpack_from(message, IN)
+        return _then(self._vfs.fallocate(fh, mode, offset, length, _caller(message)), _nothing)
+
+    def lseek(self, message: bytes, _nodeid: int) -> bytes:
+        fh, offset, whence, _ = p.LSEEK_IN.unpack_from(message, IN)
+        return p.U64.pack(self._vfs.lseek(fh, offset, whence))
+
+    def _copy(self, message: bytes) -> Slow | int:
+        fh, offset, _, fh_out, offset_out, length, flags = p.COPY_IN.unpack_from(message, IN)
+        return self._vfs.copy_file_range(fh, offset, fh_out, offset_out, length, flags, _caller(message))
+
+    def copy_file_range(self, message: bytes, _nodeid: int) -> bytes | Slow:
+        return _then(self._copy(message), lambda copied: p.WRITE_OUT.pack(copied, 0))
+
+    def copy_file_range_64(self, message: bytes, _nodeid: int) -> bytes | Slow:
+        return _then(self._copy(message), p.U64.pack)
+
+    def ioctl(self, _message: bytes, _nodeid: int) -> bytes:
+        raise OSError(errno.ENOTTY, os.strerror(errno.ENOTTY))
+
+    # --- directories --------------------------------------------------------------------------------------
+
+    def opendir(self, _message: bytes, nodeid: int) -> bytes:
+        return p.OPEN_OUT.pack(self._vfs.opendir(nodeid), 0, 0)
+
+    def readdir(self, message: bytes, _nodeid: int) -> bytes:
+        fh, offset, room, *_ = p.READ_IN.unpack_from(message, IN)
+        entries = []
+        for following, name, ino, kind in self._vfs.readdir(fh, offset):
+            packed = p.dirent(ino, following, kind, name)
+            room -= len(packed)
+            if room < 0:
+                break
+            entries.append(packed)
+        return b"".join(entries)
+
+    def readdirplus(self, message: bytes, nodeid: int) -> bytes:
+        fh, offset, room, *_ = p.READ_IN.unpack_from(message, IN)
+        lookup, pack = self._vfs.lookup, self._entry
+        entries = []
+        for following, name, ino, kind in self._vfs.readdir(fh, offset):
+            # Room first: each entry that is packed counts a lookup.
+            room -= p.DIRENT_PLUS_SIZE + (len(name) + 7 & ~7)
+            if room < 0:
+                break
+            found = None
+            if name not in _DOTS:
+                try:
+                    found = pack(lookup(nodeid, name))
+                except OSError:
+                    found = None  # gone meanwhile, or not to be shown: asked for by name, it says why
+            entries.append(p.dirent_plus(found, ino, following, kind, name))
+        return b"".join(entries)
+
+    def releasedir(self, message: bytes, _nodeid: int) -> bytes:
+        fh, *_ = p.RELEASE_IN.unpack_from(message, IN)
+        self._vfs.releasedir(fh)
+        return _DONE
+
+    def fsyncdir(self, message: bytes, _nodeid: int) -> bytes | Slow:
+        fh, flags, _ = p.FSYNC_IN.unpack_from(message, IN)
+        return _then(self._vfs.fsyncdir(fh, bool(flags & p.FSYNC_DATA)), _nothing)
+
+    # --- extended attributes ------------------------------------------------------------------------------
+
+    def getxattr(self, message: bytes, nodeid: int) -> bytes:
+        size, _ = p.GETXATTR_IN.unpack_from(message, IN)
+        return _sized(self._vfs.getxattr(nodeid, _name(message, IN + p.GETXATTR_IN.size)), size)
+
+    def listxattr(self, message: bytes, nodeid: int) -> bytes:
+        size, _ = p.GETXATTR_IN.unpack_from(message, IN)
+        return _sized(self._vfs.listxattr(nodeid), size)
+
+    def setxattr(self, message: bytes, nodeid: int) -> bytes:
+        size, flags, more, _ = p.SETXATTR_IN.unpack_from(message, IN)
+        name = _name(message, IN + p.SETXATTR_IN.size)
+        at = IN + p.SETXATTR_IN.size + len(name) + 1
+        kill = bool(more & p.SETXATTR_ACL_KILL_SGID)
+        self._vfs.setxattr(nodeid, name, message[at : at + size], flags, kill_sgid=kill)
+        return _DONE
+
+    def removexattr(self, message: bytes, nodeid: int) -> bytes:
+        self._vfs.removexattr(nodeid, message[IN:-1])
+        return _DONE
+
+
+def _moment(valid: int, given: int, now: int, seconds: int, nanoseconds: int) -> int | None:
+    if not valid & given:
+        return None
+    return NOW if valid & now else seconds * _SECOND + nanoseconds
+
+
+def _sized(value: bytes, size: int) -> bytes:
+    """A value for a buffer of `size` bytes; 0 asks how large it has to be."""
+    if size == 0:
+        return p.SIZE_OUT.pack(len(value), 0)
+    if len(value) > size:
+        raise OSError(errno.ERANGE, os.strerror(errno.ERANGE))
+    return value
