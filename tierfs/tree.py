@@ -11,6 +11,7 @@ import fcntl
 import os
 import signal
 import stat
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from tierfs.model import Stub
 _ABSENT = frozenset({errno.ENODATA, errno.EOPNOTSUPP})
 _CAPABILITY = "security.capability"
 _CAP_SYS_ADMIN = 21
+_NO_HANDLE = struct.Struct("<iQq")  # type, inode number, time of birth
+_NO_HANDLE_TYPE = struct.pack("<i", -1)
 _WHOLE_UID_MAP = [0, 0, 0xFFFFFFFF]
 
 
@@ -84,15 +87,26 @@ class Tree:
     # --- identity and opening -----------------------------------------------------------------------------
 
     def handle_of(self, fd: int) -> bytes:
-        """The kernel's file handle: type (4 bytes, little endian) and bytes. It ends with the inode."""
-        return syscalls.name_to_handle(fd, b"")
+        """The kernel's file handle: type (4 bytes, little endian) and bytes. It ends with the inode.
+
+        On a filesystem that has none (overlayfs mostly): type -1, inode number and time of birth.
+        """
+        return self.handle_at(fd, b"")
 
     def handle_at(self, dirfd: int, name: bytes) -> bytes:
         """The file handle of a name in a directory, symlinks not followed."""
-        return syscalls.name_to_handle(dirfd, name)
+        try:
+            return syscalls.name_to_handle(dirfd, name)
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP:
+                raise
+        st = os.stat(name, dir_fd=dirfd, follow_symlinks=False) if name else os.fstat(dirfd)
+        return _NO_HANDLE.pack(-1, st.st_ino, syscalls.birth_time(dirfd, name) or 0)
 
     def open_handle(self, handle: bytes, flags: int) -> int:
-        """Open by file handle. Raises OSError: ESTALE when it is gone, EPERM without the privilege."""
+        """Open by file handle. Raises OSError: ESTALE when it is gone, EPERM where that cannot be done at all."""
+        if handle.startswith(_NO_HANDLE_TYPE):
+            raise PermissionError(errno.EPERM, "this filesystem opens nothing by handle")
         return syscalls.open_by_handle(self.rootfd, handle, flags)
 
     def reopen(self, fd: int, flags: int) -> int:
@@ -104,15 +118,26 @@ class Tree:
     def read_stub(self, fd: int) -> Stub | None:
         """What the stub attribute says; None without one. Raises ForeignStubError for an unknown format."""
         try:
-            raw = os.getxattr(fd_path(fd), self.stub_name)
-        except OSError as error:
-            if error.errno in _ABSENT:
-                return None
-            raise
+            raw = self._xattr(fd, self.stub_name)
+        except PermissionError:
+            # user.* asks for the right to read, which even the owner may lack.
+            with self._readable(fd):
+                raw = self._xattr(fd, self.stub_name)
+        if raw is None:
+            return None
         try:
             return Stub.unpack(raw)
         except ValueError as exc:
             raise ForeignStubError(f"inode {os.fstat(fd).st_ino}: {exc}") from exc
+
+    @contextmanager
+    def _readable(self, fd: int) -> Iterator[None]:
+        mode = stat.S_IMODE(os.fstat(fd).st_mode)
+        os.chmod(fd_path(fd), mode | stat.S_IRUSR)
+        try:
+            yield
+        finally:
+            os.chmod(fd_path(fd), mode)
 
     def write_stub(self, fd: int, stub: Stub) -> None:
         """Set the stub attribute (not synced). Raises OSError."""

@@ -56,6 +56,24 @@ def test_read_write_append_and_sync(world):
     assert [m.a for m in world.entries(Mark.CLOSED)] == [11]
 
 
+def test_what_the_mode_forbids_an_open_descriptor_allows(world):
+    node, _, fh, _ = world.vfs.create(ROOT, b"f", os.O_RDWR, 0o444, ME)
+    world.vfs.write(fh, 0, b"content")
+    assert world.vfs.setattr(node, fh, size=3).st_size == 3
+    assert world.vfs.setattr(node, fh, size=0).st_size == 0
+    world.vfs.setattr(node, mode=0)
+    world.vfs.write(fh, 0, b"x")
+    assert run(world.vfs.fsync(fh, False)) is None
+    world.vfs.release(fh)
+    assert world.vfs.getattr(node).st_size == 1
+    assert world.vfs.getxattr(node, b"user.tierfs.tier") == b"resident"
+    assert world.vfs.setattr(node, mode=0o200).st_mode & 0o777 == 0o200
+    fh, _ = world.vfs.open(node, os.O_WRONLY, ME)
+    world.vfs.write(fh, 1, b"y")
+    world.vfs.release(fh)
+    assert stat.S_IMODE(world.vfs.getattr(node).st_mode) == 0o200
+
+
 def test_open_of_what_is_no_regular_file(world):
     directory, _ = world.vfs.mkdir(ROOT, b"d", 0o755, ME)
     fifo, _ = world.vfs.mknod(ROOT, b"p", stat.S_IFIFO | 0o600, 0, ME)
