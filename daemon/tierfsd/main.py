@@ -179,7 +179,7 @@ def _create(arguments: argparse.Namespace, adopting: bool) -> volume.Volume:
         volume.make_tree(made, os.stat(arguments.mountpoint))
     with contextlib.closing(open_store(made.store_url, create=True)) as unknown:
         capabilities = probe(unknown)
-    with contextlib.closing(open_store(made.store_url, capabilities=capabilities)) as store:
+    with contextlib.closing(open_store(made.store_url, capabilities=capabilities, create=True)) as store:
         ownership.create(made, store)
     return volume.complete(made, capabilities)
 

@@ -13,7 +13,7 @@ LAYERS = [
     {"errors", "model", "marks", "failpoints", "tierfs"},
     {"config", "locate", "transitions", "policy", "wire", "channel", "codec"},
     {"index", "heat_index", "tree", "syscalls", "store", "waits"},
-    {"transfer", "volume"},
+    {"transfer", "volume", "ownership"},
     {"tier", "recovery", "gate"},
     {"vfs", "control", "adoption", "launch"},
     {"fuse", "cli", "commands", "terminal"},
@@ -24,7 +24,8 @@ FAMILIES = [
     {"policy", "transitions"},
     {"index", "codec", "heat_index"},
     {"tree", "syscalls"},
-    {"volume", "locate", "config"},
+    {"volume", "ownership"},
+    {"wire", "channel"},
     {"cli", "commands", "terminal"},
     {"control", "locate"},
 ]
@@ -32,12 +33,15 @@ FAMILIES = [
 PARTS_OF = {
     "gate": {"inflow", "handles", "appearance", "report"},
     "vfs": {"nodes", "dirs", "xattrs", "making", "names", "openfiles"},
-    "tier": {"copying", "punching", "filling"},
+    "tier": {
+        "kit", "serverlink", "places", "digests", "draining", "copying", "punching", "filling", "settling",
+        "arrivals",
+    },
 }
 WORLDS = {
-    "boto3": {"tierfs/store/"},
-    "botocore": {"tierfs/store/"},
-    "obstore": {"tierfs/store/"},
+    "boto3": {"tierfs/store/s3"},
+    "botocore": {"tierfs/store/s3"},
+    "obstore": {"tierfs/store/s3"},
     "lmdb": {"tierfs/index.py", "tierfs/heat_index.py"},
     "fuse": {"tierfs/fuse/"},
     "watchdog": {"daemon/tierfsd/watcher.py"},
