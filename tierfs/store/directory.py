@@ -25,13 +25,11 @@ from tierfs.errors import (
     BucketMissingError,
     ObjectMissingError,
     PreconditionError,
-    StoreDeniedError,
-    StoreError,
-    StoreFullError,
     StoreUnavailableError,
     UsageError,
 )
 from tierfs.store.base import Capabilities, ObjectInfo, ObjectStore, Put
+from tierfs.store.disk_errors import DiskErrors
 from tierfs.store.groupsync import GroupSync
 from tierfs.store.keys import check_key, check_range, exactly, too_short
 
@@ -40,10 +38,9 @@ _MARKER = "volume.json"  # a root that had it and has it no more is another dire
 _STALE = 24 * 3600  # seconds
 _PIECE = 2 * 1024 * 1024
 _READ_AT_ONCE = 256 * 1024 * 1024
+# A link or a pipe that somebody put there is no object, and opening it may not hang.
+_OBJECT = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
-_DENIED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
-_MISSING = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR})
 
 
 class DirectoryStore(ObjectStore):
@@ -64,14 +61,16 @@ class DirectoryStore(ObjectStore):
     def put(self, key: str, body: bytes | Iterable[bytes], size: int) -> Put:
         _check(key)
         temporary = f"{_TMP}/{secrets.token_hex(8)}"
-        with _Errors(self._path, key):
+        with DiskErrors(self._path, key):
             root = self._root()
             fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=root)
         try:
-            for piece in exactly(key, body, size):  # outside of _Errors: the body's errors are not the store's
-                with _Errors(self._path, key):
+            for piece in exactly(
+                key, body, size
+            ):  # outside of DiskErrors: the body's errors are not the store's
+                with DiskErrors(self._path, key):
                     _write_all(fd, piece)
-            with _Errors(self._path, key):
+            with DiskErrors(self._path, key):
                 found = _settle(fd)
                 self._publish(root, temporary, key)
         except BaseException:
@@ -96,10 +95,10 @@ class DirectoryStore(ObjectStore):
 
     @contextlib.contextmanager
     def _locked(self, key: str) -> Iterator[None]:
-        with _Errors(self._path, key):
+        with DiskErrors(self._path, key):
             fd = os.open(_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600, dir_fd=self._root())
         try:
-            with _Errors(self._path, key):
+            with DiskErrors(self._path, key):
                 fcntl.flock(fd, fcntl.LOCK_EX)
             yield
         finally:
@@ -140,16 +139,16 @@ class DirectoryStore(ObjectStore):
     def _pieces(self, key: str, start: int, length: int | None, most: int) -> Iterator[bytes]:
         _check(key)
         check_range(start, length)
-        with _Errors(self._path, key):
-            fd = os.open(key, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._root())
+        with DiskErrors(self._path, key):
+            fd = os.open(key, _OBJECT, dir_fd=self._root())
         try:
-            with _Errors(self._path, key):
+            with DiskErrors(self._path, key):
                 size = _regular(fd, key).st_size
             end = size if length is None else start + length
             if start > size or end > size:
                 raise too_short(key, start, length, max(0, size - start))
             while start < end:
-                with _Errors(self._path, key):
+                with DiskErrors(self._path, key):
                     piece = os.pread(fd, min(most, end - start), start)
                 if not piece:
                     raise too_short(key, start, end - start, 0)
@@ -160,7 +159,7 @@ class DirectoryStore(ObjectStore):
 
     def head(self, key: str) -> ObjectInfo:
         _check(key)
-        with _Errors(self._path, key):
+        with DiskErrors(self._path, key):
             found = os.stat(key, dir_fd=self._root(), follow_symlinks=False)
             if not stat.S_ISREG(found.st_mode):
                 raise IsADirectoryError(errno.EISDIR, "not an object", key)
@@ -169,7 +168,7 @@ class DirectoryStore(ObjectStore):
     def delete(self, keys: Sequence[str]) -> None:
         for key in keys:
             _check(key)
-            with _Errors(self._path, key):
+            with DiskErrors(self._path, key):
                 root = self._root()
                 with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                     os.unlink(key, dir_fd=root)
@@ -178,7 +177,7 @@ class DirectoryStore(ObjectStore):
                         os.rmdir(os.path.dirname(key), dir_fd=root)
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
-        with _Errors(self._path, prefix):
+        with DiskErrors(self._path, prefix):
             root = self._root()
         waiting = [os.path.dirname(prefix)]
         while waiting:
@@ -194,7 +193,7 @@ class DirectoryStore(ObjectStore):
     def _entries(self, root: int, directory: str) -> dict[str, os.stat_result]:
         """Names and attributes in a directory; nothing of one that is gone."""
         found: dict[str, os.stat_result] = {}
-        with _Errors(self._path, directory), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        with DiskErrors(self._path, directory), contextlib.suppress(FileNotFoundError, NotADirectoryError):
             fd = os.open(directory or ".", _DIRECTORY | os.O_NOFOLLOW, dir_fd=root)
             try:
                 with os.scandir(fd) as entries:
@@ -263,34 +262,6 @@ class DirectoryStore(ObjectStore):
         return fd
 
 
-class _Errors:
-    """A context in which the system's errors become ours: `with _Errors(root, key): ...`"""
-
-    __slots__ = ("_key", "_path")
-
-    def __init__(self, path: str, key: str) -> None:
-        self._path = path
-        self._key = key
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, exc: BaseException | None, trace: object) -> None:
-        if isinstance(exc, OSError):
-            raise _translate(exc, self._path, self._key) from exc
-
-
-def _translate(exc: OSError, path: str, key: str) -> StoreError:
-    where = f"file://{path}: {key}"
-    if exc.errno in _FULL:
-        return StoreFullError(f"file://{path} is full")
-    if exc.errno in _DENIED:
-        return StoreDeniedError(f"{where}: {exc.strerror}: correct the owner or mode of {path}")
-    if exc.errno in _MISSING:
-        return ObjectMissingError(f"{where}: no such object")
-    return StoreUnavailableError(f"{where}: {exc.strerror}")
-
-
 def _check(key: str) -> None:
     """Raises UsageError for what is no key, or one of the store's own names."""
     check_key(key)
@@ -305,7 +276,7 @@ def _write_all(fd: int, piece: bytes) -> None:
 
 
 def _settle(fd: int) -> os.stat_result:
-    """Sync a finished file, and forget its pages: whoever verifies it shall read the disk, and it is cold anyway."""
+    """Sync a finished file and forget its pages: who verifies it shall read the disk, and it is cold anyway."""
     os.fsync(fd)
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
     return os.fstat(fd)

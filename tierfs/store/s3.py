@@ -6,30 +6,34 @@ network or the credentials before the first call: a volume mounts while its stor
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from typing import Any
 from urllib.parse import urlsplit
 
 import boto3
 import botocore.config
-import botocore.exceptions
 import obstore.store
 
-from tierfs.errors import ObjectCorruptError, ObjectMissingError, PreconditionError, StoreDeniedError
+from tierfs.errors import (
+    ObjectCorruptError,
+    ObjectMissingError,
+    PreconditionError,
+    StoreDeniedError,
+    StoreUnavailableError,
+)
 from tierfs.store.base import Capabilities, ObjectInfo, ObjectStore, Put
 from tierfs.store.keys import check_key, check_range, too_short
 from tierfs.store.s3_boto import BotoData, sha256_base64
+from tierfs.store.s3_credentials import Credentials
 from tierfs.store.s3_errors import NO_CREDENTIALS, Translated
 from tierfs.store.s3_obstore import ONE_REQUEST, Data, ObstoreData
 
 COLD_PREFIX = "data/"  # only these keys get the storage class: a journal in Glacier could not restore anything
 _LOOK_EVERY = 10.0  # seconds between looks whether the credential files have changed
-_CREDENTIALS_FOR = timedelta(seconds=60)  # then asked again: notices renewed and rewritten credentials
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +70,7 @@ class S3Store(ObjectStore):
         self.timeouts = timeouts
         self._root = f"{settings.prefix}/" if settings.prefix else ""
         self._place = describe(settings)
-        self._credentials = _Credentials(settings.region)
+        self._credentials = Credentials(settings.region, boto3.Session)
         self._lock = threading.Lock()
         self._connected: tuple[Any, Any, Data] | None = None
         self._look_again = 0.0
@@ -80,7 +84,7 @@ class S3Store(ObjectStore):
         storage_class = self.settings.storage_class if key.startswith(COLD_PREFIX) else ""
         with Translated(self._place, key):
             answer = self._data().put(full, body, size, storage_class)
-        if size <= ONE_REQUEST:
+        if size <= ONE_REQUEST and answer.etag:
             return answer
         # At the end of an upload in parts a RADOS gateway names no etag, and rclone one that it then forgets.
         found = self.head(key)
@@ -175,6 +179,8 @@ class S3Store(ObjectStore):
         with Translated(self._place):
             pages = self.admin().get_paginator("list_objects_v2")
             for page in pages.paginate(Bucket=self.settings.bucket, Prefix=self._root + prefix):
+                if "IsTruncated" not in page:  # boto3 takes nonsense for an empty listing
+                    raise StoreUnavailableError(f"{self._place}: the server's listing makes no sense")
                 for entry in page.get("Contents", ()):
                     key = entry["Key"][len(self._root) :]
                     etag = f'"{entry["ETag"].strip(chr(34))}"'  # rclone leaves out the quotes, in listings only
@@ -286,52 +292,6 @@ class S3Store(ObjectStore):
             retry_config={"max_retries": 0},
             credential_provider=self._credentials,
         )
-
-
-class _Credentials:
-    """boto3's chain for obstore: environment, profile, SSO, instance role; asked again when a file changes."""
-
-    def __init__(self, region: str) -> None:
-        self._region = region
-        self._lock = threading.Lock()
-        self._read_at: tuple[int, ...] = ()
-        self.latest: Any = None
-
-    def session(self) -> Any:
-        """The present boto3 session. Raises botocore's errors where the configuration makes no sense."""
-        with self._lock:
-            changed = (
-                _modified("AWS_SHARED_CREDENTIALS_FILE", "credentials"),
-                _modified("AWS_CONFIG_FILE", "config"),
-            )
-            if self.latest is None or changed != self._read_at:
-                session = boto3.Session()
-                region = self._region or session.region_name or "us-east-1"
-                self.latest = boto3.Session(region_name=region)
-                self._read_at = changed
-            return self.latest
-
-    def __call__(self) -> Any:
-        """What obstore asks for, from its own thread."""
-        found = self.session().get_credentials()
-        if found is None:
-            raise botocore.exceptions.NoCredentialsError
-        frozen = found.get_frozen_credentials()
-        return {
-            "access_key_id": frozen.access_key,
-            "secret_access_key": frozen.secret_key,
-            "token": frozen.token,
-            "expires_at": datetime.now(UTC) + _CREDENTIALS_FOR,
-        }
-
-
-def _modified(variable: str, name: str) -> int:
-    """When an AWS configuration file last changed, in nanoseconds; 0 where there is none."""
-    path = os.path.expanduser(os.environ.get(variable, f"~/.aws/{name}"))
-    try:
-        return os.stat(path).st_mtime_ns
-    except OSError:
-        return 0
 
 
 def describe(settings: S3Settings) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from tierfs.errors import StoreDeniedError
+from tierfs.errors import StoreDeniedError, StoreUnavailableError
 from tierfs.store.base import ObjectInfo, Put
 from tierfs.store.keys import exactly, too_short, whole
 from tierfs.store.s3_obstore import ONE_REQUEST, PIECE, part_size
@@ -43,7 +43,7 @@ class BotoData:
         answer = self._client.put_object(
             Bucket=self._bucket, Key=key, Body=body, **extra, **self._checksum(body)
         )
-        return Put(answer["ETag"], self._verified)
+        return Put(_field(answer, "ETag"), self._verified)
 
     def _checksum(self, body: bytes) -> dict[str, str]:
         return {"ChecksumSHA256": sha256_base64(body)} if self._verified else {}
@@ -59,7 +59,7 @@ class BotoData:
         except BaseException:
             self._client.abort_multipart_upload(**target)
             raise
-        return Put(answer["ETag"], self._verified)
+        return Put(_field(answer, "ETag"), self._verified)
 
     def _send_parts(self, target: dict[str, str], bodies: Iterator[bytes]) -> list[dict[str, Any]]:
         """Upload the parts, some at once; at most that many are in memory."""
@@ -76,7 +76,7 @@ class BotoData:
     def _send_part(self, target: dict[str, str], number: int, body: bytes) -> dict[str, Any]:
         checksum = self._checksum(body)
         answer = self._client.upload_part(**target, PartNumber=number, Body=body, **checksum)
-        return {"PartNumber": number, "ETag": answer["ETag"], **checksum}
+        return {"PartNumber": number, "ETag": _field(answer, "ETag"), **checksum}
 
     def get(self, key: str, start: int, length: int | None) -> bytes:
         return b"".join(self.stream(key, start, length))
@@ -86,11 +86,11 @@ class BotoData:
         if start or length is not None:
             extra["Range"] = f"bytes={start}-" + ("" if length is None else str(start + length - 1))
         answer = self._client.get_object(Bucket=self._bucket, Key=key, **extra)
+        _field(answer, "ContentLength")  # without it nobody would notice that the body was cut
         with contextlib.closing(answer["Body"]) as body:
-            if extra and "ContentRange" not in answer:
-                pieces = _cut(body.iter_chunks(PIECE), start, length)
-            else:
-                pieces = body.iter_chunks(PIECE)
+            pieces = body.iter_chunks(PIECE)
+            if extra and not answer.get("ContentRange", "").startswith(f"bytes {start}-"):
+                pieces = _cut(pieces, start, length)
             total = 0
             for piece in pieces:
                 total += len(piece)
@@ -100,7 +100,8 @@ class BotoData:
 
     def head(self, key: str) -> ObjectInfo:
         answer = self._client.head_object(Bucket=self._bucket, Key=key)
-        return ObjectInfo(key, answer["ContentLength"], answer["ETag"], answer["LastModified"].timestamp())
+        modified = _field(answer, "LastModified")
+        return ObjectInfo(key, _field(answer, "ContentLength"), _field(answer, "ETag"), modified.timestamp())
 
     def delete(self, keys: Sequence[str]) -> None:
         for first in range(0, len(keys), _DELETES_A_REQUEST):
@@ -109,6 +110,13 @@ class BotoData:
             for error in answer.get("Errors", ()):
                 if error.get("Code") != "NoSuchKey":
                     raise StoreDeniedError(f"{error.get('Key')} cannot be deleted ({error.get('Code')})")
+
+
+def _field(answer: dict[str, Any], name: str) -> Any:
+    """A field that every S3 server sends; boto3 takes an answer with cut headers for a complete one."""
+    if name not in answer:
+        raise StoreUnavailableError(f"the server's answer makes no sense (no {name})")
+    return answer[name]
 
 
 def sha256_base64(body: bytes) -> str:

@@ -87,7 +87,10 @@ def _from_client(exc: Exception) -> bool:
 
     A body may be read from the local disk while it goes up: an OSError with an errno is the disk's.
     """
-    if type(exc).__module__.split(".")[0] in _MODULES or isinstance(exc, (ConnectionError, TimeoutError)):
+    # botocore 1.4x recurses without end on a redirect of a HEAD that names no region, as a login page's.
+    if isinstance(exc, (ConnectionError, TimeoutError, RecursionError)):
+        return True
+    if type(exc).__module__.split(".")[0] in _MODULES:
         return True
     return isinstance(exc, FileNotFoundError) and exc.errno is None
 
@@ -170,7 +173,7 @@ def _of_status(facts: _Facts, subject: str) -> StoreError | None:
         return ObjectCorruptError(f"{subject} is shorter than recorded")
     if status == 507:
         return StoreFullError(f"{subject}: the store is full ({named})")
-    if 300 <= status < 400:
+    if 300 <= status < 400 or facts.name == "RecursionError" or "Received redirect" in facts.text:
         return StoreDeniedError(
             f"{subject}: the server redirects ({named}): correct the region or endpoint in the URL"
         )
@@ -187,7 +190,7 @@ def _of_transport(facts: _Facts, subject: str) -> StoreError:
     text = facts.text
     if "NotPartial" in text:
         return StoreDeniedError(
-            f"{subject}: the server answers a range with status 200: probe it, to use boto3"
+            f"{subject}: the server answers a range with status 200: it needs boto3 (probe it)"
         )
     if "Timeout" in facts.name or "TimedOut" in text or "kind: Timeout" in text:
         return StoreUnavailableError(f"{subject}: the server did not answer in time")
