@@ -104,7 +104,7 @@ class Tree:
         return _NO_HANDLE.pack(-1, st.st_ino, syscalls.birth_time(dirfd, name) or 0)
 
     def open_handle(self, handle: bytes, flags: int) -> int:
-        """Open by file handle. Raises OSError: ESTALE when it is gone, EPERM where that cannot be done at all."""
+        """Open by file handle. Raises OSError: ESTALE when it is gone, EPERM where none can be."""
         if handle.startswith(_NO_HANDLE_TYPE):
             raise PermissionError(errno.EPERM, "this filesystem opens nothing by handle")
         return syscalls.open_by_handle(self.rootfd, handle, flags)
