@@ -129,7 +129,7 @@ class Side(asyncio.BufferedProtocol):
         while self._queue and self._queue[0][0] <= now:
             data = self._queue.popleft()[1]
             self._queued -= len(data)
-            if data:
+            if data and not self.other.transport.is_closing():
                 self.other.transport.write(data)
             else:
                 self._finish()

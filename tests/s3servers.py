@@ -200,7 +200,8 @@ def versitygw(workdir: Path | str) -> Iterator[Server]:
     root = workdir / "versitygw"
     root.mkdir(parents=True, exist_ok=True)
     port = free_port()
-    argv = [_versitygw_binary(), "--port", f"127.0.0.1:{port}", "posix", str(root)]
+    # Without --keep-alive each request pays for a connection of its own: twice the round trips.
+    argv = [_versitygw_binary(), "--keep-alive", "--quiet", "--port", f"127.0.0.1:{port}", "posix", str(root)]
     env = {"ROOT_ACCESS_KEY": ACCESS_KEY, "ROOT_SECRET_KEY": SECRET_KEY}
     with _running("versitygw", argv, workdir, port, env) as server:
         yield server

@@ -1,0 +1,213 @@
+"""Cold reads at 20 ms of round trip, beside other mounts and the bare client, all from one S3 server.
+
+Every figure is taken with an empty cache and a connection that has been used (one small file is read first).
+The goals: first 4 KiB <= 2 round trips + 20 ms; random 4 KiB <= 1 round trip + 20 ms; sequential >= 0.7 of the
+bare client's parallel ranges; small files <= 25 ms each; first in every column among the mounts.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import peers
+from common import (
+    MIB,
+    Volume,
+    affinity,
+    arguments,
+    drop_caches,
+    forms,
+    median,
+    new_volume,
+    scratch,
+    store_server,
+    table,
+)
+
+RTT = 20.0  # ms
+SMALL = 16 << 10
+HEAD = ["", "first 4 KiB", "random 4 KiB", "sequential", "small files, each"]
+
+
+class Ours:
+    """TierFS: cold again by demoting."""
+
+    name = "TierFS"
+
+    def __init__(self, mounted: Volume) -> None:
+        self.mounted = mounted
+
+    def path(self, name: str) -> Path:
+        return self.mounted.mountpoint / name
+
+    def load(self, files: dict[str, Path]) -> None:
+        for name, source in files.items():
+            self.path(name).parent.mkdir(exist_ok=True)
+            self.path(name).write_bytes(source.read_bytes())
+        self.mounted.demote()
+
+    def start(self) -> None:
+        self.mounted.demote()
+        drop_caches()
+
+    def stop(self) -> None:
+        """Stays mounted: that is how it is used."""
+
+
+def make_files(place: Path, size: int, count: int) -> dict[str, Path]:
+    place.mkdir()
+    files = {"big": place / "big", "warm": place / "warm"}
+    with open(files["big"], "wb") as out:
+        for _ in range(size // MIB):
+            out.write(os.urandom(MIB))
+    for number in range(count):
+        files[f"small/{number}"] = place / f"small{number}"
+    for name, path in files.items():
+        if name != "big":
+            path.write_bytes(os.urandom(SMALL))
+    return files
+
+
+def cold(mount: Any, work: Callable[[], float]) -> float:
+    """Run on an empty cache and a warm connection."""
+    mount.start()
+    try:
+        mount.path("warm").read_bytes()
+        return work()
+    finally:
+        mount.stop()
+
+
+def read_at(path: Path, offset: int) -> float:
+    """Milliseconds of one read of 4 KiB."""
+    began = time.perf_counter()
+    with open(path, "rb", buffering=0) as file:
+        got = os.pread(file.fileno(), 4096, offset)
+    took = (time.perf_counter() - began) * 1e3
+    if len(got) != 4096:
+        raise RuntimeError(f"{path}: {len(got)} bytes at {offset}")
+    return took
+
+
+def sequential(path: Path, size: int) -> float:
+    """MB/s of reading it all."""
+    buffer, done = bytearray(MIB), 0
+    began = time.perf_counter()
+    with open(path, "rb", buffering=0) as file:
+        while got := file.readinto(buffer):
+            done += got
+    if done != size:
+        raise RuntimeError(f"{path}: {done} bytes instead of {size}")
+    return done / (time.perf_counter() - began) / 1e6
+
+
+def random_places(path: Path, size: int, count: int) -> float:
+    draw = random.Random(count)
+    return median([read_at(path, draw.randrange(size // MIB) * MIB + 8192) for _ in range(count)])
+
+
+def each_small(mount: Any, count: int) -> float:
+    began = time.perf_counter()
+    for number in range(count):
+        mount.path(f"small/{number}").read_bytes()
+    return (time.perf_counter() - began) * 1e3 / count
+
+
+def measure(mount: Any, size: int, count: int, rounds: int) -> list[float]:
+    big = mount.path("big")
+    return [
+        median([cold(mount, lambda: read_at(big, 0)) for _ in range(rounds)]),
+        cold(mount, lambda: random_places(big, size, 5)),
+        median([cold(mount, lambda: sequential(big, size)) for _ in range(min(rounds, 2))]),
+        cold(mount, lambda: each_small(mount, count)),
+    ]
+
+
+def bare(server: Any, endpoint: str, size: int, count: int) -> list[float]:
+    """obstore alone: single ranges, and 16 ranges of 8 MiB at once."""
+    import obstore
+    from obstore.store import S3Store
+
+    store = S3Store(
+        server.bucket, endpoint=endpoint, region="us-east-1", virtual_hosted_style_request=False,
+        access_key_id=server.env["AWS_ACCESS_KEY_ID"], secret_access_key=server.env["AWS_SECRET_ACCESS_KEY"],
+        client_options={"allow_http": True, "timeout": "300s"},
+    )  # fmt: skip
+
+    def milliseconds(name: str, start: int, length: int) -> float:
+        began = time.perf_counter()
+        obstore.get_range(store, f"{peers.BUCKET_PREFIX}/{name}", start=start, length=length)
+        return (time.perf_counter() - began) * 1e3
+
+    milliseconds("warm", 0, SMALL)
+    first = median([milliseconds("big", 0, 4096) for _ in range(3)])
+    places = random.Random(5)
+    at_random = median([milliseconds("big", places.randrange(size // MIB) * MIB, 4096) for _ in range(5)])
+    piece = 8 * MIB
+    began = time.perf_counter()
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda start: milliseconds("big", start, piece), range(0, size, piece)))
+    speed = size / (time.perf_counter() - began) / 1e6
+    return [first, at_random, speed, sum(milliseconds(f"small/{n}", 0, SMALL) for n in range(count)) / count]
+
+
+def row(name: str, figures: list[float]) -> list[str]:
+    first, at_random, speed, each = figures
+    return [name, f"{first:.0f} ms", f"{at_random:.0f} ms", f"{speed:.0f} MB/s", f"{each:.1f} ms"]
+
+
+def run(area: Any, server: Any, network: Any, form: str, options: Any) -> None:
+    size, count, rounds = (128 * MIB, 40, 1) if options.quick else (1024 * MIB, 200, 3)
+    place = area.path / f"cold-{form}"
+    files = make_files(area.path / f"files-{form}", size, count)
+    url = server.url_for(f"cold-{form}", network.endpoint)
+    rows, missing = [], []
+    with new_volume(area, store=url) as mounted:
+        mounts: list[Any] = [Ours(mounted)]
+        for kind in peers.PEERS:
+            try:
+                mounts.append(kind(place / kind.__name__, server, network.endpoint))
+            except peers.Missing as exc:
+                missing.append(str(exc))
+        network.set(rtt_ms=0)
+        peers.Peer.load(peers.Peer(place / "bucket", server, network.endpoint), files)
+        for mount in mounts:
+            if isinstance(mount, Ours | peers.Juicefs):
+                mount.load(files)
+        network.set(rtt_ms=RTT)
+        client = bare(server, network.endpoint, size, count)
+        rows.append(row("bare client (obstore)", client))
+        for mount in mounts:
+            try:
+                figures = measure(mount, size, count, rounds)
+            except (OSError, RuntimeError) as exc:
+                missing.append(f"{mount.name} failed: {exc}")
+                continue
+            rows.append(row(mount.name, figures))
+            if isinstance(mount, Ours):
+                ratio = figures[2] / client[2]
+                rows.append(["TierFS to bare client", "", "", f"{ratio:.2f}", ""])
+    what = f"{size // MIB} MiB and {count} small files"
+    table(f"Cold reads, {what}, {server.name}, {RTT:.0f} ms, {form}", HEAD, rows)
+    for line in missing:
+        print(f"({line})")
+
+
+def main() -> None:
+    import netproxy
+
+    options = arguments(__doc__, ("--form", {"choices": [*forms, "both"], "default": "both"}))
+    with scratch() as area, store_server(area) as server, netproxy.proxy(server.address, rtt_ms=RTT) as network:
+        for form in forms if options.form == "both" else (options.form,):
+            with affinity(form):
+                run(area, server, network, form, options)
+
+
+if __name__ == "__main__":
+    main()
