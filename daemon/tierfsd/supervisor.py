@@ -56,7 +56,8 @@ class Supervisor:
         self._selector = selectors.DefaultSelector()
         self._log_read, self._log_write = os.pipe()
         self._log_rest = b""
-        self._server = Child("server", "tierfsd.mount_server", self._log_write)
+        module = "tierfsd.portable_server" if plan.binding == "fusepy" else "tierfsd.mount_server"
+        self._server = Child("server", module, self._log_write)
         self._mover = Child("mover", "tierfsd.mover", self._log_write)
         self._channel: channel.Channel | None = None
         self._fuse_fd = -1
@@ -85,22 +86,33 @@ class Supervisor:
         epoch = self._begin_session()
         self._ready = self._clean = False
         plan = self._plan
-        with _writable(plan.mountpoint):
-            self._fuse_fd = mounting.mount(plan.mountpoint, plan.volume.identity.volume, plan.options)
         ours, theirs = channel.make_pair()
         ours.setblocking(False)
         self._channel = channel.Channel(ours, server=False)
         self._selector.register(self._channel, selectors.EVENT_READ, self._hear_server)
-        arguments = {"state": plan.volume.state, "fuse-fd": self._fuse_fd, "channel-fd": theirs.fileno(),
-                     "epoch": epoch}  # fmt: skip
-        with theirs:
-            self._server.start(arguments, [self._fuse_fd, theirs.fileno(), self._lock_fd])
-        self._start_mover()
-        self._wait(lambda: self._ready or not self._server.alive(), READY_SECONDS)
+        with _writable(plan.mountpoint):
+            with theirs:
+                self._start_server(epoch, theirs.fileno())
+            self._start_mover()
+            self._wait(lambda: self._ready or not self._server.alive(), READY_SECONDS)
         if not self._ready:
             self._drain_log()
             reason = self._logfile.last_error or f"see {self._logfile.path}"
             raise VolumeError(f"{plan.mountpoint}: the mount server did not start: {reason}")
+
+    def _start_server(self, epoch: int, channel_fd: int) -> None:
+        """Mount and start the server; libfuse mounts by itself, in the server."""
+        plan, identity = self._plan, self._plan.volume.identity
+        arguments: dict[str, object] = {"state": plan.volume.state, "channel-fd": channel_fd, "epoch": epoch}
+        inherited = [channel_fd, self._lock_fd]
+        if plan.binding == "fusepy":
+            arguments |= {"mountpoint": plan.mountpoint, "volume": identity.volume}
+            arguments["options"] = ",".join(plan.options)
+        else:
+            self._fuse_fd = mounting.mount(plan.mountpoint, identity.volume, plan.options)
+            arguments["fuse-fd"] = self._fuse_fd
+            inherited.append(self._fuse_fd)
+        self._server.start(arguments, inherited)
 
     def _begin_session(self) -> int:
         """A new epoch. A damaged index is put aside: the stubs in the tree say all that is needed of it."""
