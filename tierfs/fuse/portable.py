@@ -14,7 +14,6 @@ import logging
 import os
 import stat
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,7 +21,9 @@ from typing import Any
 import fuse
 
 from tierfs.errors import TierError
-from tierfs.vfs import ROOT, Caller, Vfs
+from tierfs.making import Caller
+from tierfs.nodes import ROOT
+from tierfs.vfs import NOW, Vfs
 from tierfs.waits import Blocked, Slow, Wait
 
 log = logging.getLogger("fusepy")
@@ -141,14 +142,16 @@ class Portable(fuse.Operations):  # type: ignore[misc]
         return self._setattr(path, fh, size=length)
 
     def utimens(self, path: str, times: tuple[int, int] | None = None) -> int:
-        now = time.time_ns()
-        atime, mtime = (_moment(t, now) for t in times) if times is not None else (now, now)
+        atime, mtime = (_moment(t) for t in times) if times is not None else (NOW, NOW)
         return self._setattr(path, atime_ns=atime, mtime_ns=mtime)
 
     def statfs(self, path: str) -> dict[str, int]:
         found = self._vfs.statfs()
-        names = ("f_bsize", "f_frsize", "f_blocks", "f_bfree", "f_bavail", "f_files", "f_ffree", "f_namemax")
-        return {name: getattr(found, name) for name in names}
+        return {
+            "f_bsize": found.bsize, "f_frsize": found.frsize, "f_blocks": found.blocks,
+            "f_bfree": found.bfree, "f_bavail": found.bavail, "f_files": found.files,
+            "f_ffree": found.ffree, "f_namemax": found.namelen,
+        }  # fmt: skip
 
     # --- names --------------------------------------------------------------------------------------------
 
@@ -269,11 +272,11 @@ class Portable(fuse.Operations):  # type: ignore[misc]
         return 0
 
 
-def _moment(t: int, now: int) -> int | None:
+def _moment(t: int) -> int | None:
     """A timespec in nanoseconds with its two special values (utimensat(2))."""
     part = t % _SECOND
     if part == _UTIME_NOW:
-        return now
+        return NOW
     return None if part == _UTIME_OMIT else t
 
 
