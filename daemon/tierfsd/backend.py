@@ -1,0 +1,238 @@
+"""What the control server asks, answered by the mover's parts."""
+
+from __future__ import annotations
+
+import os
+import stat
+import threading
+import time
+from collections.abc import Callable, Iterable
+
+from tierfs import control, volume
+from tierfs.copying import Item
+from tierfs.errors import TierError
+from tierfs.heat_index import HeatIndex
+from tierfs.model import Record, Residency, object_key
+from tierfs.tier import Tier
+from tierfsd.control_server import Job
+from tierfsd.reach import Target
+from tierfsd.watcher import ConfigWatcher
+
+Check = Callable[[bool, bool, Job], control.Findings]
+
+_DRAIN_SECONDS = 0.05  # facts are at most so old
+_OPEN_SECONDS = 10.0  # how long `--wait` waits for a file that is open, before it names it
+_ROUND = 1000  # dirty files that are looked at together
+
+
+class TierBackend:
+    """Implements `control_server.Backend`.
+
+    `verifying` says how many copies have yet to be looked at after an unclean stop, `notes` what a person
+    should know of the volume besides, `check` carries out a check.
+    """
+
+    def __init__(
+        self,
+        tier: Tier,
+        heat: HeatIndex,
+        home: volume.Volume,
+        watcher: ConfigWatcher,
+        *,
+        verifying: Callable[[], int],
+        notes: Callable[[], list[str]],
+        check: Check,
+    ) -> None:
+        self._tier = tier
+        self._kit = tier.kit
+        self._heat = heat
+        self._home = home
+        self._watcher = watcher
+        self._verifying = verifying
+        self._notes = notes
+        self.check = check
+        self._drained = 0.0
+
+    # --- what is known ------------------------------------------------------------------------------------
+
+    def status(self) -> control.Status:
+        """Facts of the volume."""
+        self._tier.drain()
+        index, runtime = self._kit.index, volume.read_runtime(self._home.state)
+        totals, oldest = index.totals(), index.oldest_dirty()
+        return control.Status(
+            volume=self._home.identity.volume,
+            state=self._home.state,
+            store=self._kit.store.describe(),
+            local_bytes=totals.local_bytes,
+            local_limit=self._kit.config.local_limit,
+            total_bytes=totals.total_bytes,
+            files=totals.files,
+            stubs=totals.stubs,
+            dirty_files=totals.dirty_files,
+            dirty_bytes=totals.dirty_bytes,
+            queued=self._kit.uploads.queued + self._kit.fetches.queued,
+            pids={**runtime.get("pids", {}), "mover": os.getpid()},
+            errors=[control.Problem(trouble.at, trouble.what) for trouble in self._kit.troubles.list()],
+            oldest_dirty=max(0.0, time.time() - oldest / 1e9) if oldest is not None else 0.0,
+            upload_rate=self._kit.uploaded.per_second(),
+            fetch_rate=self._kit.fetched.per_second(),
+            verifying=self._verifying(),
+            notes=self._all_notes(),
+        )
+
+    def _all_notes(self) -> list[str]:
+        notes = self._notes()
+        if self._watcher.problem:
+            notes.append(f"{self._watcher.problem}; the former settings are in force")
+        if not self._kit.index.surveyed:
+            notes.append("the tree is still being looked through: the figures are not complete")
+        return notes
+
+    def facts(self, opath: int, status: os.stat_result, path: bytes) -> control.Facts:
+        """Facts of one name."""
+        pinned = self._is_pinned(opath, path)
+        if not stat.S_ISREG(status.st_mode):
+            tier = "directory" if stat.S_ISDIR(status.st_mode) else "other"
+            return control.Facts(path, tier, status.st_size, status.st_blocks * 512, pinned=pinned)
+        now = time.monotonic()
+        if now - self._drained > _DRAIN_SECONDS:
+            self._tier.drain()
+            self._drained = now
+        record = self._kit.index.get(status.st_ino)
+        if record is not None and record.handle != self.handle_of(opath):
+            record = None
+        return self._file_facts(opath, status, path, pinned, record)
+
+    def _file_facts(
+        self, opath: int, status: os.stat_result, path: bytes, pinned: bool, record: Record | None
+    ) -> control.Facts:
+        stub = self._kit.tree.read_stub(opath)
+        if stub is not None:
+            partial = record is not None and record.residency is Residency.PARTIAL
+            tier, generation, key, dirty = "partial" if partial else "stub", stub.generation, stub.key, False
+        else:
+            tier, generation, key = "resident", record.generation if record else 0, ""
+            dirty = record is None or record.dirty
+            if record is not None and record.copy is not None and not dirty:
+                key = object_key(record.fid, record.copy.generation, record.copy.tag)
+        return control.Facts(
+            path=path,
+            tier=tier,
+            size=status.st_size,
+            local_bytes=status.st_blocks * 512,
+            dirty=dirty,
+            pinned=pinned,
+            heat=self._heat.heat(status.st_ino),
+            generation=generation,
+            copy=key,
+            reason=self._kit.troubles.of(status.st_ino),
+        )
+
+    def _is_pinned(self, opath: int, path: bytes) -> bool:
+        tree = self._kit.tree
+        if stat.S_ISLNK(os.fstat(opath).st_mode) or not tree.is_pinned(opath):
+            parts = path.split(b"/")[:-1] if path else []
+            return any(self._holds_pin(b"/".join(parts[:depth])) for depth in range(len(parts) + 1))
+        return True
+
+    def _holds_pin(self, directory: bytes) -> bool:
+        fd = os.open(directory or b".", os.O_PATH | os.O_DIRECTORY, dir_fd=self._kit.tree.rootfd)
+        try:
+            return self._kit.tree.is_pinned(fd)
+        finally:
+            os.close(fd)
+
+    def handle_of(self, opath: int) -> bytes:
+        """The kernel file handle."""
+        return self._kit.tree.handle_of(opath)
+
+    def pins(self) -> Iterable[bytes]:
+        """The paths of all pins."""
+        self._tier.drain()
+        return self._tier.pins()
+
+    # --- orders -------------------------------------------------------------------------------------------
+
+    def demote(self, targets: list[Target], job: Job) -> control.Done:
+        """Carry out an order to demote."""
+        items = [_item(target) for target in targets]
+        return _done(self._tier.demote(items, job.cancelled, _Count(items, job)))
+
+    def fetch(self, targets: list[Target], job: Job) -> control.Done:
+        """Carry out an order to fetch."""
+        items = [_item(target) for target in targets]
+        return _done(self._tier.fetch(items, job.cancelled, _Count(items, job)))
+
+    def set_pin(self, opath: int, status: os.stat_result, parent: int, name: bytes, on: bool) -> None:
+        """Pin or unpin one file or directory."""
+        if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+            raise TierError(f"{os.fsdecode(name)!r}: is neither a file nor a directory: it always stays local")
+        self._tier.set_pin(opath, parent, name, on)
+
+    def drain(self, job: Job) -> control.Done:
+        """Copy out all that is dirty, young or not; what is open is named when it stays so."""
+        while not self._kit.index.surveyed or self._verifying():
+            if job.cancelled.wait(0.2):
+                return control.Done()
+        copied = 0
+        deadline = time.monotonic() + _OPEN_SECONDS
+        while True:
+            items = self._dirty()
+            done = self._tier.demote(items, job.cancelled, _Count(items, job), punch=False)
+            copied += sum(not item.reason for item in done)
+            staying = [item for item in done if item.reason and not item.reason.startswith("never leaves")]
+            failed = any(item.failed for item in staying)
+            if not staying or failed or time.monotonic() > deadline or job.cancelled.is_set():
+                return control.Done(copied, [_outcome(item) for item in staying])
+            job.cancelled.wait(0.2)
+
+    def _dirty(self) -> list[Item]:
+        """All dirty files there are now."""
+        self._tier.drain()
+        inos = self._kit.index.quiet(1 << 63, limit=self._kit.index.totals().dirty_files + _ROUND)
+        records = [self._kit.index.get(ino) for ino in inos]
+        return [
+            Item(record.ino, record.handle, b"", record.parent, record.name, record.size, ordered=True)
+            for record in records
+            if record is not None and record.dirty
+        ]
+
+    def reload(self) -> None:
+        """Read the configuration anew. Raises ConfigError."""
+        self._watcher.reload()
+
+
+class _Count:
+    """Turns finished items into progress."""
+
+    def __init__(self, items: list[Item], job: Job) -> None:
+        self._job = job
+        self._lock = threading.Lock()
+        self._files_total, self._bytes_total = len(items), sum(item.size for item in items)
+        self._files = self._bytes = 0
+        job.report(control.Progress(0, self._files_total, 0, self._bytes_total))
+
+    def __call__(self, item: Item) -> None:
+        with self._lock:
+            self._files += 1
+            self._bytes = min(self._bytes + item.size, self._bytes_total)
+            progress = control.Progress(
+                self._files, self._files_total, self._bytes, self._bytes_total, item.path or item.name
+            )
+        self._job.report(progress)
+
+
+def _item(target: Target) -> Item:
+    return Item(
+        target.ino, target.handle, target.path, target.parent, target.name, target.size, ordered=True
+    )
+
+
+def _outcome(item: Item) -> control.Outcome:
+    return control.Outcome(item.path or item.name, item.reason, item.failed)
+
+
+def _done(items: list[Item]) -> control.Done:
+    stayed = [_outcome(item) for item in items if item.reason]
+    return control.Done(len(items) - len(stayed), stayed)
