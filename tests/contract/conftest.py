@@ -22,13 +22,6 @@ from tierfs.store.throttle import ThrottledStore
 from tierfs.store.urls import open_store
 
 _numbers = itertools.count(1)
-S3_KINDS = [
-    pytest.param("rclone", marks=pytest.mark.s3),
-    pytest.param("moto", marks=pytest.mark.s3),
-    pytest.param("versitygw", marks=pytest.mark.s3),
-    pytest.param("rgw", marks=[pytest.mark.s3, pytest.mark.rgw]),
-]
-KINDS = ["memory", "directory", "wrapped", *S3_KINDS]
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from conftest import KINDS
+from kinds import KINDS
 
 from tierfs.errors import ObjectCorruptError, ObjectMissingError, PreconditionError, UsageError
 from tierfs.store.base import ObjectStore
@@ -246,6 +246,7 @@ def test_bad_keys_are_refused_everywhere(store: ObjectStore, key: str) -> None:
         lambda: list(store.stream(key)),
         lambda: store.head(key),
         lambda: store.delete([key]),
+        lambda: list(store.list(key + "/")),
     ):
         with pytest.raises(UsageError):
             call()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
-from conftest import S3_KINDS
+from kinds import S3_KINDS
 
 from tierfs.errors import BucketMissingError, StoreDeniedError, TierError
 from tierfs.store.base import Capabilities
@@ -56,6 +56,17 @@ def test_wrong_secret(kind: str, client: str, s3_server, monkeypatch: pytest.Mon
         with pytest.raises(StoreDeniedError) as caught:
             call()
         assert "quite-wrong" not in str(caught.value) and "\n" not in str(caught.value)
+    store.close()
+
+
+@pytest.mark.s3
+def test_what_others_put_into_the_bucket_is_not_listed(s3_server) -> None:
+    server = s3_server("moto")
+    store = S3Store(S3Settings(server.bucket, "shared", server.endpoint))
+    store.put("data/a", b"x", 1)
+    for name in ("", "data/", "data/dir/", "data//b", "data/../c", "../shared/d"):
+        store.admin().put_object(Bucket=server.bucket, Key=f"shared/{name}", Body=b"")
+    assert [info.key for info in store.list("")] == ["data/a"]
     store.close()
 
 

@@ -31,7 +31,7 @@ from tierfs.errors import (
 from tierfs.store.base import Capabilities, ObjectInfo, ObjectStore, Put
 from tierfs.store.disk_errors import DiskErrors
 from tierfs.store.groupsync import GroupSync
-from tierfs.store.keys import check_key, check_range, exactly, too_short
+from tierfs.store.keys import check_key, check_prefix, check_range, exactly, too_short
 
 _TMP, _LOCK = ".tmp", ".lock"
 _MARKER = "volume.json"  # a root that had it and has it no more is another directory
@@ -65,9 +65,7 @@ class DirectoryStore(ObjectStore):
             root = self._root()
             fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=root)
         try:
-            for piece in exactly(
-                key, body, size
-            ):  # outside of DiskErrors: the body's errors are not the store's
+            for piece in exactly(key, body, size):  # not in DiskErrors: its errors are not the store's
                 with DiskErrors(self._path, key):
                     _write_all(fd, piece)
             with DiskErrors(self._path, key):
@@ -177,6 +175,7 @@ class DirectoryStore(ObjectStore):
                         os.rmdir(os.path.dirname(key), dir_fd=root)
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        check_prefix(prefix)
         with DiskErrors(self._path, prefix):
             root = self._root()
         waiting = [os.path.dirname(prefix)]

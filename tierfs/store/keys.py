@@ -22,6 +22,20 @@ def check_key(key: str) -> None:
             raise UsageError(f"not a key for a store (component {segment!r}): {key!r}")
 
 
+def check_prefix(prefix: str) -> None:
+    """Raises UsageError for the beginning of what cannot be a key."""
+    check_key(prefix + "x")
+
+
+def is_key(key: str) -> bool:
+    """Whether `check_key` takes it; a bucket may hold what others put there."""
+    try:
+        check_key(key)
+    except UsageError:
+        return False
+    return True
+
+
 def check_range(start: int, length: int | None) -> None:
     """Raises UsageError for a range that begins or ends before the object."""
     if start < 0 or (length is not None and length < 0):

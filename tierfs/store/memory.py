@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from tierfs.errors import ObjectMissingError, PreconditionError
 from tierfs.store.base import Capabilities, ObjectInfo, ObjectStore, Put
-from tierfs.store.keys import check_key, check_range, too_short, whole
+from tierfs.store.keys import check_key, check_prefix, check_range, too_short, whole
 
 _PIECE = 2 * 1024 * 1024
 
@@ -76,6 +76,7 @@ class MemoryStore(ObjectStore):
                 self._objects.pop(key, None)
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        check_prefix(prefix)
         with self._lock:
             found = [info for key, (_, info) in self._objects.items() if key.startswith(prefix)]
         yield from found

@@ -26,7 +26,7 @@ from tierfs.errors import (
     StoreUnavailableError,
 )
 from tierfs.store.base import Capabilities, ObjectInfo, ObjectStore, Put
-from tierfs.store.keys import check_key, check_range, too_short
+from tierfs.store.keys import check_key, check_prefix, check_range, is_key, too_short
 from tierfs.store.s3_boto import BotoData, sha256_base64
 from tierfs.store.s3_credentials import Credentials
 from tierfs.store.s3_errors import NO_CREDENTIALS, Translated
@@ -175,7 +175,12 @@ class S3Store(ObjectStore):
                 self._data().delete(full)
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
-        """Through boto3: its prefixes are text, as ours, where obstore's end at a slash."""
+        """Through boto3: its prefixes are text, as ours, where obstore's end at a slash.
+
+        obstore would need a twentieth of the CPU (75 µs a key), but gives up at keys like "a//b", which others
+        may have put there, and shows "a/" as "a".
+        """
+        check_prefix(prefix)
         with Translated(self._place):
             pages = self.admin().get_paginator("list_objects_v2")
             for page in pages.paginate(Bucket=self.settings.bucket, Prefix=self._root + prefix):
@@ -183,6 +188,8 @@ class S3Store(ObjectStore):
                     raise StoreUnavailableError(f"{self._place}: the server's listing makes no sense")
                 for entry in page.get("Contents", ()):
                     key = entry["Key"][len(self._root) :]
+                    if not is_key(key):
+                        continue
                     etag = f'"{entry["ETag"].strip(chr(34))}"'  # rclone leaves out the quotes, in listings only
                     yield ObjectInfo(key, entry["Size"], etag, entry["LastModified"].timestamp())
 
