@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from tierfs import cli, control, locate
+from tierfs.commands import check
 from tierfs.errors import PathError, VolumeError
 
 MOUNT = locate.Mount("/vol", locate.FSTYPE, "tierfs#abc", 0)
@@ -225,3 +226,22 @@ def test_output_into_a_closed_pipe_is_no_traceback():
     assert b"Traceback" not in process.stderr.read()
     process.stderr.close()
     process.wait(timeout=30)
+
+
+def test_check_exits_1_while_findings_remain(run, daemon, monkeypatch):
+    monkeypatch.setattr(check, "clear_dead_mount", lambda mountpoint: None)
+    found = [control.Finding("blocks on a stub", b"a\nb", repaired=True), control.Finding("object missing", b"c")]
+    for findings, code in ((found, 1), (found[:1], 0), ([], 0)):
+        daemon.answers[control.Check] = [control.Progress(1, 2, 0, 0), control.Findings(findings, 7)]
+        got, out, err = run("check", "--json", "--repair", "/vol")
+        assert (got, err) == (code, "")
+        assert json.loads(out)["left"] == code
+        got, out, _ = run("check", "/vol")
+        assert got == code
+        assert out.count("\n") == len(findings) + 1
+    assert daemon.requests[-2:] == [control.Check(True, False), control.Check(False, False)]
+
+
+def test_check_of_what_is_no_volume(run, daemon, tmp_path):
+    code, _, err = run("check", str(tmp_path))
+    assert (code, err) == (1, f"tierfs: {tmp_path}: is neither a mounted volume nor a state directory\n")

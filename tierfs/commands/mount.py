@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import select
 import subprocess
@@ -79,7 +80,11 @@ def clear_dead_mount(mountpoint: str) -> None:
     try:
         control.connect(found).close()
     except VolumeError:
-        detach(mountpoint)
+        try:
+            os.statvfs(mountpoint)
+        except OSError as exc:
+            if exc.errno in (errno.ENOTCONN, errno.ECONNABORTED):
+                detach(mountpoint)
 
 
 @click.command()
