@@ -25,6 +25,7 @@ from fcntl import F_RDLCK
 
 from tierfs import wire
 from tierfs.appearance import Appearance
+from tierfs.errors import TierError
 from tierfs.handles import Backing, Handle, Inode, ShownTimes
 from tierfs.index import Index
 from tierfs.inflow import Content, Inflow
@@ -442,8 +443,29 @@ class Gate:
                 self._inflow.fetch_timeout = message.fetch_timeout
             case wire.Hello():
                 self._on_drained(message.position)
+            case wire.Bring():
+                for ino, fd in zip(message.inos, fds, strict=True):
+                    self._bring(ino, fd)
             case wire.Changed():
                 pass
+
+    def _bring(self, ino: int, fd: int) -> None:
+        """Ask for a stub's content though nobody opens it. One that cannot be entered now is left alone: the
+        mover asks again."""
+        opath = os.dup(fd)
+        try:
+            inode = self._enter(opath, os.fstat(opath), 0, b"")
+            try:
+                if inode.content is not None:
+                    self._inflow.bring(ino)
+            finally:
+                self._leave(inode, opath)
+        except Blocked:
+            log.debug("inode %d is guarded", ino)
+        except (OSError, TierError) as error:
+            log.warning("inode %d cannot be fetched as a whole: %s", ino, error)
+        finally:
+            os.close(opath)
 
     def _on_settled(self, message: wire.Settled) -> None:
         inode = self._inodes.get(message.ino)

@@ -156,6 +156,13 @@ class Inflow:
         settled.add(lambda: wait.fire(settled.errno, settled.reason))
         raise Blocked(wait)
 
+    def bring(self, ino: int) -> None:
+        """Ask for all of it; nobody waits."""
+        content, _ = self._contents[ino]
+        if not content.settled.done and not content.whole_asked:
+            content.whole_asked = True
+            self._ask(ino, 0, content.size, whole=True, ahead=False)
+
     def need_idle(self, ino: int) -> None:
         """Raises Blocked until the mover has given up everything it does with this file's blocks."""
         content, _ = self._contents[ino]

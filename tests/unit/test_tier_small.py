@@ -1,0 +1,247 @@
+"""Demote and fetch of files of one chunk, against the memory store and a real gate."""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+
+import pytest
+from tiering import Volume
+
+from tierfs.model import Residency
+
+
+@pytest.fixture
+def volume(tmp_path):
+    made = Volume(tmp_path)
+    yield made
+    made.stop()
+
+
+def reasons(items):
+    return [item.reason for item in items]
+
+
+def test_demote_frees_the_blocks_and_a_read_brings_them_back(volume):
+    data = os.urandom(50_000)
+    volume.server.create(volume.path("a"), data)
+    before = os.stat(volume.path("a"))
+    (item,) = volume.demote("a")
+    assert item.demoted and not item.reason
+    after = os.stat(volume.path("a"))
+    assert (after.st_blocks, after.st_size, after.st_mtime_ns) == (0, 50_000, before.st_mtime_ns)
+    shown = volume.server.shown(volume.path("a"))
+    assert (shown.st_blocks, shown.st_mtime_ns, shown.st_ctime_ns) == (
+        before.st_blocks, before.st_mtime_ns, before.st_ctime_ns,
+    )  # fmt: skip
+    record = volume.record("a")
+    assert record.residency is Residency.STUB and not record.dirty and record.local == 0
+    assert volume.index.pending() == []
+    assert volume.server.read(volume.path("a")) == data
+    volume.settle("a")
+    record = volume.record("a")
+    assert record.residency is Residency.RESIDENT and not record.dirty
+    shown = volume.server.shown(volume.path("a"))
+    assert (shown.st_mtime_ns, shown.st_ctime_ns) == (before.st_mtime_ns, before.st_ctime_ns)
+
+
+def test_a_second_demotion_uploads_nothing(volume):
+    volume.server.create(volume.path("a"), b"x" * 10_000)
+    volume.demote("a")
+    volume.server.read(volume.path("a"))
+    volume.settle("a")
+    keys = {info.key for info in volume.store.list("")}
+    (item,) = volume.demote("a")
+    assert item.demoted and item.uploaded == 0
+    assert {info.key for info in volume.store.list("")} == keys
+
+
+def test_an_open_file_stays(volume):
+    volume.server.create(volume.path("a"), b"x" * 10_000)
+    handle = volume.server.open(volume.path("a"))
+    (item,) = volume.demote("a")
+    assert item.reason == "is open" and volume.stub("a") is None
+    volume.server.release(handle)
+    handle = volume.server.open(volume.path("a"), os.O_RDWR)
+    (item,) = volume.demote("a")
+    assert "writing" in item.reason and volume.stub("a") is None
+    volume.server.release(handle)
+    (item,) = volume.demote("a")
+    assert item.demoted
+
+
+def test_a_file_opened_behind_the_gate_is_not_punched(volume):
+    volume.server.create(volume.path("a"), b"x" * 10_000)
+    with open(volume.path("a"), "rb"):
+        (item,) = volume.demote("a")
+        assert item.reason == "is open or mapped" and volume.stub("a") is None
+    with open(volume.path("a"), "r+b"):
+        (item,) = volume.demote("a")
+        assert not item.demoted and volume.stub("a") is None
+
+
+def test_a_write_behind_the_gate_is_noticed_and_copied_anew(volume):
+    volume.server.create(volume.path("a"), b"x" * 10_000)
+    volume.demote("a", punch=False)
+    first = volume.record("a").copy
+    with open(volume.path("a"), "r+b") as file:
+        file.write(b"changed")
+    (item,) = volume.demote("a")
+    assert item.demoted
+    assert volume.record("a").copy.tag != first.tag
+    assert volume.server.read(volume.path("a")) == b"changed" + b"x" * 9_993
+
+
+def test_broken_custody_hashes_the_file_again(volume):
+    volume.server.create(volume.path("a"), b"x" * 10_000)
+    volume.demote("a", punch=False)
+    custody = volume.record("a").copy.custody
+    # Same size and times, other content: what a power cut may leave.
+    st = os.stat(volume.path("a"))
+    volume.restart(clean=False, boot="another")
+    (item,) = volume.demote("a")
+    assert item.demoted and item.uploaded == 0
+    assert volume.record("a").copy.custody == custody + 1
+    assert os.stat(volume.path("a")).st_mtime_ns == st.st_mtime_ns
+
+
+def test_pins_hold_from_above_and_on_the_file(volume):
+    os.makedirs(volume.path("d/e"))
+    volume.server.create(volume.path("d/e/a"), b"x" * 10_000)
+    os.setxattr(volume.path("d"), volume.tree.pin_name, b"1")
+    assert reasons(volume.demote("d/e/a")) == ["is pinned"]
+    os.removexattr(volume.path("d"), volume.tree.pin_name)
+    os.setxattr(volume.path("d/e/a"), volume.tree.pin_name, b"1")
+    volume.tier.places.forget()
+    assert reasons(volume.demote("d/e/a")) == ["is pinned"]
+
+
+def test_what_never_leaves_is_named(volume):
+    volume.server.create(volume.path("a.lock"), b"x" * 10_000)
+    assert "never" in reasons(volume.demote("a.lock"))[0]
+
+
+def test_writing_to_a_stub_fetches_first(volume):
+    data = os.urandom(20_000)
+    volume.server.create(volume.path("a"), data)
+    volume.demote("a")
+    generation = volume.record("a").generation
+    volume.server.write(volume.path("a"), b"new", 5)
+    assert volume.stub("a") is None
+    assert volume.server.read(volume.path("a")) == data[:5] + b"new" + data[8:]
+    record = volume.record("a")
+    assert record.generation > generation and record.dirty and record.residency is Residency.RESIDENT
+
+
+def test_truncation_fetches_nothing(volume):
+    volume.server.create(volume.path("a"), b"x" * 20_000)
+    volume.demote("a")
+    volume.store.delete([info.key for info in volume.store.list("")])
+    handle = volume.server.open(volume.path("a"), os.O_WRONLY | os.O_TRUNC)
+    volume.server.run(lambda: volume.server.gate.write(handle, 0, b"fresh"))
+    volume.server.release(handle)
+    assert volume.server.read(volume.path("a")) == b"fresh"
+    record = volume.record("a")
+    assert record.dirty and record.size == 5 and record.residency is Residency.RESIDENT
+
+
+def test_a_missing_or_altered_object_is_an_error_and_never_zeros(volume):
+    for name in ("a", "b"):
+        volume.server.create(volume.path(name), os.urandom(20_000))
+    volume.demote("a", "b")
+    key_a, key_b = volume.stub("a").key, volume.stub("b").key
+    volume.store.delete([key_a])
+    volume.store.put(key_b, b"y" * 20_000, 20_000)
+    for name in ("a", "b"):
+        with pytest.raises(OSError) as caught:
+            volume.server.read(volume.path(name))
+        assert caught.value.errno == errno.EIO
+        assert os.stat(volume.path(name)).st_blocks == 0
+        assert volume.tier.kit.troubles.of(os.stat(volume.path(name)).st_ino)
+
+
+def test_foreign_data_in_a_stub_is_not_overwritten(volume):
+    volume.server.create(volume.path("a"), os.urandom(40_000))
+    volume.demote("a")
+    with open(volume.path("a"), "r+b") as file:
+        file.seek(8192)
+        file.write(b"somebody's work")
+    with pytest.raises(OSError):
+        volume.server.read(volume.path("a"))
+    with open(volume.path("a"), "rb") as file:
+        file.seek(8192)
+        assert file.read(15) == b"somebody's work"
+
+
+def test_a_lost_index_loses_no_data(volume):
+    data = os.urandom(30_000)
+    volume.server.create(volume.path("a"), data)
+    volume.demote("a")
+    ino = os.stat(volume.path("a")).st_ino
+    volume.index.commit(lambda w: w.delete(ino)).result()
+    assert volume.server.read(volume.path("a")) == data
+    volume.settle("a")
+    record = volume.record("a")
+    assert record.residency is Residency.RESIDENT and not record.dirty
+
+
+def test_hard_links_are_one_file(volume):
+    volume.server.create(volume.path("a"), b"x" * 20_000)
+    os.link(volume.path("a"), volume.path("b"))
+    first, second = volume.demote("a", "b")
+    assert first.demoted and (second.already or second.reason)
+    assert volume.server.read(volume.path("b")) == b"x" * 20_000
+
+
+def test_sparse_files_keep_their_holes(volume):
+    with open(volume.path("a"), "wb") as file:
+        file.write(b"a" * 4096)
+        file.seek(512 * 1024)
+        file.write(b"b" * 4096)
+    before = os.stat(volume.path("a"))
+    time.sleep(0.03)
+    (item,) = volume.demote("a")
+    assert item.demoted, item.reason
+    content = volume.server.read(volume.path("a"))
+    assert content == b"a" * 4096 + bytes(508 * 1024) + b"b" * 4096
+    volume.settle("a")
+    assert os.stat(volume.path("a")).st_blocks == before.st_blocks
+
+
+def test_orders_fetch_many(volume):
+    names = [f"f{i}" for i in range(60)]
+    for name in names:
+        volume.server.create(volume.path(name), name.encode() * 1000)
+    assert all(item.demoted for item in volume.demote(*names))
+    items = volume.fetch(*names)
+    assert reasons(items) == [""] * 60
+    for name in names:
+        assert volume.stub(name) is None
+        with open(volume.path(name), "rb") as file:
+            assert file.read() == name.encode() * 1000
+
+
+def test_a_changed_attribute_of_a_stub_shows(volume):
+    volume.server.create(volume.path("a"), b"x" * 20_000)
+    volume.demote("a")
+    os.chmod(volume.path("a"), 0o600)
+    changed = os.stat(volume.path("a")).st_ctime_ns
+    assert volume.server.shown(volume.path("a")).st_ctime_ns == changed
+    volume.server.read(volume.path("a"))
+    volume.settle("a")
+    volume.tier.drain()
+    assert volume.server.shown(volume.path("a")).st_ctime_ns == changed
+
+
+def test_an_unprovable_store_keeps_the_file(volume):
+    volume.server.create(volume.path("a"), b"x" * 20_000)
+    honest = volume.store.put
+
+    def lying(key, body, size):
+        return honest(key, b"z" * size, size)
+
+    volume.store.put = lying
+    (item,) = volume.demote("a")
+    assert item.failed and volume.stub("a") is None
+    assert list(volume.store.list("data/")) == []

@@ -1,0 +1,233 @@
+"""The state of one file whose content is coming back: which leaves are here, who waits, what may be written.
+
+Nothing is ever written but where a live request asks for it: the server truncates a file only after all its
+requests have ended. And nothing is written over data that is not what the copy has at that place.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from dataclasses import dataclass, field
+
+from tierfs.digests import Extents
+from tierfs.errors import ForeignStubError
+from tierfs.model import LEAF, Copy, Record, Stub, leaf_count
+from tierfs.tree import Tree, pwrite_all
+
+_PAGE = 4096
+_ZEROS = bytes(_PAGE)
+FIRST_RANGE = 128 * 1024
+MOST_RANGE = 8 << 20
+_LEAST_SPLIT = 1 << 20
+_RANGES = 16
+
+MISSING, COMING, HERE = 0, 1, 2
+
+
+@dataclass(slots=True)
+class Request:
+    """One Fetch message: bytes [start, end). `deadline` in seconds of CLOCK_MONOTONIC."""
+
+    id: int
+    ino: int
+    stub: bytes
+    size: int
+    start: int
+    end: int
+    whole: bool
+    ahead: bool
+    deadline: float
+    cancelled: bool = False
+    served: bool = False  # its first range has been asked for
+
+
+@dataclass(slots=True, eq=False)
+class Range:
+    """Leaf-aligned bytes [start, end) on their way."""
+
+    start: int
+    end: int
+    ahead: bool
+
+
+@dataclass(slots=True)
+class Shown:
+    """The times to show, and the real ones that our last own change left."""
+
+    mtime: int
+    ctime: int
+    own_mtime: int
+    own_ctime: int
+
+
+@dataclass(slots=True)
+class Arrival:
+    """`lock` guards everything below it, and every write to the file."""
+
+    ino: int
+    stub: Stub
+    size: int
+    fd: int
+    record: Record | None
+    shown: Shown
+    digests: bytes  # of the leaves; empty for a file of one chunk
+    extents: Extents | None  # where to write; None: unknown, zero pages are left as holes
+    suspect: Extents  # data of which it is not known who wrote it
+    leaves: bytearray
+    fresh: bool  # every leaf came from the store while this object lived
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    requests: list[Request] = field(default_factory=list)
+    ranges: list[Range] = field(default_factory=list)
+    unsynced: int = 0
+    settling: bool = False
+    closed: bool = False
+    used: float = field(default_factory=time.monotonic)
+
+    @property
+    def small(self) -> bool:
+        """One chunk, fetched whole."""
+        return not self.digests
+
+    @property
+    def complete(self) -> bool:
+        """Every leaf is here."""
+        return self.leaves.count(HERE) == len(self.leaves)
+
+    def bits(self) -> bytes:
+        """One bit a leaf, least significant first."""
+        packed = bytearray(-(-len(self.leaves) // 8))
+        leaf = self.leaves.find(HERE)
+        while leaf >= 0:
+            packed[leaf >> 3] |= 1 << (leaf & 7)
+            leaf = self.leaves.find(HERE, leaf + 1)
+        return bytes(packed)
+
+    def lacks(self, request: Request) -> bool:
+        """Something that this request asks for is not here."""
+        low, high = request.start // LEAF, leaf_count(request.end)
+        return self.leaves.count(HERE, low, high) < high - low
+
+    def wanted(self, piece: Range) -> bool:
+        """A live request covers some of this range."""
+        return any(r.start < piece.end and r.end > piece.start for r in self.requests if not r.cancelled)
+
+    def next_ranges(self, request: Request, most: int = _RANGES) -> list[Range]:
+        """What to ask the store for next, for this request; marks it as coming."""
+        found: list[Range] = []
+        low, high = request.start // LEAF, leaf_count(request.end)
+        split = MOST_RANGE
+        if not self.small:
+            split = max(_LEAST_SPLIT, min(MOST_RANGE, (request.end - request.start) // _RANGES // LEAF * LEAF))
+            if not request.served and not request.whole:
+                high = max(high, min(low + FIRST_RANGE // LEAF, len(self.leaves)))
+        request.served = True
+        while len(found) + len(self.ranges) < most:
+            first = self.leaves.find(MISSING, low, high)
+            if first < 0:
+                break
+            last = first
+            limit = len(self.leaves) if self.small else first + split // LEAF
+            while last < min(high, limit) and self.leaves[last] == MISSING:
+                last += 1
+            self.leaves[first:last] = bytes([COMING]) * (last - first)
+            found.append(Range(first * LEAF, min(last * LEAF, self.size), request.ahead))
+            low = last
+        self.ranges.extend(found)
+        return found
+
+    def landed(self, piece: Range, state: int) -> None:
+        """The range has arrived (HERE) or not (MISSING)."""
+        if piece in self.ranges:
+            self.ranges.remove(piece)
+        low, high = piece.start // LEAF, leaf_count(piece.end)
+        self.leaves[low:high] = bytes([state]) * (high - low)
+
+    # --- writing, under the lock --------------------------------------------------------------------------
+
+    def fill(self, tree: Tree, start: int, data: bytes) -> None:
+        """Write checked content; times stay as shown. Raises ForeignStubError, OSError."""
+        self.compare(start, data)
+        st = self.notice(os.fstat(self.fd))
+        with tree.keeping_privileges(self.fd):
+            for low, high in self._to_write(start, data):
+                pwrite_all(self.fd, memoryview(data)[low - start : high - start], low)
+        tree.set_times(self.fd, st.st_atime_ns, self.shown.mtime)
+        self.keep_times()
+
+    def notice(self, st: os.stat_result) -> os.stat_result:
+        """If somebody else has changed the inode's attributes since our last change, those times are shown."""
+        if st.st_ctime_ns != self.shown.own_ctime:
+            self.shown.ctime = st.st_ctime_ns
+            if st.st_mtime_ns != self.shown.own_mtime:
+                self.shown.mtime = st.st_mtime_ns
+        return st
+
+    def keep_times(self) -> None:
+        """Remember the real times after a change of our own."""
+        st = os.fstat(self.fd)
+        self.shown.own_mtime, self.shown.own_ctime = st.st_mtime_ns, st.st_ctime_ns
+
+    def compare(self, start: int, data: bytes) -> None:
+        """Data that is there already must be ours: each page is zeros or equal. Raises ForeignStubError."""
+        end = start + len(data)
+        for low, high in self.suspect:
+            low, high = max(low, start), min(high, end)
+            for at in range(low // _PAGE * _PAGE, high, _PAGE):
+                page = os.pread(self.fd, min(_PAGE, self.size - at), at)
+                new = data[max(at - start, 0) : at - start + len(page)]
+                page = page[max(start - at, 0) : max(start - at, 0) + len(new)]
+                if page != new and page != _ZEROS[: len(page)]:
+                    raise ForeignStubError(
+                        f"inode {self.ino}: holds data at {at} that is not its copy's: nothing is overwritten"
+                    )
+
+    def _to_write(self, start: int, data: bytes) -> Extents:
+        end = start + len(data)
+        if self.extents is not None:
+            clipped = ((max(low, start), min(high, end)) for low, high in self.extents)
+            return [(low, high) for low, high in clipped if low < high]
+        found: Extents = []
+        for at in range(0, len(data), _PAGE):
+            page = data[at : at + _PAGE]
+            if page == _ZEROS[: len(page)]:
+                continue
+            if found and found[-1][1] == start + at:
+                found[-1] = found[-1][0], start + at + len(page)
+            else:
+                found.append((start + at, start + at + len(page)))
+        return found
+
+
+def leaves_from_bits(size: int, bits: bytes | None) -> bytearray:
+    """The state of each leaf, from one bit a leaf."""
+    count = leaf_count(size)
+    leaves = bytearray(count)
+    for leaf in range(min(count, len(bits or b"") * 8)):
+        if bits is not None and bits[leaf >> 3] >> (leaf & 7) & 1:
+            leaves[leaf] = HERE
+    return leaves
+
+
+def outside(extents: Extents, leaves: bytearray, size: int) -> Extents:
+    """The parts of data extents that lie in leaves which are not HERE."""
+    found: Extents = []
+    for start, end in extents:
+        for leaf in range(start // LEAF, leaf_count(end)):
+            if leaves[leaf] == HERE:
+                continue
+            low, high = max(start, leaf * LEAF), min(end, (leaf + 1) * LEAF, size)
+            if found and found[-1][1] == low:
+                found[-1] = found[-1][0], high
+            elif low < high:
+                found.append((low, high))
+    return found
+
+
+def shown_times(record: Record | None, copy: Copy | None, st: os.stat_result) -> Shown:
+    """What the file shows now: its copy's times while ctime is the one that our last change left."""
+    mtime, ctime = st.st_mtime_ns, st.st_ctime_ns
+    if record is not None and copy is not None and record.left_ctime == ctime:
+        mtime, ctime = copy.mtime, copy.ctime
+    return Shown(mtime, ctime, st.st_mtime_ns, st.st_ctime_ns)

@@ -1,0 +1,378 @@
+"""Taking copies (custody rules 1 to 4): sealed, read once, put under a new key, verified, committed.
+
+    open → record current? → ctime older than a tick → seal → read, digest, put → verified or read back
+         → tuple unchanged → marks drained, generation unchanged → commit
+
+A file whose record is clean but whose tuple or custody is not what it was is read and compared the same way,
+without an upload. The order stands in `Copier.bring_up`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from tierfs import failpoints
+from tierfs.digests import SIDE_SUFFIX, Extents, is_sparse, leaf_digests, pack_side, sha256
+from tierfs.errors import BusyError, ObjectCorruptError, StoreError, TierError
+from tierfs.index import Writer
+from tierfs.kit import TICK, Kit, proven, read_exactly
+from tierfs.model import LEAF, Copy, Record, Residency, new_fid, new_tag, object_key
+from tierfs.transfer import Urgency
+
+log = logging.getLogger("mover")
+
+PIECE = 8 << 20
+
+
+@dataclass(slots=True)
+class Item:
+    """One file on its way out. `reason` is set when it stays; `failed` where that is an error.
+
+    `fd` is O_RDONLY and closed (-1) when the item is done with. `ordered`: somebody named it.
+    """
+
+    ino: int
+    handle: bytes
+    path: bytes = b""
+    parent: int = 0
+    name: bytes = b""
+    size: int = 0
+    ordered: bool = False
+    fd: int = -1
+    st: os.stat_result | None = None
+    record: Record | None = None
+    generation: int = 0
+    reason: str = ""
+    failed: bool = False
+    already: bool = False  # it is what it shall become
+    demoted: bool = False
+    uploaded: int = 0
+
+    @property
+    def going(self) -> bool:
+        """Nothing speaks against it yet."""
+        return not self.reason and not self.already
+
+    def stay(self, reason: str, failed: bool = False) -> None:
+        """It stays as it is."""
+        self.reason, self.failed = reason, failed
+
+    def close(self) -> None:
+        """Close the descriptor."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+@dataclass(slots=True)
+class _Taken:
+    """What reading and putting one file came to."""
+
+    copy: Copy
+    fid: bytes
+    extents: Extents
+    digests: bytes
+    fresh: bool  # a new object was put
+
+
+class Copier:
+    """Brings files to the state in which their copy is proven."""
+
+    def __init__(self, kit: Kit, drain: Callable[[], int]) -> None:
+        self._kit = kit
+        self._drain = drain
+
+    def bring_up(self, items: list[Item], cancelled: threading.Event) -> None:
+        """After it every item that is still going has a record with a proven copy.
+
+        The marks have been drained and the inodes claimed by the caller. Raises BusyError, IndexError_.
+        """
+        needy = [item for item in items if item.going and not self._is_proven(item)]
+        if not needy:
+            return
+        sealed = self._seal(needy)
+        try:
+            submit = self._kit.uploads.submit
+            futures = [(item, submit(Urgency.UPLOAD, partial(self._take, item, cancelled))) for item in sealed]
+            taken = [(item, _outcome(item, future)) for item, future in futures]
+            failpoints.hit(failpoints.COPY_PUT)
+            self._commit([(item, t) for item, t in taken if t is not None])
+            failpoints.hit(failpoints.COPY_COMMITTED)
+        finally:
+            self._kit.server.unseal([item.ino for item in sealed])
+
+    def _is_proven(self, item: Item) -> bool:
+        item.st = os.fstat(item.fd)
+        return proven(item.record, item.st, self._kit.custody)
+
+    def _seal(self, items: list[Item]) -> list[Item]:
+        """Those for which a seal was given, with a ctime that a later change cannot repeat."""
+        for attempt in range(2):
+            if any(_young(os.fstat(item.fd), time.time_ns()) for item in items):
+                time.sleep(TICK / 1e9)
+            asked = time.time_ns()
+            given = self._kit.server.seal([item.ino for item in items], [item.fd for item in items])
+            for item, generation in zip(items, given, strict=True):
+                item.generation = generation
+                item.st = os.fstat(item.fd)
+            if not any(i.generation and i.st is not None and _young(i.st, asked) for i in items) or attempt:
+                break
+            self._kit.server.unseal([item.ino for item in items])
+        sealed = []
+        for item in items:
+            assert item.st is not None
+            if not item.generation:
+                item.stay("is open for writing, or mapped")
+            elif _young(item.st, asked) or not self._is_current(item):
+                item.stay("is changing right now")
+                self._kit.server.unseal([item.ino])
+            else:
+                sealed.append(item)
+        return sealed
+
+    def _is_current(self, item: Item) -> bool:
+        return item.record is None or item.record.generation == item.generation
+
+    # --- one file, in an upload thread --------------------------------------------------------------------
+
+    def _take(self, item: Item, cancelled: threading.Event) -> _Taken:
+        assert item.st is not None
+        self._check(item, cancelled)
+        size = item.st.st_size
+        extents = self._kit.tree.extents(item.fd, size)
+        large = size > 1 << self._kit.chunk_shift
+        taken = self._take_large(item, extents, cancelled) if large else self._take_small(item, extents)
+        now = os.fstat(item.fd)
+        if _times(now) != _times(item.st) or not self._kit.server.sealed(item.ino):
+            self._discard(taken)
+            raise BusyError("was changed while it was copied")
+        return taken
+
+    def _check(self, item: Item, cancelled: threading.Event) -> None:
+        if cancelled.is_set():
+            raise BusyError("was cancelled")
+        if not self._kit.server.sealed(item.ino):
+            raise BusyError("was opened for writing while it was copied")
+
+    def _take_small(self, item: Item, extents: Extents) -> _Taken:
+        assert item.st is not None
+        size = item.st.st_size
+        data = read_exactly(item.fd, 0, size)
+        digest = sha256(data)
+        known = self._known(item, digest)
+        if known is not None:
+            return _Taken(known, self._fid(item), extents, b"", fresh=False)
+        taken = _Taken(self._new_copy(item, digest), self._fid(item), extents, b"", fresh=True)
+        key = object_key(taken.fid, taken.copy.generation, taken.copy.tag)
+        with self._kept_if_good(taken):
+            if not self._kit.store.put(key, data, size).verified and sha256(self._kit.store.get(key)) != digest:
+                raise _differs(key)
+            self._put_side(taken)
+        item.uploaded = size
+        self._kit.uploaded.add(size)
+        return taken
+
+    def _take_large(self, item: Item, extents: Extents, cancelled: threading.Event) -> _Taken:
+        assert item.st is not None
+        size = item.st.st_size
+        known = self._unchanged(item, cancelled)
+        if known is not None:
+            return _Taken(known[0], self._fid(item), extents, known[1], fresh=False)
+        digests: list[bytes] = []
+        taken = _Taken(self._new_copy(item, b""), self._fid(item), extents, b"", fresh=True)
+        key = object_key(taken.fid, taken.copy.generation, taken.copy.tag)
+        with self._kept_if_good(taken):
+            put = self._kit.store.put(key, self._pieces(item, digests, cancelled), size)
+            taken.digests = b"".join(digests)
+            taken.copy = replace(taken.copy, digest=sha256(taken.digests))
+            if not put.verified:
+                self._read_back(key, taken.digests, item, cancelled)
+            self._put_side(taken)
+        item.uploaded = size
+        return taken
+
+    @contextmanager
+    def _kept_if_good(self, taken: _Taken) -> Iterator[None]:
+        try:
+            yield
+        except (TierError, OSError):
+            self._discard(taken)
+            raise
+
+    def _pieces(self, item: Item, digests: list[bytes], cancelled: threading.Event) -> Iterator[bytes]:
+        """The content in pieces, while their leaf digests are appended to `digests`."""
+        assert item.st is not None
+        for at in range(0, item.st.st_size, PIECE):
+            self._check(item, cancelled)
+            piece = read_exactly(item.fd, at, min(PIECE, item.st.st_size - at))
+            digests.append(leaf_digests(piece))
+            yield piece
+            self._kit.uploaded.add(len(piece))
+
+    def _read_back(self, key: str, digests: bytes, item: Item, cancelled: threading.Event) -> None:
+        """Raises ObjectCorruptError unless the store gives the content back."""
+        rest, at = b"", 0
+        for piece in self._kit.store.stream(key):
+            self._check(item, cancelled)
+            rest += piece
+            whole = len(rest) // LEAF * LEAF
+            found = leaf_digests(memoryview(rest)[:whole])
+            if found != digests[at : at + len(found)]:
+                raise _differs(key)
+            rest, at = rest[whole:], at + len(found)
+        if leaf_digests(rest) != digests[at:]:
+            raise _differs(key)
+
+    def _unchanged(self, item: Item, cancelled: threading.Event) -> tuple[Copy, bytes] | None:
+        """The present copy and its digests, where the content still is that of the copy; stops at the first
+        leaf that differs."""
+        assert item.st is not None
+        record, size = item.record, item.st.st_size
+        copy = record.copy if record is not None else None
+        if record is None or copy is None or copy.size != size or copy.chunk_shift != self._kit.chunk_shift:
+            return None
+        leaves = self._kit.index.get_leaves(record.fid, copy.generation)
+        if leaves is None or sha256(leaves.digests) != copy.digest:
+            return None
+        for at in range(0, size, PIECE):
+            self._check(item, cancelled)
+            found = leaf_digests(read_exactly(item.fd, at, min(PIECE, size - at)))
+            start = at // LEAF * 32
+            if found != leaves.digests[start : start + len(found)]:
+                return None
+        return self._refreshed(item, copy), leaves.digests
+
+    def _known(self, item: Item, digest: bytes) -> Copy | None:
+        """The present copy, if it is of a file of one chunk with this digest."""
+        assert item.st is not None
+        copy = item.record.copy if item.record is not None else None
+        if copy is None or copy.digest != digest or copy.size != item.st.st_size:
+            return None
+        return self._refreshed(item, copy) if copy.size <= 1 << copy.chunk_shift else None
+
+    def _refreshed(self, item: Item, copy: Copy) -> Copy:
+        assert item.st is not None
+        return replace(
+            copy, mtime=item.st.st_mtime_ns, ctime=self._shown_ctime(item), custody=self._kit.custody
+        )
+
+    def _shown_ctime(self, item: Item) -> int:
+        assert item.st is not None
+        record = item.record
+        if record is not None and record.copy is not None and record.left_ctime == item.st.st_ctime_ns:
+            return record.copy.ctime
+        return item.st.st_ctime_ns
+
+    def _fid(self, item: Item) -> bytes:
+        return item.record.fid if item.record is not None else new_fid()
+
+    def _new_copy(self, item: Item, digest: bytes) -> Copy:
+        assert item.st is not None
+        return Copy(
+            generation=item.generation,
+            tag=new_tag(),
+            digest=digest,
+            size=item.st.st_size,
+            mtime=item.st.st_mtime_ns,
+            ctime=self._shown_ctime(item),
+            custody=self._kit.custody,
+            chunk_shift=self._kit.chunk_shift,
+        )
+
+    def _put_side(self, taken: _Taken) -> None:
+        """Digests and extents reach the store before any punch (custody rule 3)."""
+        if not taken.digests and not is_sparse(taken.copy.size, taken.extents):
+            return
+        key = object_key(taken.fid, taken.copy.generation, taken.copy.tag) + SIDE_SUFFIX
+        raw = pack_side(taken.copy.size, taken.extents, taken.digests)
+        if not self._kit.store.put(key, raw, len(raw)).verified and self._kit.store.get(key) != raw:
+            raise _differs(key)
+
+    def _discard(self, taken: _Taken) -> None:
+        """Remove an object that nothing will refer to."""
+        if not taken.fresh:
+            return
+        key = object_key(taken.fid, taken.copy.generation, taken.copy.tag)
+        try:
+            self._kit.store.delete([key, key + SIDE_SUFFIX])
+        except StoreError as error:
+            log.warning("an unused object stays in the store: %s: %s", key, error)
+
+    # --- committing ---------------------------------------------------------------------------------------
+
+    def _commit(self, taken: list[tuple[Item, _Taken]]) -> None:
+        """Drain the log, which has the mark of every write-open so far, then commit what is still true."""
+        if not taken:
+            return
+        self._drain()
+        futures = [(i, t, self._kit.index.commit(partial(_put_copy, i, t))) for i, t in taken]
+        for item, outcome, future in futures:
+            try:
+                item.record = future.result()
+            except BusyError as error:
+                item.stay(str(error))
+                self._kit.uploads.submit(Urgency.GARBAGE, partial(self._discard, outcome))
+
+
+def _put_copy(item: Item, taken: _Taken, w: Writer) -> Record:
+    """In a write transaction: the record with its new copy. Raises BusyError where the file has changed."""
+    assert item.st is not None
+    before = w.get(item.ino)
+    if before is not None and before.handle != item.handle:
+        before = None
+    if (before is None) != (item.record is None):
+        raise BusyError("was changed while it was copied")
+    if before is None:
+        before = Record(
+            item.ino, item.handle, taken.fid, taken.copy.generation, parent=item.parent, name=item.name
+        )
+    elif before.generation != item.generation or before.residency is not Residency.RESIDENT:
+        raise BusyError("was changed while it was copied")
+    blocks = item.st.st_blocks
+    record = replace(
+        before,
+        generation=taken.copy.generation,
+        copy=taken.copy,
+        size=item.st.st_size,
+        blocks=blocks,
+        local=blocks * 512,
+        left_ctime=before.left_ctime if before.left_ctime == item.st.st_ctime_ns else 0,
+    )
+    if taken.fresh and before.copy is not None:
+        w.bury(before, time.time_ns())
+    if taken.fresh and (taken.digests or is_sparse(taken.copy.size, taken.extents)):
+        w.put_leaves(taken.fid, taken.copy.generation, taken.digests, taken.extents)
+    w.put(record)
+    return record
+
+
+def _outcome(item: Item, future: Any) -> _Taken | None:
+    try:
+        taken: _Taken = future.result()
+    except BusyError as error:
+        item.stay(str(error))
+    except (TierError, OSError) as error:
+        item.stay(str(error), failed=True)
+    else:
+        return taken
+    return None
+
+
+def _differs(key: str) -> ObjectCorruptError:
+    return ObjectCorruptError(f"the store gave back other bytes than it was given for {key}")
+
+
+def _young(st: os.stat_result, now: int) -> bool:
+    return abs(now - st.st_ctime_ns) < TICK
+
+
+def _times(st: os.stat_result) -> tuple[int, int, int]:
+    return st.st_size, st.st_mtime_ns, st.st_ctime_ns

@@ -1,0 +1,137 @@
+"""From the mark log into the index: each mark is applied once, in order, in the commit that moves the position.
+
+What each mark does to a record stands in `_apply`. A mark that names an inode by its file handle replaces a
+record of a former inode of that number.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import replace
+
+from tierfs import wire
+from tierfs.index import Index, Writer
+from tierfs.marks import Entry, Mark, MarkReader
+from tierfs.model import Record, Residency, new_fid
+from tierfs.serverlink import ServerLink
+
+_BATCH = 5000
+
+
+class Drain:
+    """Reads the log. `pinned` and `moved` are set when such a mark has been applied."""
+
+    def __init__(self, marks_dirfd: int, index: Index, server: ServerLink | None) -> None:
+        self._index = index
+        self._server = server
+        self._lock = threading.Lock()
+        self._reader = MarkReader(marks_dirfd, index.log_position())
+        self._told = -1
+        self.pinned = threading.Event()
+        self.moved = threading.Event()
+
+    @property
+    def position(self) -> int:
+        """All marks before it are in the index."""
+        return self._reader.position
+
+    def run(self) -> int:
+        """Apply all marks that are there now; the position reached. Raises IndexError_, OSError, BusyError."""
+        with self._lock:
+            while self._step():
+                pass
+            position = self._reader.position
+            if self._server is not None and position != self._told:
+                self._server.send(wire.Drained(position))
+                self._told = position
+            return position
+
+    def _step(self) -> bool:
+        before = self._reader.position
+        entries = list(self._reader.read(_BATCH))
+        if not entries:
+            return False
+        position = self._reader.position
+
+        def commit(w: Writer) -> None:
+            now = time.time_ns()
+            for entry in entries:
+                apply(w, entry, now)
+            w.set_log_position(position)
+
+        try:
+            self._index.commit(commit).result()
+        except BaseException:
+            self._reader.position = before
+            raise
+        for entry in entries:
+            if entry.kind is Mark.PIN:
+                self.pinned.set()
+            if entry.kind in (Mark.PIN, Mark.DIR, Mark.NAMED):
+                self.moved.set()
+        self._reader.forget(position)
+        return True
+
+
+def apply(w: Writer, entry: Entry, now: int) -> None:
+    """Apply one mark within a write transaction. `now` in nanoseconds since the epoch."""
+    match entry.kind:
+        case Mark.WRITE:
+            _write(w, entry)
+        case Mark.CLOSED:
+            record = w.get(entry.ino)
+            if record is not None and record.residency is Residency.RESIDENT:
+                w.put(replace(record, size=entry.a, blocks=entry.b, local=entry.b * 512))
+                w.touch_dirty(entry.ino)
+        case Mark.GONE:
+            record = w.get(entry.ino)
+            if record is not None and record.handle == entry.handle:
+                forget(w, record, now)
+            w.drop_pin(entry.ino)
+        case Mark.NAMED:
+            record = w.get(entry.ino)
+            if record is not None:
+                w.put(replace(record, parent=entry.parent, name=entry.name))
+        case Mark.DIR:
+            w.put_dir(entry.ino, entry.parent, entry.name)
+        case Mark.TIMES:
+            record = w.get(entry.ino)
+            if record is not None and record.copy is not None:
+                w.put(replace(record, copy=replace(record.copy, mtime=entry.a, ctime=entry.b)))
+        case Mark.PIN:
+            if entry.a:
+                w.put_pin(entry.ino, entry.parent, entry.name)
+            else:
+                w.drop_pin(entry.ino)
+
+
+def _write(w: Writer, entry: Entry) -> None:
+    """The content changes: resident, with a generation that has no copy. The last copy's object stays until a
+    newer one replaces it."""
+    record = w.get(entry.ino)
+    if record is not None and record.handle != entry.handle:
+        forget(w, record, time.time_ns())
+        record = None
+    if record is None:
+        w.put(
+            Record(entry.ino, entry.handle, new_fid(), entry.generation, parent=entry.parent, name=entry.name)
+        )
+        return
+    w.put(
+        replace(
+            record,
+            generation=entry.generation,
+            residency=Residency.RESIDENT,
+            parent=entry.parent or record.parent,
+            name=entry.name or record.name,
+            left_ctime=0,
+        )
+    )
+
+
+def forget(w: Writer, record: Record, now: int) -> None:
+    """The file is gone: its record goes, its object is buried until the grace time is over."""
+    if record.copy is not None:
+        w.bury(record, now)
+    w.delete(record.ino)

@@ -1,0 +1,44 @@
+"""Named points at which a test kills the process, and what must hold when it comes back.
+
+Armed by the environment: TIERFS_FAILPOINT=NAME or NAME:n (the n-th passing, from 1). Each has a test of the
+same name in tests/crash. Unarmed, a point costs one comparison.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+# Demotion, in order. Up to STUB_WRITTEN the file is whole locally; recovery takes the attribute away again.
+COPY_PUT = "copy-put"  # the object is in the store, nothing refers to it: an orphan
+COPY_COMMITTED = "copy-committed"  # the file is clean and resident
+STUB_WRITTEN = "stub-written"  # attribute durable, record still RESIDENT: blocks are present and win
+STUB_COMMITTED = "stub-committed"  # record STUB and pending, all blocks present: becomes resident again
+PUNCHED = "punched"  # blocks gone, times moved: a stub whose times recovery restores
+PUNCH_SYNCED = "punch-synced"  # as PUNCHED with times right; the record is still pending
+
+# Fetch, in order. Up to FILL_CLEARED the file stays a stub and is fetched again, over equal pages.
+FILL_WRITTEN = "fill-written"  # some pages written, no bit committed
+FILL_BITS = "fill-bits"  # bits of a large file committed
+FILL_SYNCED = "fill-synced"  # all pages durable, attribute present
+FILL_CLEARED = "fill-cleared"  # attribute gone durably, record not yet RESIDENT
+
+DEMOTE_POINTS = (COPY_PUT, COPY_COMMITTED, STUB_WRITTEN, STUB_COMMITTED, PUNCHED, PUNCH_SYNCED)
+FETCH_POINTS = (FILL_WRITTEN, FILL_BITS, FILL_SYNCED, FILL_CLEARED)
+
+_name, _, _count = os.environ.get("TIERFS_FAILPOINT", "").partition(":")
+_armed = _name or None
+_left = int(_count or "1")
+_lock = threading.Lock()
+
+
+def hit(name: str) -> None:
+    """Die here, by SIGKILL, if this point is armed and its turn has come."""
+    global _left
+    if _armed is None or name != _armed:
+        return
+    with _lock:
+        _left -= 1
+        if _left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,455 @@
+"""Bringing content back (custody rules 10, 11, 13, 14): what the mount server asks for, and how it ends.
+
+    Fetch → Arrival opened: stub, record, digests, bits → ranges through the pool → digest checked
+      → page cache and times → Filled (readers go on) → every 2 s: fdatasync, bits committed
+      → all here: settling.py
+
+A request ends with FetchEnd as soon as all it covers is here, or at its first failure.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import random
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import TypeVar
+
+from tierfs import failpoints, wire
+from tierfs.arrivals import HERE, MISSING, Arrival, Range, Request, leaves_from_bits, outside, shown_times
+from tierfs.digests import SIDE_SUFFIX, Extents, leaf_digests, sha256, unpack_side
+from tierfs.errors import (
+    BusyError,
+    FetchTimeoutError,
+    ForeignStubError,
+    ObjectCorruptError,
+    StoreUnavailableError,
+    TierError,
+)
+from tierfs.index import Writer
+from tierfs.kit import WRITE_FLAGS, Kit
+from tierfs.model import LEAF, Record, Residency, Stub
+from tierfs.transfer import Urgency
+
+log = logging.getLogger("mover")
+
+T = TypeVar("T")
+
+_CLAIM_SECONDS = 30.0
+_LONGEST_PAUSE = 5.0
+
+
+class AlreadyResident(Exception):
+    """The stub attribute is gone: nothing to fetch."""
+
+
+class Filler:
+    """One flight a chunk: what is coming is known per file, and nothing is asked for twice."""
+
+    def __init__(self, kit: Kit, settle: Callable[[Arrival], None], make_room: Callable[[int], None]) -> None:
+        """`settle` takes a file of which every leaf is here; `make_room` frees so many bytes of local disk."""
+        self._kit = kit
+        self._settle = settle
+        self._make_room = make_room
+        self._lock = threading.Lock()
+        self._arrivals: dict[int, Arrival | None] = {}  # None: being opened
+        self._waiting: dict[int, list[Request]] = {}  # for one that is being opened
+        self._requests: dict[int, Request] = {}
+        self._stopping = threading.Event()
+
+    # --- the server's messages, in the link's thread ------------------------------------------------------
+
+    def on_fetch(self, message: wire.Fetch, opath: int) -> None:
+        """Take a request; the descriptor is ours."""
+        request = Request(
+            message.id, message.ino, message.stub, message.size, message.start,
+            min(message.start + message.length, message.size), message.whole, message.ahead,
+            time.monotonic() + self._kit.config.fetch_timeout,
+        )  # fmt: skip
+        with self._lock:
+            self._requests[request.id] = request
+        try:
+            self._kit.fetches.submit(self._urgency(request), partial(self._begin, request, opath))
+        except BusyError as error:
+            os.close(opath)
+            self._end(request, error)
+
+    def on_cancel(self, message: wire.CancelFetch) -> None:
+        """End a request; when this returns nothing is written for it any more."""
+        with self._lock:
+            request = self._requests.get(message.id)
+            if request is None:
+                return
+            request.cancelled = True
+            arrival = self._arrivals.get(request.ino)
+        if arrival is not None:
+            with arrival.lock:  # a write that is under way has ended now
+                if request in arrival.requests:
+                    arrival.requests.remove(request)
+        self._end(request, OSError(errno.ECANCELED, "cancelled"))
+
+    def stop(self) -> None:
+        """Give up waiting for a store that does not answer."""
+        self._stopping.set()
+
+    @property
+    def waiting(self) -> int:
+        """Requests that have not ended."""
+        return len(self._requests)
+
+    def arrival(self, ino: int) -> Arrival | None:
+        """The file's state, if something of it is being fetched."""
+        with self._lock:
+            return self._arrivals.get(ino)
+
+    def unsynced(self) -> list[Arrival]:
+        """Files with leaves whose bits are not committed, or that nobody asks for any more."""
+        with self._lock:
+            return [a for a in self._arrivals.values() if a is not None and not a.settling]
+
+    def drop(self, arrival: Arrival) -> bool:
+        """Forget a file that nobody asks for, and give up its claim; False where somebody still does."""
+        with self._lock, arrival.lock:
+            if arrival.requests or arrival.ranges or arrival.closed:
+                return False
+            self._close(arrival)
+            return True
+
+    def settled(self, arrival: Arrival) -> None:
+        """It is resident, or (it says so itself) could not be made so: whoever joined meanwhile has ended."""
+        with self._lock, arrival.lock:
+            requests, arrival.requests = arrival.requests, []
+            self._close(arrival)
+        for request in requests:
+            self._end(request, None)
+
+    def _close(self, arrival: Arrival) -> None:
+        arrival.closed = True
+        if self._arrivals.get(arrival.ino) is arrival:
+            del self._arrivals[arrival.ino]
+        os.close(arrival.fd)
+        self._kit.claims.give(arrival.ino)
+
+    def _urgency(self, request: Request) -> Urgency:
+        large = request.whole and request.size > 1 << self._kit.chunk_shift
+        return Urgency.AHEAD if request.ahead or large else Urgency.READER
+
+    # --- beginning, in the pool ---------------------------------------------------------------------------
+
+    def _begin(self, request: Request, opath: int) -> None:
+        ino = request.ino
+        try:
+            if request.cancelled:
+                return
+            with self._lock:
+                arrival = self._arrivals.get(ino)
+                opening = ino in self._arrivals and arrival is None
+                if opening:
+                    self._waiting.setdefault(ino, []).append(request)
+                elif arrival is None:
+                    self._arrivals[ino] = None
+            if opening:
+                return
+            if arrival is not None and self._join(arrival, request):
+                return
+            if arrival is not None:
+                # Of a former content of this inode, or closed just now.
+                self._again(arrival, request, opath)
+                return
+            self._open_for(request, opath)
+        finally:
+            os.close(opath)
+
+    def _again(self, arrival: Arrival, request: Request, opath: int) -> None:
+        self.drop(arrival)
+        time.sleep(0.001)
+        again = os.dup(opath)
+        self._kit.fetches.submit(Urgency.READER, partial(self._begin, request, again))
+
+    def _join(self, arrival: Arrival, request: Request) -> bool:
+        with arrival.lock:
+            if arrival.closed or arrival.stub.pack() != request.stub:
+                return False
+            if request.cancelled:
+                return True
+            arrival.requests.append(request)
+        self._serve(arrival, request)
+        return True
+
+    def _open_for(self, request: Request, opath: int) -> None:
+        """Open the file's state, then serve this request and those that came meanwhile."""
+        ino, arrival, problem = request.ino, None, None
+        try:
+            arrival = self._open(request, opath)
+        except AlreadyResident:
+            self._kit.index.commit(partial(_put_found_resident, ino))
+        except (TierError, OSError) as error:
+            problem = error
+        with self._lock:
+            requests = [request, *self._waiting.pop(ino, [])]
+            if arrival is None:
+                del self._arrivals[ino]
+            else:
+                self._arrivals[ino] = arrival
+        if arrival is None:
+            if problem is not None:
+                self._kit.troubles.note(f"inode {ino}: cannot be fetched: {_text(problem)}", ino)
+            for each in requests:
+                self._end(each, problem)
+            if problem is None:
+                self._kit.server.send(wire.Settled(ino))
+                self._kit.outcomes.tell(ino, 0, "")
+            return
+        for each in requests:
+            if not self._join(arrival, each):
+                self._end(each, ForeignStubError(f"inode {ino}: its stub has changed"))
+
+    def _open(self, request: Request, opath: int) -> Arrival:
+        """Raises AlreadyResident, TierError, OSError."""
+        kit, ino = self._kit, request.ino
+        if not kit.claims.take(ino, _CLAIM_SECONDS):
+            raise BusyError(f"inode {ino} is being worked on")
+        fd = -1
+        try:
+            with kit.writable(opath):
+                fd = kit.tree.reopen(opath, WRITE_FLAGS & ~os.O_NOFOLLOW)
+            st, stub = os.fstat(fd), kit.tree.read_stub(fd)
+            if stub is None:
+                os.fsync(fd)  # whoever removed it may not have come that far
+                raise AlreadyResident
+            if stub.pack() != request.stub or st.st_size != request.size or st.st_ino != ino:
+                raise ForeignStubError(f"inode {ino}: its stub is not the one that was opened")
+            return self._arrival(request, fd, st, stub)
+        except BaseException:
+            if fd >= 0:
+                os.close(fd)
+            kit.claims.give(ino)
+            raise
+
+    def _arrival(self, request: Request, fd: int, st: os.stat_result, stub: Stub) -> Arrival:
+        kit, ino = self._kit, request.ino
+        record = self._record(ino, fd, stub)
+        copy = record.copy if record is not None else None
+        if copy is not None and copy.size != st.st_size:
+            raise ForeignStubError(
+                f"inode {ino}: its size is {st.st_size}, its copy's {copy.size}: nothing is overwritten"
+            )
+        digests, extents = self._lists(request, record, stub)
+        bits = None
+        if record is not None and record.residency is Residency.PARTIAL and digests:
+            bits = kit.index.get_bits(ino)
+        leaves = leaves_from_bits(st.st_size, bits)
+        data = kit.tree.extents(fd, st.st_size) if st.st_blocks else []
+        suspect = outside(data, leaves, st.st_size)
+        shown = shown_times(record, copy, st)
+        fresh = bits is None
+        return Arrival(ino, stub, st.st_size, fd, record, shown, digests, extents, suspect, leaves, fresh)
+
+    def _record(self, ino: int, fd: int, stub: Stub) -> Record | None:
+        """The index's record, if it is of this very stub."""
+        record = self._kit.index.get(ino)
+        if record is None or record.copy is None or record.handle != self._kit.tree.handle_of(fd):
+            return None
+        return record if Stub.of(record.fid, record.copy) == stub else None
+
+    def _lists(self, request: Request, record: Record | None, stub: Stub) -> tuple[bytes, Extents | None]:
+        """(leaf digests, extents): from the index, else from the store."""
+        size = request.size
+        small = size <= 1 << stub.chunk_shift
+        known = self._kit.index.get_leaves(stub.fid, stub.generation)
+        if small:
+            if known is not None and not known.digests and record is not None:
+                return b"", known.extents
+            return b"", [(0, size)] if record is not None else None
+        if known is not None and sha256(known.digests) == stub.digest:
+            return known.digests, known.extents
+        digests, extents = self._patiently(
+            lambda: unpack_side(self._kit.store.get(stub.key + SIDE_SUFFIX), size, stub.digest), request
+        )
+        self._kit.index.commit(lambda w: w.put_leaves(stub.fid, stub.generation, digests, extents))
+        return digests, extents
+
+    # --- serving ------------------------------------------------------------------------------------------
+
+    def _serve(self, arrival: Arrival, request: Request) -> None:
+        """Say what is here, fetch what is not: the first range in this thread, the others in the pool."""
+        with arrival.lock:
+            here = _runs(arrival, request)
+            ranges = arrival.next_ranges(request)
+        for start, end in here:
+            self._kit.server.send(wire.Filled(arrival.ino, start, end - start))
+        if arrival.complete:
+            self._finish(arrival)
+            return
+        for piece in ranges[1:]:
+            self._kit.fetches.submit(self._urgency(request), partial(self._bring, arrival, piece, request))
+        if ranges:
+            self._bring(arrival, ranges[0], request)
+        else:
+            self._end_done(arrival)
+
+    def _bring(self, arrival: Arrival, piece: Range, request: Request) -> None:
+        """Fetch, check and write one range. `request` is the first that asked for it."""
+        try:
+            data = self._get(arrival, piece, request)
+            written = data is not None and self._write(arrival, piece, data)
+        except (TierError, OSError) as error:
+            self._failed(arrival, piece, error)
+            return
+        except BaseException as error:
+            self._failed(arrival, piece, OSError(errno.EIO, str(error)))
+            raise
+        if not written:
+            with arrival.lock:
+                arrival.landed(piece, MISSING)
+        self._continue(arrival)
+
+    def _get(self, arrival: Arrival, piece: Range, request: Request) -> bytes | None:
+        """The checked bytes; None where nobody wants them any more. Raises TierError."""
+
+        def get() -> bytes | None:
+            with arrival.lock:
+                if not arrival.wanted(piece):
+                    return None
+            data = self._kit.store.get(arrival.stub.key, piece.start, piece.end - piece.start)
+            self._check(arrival, piece, data)
+            self._kit.fetched.add(len(data))
+            return data
+
+        return self._patiently(get, request)
+
+    def _patiently(self, get: Callable[[], T], request: Request) -> T:
+        """Try until the request's deadline while the store is unavailable, and once more after wrong bytes."""
+        corrupt, pause = False, 0.05
+        while True:
+            try:
+                return get()
+            except ObjectCorruptError:
+                if corrupt:
+                    raise
+                corrupt = True
+            except StoreUnavailableError as exc:
+                left = request.deadline - time.monotonic()
+                if left < pause or request.cancelled or self._stopping.is_set():
+                    timeout = self._kit.config.fetch_timeout
+                    raise FetchTimeoutError(f"no content within {timeout:g} s: {exc}") from exc
+                self._stopping.wait(pause * random.uniform(0.5, 1.0))
+                pause = min(pause * 2, _LONGEST_PAUSE)
+
+    def _check(self, arrival: Arrival, piece: Range, data: bytes) -> None:
+        if arrival.small:
+            good = len(data) == arrival.size and sha256(data) == arrival.stub.digest
+        else:
+            first = piece.start // LEAF * 32
+            found = leaf_digests(data)
+            good = len(data) == piece.end - piece.start and found == arrival.digests[first : first + len(found)]
+        if not good:
+            raise ObjectCorruptError(f"{arrival.stub.key}: bytes at {piece.start} do not match their digest")
+
+    def _write(self, arrival: Arrival, piece: Range, data: bytes) -> bool:
+        try:
+            return self._fill(arrival, piece, data)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+        self._make_room(len(data))
+        return self._fill(arrival, piece, data)
+
+    def _fill(self, arrival: Arrival, piece: Range, data: bytes) -> bool:
+        with arrival.lock:
+            if not arrival.wanted(piece):
+                return False
+            arrival.fill(self._kit.tree, piece.start, data)
+            arrival.landed(piece, HERE)
+            arrival.unsynced += len(data)
+            arrival.used = time.monotonic()
+            failpoints.hit(failpoints.FILL_WRITTEN)
+            self._kit.server.send(wire.Filled(arrival.ino, piece.start, len(data)))
+        return True
+
+    def _continue(self, arrival: Arrival) -> None:
+        """After a range: end who has all, ask for more on behalf of the others, or settle."""
+        self._end_done(arrival)
+        more: list[tuple[Request, Range]] = []
+        with arrival.lock:
+            complete = arrival.complete
+            for request in arrival.requests:
+                more += [(request, piece) for piece in arrival.next_ranges(request)]
+        for request, piece in more:
+            self._kit.fetches.submit(self._urgency(request), partial(self._bring, arrival, piece, request))
+        if complete:
+            self._finish(arrival)
+
+    def _finish(self, arrival: Arrival) -> None:
+        self._end_done(arrival)
+        with arrival.lock:
+            if arrival.settling or arrival.closed:
+                return
+            arrival.settling = True
+        self._settle(arrival)
+
+    # --- ending -------------------------------------------------------------------------------------------
+
+    def _end_done(self, arrival: Arrival) -> None:
+        with arrival.lock:
+            done = [request for request in arrival.requests if not arrival.lacks(request)]
+            for request in done:
+                arrival.requests.remove(request)
+        for request in done:
+            self._end(request, None)
+
+    def _failed(self, arrival: Arrival, piece: Range, error: Exception) -> None:
+        with arrival.lock:
+            arrival.landed(piece, MISSING)
+            hit = [r for r in arrival.requests if r.start < piece.end and r.end > piece.start]
+            for request in hit:
+                arrival.requests.remove(request)
+        if hit:
+            self._kit.troubles.note(f"inode {arrival.ino}: cannot be fetched: {_text(error)}", arrival.ino)
+        for request in hit:
+            self._end(request, error)
+
+    def _end(self, request: Request, error: Exception | None) -> None:
+        """Say FetchEnd, once."""
+        with self._lock:
+            if self._requests.pop(request.id, None) is None:
+                return
+        number = 0
+        if error is not None:
+            number = getattr(error, "errno", None) or errno.EIO
+            if number != errno.ECANCELED and number not in (errno.ENOSPC, errno.EDQUOT):
+                number = errno.EIO
+        reason = _text(error) if error is not None else ""
+        if number and request.whole:
+            self._kit.outcomes.tell(request.ino, number, reason)
+        self._kit.server.send(wire.FetchEnd(request.id, request.ino, number, reason))
+
+
+def _put_found_resident(ino: int, w: Writer) -> None:
+    """The stub attribute is durably gone, so that is what the record says too."""
+    record = w.get(ino)
+    if record is not None and record.residency is not Residency.RESIDENT:
+        w.put(replace(record, residency=Residency.RESIDENT))
+
+
+def _text(error: Exception) -> str:
+    return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
+
+
+def _runs(arrival: Arrival, request: Request) -> Extents:
+    """The leaves that are here and that the request is about, as byte ranges."""
+    found: Extents = []
+    low, high = request.start // LEAF, -(-request.end // LEAF)
+    at = arrival.leaves.find(HERE, low, high)
+    while at >= 0:
+        end = at
+        while end < high and arrival.leaves[end] == HERE:
+            end += 1
+        found.append((at * LEAF, min(end * LEAF, arrival.size)))
+        at = arrival.leaves.find(HERE, end, high)
+    return found

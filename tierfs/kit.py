@@ -1,0 +1,161 @@
+"""What all parts of the tier share: tree, index, store, the link to the server, pools and settings."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from tierfs.config import VolumeConfig
+from tierfs.errors import BusyError
+from tierfs.index import Index
+from tierfs.model import Copy, Record
+from tierfs.serverlink import ServerLink
+from tierfs.store.base import ObjectStore
+from tierfs.transfer import Pool, Rate, Troubles
+from tierfs.tree import Tree, fd_path
+
+TICK = 20_000_000  # ns; twice the coarsest granularity of a ctime (a jiffy at 100 Hz)
+READ_FLAGS = os.O_RDONLY | os.O_NOATIME | os.O_NONBLOCK | os.O_NOFOLLOW
+WRITE_FLAGS = os.O_RDWR | os.O_NOATIME | os.O_NONBLOCK | os.O_NOFOLLOW
+
+
+class Claims:
+    """Which inode is in whose hands: demotion, fetch and recovery never work on one at the same time."""
+
+    def __init__(self) -> None:
+        self._free = threading.Condition()
+        self._held: set[int] = set()
+
+    def take(self, ino: int, seconds: float = 0.0) -> bool:
+        """Claim an inode, waiting at most so long."""
+        with self._free:
+            if not self._free.wait_for(lambda: ino not in self._held, seconds):
+                return False
+            self._held.add(ino)
+            return True
+
+    def give(self, ino: int) -> None:
+        """The claim ends."""
+        with self._free:
+            self._held.discard(ino)
+            self._free.notify_all()
+
+
+class Outcomes:
+    """Who waits for a file to become resident, and how that ended."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._futures: dict[int, list[Future[tuple[int, str]]]] = {}
+
+    def expect(self, ino: int) -> Future[tuple[int, str]]:
+        """The (errno, reason) of the next end of this inode's fetch."""
+        future: Future[tuple[int, str]] = Future()
+        with self._lock:
+            self._futures.setdefault(ino, []).append(future)
+        return future
+
+    def tell(self, ino: int, number: int, reason: str) -> None:
+        """It has ended; errno 0: it is resident."""
+        with self._lock:
+            futures = self._futures.pop(ino, [])
+        for future in futures:
+            future.set_result((number, reason))
+
+    def forget(self, ino: int, future: Future[tuple[int, str]]) -> None:
+        """Nobody waits for this one any more."""
+        with self._lock:
+            listed = self._futures.get(ino, [])
+            if future in listed:
+                listed.remove(future)
+
+
+@dataclass
+class Kit:
+    """Held by each part. `custody` is the present custody epoch; `config` is replaced as a whole on reload."""
+
+    tree: Tree
+    index: Index
+    store: ObjectStore
+    server: ServerLink
+    config: VolumeConfig
+    custody: int
+    fetches: Pool
+    uploads: Pool
+    claims: Claims = field(default_factory=Claims)
+    outcomes: Outcomes = field(default_factory=Outcomes)
+    troubles: Troubles = field(default_factory=Troubles)
+    fetched: Rate = field(default_factory=Rate)
+    uploaded: Rate = field(default_factory=Rate)
+
+    @property
+    def chunk_shift(self) -> int:
+        """Log2 of the chunk size for new copies."""
+        return self.config.chunk_size.bit_length() - 1
+
+    def open(self, ino: int, handle: bytes, flags: int, path: bytes | None = None) -> int:
+        """Open an inode by its handle or, without that privilege, by path beneath the root, verified.
+
+        Raises OSError: ESTALE when it is gone or elsewhere.
+        """
+        if self.tree.privileged:
+            fd = self.tree.open_handle(handle, flags)
+        elif path is not None:
+            fd = os.open(path or b".", flags | os.O_CLOEXEC, dir_fd=self.tree.rootfd)
+        else:
+            raise OSError(errno.ESTALE, "its place in the tree is not known")
+        if os.fstat(fd).st_ino != ino or (not self.tree.privileged and self.tree.handle_of(fd) != handle):
+            os.close(fd)
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return fd
+
+    @contextmanager
+    def writable(self, fd: int) -> Iterator[None]:
+        """Let an owner without privileges write content and attributes of a file of mode 0444 and the like.
+
+        Moves ctime where it had to. Raises OSError.
+        """
+        mode = stat.S_IMODE(os.fstat(fd).st_mode)
+        if self.tree.privileged or mode & stat.S_IWUSR:
+            yield
+            return
+        os.chmod(fd_path(fd), mode | stat.S_IWUSR)
+        try:
+            yield
+        finally:
+            os.chmod(fd_path(fd), mode)
+
+
+def proven(record: Record | None, st: os.stat_result, custody: int) -> bool:
+    """The file's bytes are known to equal its copy's: clean, unbroken custody, tuple unchanged."""
+    if record is None or record.copy is None or record.dirty:
+        return False
+    return record.copy.custody == custody and same_tuple(record, record.copy, st)
+
+
+def same_tuple(record: Record, copy: Copy, st: os.stat_result) -> bool:
+    """Nothing has touched the inode since its copy was last proven."""
+    times = (copy.ctime, record.left_ctime)
+    return copy.size == st.st_size and copy.mtime == st.st_mtime_ns and st.st_ctime_ns in times
+
+
+def read_exactly(fd: int, offset: int, length: int) -> bytes:
+    """These bytes of a local file. Raises BusyError if it has become shorter, OSError."""
+    data = os.pread(fd, length, offset)
+    if len(data) == length:
+        return data
+    parts = [data]
+    got = len(data)
+    while data and got < length:
+        data = os.pread(fd, length - got, offset + got)
+        parts.append(data)
+        got += len(data)
+    if got < length:
+        raise BusyError("it became shorter while it was read")
+    return b"".join(parts)

@@ -1,0 +1,107 @@
+"""Where a file stands in the backing tree, and whether something above it is pinned.
+
+From the index's hints of (parent, name), each verified by inode number; what cannot be verified is unknown.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import NamedTuple
+
+from tierfs.index import Index
+from tierfs.tree import Tree, fd_path
+
+_DEPTH = 512
+
+
+class Place(NamedTuple):
+    """A directory: its path from the root, and whether it or an ancestor is pinned."""
+
+    path: bytes
+    pinned: bool
+
+
+class Places:
+    """Answers are kept until `forget`. Safe to use from several threads."""
+
+    def __init__(self, tree: Tree, index: Index) -> None:
+        self._tree = tree
+        self._index = index
+        self._lock = threading.Lock()
+        self._known: dict[int, Place] = {}
+        self._root = os.fsencode(os.path.realpath(tree.path))
+
+    def forget(self) -> None:
+        """Directories or pins may have changed."""
+        with self._lock:
+            self._known = {}
+
+    def directory(self, ino: int, depth: int = 0) -> Place | None:
+        """The directory with this inode number; None where the hints lead elsewhere."""
+        with self._lock:
+            known = self._known.get(ino)
+        if known is not None:
+            return known
+        if ino == self._tree.root_ino:
+            place = Place(b"", self._tree.is_pinned(self._tree.rootfd))
+        else:
+            hint = self._index.get_dir(ino)
+            above = self.directory(hint[0], depth + 1) if hint is not None and depth < _DEPTH else None
+            if hint is None or above is None:
+                return None
+            found = self._look(ino, above, hint[1])
+            if found is None:
+                return None
+            place = found
+        with self._lock:
+            self._known[ino] = place
+        return place
+
+    def _look(self, ino: int, above: Place, name: bytes) -> Place | None:
+        path = join(above.path, name)
+        try:
+            fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=self._tree.rootfd)
+        except OSError:
+            return None  # renamed or removed since: the next mark will say
+        try:
+            st = os.fstat(fd)
+            if st.st_ino != ino or st.st_dev != self._tree.device:
+                return None
+            return Place(path, above.pinned or self._tree.is_pinned(fd))
+        finally:
+            os.close(fd)
+
+    def of_file(self, fd: int, parent: int, name: bytes) -> Place | None:
+        """The path of an open regular file, and whether it is pinned by itself or from above."""
+        above = self.directory(parent) if parent else None
+        if above is not None and self._is(fd, join(above.path, name)):
+            return Place(join(above.path, name), above.pinned or self._tree.is_pinned(fd))
+        path = os.readlink(os.fsencode(fd_path(fd)))
+        relative = path[len(self._root) + 1 :]
+        if not path.startswith(self._root + b"/") or not self._is(fd, relative):
+            return None
+        return Place(relative, self._tree.is_pinned(fd) or self._pinned_above(relative))
+
+    def _is(self, fd: int, path: bytes) -> bool:
+        try:
+            there = os.stat(path, dir_fd=self._tree.rootfd, follow_symlinks=False)
+        except OSError:
+            return False
+        return os.path.samestat(there, os.fstat(fd))
+
+    def _pinned_above(self, path: bytes) -> bool:
+        parts = path.split(b"/")[:-1]
+        for depth in range(len(parts) + 1):
+            fd = os.open(b"/".join(parts[:depth]) or b".", os.O_PATH | os.O_DIRECTORY, dir_fd=self._tree.rootfd)
+            try:
+                if self._tree.is_pinned(fd):
+                    return True
+            finally:
+                os.close(fd)
+        return False
+
+
+def join(directory: bytes, name: bytes) -> bytes:
+    """A path below a directory; b"" is the root."""
+    return directory + b"/" + name if directory else name

@@ -1,0 +1,260 @@
+"""Making fetched content final (custody rules 10, 11, 14), in one thread for all files.
+
+    bits:    fdatasync → commit the bitmap, every 2 s or 64 MiB and when a file is left alone
+    settle:  fdatasync → commit pending → nobody comes in (guard, or the server waits for us)
+             → stub attribute gone → fsync → commit RESIDENT → Settled
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+
+from tierfs import failpoints, wire
+from tierfs.arrivals import Arrival
+from tierfs.errors import BusyError, TierError
+from tierfs.filling import Filler
+from tierfs.index import Writer
+from tierfs.kit import Kit
+from tierfs.model import Copy, Record, Residency, new_fid
+
+log = logging.getLogger("mover")
+
+BITS_SECONDS = 2.0
+BITS_BYTES = 64 << 20
+_BATCH = 32
+_ATTEMPTS = 2
+
+
+class Settler:
+    """Settles what the Filler has completed, and commits the bits of what it has not."""
+
+    def __init__(self, kit: Kit, drain: Callable[[], int]) -> None:
+        self._kit = kit
+        self._drain = drain
+        self._queue: queue.SimpleQueue[Arrival | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self.filler: Filler | None = None
+
+    def start(self, filler: Filler) -> None:
+        """Work in a thread of its own."""
+        self.filler = filler
+        self._thread = threading.Thread(target=self._run, name="settle", daemon=True)
+        self._thread.start()
+
+    def add(self, arrival: Arrival) -> None:
+        """Every leaf of this file is here."""
+        self._queue.put(arrival)
+
+    def stop(self) -> None:
+        """Settle what is there, commit all bits, and end."""
+        self._queue.put(None)
+        if self._thread is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        last = time.monotonic()
+        stopping = False
+        while not stopping:
+            batch: list[Arrival] = []
+            try:
+                first = self._queue.get(timeout=max(0.05, last + BITS_SECONDS / 4 - time.monotonic()))
+                stopping = first is None
+                batch += [first] if first is not None else []
+                while len(batch) < _BATCH:
+                    more = self._queue.get_nowait()
+                    stopping = stopping or more is None
+                    batch += [more] if more is not None else []
+            except queue.Empty:
+                pass
+            try:
+                if batch:
+                    self.settle(batch)
+                if stopping or time.monotonic() - last > BITS_SECONDS / 4:
+                    last = time.monotonic()
+                    self.commit_bits(everything=stopping)
+            except Exception as error:
+                log.exception("settling failed")
+                for arrival in batch:
+                    if not arrival.closed:
+                        self._give_up(arrival, error)
+
+    # --- bits ---------------------------------------------------------------------------------------------
+
+    def commit_bits(self, everything: bool = False) -> None:
+        """Make durable what has arrived of unfinished files; forget those that nobody asks for any more."""
+        assert self.filler is not None
+        now = time.monotonic()
+        for arrival in self.filler.unsynced():
+            left_alone = not arrival.requests and now - arrival.used > BITS_SECONDS
+            due = arrival.unsynced >= BITS_BYTES or now - arrival.used > BITS_SECONDS or everything
+            if arrival.unsynced and due and not arrival.small:
+                self._commit_bits(arrival)
+            if left_alone or everything:
+                self.filler.drop(arrival)
+
+    def _commit_bits(self, arrival: Arrival) -> None:
+        with arrival.lock:
+            if arrival.closed or arrival.settling:
+                return
+            bits, shown, arrival.unsynced = arrival.bits(), replace(arrival.shown), 0
+        try:
+            os.fdatasync(arrival.fd)
+        except OSError as error:
+            self._kit.troubles.note(f"inode {arrival.ino}: {error.strerror}", arrival.ino)
+            return
+        local = os.fstat(arrival.fd).st_blocks * 512
+
+        def commit(w: Writer) -> None:
+            record = _current(w, arrival)
+            if record is None or record.copy is None:
+                return
+            copy = replace(record.copy, mtime=shown.mtime, ctime=shown.ctime)
+            partly = replace(record, residency=Residency.PARTIAL, local=local)
+            w.put(replace(partly, copy=copy, left_ctime=shown.own_ctime))
+            w.put_bits(arrival.ino, bits)
+
+        self._kit.index.commit(commit).result()
+        failpoints.hit(failpoints.FILL_BITS)
+
+    # --- settling -----------------------------------------------------------------------------------------
+
+    def settle(self, batch: list[Arrival]) -> None:
+        """Take these files through to RESIDENT. Raises BusyError where the server is gone, IndexError_."""
+        good = [arrival for arrival in batch if self._synced(arrival)]
+        for future in [self._kit.index.commit(partial(_note_pending, a)) for a in good]:
+            future.result()
+        failpoints.hit(failpoints.FILL_SYNCED)
+        with ExitStack() as guards:
+            left = [arrival.ino for arrival in good]
+            for _ in range(_ATTEMPTS):
+                if not left:
+                    break
+                # Denied: the file is open or waited for. Having heard Filled the server then keeps writers
+                # waiting for Settled; a file that it heard of only now is guarded at the second attempt.
+                for arrival in good:
+                    if arrival.ino in left:
+                        self._kit.server.send(wire.Filled(arrival.ino, 0, arrival.size))
+                granted = guards.enter_context(self._kit.server.guard(left, self._drain()))
+                left = [ino for ino in left if ino not in granted]
+            self._make_resident(good)
+
+    def _synced(self, arrival: Arrival) -> bool:
+        try:
+            os.fdatasync(arrival.fd)
+        except OSError as error:
+            self._give_up(arrival, error)
+            return False
+        return True
+
+    def _make_resident(self, batch: list[Arrival]) -> None:
+        done: list[Arrival] = []
+        for arrival in batch:
+            try:
+                with arrival.lock, self._kit.writable(arrival.fd):
+                    arrival.notice(os.fstat(arrival.fd))
+                    self._kit.tree.clear_stub(arrival.fd)
+                done.append(arrival)
+            except OSError as error:
+                self._give_up(arrival, error)
+        for arrival in list(done):
+            try:
+                os.fsync(arrival.fd)
+                arrival.keep_times()
+            except OSError as error:
+                done.remove(arrival)
+                self._give_up(arrival, error)
+        failpoints.hit(failpoints.FILL_CLEARED)
+        futures = [(a, self._kit.index.commit(partial(self._put_resident, a))) for a in done]
+        for arrival, future in futures:
+            try:
+                future.result()
+            except TierError as error:
+                self._give_up(arrival, error)
+            else:
+                self._end(arrival, 0, "")
+
+    def _put_resident(self, arrival: Arrival, w: Writer) -> None:
+        st = os.fstat(arrival.fd)
+        record = w.get(arrival.ino)
+        handle = self._kit.tree.handle_of(arrival.fd)
+        stub, shown = arrival.stub, arrival.shown
+        w.drop_pending(arrival.ino)
+        if record is not None and record.handle == handle and record.fid == stub.fid:
+            copy = record.copy
+            if record.generation != stub.generation or copy is None:
+                return  # truncated: the mark is newer than what was fetched
+            custody = self._kit.custody if arrival.fresh else copy.custody
+            copy = replace(copy, mtime=shown.mtime, ctime=shown.ctime, custody=custody)
+            w.put(_resident(record, st, copy, shown.own_ctime))
+            return
+        twin = self._kit.index.get_by_fid(stub.fid)
+        if twin is not None and twin.ino != arrival.ino and twin.handle != handle:
+            # Two inodes with one file id: this one, a copy made behind our back, gets an id of its own.
+            w.put(_resident(Record(arrival.ino, handle, new_fid(), stub.generation), st, None, 0))
+            return
+        copy = Copy(
+            stub.generation, stub.tag, stub.digest, arrival.size, shown.mtime, shown.ctime,
+            self._kit.custody, stub.chunk_shift,
+        )  # fmt: skip
+        new = Record(arrival.ino, handle, stub.fid, stub.generation)
+        w.put(_resident(new, st, copy, shown.own_ctime))
+
+    def _give_up(self, arrival: Arrival, error: Exception) -> None:
+        number = error.errno if isinstance(error, OSError) and error.errno else errno.EIO
+        self._kit.troubles.note(f"inode {arrival.ino}: could not be made resident: {error}", arrival.ino)
+        self._end(arrival, number, str(error))
+
+    def _end(self, arrival: Arrival, number: int, reason: str) -> None:
+        assert self.filler is not None
+        self.filler.settled(arrival)
+        try:
+            self._kit.server.send(wire.Settled(arrival.ino, number, reason))
+        except BusyError:
+            log.debug("the server is gone; a new one reads the attribute")
+        self._kit.outcomes.tell(arrival.ino, number, reason)
+        if not number:
+            self._kit.troubles.solved(arrival.ino)
+
+
+def _resident(record: Record, st: os.stat_result, copy: Copy | None, left_ctime: int) -> Record:
+    return replace(
+        record,
+        residency=Residency.RESIDENT,
+        size=st.st_size,
+        blocks=st.st_blocks,
+        local=st.st_blocks * 512,
+        copy=copy,
+        left_ctime=left_ctime,
+    )
+
+
+def _current(w: Writer, arrival: Arrival) -> Record | None:
+    """The record, if it still is of the content that is arriving."""
+    record = w.get(arrival.ino)
+    if record is None or record.fid != arrival.stub.fid or record.generation != arrival.stub.generation:
+        return None
+    return record if record.residency is not Residency.RESIDENT else None
+
+
+def _note_pending(arrival: Arrival, w: Writer) -> None:
+    """From here on a crash may leave a whole file without attribute under a record that says STUB."""
+    record = _current(w, arrival)
+    if record is not None and record.copy is not None:
+        shown = arrival.shown
+        w.put(
+            replace(
+                record,
+                copy=replace(record.copy, mtime=shown.mtime, ctime=shown.ctime),
+                left_ctime=shown.own_ctime,
+            )
+        )
+        w.put_pending(arrival.ino)

@@ -1,0 +1,320 @@
+"""Tier: demote, copy out, fetch and pin. With its parts the only place that changes records and moves content.
+
+    RESIDENT dirty --copying.py--> RESIDENT clean --punching.py--> STUB --filling.py--> PARTIAL
+         ^                              ^                                                  |
+         +------ a WRITE mark ----------+------------------- settling.py ------------------+
+
+One inode is in one pair of hands at a time (Claims). Every change of a record is a function that is run inside
+the index's next commit and looks at the record again there. Marks come in the same way (draining.py).
+Locks, in the order in which they may be taken together: Filler's, then an Arrival's. Claims come before both.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
+from dataclasses import replace
+
+from tierfs import wire
+from tierfs.config import VolumeConfig
+from tierfs.copying import Copier, Item
+from tierfs.draining import Drain
+from tierfs.errors import TierError
+from tierfs.filling import Filler
+from tierfs.index import Index, Writer
+from tierfs.kit import READ_FLAGS, Kit
+from tierfs.model import Record, Residency
+from tierfs.places import Places
+from tierfs.punching import BATCH, Puncher
+from tierfs.serverlink import ServerLink
+from tierfs.settling import Settler
+from tierfs.store.base import ObjectStore
+from tierfs.transfer import Pool, Urgency
+from tierfs.tree import Tree
+
+log = logging.getLogger("mover")
+
+Report = Callable[[Item], None]
+
+_AT_ONCE = 4  # batches under way
+_BATCH_BYTES = 256 << 20
+_ORDERS = 16  # files being fetched on order
+_ASK_AGAIN_SECONDS = 2.0
+
+
+class Tier:
+    """The mover's view of one volume. All methods may be called from several threads."""
+
+    def __init__(
+        self,
+        tree: Tree,
+        index: Index,
+        store: ObjectStore,
+        server: ServerLink,
+        marks_dirfd: int,
+        config: VolumeConfig,
+        make_room: Callable[[int], None] = lambda count: None,
+    ) -> None:
+        """`make_room(bytes)` is called where a fetch finds no room on the local disk."""
+        fetches = Pool(config.fetches, "fetch")
+        uploads = Pool(config.uploads, "upload")
+        self.kit = Kit(tree, index, store, server, config, index.session.custody, fetches, uploads)
+        self.drainer = Drain(marks_dirfd, index, server)
+        self.places = Places(tree, index)
+        self._copier = Copier(self.kit, self.drain)
+        self._puncher = Puncher(self.kit, self.drain, self.places)
+        self._settler = Settler(self.kit, self.drain)
+        self.filler = Filler(self.kit, self._settler.add, make_room)
+        self._never = config.never.matcher()
+        self._batches = ThreadPoolExecutor(_AT_ONCE, "batch")
+        self._orders = ThreadPoolExecutor(_ORDERS, "order")
+        self._settler.start(self.filler)
+
+    def reconfigure(self, config: VolumeConfig) -> None:
+        """Use these settings from now on; the sizes of pools change at the next start."""
+        self.kit.config = config
+        self._never = config.never.matcher()
+
+    def close(self) -> None:
+        """End in order: what is here is settled, what runs is finished, bits are committed."""
+        self.filler.stop()
+        self._orders.shutdown(cancel_futures=True)
+        self._batches.shutdown(cancel_futures=True)
+        self.kit.fetches.close()
+        self._settler.stop()
+        self.kit.uploads.close()
+
+    def drain(self) -> int:
+        """Bring the index up to date with the mark log; the position reached."""
+        position = self.drainer.run()
+        if self.drainer.moved.is_set():
+            self.drainer.moved.clear()
+            self.places.forget()
+        return position
+
+    # --- out ----------------------------------------------------------------------------------------------
+
+    def demote(
+        self,
+        items: Iterable[Item],
+        cancelled: threading.Event | None = None,
+        report: Report | None = None,
+        *,
+        punch: bool = True,
+    ) -> list[Item]:
+        """Copy out what is dirty and (`punch`) free its blocks. The items come back, with reasons."""
+        stop = cancelled if cancelled is not None else threading.Event()
+        futures: list[tuple[list[Item], Future[None]]] = [
+            (batch, self._batches.submit(self._batch, batch, stop, punch, report)) for batch in _batched(items)
+        ]
+        done: list[Item] = []
+        for batch, future in futures:
+            try:
+                future.result()
+            except (TierError, OSError) as error:
+                for item in batch:
+                    if item.going and not item.demoted:
+                        item.stay(str(error), failed=True)
+            done += batch
+        return done
+
+    def _batch(self, batch: list[Item], cancelled: threading.Event, punch: bool, report: Report | None) -> None:
+        claimed: list[int] = []
+        try:
+            if cancelled.is_set():
+                for item in batch:
+                    item.stay("was cancelled")
+                return
+            self.drain()
+            for item in batch:
+                if self.kit.claims.take(item.ino):
+                    claimed.append(item.ino)
+                    self._prepare(item, punch)
+                else:
+                    item.stay("is being worked on")
+            self._copier.bring_up(batch, cancelled)
+            if punch:
+                self._puncher.punch([item for item in batch if item.going])
+        finally:
+            for item in batch:
+                item.close()
+            for ino in claimed:
+                self.kit.claims.give(ino)
+            self._tell(batch, report)
+
+    def _tell(self, batch: list[Item], report: Report | None) -> None:
+        for item in batch:
+            if item.failed:
+                name = os.fsdecode(item.path or item.name)
+                self.kit.troubles.note(f"{name!r} cannot be copied out: {item.reason}", item.ino)
+            elif item.going:
+                self.kit.troubles.solved(item.ino)
+            if report is not None:
+                report(item)
+
+    def _prepare(self, item: Item, punch: bool) -> None:
+        """Open the file and find out whether it may go; its reason says why not."""
+        kit = self.kit
+        try:
+            item.fd = kit.open(item.ino, item.handle, READ_FLAGS, item.path or self._hint(item))
+            st = item.st = os.fstat(item.fd)
+        except OSError as error:
+            item.stay(f"cannot be opened: {error.strerror}")
+            return
+        item.size = st.st_size
+        if not stat.S_ISREG(st.st_mode):
+            item.stay("is not a regular file")
+        elif kit.tree.read_stub(item.fd) is not None:
+            item.already = True
+        else:
+            self._consider(item, st, punch)
+
+    def _hint(self, item: Item) -> bytes | None:
+        above = self.places.directory(item.parent) if item.parent and not self.kit.tree.privileged else None
+        return os.path.join(above.path, item.name) if above is not None else None
+
+    def _consider(self, item: Item, st: os.stat_result, punch: bool) -> None:
+        record = self.kit.index.get(item.ino)
+        if record is not None and record.handle == item.handle:
+            if record.residency is not Residency.RESIDENT:
+                record = self._put_right(item.ino)
+            item.record = record
+        place = self.places.of_file(item.fd, item.parent, item.name)
+        if place is None:
+            item.stay("was moved just now")
+            return
+        item.path = place.path
+        config = self.kit.config
+        if self._never(place.path):
+            item.stay("never leaves: its name matches a pattern of [never]")
+        elif not punch:
+            return
+        elif place.pinned:
+            item.stay("is pinned")
+        elif st.st_blocks == 0:
+            item.stay("is empty")
+        elif not item.ordered and st.st_size < config.min_size:
+            item.stay("is smaller than min_size")
+        elif not item.ordered and time.time() - max(st.st_mtime, st.st_ctime) < config.min_age:
+            item.stay("is younger than min_age")
+
+    def _put_right(self, ino: int) -> Record | None:
+        """A file without stub attribute is resident, whatever the index says; nothing of its record is believed
+        but its identity."""
+
+        def commit(w: Writer) -> None:
+            record = w.get(ino)
+            if record is not None and record.residency is not Residency.RESIDENT:
+                w.put(replace(record, residency=Residency.RESIDENT, left_ctime=0))
+
+        self.kit.index.commit(commit).result()
+        return self.kit.index.get(ino)
+
+    # --- in -----------------------------------------------------------------------------------------------
+
+    def fetch(
+        self,
+        items: Iterable[Item],
+        cancelled: threading.Event | None = None,
+        report: Report | None = None,
+    ) -> list[Item]:
+        """Bring files back as a whole. The items come back with what became of them."""
+        stop = cancelled if cancelled is not None else threading.Event()
+        listed = list(items)
+        futures = [self._orders.submit(self._fetch_one, item, stop, report) for item in listed]
+        for future in futures:
+            future.result()
+        return listed
+
+    def _fetch_one(self, item: Item, cancelled: threading.Event, report: Report | None) -> None:
+        opath = -1
+        try:
+            path = item.path or self._hint(item)
+            opath = self.kit.open(item.ino, item.handle, os.O_PATH | os.O_NOFOLLOW, path)
+            if self.kit.tree.read_stub(opath) is None:
+                item.already = True
+            else:
+                self._bring(item, opath, cancelled)
+        except (OSError, TierError) as error:
+            item.stay(str(error), failed=True)
+        finally:
+            if opath >= 0:
+                os.close(opath)
+            if report is not None:
+                report(item)
+
+    def _bring(self, item: Item, opath: int, cancelled: threading.Event) -> None:
+        """Have the server ask for it, until it is resident. Raises BusyError, OSError, ForeignStubError."""
+        asked = 0.0
+        future = self.kit.outcomes.expect(item.ino)
+        try:
+            while not cancelled.is_set():
+                if time.monotonic() - asked > _ASK_AGAIN_SECONDS and self.filler.arrival(item.ino) is None:
+                    if asked and self.kit.tree.read_stub(opath) is None:
+                        return
+                    self.kit.server.send(wire.Bring([item.ino]), [opath])
+                    asked = time.monotonic()
+                try:
+                    number, reason = future.result(0.2)
+                except FutureTimeout:
+                    continue
+                if number:
+                    item.stay(reason or os.strerror(number), failed=True)
+                return
+            item.stay("was cancelled")
+        finally:
+            self.kit.outcomes.forget(item.ino, future)
+
+    # --- pins ---------------------------------------------------------------------------------------------
+
+    def set_pin(self, opath: int, parent: int, name: bytes, on: bool) -> None:
+        """Pin or unpin a file or directory itself. Raises OSError, IndexError_."""
+        ino = os.fstat(opath).st_ino
+        self.kit.tree.set_pin(opath, on)
+        self.kit.index.commit(lambda w: w.put_pin(ino, parent, name) if on else w.drop_pin(ino)).result()
+        self.places.forget()
+
+    def pins(self) -> Iterator[bytes]:
+        """The paths of everything that is pinned itself; what is not there any more is left out."""
+        self.places.forget()
+        for ino, parent, name in self.kit.index.pins():
+            if ino == self.kit.tree.root_ino:
+                yield b""
+                continue
+            above = self.places.directory(parent)
+            path = os.path.join(above.path, name) if above is not None else b""
+            try:
+                st = os.stat(path, dir_fd=self.kit.tree.rootfd, follow_symlinks=False)
+            except OSError:
+                continue
+            if path and st.st_ino == ino:
+                yield path
+
+    # --- objects ------------------------------------------------------------------------------------------
+
+    def in_background(self, run: Callable[[], None]) -> None:
+        """Run this when no upload waits. Raises BusyError once closed."""
+        self.kit.uploads.submit(Urgency.GARBAGE, run)
+
+
+def _batched(items: Iterable[Item]) -> Iterator[list[Item]]:
+    """Batches that share commits: few enough not to keep each other waiting."""
+    batch: list[Item] = []
+    size = 0
+    for item in items:
+        if batch and (len(batch) >= BATCH // 2 or size + item.size > _BATCH_BYTES):
+            yield batch
+            batch, size = [], 0
+        batch.append(item)
+        size += item.size
+    if batch:
+        yield batch
+
+
+__all__ = ["Item", "Tier"]
