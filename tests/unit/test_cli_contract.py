@@ -230,7 +230,7 @@ def test_output_into_a_closed_pipe_is_no_traceback():
 
 def test_check_exits_1_while_findings_remain(run, daemon, monkeypatch):
     monkeypatch.setattr(check, "clear_dead_mount", lambda mountpoint: None)
-    found = [control.Finding("blocks on a stub", b"a\nb", repaired=True), control.Finding("object missing", b"c")]
+    found = [control.Finding("blocks on a stub", b"a\nb", True), control.Finding("object missing", b"c")]
     for findings, code in ((found, 1), (found[:1], 0), ([], 0)):
         daemon.answers[control.Check] = [control.Progress(1, 2, 0, 0), control.Findings(findings, 7)]
         got, out, err = run("check", "--json", "--repair", "/vol")
