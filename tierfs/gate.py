@@ -550,12 +550,19 @@ class Gate:
         self._leave(inode, -1)
         guard.fire()
 
+    def _reserve(self) -> None:
+        try:
+            self.marks.reserve()
+        except OSError as error:
+            log.warning("no room for the next part of the mark log: %s", error)
+
     def tick(self, now: float) -> float:
         """Deadlines, heat and the mover's waking. Returns after how many seconds to be called again."""
         self._outbox.flush()
         self._inflow.expire(now)
         if now >= self._next_poke:
             self._next_poke = now + POKE_SECONDS
+            self._reserve()
             if self.marks.position != self._poked:
                 self._poked = self.marks.position
                 self._outbox.post(wire.Poke(self._poked))

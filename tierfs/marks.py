@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 SEGMENT = 4 * 1024 * 1024
+_SPARE = "spare"  # the next segment's file, with its blocks: a full disk must not fail an unlink half done
 _HEAD = struct.Struct("<IHBx")  # crc, length of what follows, kind
 _BODY = struct.Struct("<QQQqqBB")  # ino, generation, parent, a, b, handle length, name length
 _ALIGN = 8
@@ -68,6 +69,7 @@ class MarkWriter:
         positions would never be seen, so the log then goes on from there, in a new segment.
         """
         self._dirfd = dirfd
+        self._has_spare = False
         reader = MarkReader(dirfd, None)
         for _ in reader.read():
             pass
@@ -77,9 +79,25 @@ class MarkWriter:
             self._open(at_least, at_least)
         else:
             self._open(segments[-1] if segments else self.position, self.position)
+        self.reserve()
+
+    def reserve(self) -> None:
+        """Keep a spare segment at hand. Raises OSError(ENOSPC); then `append` may, at the end of this one."""
+        if self._has_spare:
+            return
+        fd = os.open(_SPARE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600, dir_fd=self._dirfd)
+        try:
+            os.posix_fallocate(fd, 0, SEGMENT)
+        finally:
+            os.close(fd)
+        self._has_spare = True
 
     def _open(self, start: int, position: int) -> None:
-        fd = os.open(_segment_name(start), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600, dir_fd=self._dirfd)
+        name = _segment_name(start)
+        if self._has_spare and name not in os.listdir(self._dirfd):
+            os.rename(_SPARE, name, src_dir_fd=self._dirfd, dst_dir_fd=self._dirfd)
+            self._has_spare = False
+        fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600, dir_fd=self._dirfd)
         try:
             # Real blocks, not a hole: a store into a mapped hole on a full disk would be a SIGBUS.
             os.posix_fallocate(fd, 0, SEGMENT)

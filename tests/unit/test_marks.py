@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import signal
@@ -42,7 +43,7 @@ def test_segments_follow_each_other_and_drained_ones_go(directory, monkeypatch):
     assert [e.ino for e in reader.read(limit=10)] == list(range(10))
     assert [e.ino for e in reader.read()] == list(range(10, 500))
     reader.forget(reader.position)
-    assert len(os.listdir(directory)) == 1
+    assert len([n for n in os.listdir(directory) if n.startswith("marks-")]) == 1
     writer.append(Mark.GONE, 1)
     assert [e.kind for e in MarkReader(directory, reader.position).read()] == [Mark.GONE]
 
@@ -53,7 +54,7 @@ def test_a_new_writer_goes_on_behind_the_last_whole_entry(directory):
     end = writer.position
     writer.append(Mark.WRITE, 2)
     writer.close()
-    (name,) = os.listdir(directory)
+    (name,) = (n for n in os.listdir(directory) if n.startswith("marks-"))
     fd = os.open(name, os.O_RDWR, dir_fd=directory)
     os.pwrite(fd, b"\xff", end + 20)
     os.close(fd)
@@ -92,3 +93,23 @@ def test_marks_of_a_killed_writer_survive(tmp_path, directory):
     while more := [e.ino for e in reader.read()]:
         seen += more
     assert len(seen) > 20_000 and seen == list(range(len(seen)))
+
+
+def test_a_spare_segment_takes_over_when_the_disk_is_full(directory, monkeypatch):
+    monkeypatch.setattr(marks, "SEGMENT", 4096)
+    writer = MarkWriter(directory)
+    taken = []
+
+    def full(fd, offset, length):
+        if os.fstat(fd).st_size < length:
+            taken.append(fd)
+            raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    for ino in range(100):
+        writer.append(Mark.NAMED, ino)
+    with pytest.raises(OSError, match="full"):
+        writer.reserve()
+    assert taken and [e.ino for e in MarkReader(directory, 0).read()] == list(range(100))
+    monkeypatch.undo()
+    writer.reserve()
