@@ -84,7 +84,7 @@ class TierBackend:
     def _all_notes(self) -> list[str]:
         notes = self._notes()
         if self._watcher.problem:
-            notes.append(f"{self._watcher.problem}; the former settings are in force")
+            notes.append(self._watcher.problem)
         if not self._kit.index.surveyed:
             notes.append("the tree is still being looked through: the figures are not complete")
         return notes

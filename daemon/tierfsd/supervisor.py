@@ -14,12 +14,13 @@ import selectors
 import signal
 import socket
 import stat
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import FrameType
 
-from tierfs import channel, locate, volume, wire
+from tierfs import channel, control, locate, volume, wire
 from tierfs.errors import IndexError_, TierError, VolumeError
 from tierfs.fuse import mounting
 from tierfs.index import Index
@@ -167,7 +168,7 @@ class Supervisor:
             self._wait(self._eventful, self._pause())
             if signal.SIGHUP in self._signals:
                 self._signals.remove(signal.SIGHUP)
-                self._mover.signal(signal.SIGHUP)
+                threading.Thread(target=self._reload, name="reload", daemon=True).start()
             if self._signals:
                 return self._stop()
             status = self._server.reap()
@@ -177,6 +178,17 @@ class Supervisor:
                 if not self._revive(status):
                     return 1
             self._look_after_mover()
+
+    def _reload(self) -> None:
+        """Have the mover read its configuration: by a request, since a signal could meet it half started."""
+        identity = self._plan.volume.identity
+        source = f"{locate.SOURCE_PREFIX}{identity.volume}"
+        mount = locate.Mount(self._plan.mountpoint, locate.FSTYPE, source, os.geteuid())
+        try:
+            for _ in control.converse(mount, control.Reload()):
+                pass
+        except TierError as exc:
+            log.error("not reloaded: %s", exc)
 
     def _eventful(self) -> bool:
         mover_due = not self._mover.pid and time.monotonic() >= self._mover_due

@@ -22,16 +22,22 @@ _SETTLE_SECONDS = 0.1  # an editor truncates, writes and renames: read when it h
 class ConfigWatcher(FileSystemEventHandler):
     """Calls `apply` with each new valid configuration. A bad one is reported by `problem` and changes nothing.
 
-    `problem` is "" while the file is good. Safe to use from several threads.
+    `problem` is "" while the file is good. Where it is bad from the beginning (a mover that was restarted) the
+    defaults hold: with them nothing is demoted but for want of space. Safe to use from several threads.
     """
 
-    def __init__(
-        self, path: str, current: config.VolumeConfig, apply: Callable[[config.VolumeConfig], None]
-    ) -> None:
+    def __init__(self, path: str, store: str, apply: Callable[[config.VolumeConfig], None]) -> None:
+        """`store` is the volume's, which no configuration changes."""
         self.problem = ""
-        self.current = current
         self._path = os.path.realpath(path)
+        self._store = store
         self._apply = apply
+        try:
+            self.current = self._read()
+        except ConfigError as exc:
+            log.error("%s; the default settings are in force", exc)
+            self.problem = str(exc)
+            self.current = config.VolumeConfig(store=store)
         self._lock = threading.Lock()
         self._observer = Observer()
 
@@ -64,9 +70,7 @@ class ConfigWatcher(FileSystemEventHandler):
         """Read the file now. Raises ConfigError where it is bad."""
         with self._lock:
             try:
-                fresh = config.load(self._path)
-                if fresh.store != self.current.store:
-                    raise ConfigError(f"{self._path}: store: is fixed when the volume is created: put it back")
+                fresh = self._read()
             except ConfigError as exc:
                 self.problem = str(exc)
                 raise
@@ -75,3 +79,9 @@ class ConfigWatcher(FileSystemEventHandler):
                 self.current = fresh
                 self._apply(fresh)
                 log.info("new settings are in force")
+
+    def _read(self) -> config.VolumeConfig:
+        fresh = config.load(self._path)
+        if fresh.store != self._store:
+            raise ConfigError(f"{self._path}: store: is fixed when the volume is created: put it back")
+        return fresh

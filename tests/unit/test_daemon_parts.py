@@ -98,7 +98,7 @@ def watched(tmp_path):
             seen.append(fresh)
             changed.notify_all()
 
-    watcher = ConfigWatcher(str(path), config.load(str(path)), apply)
+    watcher = ConfigWatcher(str(path), config.EMBEDDED_STORE, apply)
     watcher.start()
 
     def wait_for(condition):
@@ -127,6 +127,14 @@ def test_a_bad_configuration_changes_nothing_and_is_told(watched):
     path.write_text('quiet = "3s"\n')
     wait_for(lambda: seen)
     assert watcher.problem == "" and watcher.current.quiet_seconds == 3
+
+
+def test_a_configuration_that_is_bad_from_the_beginning_gives_the_defaults(tmp_path):
+    path = tmp_path / "config.toml"
+    path.write_text("nonsense")
+    watcher = ConfigWatcher(str(path), "file:///x", lambda fresh: None)
+    assert watcher.current == config.VolumeConfig(store="file:///x")
+    assert "is not valid TOML" in watcher.problem
 
 
 def test_the_store_of_a_volume_cannot_be_changed_by_its_configuration(watched):
