@@ -30,6 +30,7 @@ say "Work in it: a source tree, a C program, a git repository, an SQLite databas
 python_lib="$(python3 -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')"
 for place in "$mnt" "$work/plain"; do
     cp -a "$python_lib/json" "$python_lib/email" "$python_lib/asyncio" "$place/"
+    find "$place" -name __pycache__ -prune -exec rm -rf {} +
     printf '#include <stdio.h>\nint main(void) { puts("hello from a stub"); }\n' > "$place/hello.c"
     head -c 100M < <(yes "$(seq -s ' ' 1000)") > "$place/big.txt"
 done
