@@ -95,10 +95,16 @@ class ControlServer:
     def _accept(self) -> None:
         self._listener.settimeout(1.0)
         while not self._stopping.is_set():
-            with contextlib.suppress(TimeoutError):
+            try:
                 sock, _ = self._listener.accept()
-                self._places.acquire()
-                threading.Thread(target=self._serve, args=(sock,), name="control-request", daemon=True).start()
+            except TimeoutError:
+                continue
+            except OSError as exc:
+                if not self._stopping.wait(1.0):  # too many open files, perhaps: clients wait in the backlog
+                    log.error("a client cannot be heard: %s", exc)
+                continue
+            self._places.acquire()
+            threading.Thread(target=self._serve, args=(sock,), name="control-request", daemon=True).start()
 
     def _serve(self, sock: socket.socket) -> None:
         try:
