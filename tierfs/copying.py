@@ -21,7 +21,7 @@ from typing import Any
 
 from tierfs import failpoints
 from tierfs.digests import SIDE_SUFFIX, Extents, is_sparse, leaf_digests, pack_side, sha256
-from tierfs.errors import BusyError, ObjectCorruptError, StoreError, TierError
+from tierfs.errors import BusyError, ObjectCorruptError, StoreError, StoreUnavailableError, TierError
 from tierfs.index import Writer
 from tierfs.kit import TICK, Kit, proven, read_exactly
 from tierfs.model import LEAF, Copy, Record, Residency, new_fid, new_tag, object_key
@@ -201,6 +201,8 @@ class Copier:
 
     @contextmanager
     def _kept_if_good(self, taken: _Taken) -> Iterator[None]:
+        if self._kit.withheld:
+            raise StoreUnavailableError(self._kit.withheld)
         try:
             yield
         except (TierError, OSError):

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from tierfs import wire
 from tierfs.index import Index, Writer
+from tierfs.kit import Movements
 from tierfs.marks import Entry, Mark, MarkReader
 from tierfs.model import Record, Residency, new_fid
 from tierfs.serverlink import ServerLink
@@ -22,8 +23,9 @@ _BATCH = 5000
 class Drain:
     """Reads the log. `pinned` and `moved` are set when such a mark has been applied."""
 
-    def __init__(self, marks_dirfd: int, index: Index, server: ServerLink | None) -> None:
+    def __init__(self, marks_dirfd: int, index: Index, server: ServerLink, movements: Movements) -> None:
         self._index = index
+        self._movements = movements
         self._server = server
         self._lock = threading.Lock()
         self._reader = MarkReader(marks_dirfd, index.log_position())
@@ -42,7 +44,7 @@ class Drain:
             while self._step():
                 pass
             position = self._reader.position
-            if self._server is not None and position != self._told:
+            if position != self._told:
                 self._server.send(wire.Drained(position))
                 self._told = position
             return position
@@ -66,7 +68,11 @@ class Drain:
             self._reader.position = before
             raise
         for entry in entries:
-            if entry.kind is Mark.PIN:
+            if entry.kind is Mark.CLOSED:
+                self._movements.here(entry.ino, entry.b * 512, entry.b * 512)
+            if entry.kind is Mark.GONE:
+                self._movements.gone(entry.ino)
+            if entry.kind is Mark.PIN and entry.a:
                 self.pinned.set()
             if entry.kind in (Mark.PIN, Mark.DIR, Mark.NAMED):
                 self.moved.set()

@@ -12,40 +12,21 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import random
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
-from typing import TypeVar
 
 from tierfs import failpoints, wire
-from tierfs.arrivals import HERE, MISSING, Arrival, Range, Request, leaves_from_bits, outside, shown_times
-from tierfs.digests import SIDE_SUFFIX, Extents, leaf_digests, sha256, unpack_side
-from tierfs.errors import (
-    BusyError,
-    FetchTimeoutError,
-    ForeignStubError,
-    ObjectCorruptError,
-    StoreUnavailableError,
-    TierError,
-)
-from tierfs.index import Writer
-from tierfs.kit import WRITE_FLAGS, Kit
-from tierfs.model import LEAF, Record, Residency, Stub
+from tierfs.arrivals import HERE, MISSING, Arrival, Range, Request
+from tierfs.digests import Extents, leaf_digests, sha256
+from tierfs.errors import BusyError, ForeignStubError, ObjectCorruptError, TierError
+from tierfs.kit import Kit
+from tierfs.model import LEAF
+from tierfs.opening import AlreadyResident, Opener
 from tierfs.transfer import Urgency
 
 log = logging.getLogger("mover")
-
-T = TypeVar("T")
-
-_CLAIM_SECONDS = 30.0
-_LONGEST_PAUSE = 5.0
-
-
-class AlreadyResident(Exception):
-    """The stub attribute is gone: nothing to fetch."""
 
 
 class Filler:
@@ -60,7 +41,7 @@ class Filler:
         self._arrivals: dict[int, Arrival | None] = {}  # None: being opened
         self._waiting: dict[int, list[Request]] = {}  # for one that is being opened
         self._requests: dict[int, Request] = {}
-        self._stopping = threading.Event()
+        self._opener = Opener(kit)
 
     # --- the server's messages, in the link's thread ------------------------------------------------------
 
@@ -95,7 +76,7 @@ class Filler:
 
     def stop(self) -> None:
         """Give up waiting for a store that does not answer."""
-        self._stopping.set()
+        self._opener.stopping.set()
 
     @property
     def waiting(self) -> int:
@@ -185,9 +166,9 @@ class Filler:
         """Open the file's state, then serve this request and those that came meanwhile."""
         ino, arrival, problem = request.ino, None, None
         try:
-            arrival = self._open(request, opath)
+            arrival = self._opener.open(request, opath)
         except AlreadyResident:
-            self._kit.index.commit(partial(_put_found_resident, ino))
+            log.debug("inode %d is resident already", ino)
         except (TierError, OSError) as error:
             problem = error
         with self._lock:
@@ -208,71 +189,6 @@ class Filler:
         for each in requests:
             if not self._join(arrival, each):
                 self._end(each, ForeignStubError(f"inode {ino}: its stub has changed"))
-
-    def _open(self, request: Request, opath: int) -> Arrival:
-        """Raises AlreadyResident, TierError, OSError."""
-        kit, ino = self._kit, request.ino
-        if not kit.claims.take(ino, _CLAIM_SECONDS):
-            raise BusyError(f"inode {ino} is being worked on")
-        fd = -1
-        try:
-            with kit.writable(opath):
-                fd = kit.tree.reopen(opath, WRITE_FLAGS & ~os.O_NOFOLLOW)
-            st, stub = os.fstat(fd), kit.tree.read_stub(fd)
-            if stub is None:
-                os.fsync(fd)  # whoever removed it may not have come that far
-                raise AlreadyResident
-            if stub.pack() != request.stub or st.st_size != request.size or st.st_ino != ino:
-                raise ForeignStubError(f"inode {ino}: its stub is not the one that was opened")
-            return self._arrival(request, fd, st, stub)
-        except BaseException:
-            if fd >= 0:
-                os.close(fd)
-            kit.claims.give(ino)
-            raise
-
-    def _arrival(self, request: Request, fd: int, st: os.stat_result, stub: Stub) -> Arrival:
-        kit, ino = self._kit, request.ino
-        record = self._record(ino, fd, stub)
-        copy = record.copy if record is not None else None
-        if copy is not None and copy.size != st.st_size:
-            raise ForeignStubError(
-                f"inode {ino}: its size is {st.st_size}, its copy's {copy.size}: nothing is overwritten"
-            )
-        digests, extents = self._lists(request, record, stub)
-        bits = None
-        if record is not None and record.residency is Residency.PARTIAL and digests:
-            bits = kit.index.get_bits(ino)
-        leaves = leaves_from_bits(st.st_size, bits)
-        data = kit.tree.extents(fd, st.st_size) if st.st_blocks else []
-        suspect = outside(data, leaves, st.st_size)
-        shown = shown_times(record, copy, st)
-        fresh = bits is None
-        return Arrival(ino, stub, st.st_size, fd, record, shown, digests, extents, suspect, leaves, fresh)
-
-    def _record(self, ino: int, fd: int, stub: Stub) -> Record | None:
-        """The index's record, if it is of this very stub."""
-        record = self._kit.index.get(ino)
-        if record is None or record.copy is None or record.handle != self._kit.tree.handle_of(fd):
-            return None
-        return record if Stub.of(record.fid, record.copy) == stub else None
-
-    def _lists(self, request: Request, record: Record | None, stub: Stub) -> tuple[bytes, Extents | None]:
-        """(leaf digests, extents): from the index, else from the store."""
-        size = request.size
-        small = size <= 1 << stub.chunk_shift
-        known = self._kit.index.get_leaves(stub.fid, stub.generation)
-        if small:
-            if known is not None and not known.digests and record is not None:
-                return b"", known.extents
-            return b"", [(0, size)] if record is not None else None
-        if known is not None and sha256(known.digests) == stub.digest:
-            return known.digests, known.extents
-        digests, extents = self._patiently(
-            lambda: unpack_side(self._kit.store.get(stub.key + SIDE_SUFFIX), size, stub.digest), request
-        )
-        self._kit.index.commit(lambda w: w.put_leaves(stub.fid, stub.generation, digests, extents))
-        return digests, extents
 
     # --- serving ------------------------------------------------------------------------------------------
 
@@ -321,25 +237,7 @@ class Filler:
             self._kit.fetched.add(len(data))
             return data
 
-        return self._patiently(get, request)
-
-    def _patiently(self, get: Callable[[], T], request: Request) -> T:
-        """Try until the request's deadline while the store is unavailable, and once more after wrong bytes."""
-        corrupt, pause = False, 0.05
-        while True:
-            try:
-                return get()
-            except ObjectCorruptError:
-                if corrupt:
-                    raise
-                corrupt = True
-            except StoreUnavailableError as exc:
-                left = request.deadline - time.monotonic()
-                if left < pause or request.cancelled or self._stopping.is_set():
-                    timeout = self._kit.config.fetch_timeout
-                    raise FetchTimeoutError(f"no content within {timeout:g} s: {exc}") from exc
-                self._stopping.wait(pause * random.uniform(0.5, 1.0))
-                pause = min(pause * 2, _LONGEST_PAUSE)
+        return self._opener.patiently(get, request)
 
     def _check(self, arrival: Arrival, piece: Range, data: bytes) -> None:
         if arrival.small:
@@ -428,13 +326,6 @@ class Filler:
         if number and request.whole:
             self._kit.outcomes.tell(request.ino, number, reason)
         self._kit.server.send(wire.FetchEnd(request.id, request.ino, number, reason))
-
-
-def _put_found_resident(ino: int, w: Writer) -> None:
-    """The stub attribute is durably gone, so that is what the record says too."""
-    record = w.get(ino)
-    if record is not None and record.residency is not Residency.RESIDENT:
-        w.put(replace(record, residency=Residency.RESIDENT))
 
 
 def _text(error: Exception) -> str:

@@ -8,7 +8,7 @@
     leaves  file id, generation      digests and extents    copying              collection of that copy
     dirty   ino                      since ns               put, with files      put with a copy, delete
     quiet   since ns, ino            (empty)                with dirty           with dirty
-    tombs   since ns, object key     (empty)                bury                 collection, after the grace
+    tombs   since ns, object key     file handle            bury                 collection, after the grace
     pins    ino                      parent, name           PIN mark             PIN mark, GONE mark
     dirs    ino                      parent, name           DIR mark, survey     a later hint
     pending ino                      (empty)                before a punch       after it; else by recovery
@@ -90,6 +90,7 @@ class _Meta(msgspec.Struct):
     log_position: int | None = None
     totals: tuple[int, ...] = (0, 0, 0, 0, 0, 0)
     surveyed: bool = False
+    swept: int = -1
 
 
 def _sum(value: bytes) -> bytes:
@@ -245,7 +246,7 @@ class Writer:
         if record.copy is None:
             return
         key = object_key(record.fid, record.copy.generation, record.copy.tag)
-        self._txn.put(_U64.pack(when) + key.encode(), b"", db=self._db["tombs"])
+        self._txn.put(_U64.pack(when) + key.encode(), record.handle, db=self._db["tombs"])
 
     def drop_tombstone(self, when: int, key: str) -> None:
         """That object is gone from the store."""
@@ -280,8 +281,8 @@ class Writer:
         self.meta.log_position = position
 
     def set_surveyed(self, done: bool) -> None:
-        """Every file of the tree has a record."""
-        self.meta.surveyed = done
+        """Every file of the tree has a record, compared with it in the present custody epoch."""
+        self.meta.surveyed, self.meta.swept = done, self.meta.custody
 
 
 @dataclass(slots=True)
@@ -396,8 +397,9 @@ class Index:
 
     @property
     def surveyed(self) -> bool:
-        """Every file of the tree has a record."""
-        return self._meta().surveyed
+        """Every file of the tree has a record, compared with it in the present custody epoch."""
+        meta = self._meta()
+        return meta.surveyed and meta.swept == meta.custody
 
     def totals(self) -> Totals:
         """Sums over all records."""
@@ -428,6 +430,10 @@ class Index:
         """(since ns, object key) of what may be collected, oldest first."""
         rows = [(_U64.unpack_from(key)[0], key[8:].decode()) for key, _ in self._scan("tombs", b"", limit)]
         return [(when, key) for when, key in rows if when < before_ns]
+
+    def tombstone_handle(self, when: int, key: str) -> bytes:
+        """The file handle that a buried object's file had."""
+        return self._get("tombs", _U64.pack(when) + key.encode()) or b""
 
     def pending(self) -> list[int]:
         """Inodes whose punch was under way."""

@@ -76,9 +76,50 @@ class Outcomes:
                 listed.remove(future)
 
 
+class Movements:
+    """What came to the local disk, what left it and what is gone, since this was last taken: heat's input."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._here: dict[int, tuple[int, int]] = {}
+        self._left: set[int] = set()
+        self._gone: set[int] = set()
+
+    def here(self, ino: int, size: int, grown: int) -> None:
+        """The file is local with `size` bytes, `grown` of them new."""
+        with self._lock:
+            self._here[ino] = size, self._here.get(ino, (0, 0))[1] + grown
+            self._left.discard(ino)
+            self._gone.discard(ino)
+
+    def left(self, ino: int) -> None:
+        """The file is a stub now."""
+        with self._lock:
+            self._here.pop(ino, None)
+            self._left.add(ino)
+
+    def gone(self, ino: int) -> None:
+        """The file is no more."""
+        with self._lock:
+            self._here.pop(ino, None)
+            self._left.discard(ino)
+            self._gone.add(ino)
+
+    def take(self) -> tuple[list[tuple[int, int, int]], set[int], set[int]]:
+        """(ino, size, grown) of what is here, what left, what is gone; and begin anew."""
+        with self._lock:
+            here = [(ino, size, grown) for ino, (size, grown) in self._here.items()]
+            taken = here, self._left, self._gone
+            self._here, self._left, self._gone = {}, set(), set()
+            return taken
+
+
 @dataclass
 class Kit:
-    """Held by each part. `custody` is the present custody epoch; `config` is replaced as a whole on reload."""
+    """Held by each part. `custody` is the present custody epoch; `config` is replaced as a whole on reload.
+
+    `withheld` says why nothing may be written to the store or removed from it now, "" where it may.
+    """
 
     tree: Tree
     index: Index
@@ -88,6 +129,8 @@ class Kit:
     custody: int
     fetches: Pool
     uploads: Pool
+    withheld: str = ""
+    movements: Movements = field(default_factory=Movements)
     claims: Claims = field(default_factory=Claims)
     outcomes: Outcomes = field(default_factory=Outcomes)
     troubles: Troubles = field(default_factory=Troubles)

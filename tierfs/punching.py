@@ -201,6 +201,7 @@ class Puncher:
         for file, future in zip(files, futures, strict=True):
             future.result()
             file.item.demoted = True
+            self._kit.movements.left(file.item.ino)
 
     # --- afterwards ---------------------------------------------------------------------------------------
 

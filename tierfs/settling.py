@@ -222,6 +222,7 @@ class Settler:
             log.debug("the server is gone; a new one reads the attribute")
         self._kit.outcomes.tell(arrival.ino, number, reason)
         if not number:
+            self._kit.movements.here(arrival.ino, arrival.size, arrival.size)
             self._kit.troubles.solved(arrival.ino)
 
 

@@ -65,7 +65,7 @@ class Tier:
         fetches = Pool(config.fetches, "fetch")
         uploads = Pool(config.uploads, "upload")
         self.kit = Kit(tree, index, store, server, config, index.session.custody, fetches, uploads)
-        self.drainer = Drain(marks_dirfd, index, server)
+        self.drainer = Drain(marks_dirfd, index, server, self.kit.movements)
         self.places = Places(tree, index)
         self._copier = Copier(self.kit, self.drain)
         self._puncher = Puncher(self.kit, self.drain, self.places)

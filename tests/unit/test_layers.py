@@ -35,7 +35,7 @@ PARTS_OF = {
     "vfs": {"nodes", "dirs", "xattrs", "making", "names", "openfiles"},
     "tier": {
         "kit", "serverlink", "places", "digests", "draining", "copying", "punching", "filling", "settling",
-        "arrivals",
+        "arrivals", "opening", "survey", "collecting",
     },
 }
 WORLDS = {
