@@ -138,6 +138,8 @@ def user(area: Scratch) -> Iterator[pwd.struct_passwd]:
     name, home = f"tierfs-t{os.getpid()}", area.path / "home"
     subprocess.run(["useradd", "-m", "-d", home, "-s", "/bin/sh", name], check=True, capture_output=True)
     entry = pwd.getpwnam(name)
+    (home / ".run").mkdir(mode=0o700)
+    os.chown(home / ".run", entry.pw_uid, entry.pw_gid)
     try:
         yield entry
     finally:

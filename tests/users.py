@@ -32,5 +32,6 @@ def program_for(user: pwd.struct_passwd) -> Program:
             continue
         path = os.pathsep.join((str(REPO), str(REPO / "daemon"), sysconfig.get_paths()["purelib"]))
         env = {"HOME": user.pw_dir, "USER": user.pw_name, "XDG_STATE_HOME": f"{user.pw_dir}/.state"}
+        env["XDG_RUNTIME_DIR"] = f"{user.pw_dir}/.run"
         return Program((candidate, "-c", _RUN), {**env, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"})
     pytest.skip("no interpreter of this version that other users may run")

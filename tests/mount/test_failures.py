@@ -208,3 +208,23 @@ def test_writing_to_a_stub_that_cannot_be_fetched(volume: Make) -> None:
     assert caught.value.errno == errno.EIO
     (mounted.state / "store-away").rename(store)
     assert path.read_bytes() == LARGE
+
+
+def test_ctrl_c_cancels_a_demotion(
+    volume: Make, rclone_s3: s3servers.Server, stopped: Callable[[int], None]
+) -> None:
+    mounted = volume(store=rclone_s3.url_for("cancel"), env=rclone_s3.env)
+    path = mounted.mountpoint / "file"
+    path.write_bytes(SMALL)
+    stopped(rclone_s3.processes[0].pid)
+    argv = [*mounted.program, "demote", "--wait", str(path)]
+    with subprocess.Popen(argv, env=mounted.environment, stderr=subprocess.PIPE) as demotion:
+        assert wait_gone([demotion.pid], 1.5), "the store hangs: it cannot be done"
+        demotion.send_signal(signal.SIGINT)
+        assert not wait_gone([demotion.pid], 5)
+    assert demotion.returncode == 130
+    assert path.read_bytes() == SMALL
+    assert mounted.tier(path) == "resident"
+    rclone_s3.processes[0].send_signal(signal.SIGCONT)
+    mounted.demote(path)
+    assert path.read_bytes() == SMALL

@@ -6,13 +6,24 @@ import os
 import pwd
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 
 import pytest
-from harness import Volume
+from harness import REPO, Scratch, Volume
 from users import program_for
 
 pytestmark = pytest.mark.usefixtures("tiers")
+OPEN_TO_USERS = os.path.exists("/dev/fuse") and os.stat("/dev/fuse").st_mode & 0o006 == 0o006
+# What a distribution's udev does, for the processes of a namespace alone.
+OPEN_DEVICE = """set -e
+mount -t tmpfs -o mode=755 none "$1"
+mknod "$1/fuse" c 10 229
+chmod 666 "$1/fuse"
+mount --bind "$1/fuse" /dev/fuse
+shift
+exec "$@"
+"""
 LARGE = os.urandom(9 << 20)
 
 
@@ -21,6 +32,8 @@ def theirs(volume: Callable[..., Volume], user: pwd.struct_passwd) -> Iterator[V
     """A volume that belongs to the user."""
     if not shutil.which("fusermount3"):
         pytest.skip("fusermount3 is not installed")
+    if not OPEN_TO_USERS:
+        pytest.skip("/dev/fuse is closed to users here; tried in a namespace instead")
     program = program_for(user)
     made = volume(mount=False, env=program.env, program=program.words, user=user.pw_uid, group=user.pw_gid)
     os.chown(made.base, user.pw_uid, user.pw_gid)
@@ -71,3 +84,15 @@ def test_everything_ends_with_umount(theirs: Volume) -> None:
     theirs.umount()
     assert not theirs.pids()
     assert as_user(theirs, "ls mnt").stdout == ""
+
+
+def test_where_the_device_is_closed_to_users(area: Scratch, needs_root: None) -> None:
+    """Run the tests above in a mount namespace in which /dev/fuse is open to all, as it ordinarily is."""
+    if OPEN_TO_USERS:
+        pytest.skip("/dev/fuse is open to users: tried directly")
+    place = area.path / "dev"
+    place.mkdir()
+    tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    argv = ["unshare", "--mount", "sh", "-c", OPEN_DEVICE, "sh", str(place), *tests]
+    done = subprocess.run(argv, cwd=REPO, capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
