@@ -1,0 +1,109 @@
+"""`tierfs check`: every check of recovery.py over every regular file, then the store against the index."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+
+from tierfs import control
+from tierfs.digests import SIDE_SUFFIX
+from tierfs.errors import ForeignStubError, StoreError, TierError
+from tierfs.model import object_key
+from tierfs.places import join
+from tierfs.recovery import CHECKS, Case, Found, finish_pending
+from tierfs.tier import Tier
+from tierfsd.control_server import Job
+
+
+def check(tier: Tier, repair: bool, read_data: bool, job: Job) -> control.Findings:
+    """Carry out a check. Raises StoreError where the store cannot be asked, IndexError_."""
+    finish_pending(tier)
+    total = tier.kit.index.totals().files
+    findings: list[control.Finding] = []
+    referred: set[str] = set()
+    files = 0
+    for case in _cases(tier, repair, read_data, findings):
+        if job.cancelled.is_set():
+            break
+        files += 1
+        job.report(control.Progress(files, max(files, total), 0, 0, case.path))
+        for each in CHECKS:
+            findings += [_finding(found) for found in each(case)]
+        if case.stub is not None:
+            referred.add(case.stub.key)
+        if case.record is not None and case.record.copy is not None:
+            copy = case.record.copy
+            referred.add(object_key(case.record.fid, copy.generation, copy.tag))
+    if not job.cancelled.is_set():
+        findings += [_finding(found) for found in _orphans(tier, repair, referred)]
+    return control.Findings(findings, files)
+
+
+def _finding(found: Found) -> control.Finding:
+    return control.Finding(found.what, found.path, found.repaired)
+
+
+def _cases(tier: Tier, repair: bool, read_data: bool, findings: list[control.Finding]) -> Iterator[Case]:
+    """Every regular file of the tree, once for each inode."""
+    kit = tier.kit
+    seen: set[int] = set()
+    pending = [b""]
+    while pending:
+        directory = pending.pop()
+        fd = os.open(directory or b".", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=kit.tree.rootfd)
+        try:
+            for name in sorted(os.fsencode(text) for text in os.listdir(fd)):
+                path = join(directory, name)
+                try:
+                    opath = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=fd)
+                except FileNotFoundError:
+                    continue
+                try:
+                    st = os.fstat(opath)
+                    if stat.S_ISDIR(st.st_mode):
+                        pending.append(path)
+                    elif stat.S_ISREG(st.st_mode) and st.st_ino not in seen:
+                        seen.add(st.st_ino)
+                        yield _case(tier, path, opath, st, repair, read_data)
+                except ForeignStubError as error:
+                    findings.append(control.Finding(str(error), path))
+                finally:
+                    os.close(opath)
+        finally:
+            os.close(fd)
+
+
+def _case(tier: Tier, path: bytes, opath: int, st: os.stat_result, repair: bool, read_data: bool) -> Case:
+    tier.drain()
+    record = tier.kit.index.get(st.st_ino)
+    if record is not None and record.handle != tier.kit.tree.handle_of(opath):
+        record = None
+    return Case(tier.kit, path, opath, st, tier.kit.tree.read_stub(opath), record, repair, read_data)
+
+
+def _orphans(tier: Tier, repair: bool, referred: set[str]) -> Iterator[Found]:
+    """Objects that neither a file nor a tombstone refers to: what uploads that a crash cut short left."""
+    kit = tier.kit
+    buried = {key for _, key in kit.index.tombstones(1 << 63, 1 << 30)}
+    for info in kit.store.list("data/"):
+        key = info.key.removesuffix(SIDE_SUFFIX)
+        if key in referred or key in buried or _is_referred(tier, key):
+            continue
+        repaired = False
+        if repair and not kit.withheld:
+            try:
+                kit.store.delete([info.key])
+                repaired = True
+            except (StoreError, TierError) as error:
+                yield Found(f"an object that nothing refers to cannot be removed: {error}: {info.key}")
+                continue
+        yield Found(f"nothing refers to this object: {info.key}", b"", repaired)
+
+
+def _is_referred(tier: Tier, key: str) -> bool:
+    """Looked up anew: the file may have been copied out since it was looked at."""
+    record = tier.kit.index.get_by_fid(bytes.fromhex(key.split("/")[2]))
+    if record is None or record.copy is None:
+        return False
+    return object_key(record.fid, record.copy.generation, record.copy.tag) == key

@@ -1,0 +1,340 @@
+"""The mover's rounds: marks into the index, heat, watermarks, replication, garbage, and what a crash left.
+
+One thread makes the rounds, one looks through the tree when that has not been done. Both only decide; the work
+is done by Tier. Eviction also runs in the thread of a fetch that found no room.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterator
+
+from tierfs import recovery, wire
+from tierfs.collecting import Collector
+from tierfs.errors import TierError
+from tierfs.heat_index import HeatIndex
+from tierfs.model import Record, Residency
+from tierfs.survey import Survey
+from tierfs.tier import Item, Tier
+
+log = logging.getLogger("scheduler")
+
+_ROUND_SECONDS = 1.0
+_HEAT_SECONDS = 5.0
+_GARBAGE_SECONDS = 60.0
+_REPLICATE_BATCH = 256
+_EVICT_BATCH = 64
+_STAY_SECONDS = 30.0  # a file that could not go is left alone so long
+_NEVER_SECONDS = 3600.0
+_PAUSE_SECONDS = 60.0  # after most of what was tried has failed
+_ENOUGH_TRIES = 20
+
+
+class Scheduler:
+    """Start with `start`, end with `stop`. The link's reports about heat and marks go to it."""
+
+    def __init__(self, tier: Tier, heat: HeatIndex, store_device: int | None) -> None:
+        """`store_device`: the device of a directory store, None for one elsewhere."""
+        self._tier = tier
+        self._kit = tier.kit
+        self._heat = heat
+        self._elsewhere = store_device != tier.kit.tree.device
+        self._collector = Collector(tier.kit)
+        self._wake = threading.Event()
+        self._stopping = threading.Event()
+        self._evicting = threading.Lock()
+        self._touches: dict[int, tuple[int, int]] = {}
+        self._touch_lock = threading.Lock()
+        self._staying: dict[int, float] = {}  # inode -> until when it is left alone
+        self._paused_until = 0.0
+        self._pause_reason = ""
+        self._pending = True
+        self._survey: Survey | None = None
+        self._threads = [
+            threading.Thread(target=self._rounds, name="scheduler", daemon=True),
+            threading.Thread(target=self._look_through, name="survey", daemon=True),
+        ]
+
+    def start(self) -> None:
+        """Work in threads of its own."""
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """End after what is under way."""
+        self._stopping.set()
+        self._wake.set()
+        for thread in self._threads:
+            thread.join()
+
+    # --- what others say ----------------------------------------------------------------------------------
+
+    def touches(self, message: wire.Touches) -> None:
+        """Uses of files."""
+        with self._touch_lock:
+            for touch in message.touches:
+                count, _ = self._touches.get(touch.ino, (0, 0))
+                self._touches[touch.ino] = count + touch.count, touch.size
+
+    def poke(self, message: wire.Poke) -> None:
+        """There are new marks; urgent: space is short."""
+        if message.urgent:
+            self._wake.set()
+
+    def make_room(self, count: int) -> None:
+        """Free so many bytes of local disk now, for a fetch that found none."""
+        self._evict(count, urgent=True)
+
+    @property
+    def verifying(self) -> int:
+        """Files that have yet to be compared after an unclean stop."""
+        survey = self._survey
+        return survey.left if survey is not None else 0
+
+    def notes(self) -> list[str]:
+        """What a person should know."""
+        notes = []
+        if self._kit.withheld:
+            notes.append(f"nothing is copied out: {self._kit.withheld}")
+        if time.monotonic() < self._paused_until:
+            notes.append(self._pause_reason)
+        if not self._elsewhere:
+            notes.append("the store is on the same filesystem as the files: it is no backup and frees nothing")
+        return notes
+
+    # --- rounds -------------------------------------------------------------------------------------------
+
+    def _rounds(self) -> None:
+        next_heat = next_garbage = 0.0
+        while not self._stopping.is_set():
+            try:
+                now = time.monotonic()
+                self._tier.drain()
+                if self._pending:
+                    self._pending = recovery.finish_pending(self._tier) > 0
+                if now >= next_heat:
+                    next_heat = now + _HEAT_SECONDS
+                    self._flush_heat()
+                self._look_at_space()
+                self._replicate()
+                self._fetch_pinned()
+                if now >= next_garbage:
+                    next_garbage = now + min(_GARBAGE_SECONDS, max(1.0, self._kit.config.grace / 2))
+                    self._collector.run()
+            except (TierError, OSError) as error:
+                if not self._stopping.is_set():
+                    self._kit.troubles.note(str(error))
+            except Exception:
+                log.exception("a round failed")
+            self._wake.wait(_ROUND_SECONDS)
+            self._wake.clear()
+
+    def _flush_heat(self) -> None:
+        with self._touch_lock:
+            touches, self._touches = self._touches, {}
+        here, left, gone = self._kit.movements.take()
+        if here:
+            self._heat.admit_many(here)
+        if left:
+            self._heat.left(left)
+        if gone:
+            self._heat.forget(gone)
+        if touches:
+            self._heat.touch_many((ino, count, size) for ino, (count, size) in touches.items())
+
+    # --- space --------------------------------------------------------------------------------------------
+
+    def _look_at_space(self) -> None:
+        """Demote when the local bytes are above the high watermark, or the filesystem itself runs low."""
+        if time.monotonic() < self._paused_until:
+            return
+        excess = self._excess()
+        if excess > 0:
+            self._evict(excess, urgent=False)
+
+    def _excess(self) -> int:
+        config = self._kit.config
+        excess = 0
+        if config.local_limit:
+            local = self._kit.index.totals().local_bytes
+            if local > config.high * config.local_limit:
+                excess = local - int(config.low * config.local_limit)
+        if self._elsewhere:
+            space = self._kit.tree.space()
+            wanted = int(config.min_free * space.total)
+            if space.available < wanted:
+                # A little more, so that the next file does not begin it all again.
+                excess = max(excess, wanted + wanted // 10 - space.available)
+        return excess
+
+    def _evict(self, wanted: int, *, urgent: bool) -> int:
+        """Demote the coldest files until so many bytes are free; how many became so."""
+        with self._evicting:
+            self._flush_heat()
+            freed = tried = failed = 0
+            for batch in self._batches(wanted, urgent):
+                gained, bad = self._demote(batch)
+                freed, tried, failed = freed + gained, tried + len(batch), failed + bad
+                hopeless = tried >= _ENOUGH_TRIES and failed * 2 > tried
+                if freed >= wanted or hopeless or self._stopping.is_set():
+                    break
+            if failed * 2 > tried:
+                self._pause(tried, failed)
+            if freed:
+                log.info("freed %d bytes of %d wanted", freed, wanted)
+            return freed
+
+    def _batches(self, wanted: int, urgent: bool) -> Iterator[list[Item]]:
+        """Victims, in batches that free what is wanted or are full."""
+        batch: list[Item] = []
+        size = 0
+        for record in self._victims(urgent):
+            batch.append(_item(record, ordered=urgent))
+            size += record.local
+            if len(batch) >= _EVICT_BATCH or size >= wanted:
+                yield batch
+                batch, size = [], 0
+        if batch:
+            yield batch
+
+    def _pause(self, tried: int, failed: int) -> None:
+        self._paused_until = time.monotonic() + _PAUSE_SECONDS
+        self._pause_reason = f"demotion pauses: {failed} of {tried} files could not be copied out"
+        log.warning("%s", self._pause_reason)
+
+    def _victims(self, urgent: bool) -> Iterator[Record]:
+        """Records of files that may go, coldest first."""
+        config, now = self._kit.config, time.time()
+        self._forget_stayers()
+        seen: set[int] = set()
+        for ino in self._heat.victims(self._kit.index.totals().local_bytes):
+            if ino in seen or ino in self._staying:
+                continue
+            seen.add(ino)
+            record = self._kit.index.get(ino)
+            if record is None or record.residency is not Residency.RESIDENT or not record.local:
+                continue
+            last = self._heat.last_use(ino) or 0.0
+            if urgent or (record.size >= config.min_size and now - last >= config.min_age):
+                yield record
+
+    def _demote(self, batch: list[Item]) -> tuple[int, int]:
+        """(bytes freed, failures) of a batch."""
+        before = {item.ino: self._local(item.ino) for item in batch}
+        done = self._tier.demote(batch, self._stopping)
+        for item in done:
+            if not item.demoted:
+                self._leave_alone(item)
+        freed = sum(before[item.ino] for item in done if item.demoted)
+        return freed, sum(item.failed for item in done)
+
+    def _local(self, ino: int) -> int:
+        record = self._kit.index.get(ino)
+        return record.local if record is not None else 0
+
+    def _leave_alone(self, item: Item) -> None:
+        seconds = _NEVER_SECONDS if item.reason.startswith("never") else _STAY_SECONDS
+        self._staying[item.ino] = time.monotonic() + seconds
+
+    def _forget_stayers(self) -> None:
+        now = time.monotonic()
+        for ino in [ino for ino, until in self._staying.items() if until <= now]:
+            del self._staying[ino]
+
+    # --- replication --------------------------------------------------------------------------------------
+
+    def _replicate(self) -> None:
+        """Copy out what has been quiet for a while."""
+        config = self._kit.config
+        wanted = config.replicate == "all" or (config.replicate == "auto" and self._elsewhere)
+        if not wanted or self._kit.withheld or time.monotonic() < self._paused_until:
+            return
+        self._forget_stayers()
+        before = time.time_ns() - int(config.quiet_seconds * 1e9)
+        while not self._stopping.is_set():
+            inos = self._kit.index.quiet(before, _REPLICATE_BATCH + len(self._staying))
+            records = [self._kit.index.get(ino) for ino in inos if ino not in self._staying]
+            items = [_item(r) for r in records if r is not None and r.residency is Residency.RESIDENT]
+            if not items:
+                return
+            done = self._tier.demote(items, self._stopping, punch=False)
+            for item in done:
+                if item.reason or item.already:
+                    self._leave_alone(item)
+            failed = sum(item.failed for item in done)
+            if len(done) >= _ENOUGH_TRIES and failed * 2 > len(done):
+                self._pause(len(done), failed)
+                return
+            if self._excess() > 0:
+                return
+
+    # --- the rest -----------------------------------------------------------------------------------------
+
+    def _fetch_pinned(self) -> None:
+        """Something was pinned through the mount: what is beneath it comes back, in the background."""
+        if self._tier.drainer.pinned.is_set():
+            self._tier.drainer.pinned.clear()
+            threading.Thread(target=self._fetch_beneath_pins, name="pinned", daemon=True).start()
+
+    def _fetch_beneath_pins(self) -> None:
+        for path in self._tier.pins():
+            try:
+                items = list(_stubs_beneath(self._tier, path))
+                for item in self._tier.fetch(items, self._stopping):
+                    if item.failed:
+                        self._kit.troubles.note(f"{item.path!r} is pinned and cannot be fetched: {item.reason}")
+            except (TierError, OSError) as error:
+                self._kit.troubles.note(f"{path!r} is pinned and cannot be fetched: {error}")
+
+    def _look_through(self) -> None:
+        """The tree, if that has not been done in this custody epoch or heat was lost."""
+        index = self._kit.index
+        heat_lost = index.totals().files > 0 and not any(True for _ in self._heat.victims(1 << 62))
+        if index.surveyed and not heat_lost:
+            return
+        try:
+            self._survey = Survey(self._tier, self._heat.seed_many, self._stopping)
+            self._survey.run()
+        except (TierError, OSError) as error:
+            if not self._stopping.is_set():
+                self._kit.troubles.note(f"the tree could not be looked through: {error}")
+        except Exception:
+            log.exception("looking through the tree failed")
+        finally:
+            self._survey = None
+
+
+def _item(record: Record, ordered: bool = False) -> Item:
+    return Item(record.ino, record.handle, b"", record.parent, record.name, record.size, ordered)
+
+
+def _stubs_beneath(tier: Tier, path: bytes) -> Iterator[Item]:
+    """Every stub at or below a path of the tree."""
+    root = os.fsencode(tier.kit.tree.path)
+    top = os.path.join(root, path)
+    if not os.path.isdir(top):
+        yield from _stub_at(tier, top, path)
+        return
+    for directory, _, names in os.walk(top, followlinks=False):
+        for name in names:
+            full = os.path.join(directory, name)
+            yield from _stub_at(tier, full, os.path.relpath(full, root))
+
+
+def _stub_at(tier: Tier, full: bytes, path: bytes) -> Iterator[Item]:
+    try:
+        opath = os.open(full, os.O_PATH | os.O_NOFOLLOW)
+    except OSError:
+        return  # gone since
+    try:
+        if tier.kit.tree.read_stub(opath) is None:
+            return
+        st = os.fstat(opath)
+        parent = os.stat(os.path.dirname(full)).st_ino
+        handle, name = tier.kit.tree.handle_of(opath), os.path.basename(full)
+        yield Item(st.st_ino, handle, path, parent, name, st.st_size, ordered=True)
+    finally:
+        os.close(opath)

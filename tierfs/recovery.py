@@ -1,0 +1,247 @@
+"""After a crash, and on demand: what the tree, the index and the store say of each file, compared.
+
+`finish_pending` runs when a mover starts; the `check_*` functions are `tierfs check`. Nothing here punches
+(custody rule 12), and nothing is repaired that could be somebody's work.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+
+from tierfs.digests import SIDE_SUFFIX, leaf_digests, sha256
+from tierfs.errors import ObjectCorruptError, ObjectMissingError, TierError
+from tierfs.index import Writer
+from tierfs.kit import WRITE_FLAGS, Kit, read_exactly
+from tierfs.model import Copy, Record, Residency, Stub, object_key
+from tierfs.tier import Tier
+
+log = logging.getLogger("recovery")
+
+_PIECE = 8 << 20
+
+
+# --- demotions and fetches that were cut short ------------------------------------------------------------
+
+
+def finish_pending(tier: Tier) -> int:
+    """Bring every file whose punch or settling was cut short to a state of its own; how many are left.
+
+    Left are those that are open now: the fetch that their opening begins will end it.
+    """
+    position = tier.drain()
+    left = 0
+    for ino in tier.kit.index.pending():
+        if not tier.kit.claims.take(ino):
+            left += 1
+            continue
+        try:
+            with tier.kit.server.guard([ino], position) as granted:
+                if ino in granted:
+                    _finish(tier, ino)
+                else:
+                    left += 1
+        except (OSError, TierError) as error:
+            left += 1
+            tier.kit.troubles.note(f"inode {ino}: what a crash left cannot be finished: {error}", ino)
+        finally:
+            tier.kit.claims.give(ino)
+    return left
+
+
+def _finish(tier: Tier, ino: int) -> None:
+    kit = tier.kit
+    record = kit.index.get(ino)
+    if record is None or record.copy is None:
+        kit.index.commit(lambda w: w.drop_pending(ino)).result()
+        return
+    above = tier.places.directory(record.parent)
+    path = os.path.join(above.path, record.name) if above is not None else None
+    try:
+        opath = kit.open(ino, record.handle, os.O_PATH | os.O_NOFOLLOW, path)
+    except OSError:
+        kit.index.commit(lambda w: w.drop_pending(ino)).result()  # gone since; its mark follows
+        return
+    try:
+        with kit.writable(opath):
+            fd = kit.tree.reopen(opath, WRITE_FLAGS & ~os.O_NOFOLLOW)
+            try:
+                _finish_open(kit, fd, record, record.copy)
+            finally:
+                os.close(fd)
+    finally:
+        os.close(opath)
+
+
+def _finish_open(kit: Kit, fd: int, record: Record, copy: Copy) -> None:
+    """Under the guard. The attribute is gone: resident. All blocks are the copy's: resident again. No data: a
+    stub whose times may have to be put back. Anything between stays a stub, and fetching it compares pages."""
+    st, stub = os.fstat(fd), kit.tree.read_stub(fd)
+    if stub is None:
+        os.fsync(fd)
+        _commit(kit, record, st, Residency.RESIDENT)
+    elif stub != Stub.of(record.fid, copy):
+        log.warning("inode %d: its stub is not that of its record; the stub counts", record.ino)
+        kit.index.commit(lambda w: w.drop_pending(record.ino)).result()
+    elif not kit.tree.extents(fd, st.st_size):
+        if st.st_mtime_ns != copy.mtime:
+            kit.tree.set_times(fd, st.st_atime_ns, copy.mtime)
+        os.fsync(fd)
+        _commit(kit, record, os.fstat(fd), Residency.STUB)
+    elif kit.tree.try_lease(fd, fcntl.F_WRLCK) and st.st_size == copy.size and _is_copy(fd, copy):
+        kit.tree.clear_stub(fd)
+        os.fsync(fd)
+        _commit(kit, record, os.fstat(fd), Residency.RESIDENT)
+    else:
+        kit.index.commit(lambda w: w.drop_pending(record.ino)).result()
+
+
+def _commit(kit: Kit, before: Record, st: os.stat_result, residency: Residency) -> None:
+    def commit(w: Writer) -> None:
+        record = w.get(before.ino)
+        if record is not None and record.handle == before.handle and record.generation == before.generation:
+            assert record.copy is not None
+            # Restored times mean that the last change of ctime was ours as well.
+            left = st.st_ctime_ns if st.st_mtime_ns == record.copy.mtime else record.left_ctime
+            w.put(replace(record, residency=residency, local=st.st_blocks * 512, left_ctime=left))
+        w.drop_pending(before.ino)
+
+    kit.index.commit(commit).result()
+
+
+def _is_copy(fd: int, copy: Copy) -> bool:
+    """The file's bytes are those of its copy."""
+    if copy.size <= 1 << copy.chunk_shift:
+        return sha256(read_exactly(fd, 0, copy.size)) == copy.digest
+    digests = b"".join(
+        leaf_digests(read_exactly(fd, at, min(_PIECE, copy.size - at))) for at in range(0, copy.size, _PIECE)
+    )
+    return sha256(digests) == copy.digest
+
+
+# --- tierfs check -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """One thing that a check found. `repaired`: it is gone now."""
+
+    what: str
+    path: bytes = b""
+    repaired: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One regular file of the tree, open by an O_PATH descriptor, and what is known of it."""
+
+    kit: Kit
+    path: bytes
+    fd: int
+    st: os.stat_result
+    stub: Stub | None
+    record: Record | None
+    repair: bool
+    read_data: bool
+
+
+Check = Callable[[Case], Iterator[Found]]
+
+
+def check_record(case: Case) -> Iterator[Found]:
+    """Every regular file has a record, and it says what the stub attribute says."""
+    record = case.record
+    if record is None:
+        yield Found("has no record in the index (a look through the tree makes one)", case.path)
+        return
+    resident = record.residency is Residency.RESIDENT
+    if (case.stub is None) == resident:
+        return
+    said, is_ = record.residency.name.lower(), "resident" if case.stub is None else "a stub"
+    repaired = False
+    if case.repair and case.stub is None:
+        case.kit.index.commit(partial(_make_resident, record.ino)).result()
+        repaired = True
+    yield Found(f"the index says {said}, but it is {is_}", case.path, repaired)
+
+
+def check_stub(case: Case) -> Iterator[Found]:
+    """A stub is that of its record, and of its size."""
+    record, stub = case.record, case.stub
+    if record is None or stub is None or record.copy is None:
+        return
+    if Stub.of(record.fid, record.copy) != stub:
+        yield Found("its stub is not that of its record (the stub counts)", case.path)
+    elif record.copy.size != case.st.st_size:
+        yield Found(f"is {case.st.st_size} bytes long, its copy {record.copy.size}", case.path)
+
+
+def check_object(case: Case) -> Iterator[Found]:
+    """What a file refers to is in the store, in full, and (`read_data`) has the recorded digest."""
+    record = case.record
+    copy = record.copy if record is not None and not record.dirty else None
+    if case.stub is not None:
+        key, size, digest, shift = case.stub.key, case.st.st_size, case.stub.digest, case.stub.chunk_shift
+    elif record is not None and copy is not None:
+        key = object_key(record.fid, copy.generation, copy.tag)
+        size, digest, shift = copy.size, copy.digest, copy.chunk_shift
+    else:
+        return
+    problem = _look_at_object(case.kit, key, size, digest, shift, case.read_data)
+    if not problem:
+        return
+    repaired = False
+    if case.stub is None and case.repair and record is not None:
+        # All content is here: without a copy it is dirty, and goes out again.
+        case.kit.index.commit(partial(_drop_copy, record)).result()
+        repaired = True
+    yield Found(f"{problem}: {key}", case.path, repaired)
+
+
+def _look_at_object(kit: Kit, key: str, size: int, digest: bytes, shift: int, read_data: bool) -> str:
+    """What is wrong with it, "" if nothing. Raises StoreUnavailableError and the like."""
+    try:
+        found = kit.store.head(key).size
+        if found != size:
+            return f"its object has {found} bytes instead of {size}"
+        large = size > 1 << shift
+        if large:
+            kit.store.head(key + SIDE_SUFFIX)
+        if read_data and _object_digest(kit, key, large) != digest:
+            return "its object does not have the recorded digest"
+    except ObjectMissingError:
+        return "its object is not in the store"
+    except ObjectCorruptError as error:
+        return f"its object is damaged ({error})"
+    return ""
+
+
+def _object_digest(kit: Kit, key: str, large: bool) -> bytes:
+    if not large:
+        return sha256(kit.store.get(key))
+    digests, rest = [], b""
+    for piece in kit.store.stream(key):
+        rest += piece
+        whole = len(rest) - len(rest) % (64 * 1024)
+        digests.append(leaf_digests(memoryview(rest)[:whole]))
+        rest = rest[whole:]
+    return sha256(b"".join([*digests, leaf_digests(rest)]))
+
+
+def _make_resident(ino: int, w: Writer) -> None:
+    record = w.get(ino)
+    if record is not None and record.residency is not Residency.RESIDENT:
+        w.put(replace(record, residency=Residency.RESIDENT, left_ctime=0))
+
+
+def _drop_copy(before: Record, w: Writer) -> None:
+    record = w.get(before.ino)
+    if record is not None and record.copy == before.copy and record.residency is Residency.RESIDENT:
+        w.put(replace(record, copy=None, left_ctime=0))
+
+
+CHECKS: tuple[Check, ...] = (check_record, check_stub, check_object)

@@ -1,0 +1,230 @@
+"""Looking through the tree, once for each custody epoch: an adopted tree, a lost index, an unclean stop.
+
+Every regular file gets a record (from its stub attribute, where it has one), every directory its place, heat a
+first guess from the times of last access. Files whose tuple is not their copy's are compared with it (custody
+rule 16). A survey that is cut short begins anew: what it has recorded is only looked at again.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import replace
+from functools import partial
+
+from tierfs.copying import Item
+from tierfs.draining import forget
+from tierfs.errors import ForeignStubError, TierError
+from tierfs.index import Writer
+from tierfs.kit import same_tuple
+from tierfs.model import Copy, Record, Residency, new_fid
+from tierfs.places import join
+from tierfs.tier import Tier
+from tierfs.tree import fd_path
+
+log = logging.getLogger("survey")
+
+_COMMITS = 512  # under way at once
+_VERIFY = 64  # files compared in one batch
+_NO_CUSTODY = 0xFFFFFFFF
+_FIRST_GENERATION = 1  # below all that a mount hands out; 0 means refused
+
+
+class Survey:
+    """One run over the tree. `left` says how many known files have yet to be looked at."""
+
+    def __init__(
+        self, tier: Tier, seed: Callable[[list[tuple[int, int, float]]], None], stopping: threading.Event
+    ) -> None:
+        """`seed` takes (ino, local bytes, seconds since last access)."""
+        self._tier = tier
+        self._kit = tier.kit
+        self._seed = seed
+        self._stopping = stopping
+        self._futures: list[Future[None]] = []
+        self._guesses: list[tuple[int, int, float]] = []
+        self._doubtful: list[Item] = []
+        self._seen: set[int] = set()
+        self._known = 0
+
+    @property
+    def left(self) -> int:
+        """Known files not yet looked at."""
+        return max(0, self._known - len(self._seen)) + len(self._doubtful)
+
+    def run(self) -> bool:
+        """Look at everything; False if it was stopped. Raises IndexError_, OSError."""
+        self._tier.drain()
+        self._known = self._kit.index.totals().files
+        begun = time.monotonic()
+        pending = [b""]
+        while pending:
+            if self._stopping.is_set():
+                return False
+            pending.extend(self._directory(pending.pop()))
+        self._flush()
+        self._verify()
+        self._forget_unseen()
+        self._kit.index.commit(lambda w: w.set_surveyed(True)).result()
+        log.info("looked through %d files in %.1f s", len(self._seen), time.monotonic() - begun)
+        return True
+
+    def _directory(self, path: bytes) -> list[bytes]:
+        """Take in one directory; the directories in it. What vanishes meanwhile has marks of its own."""
+        below: list[bytes] = []
+        try:
+            fd = os.open(
+                path or b".", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=self._kit.tree.rootfd
+            )
+        except OSError as error:
+            log.debug("directory %r is left out: %s", path, error)
+            return below
+        try:
+            parent = os.fstat(fd).st_ino
+            for text in os.listdir(fd):
+                name = os.fsencode(text)
+                try:
+                    st = os.stat(name, dir_fd=fd, follow_symlinks=False)
+                    if stat.S_ISDIR(st.st_mode):
+                        if self._kit.index.get_dir(st.st_ino) != (parent, name):
+                            self._commit(partial(_put_dir, st.st_ino, parent, name))
+                        below.append(join(path, name))
+                    elif stat.S_ISREG(st.st_mode):
+                        self._file(fd, parent, name, st, join(path, name))
+                except FileNotFoundError:
+                    continue
+        finally:
+            os.close(fd)
+        return below
+
+    def _file(self, dirfd: int, parent: int, name: bytes, st: os.stat_result, path: bytes) -> None:
+        if st.st_ino in self._seen:
+            return  # another name of the same inode
+        self._seen.add(st.st_ino)
+        handle = self._kit.tree.handle_at(dirfd, name)
+        record = self._kit.index.get(st.st_ino)
+        if record is None or record.handle != handle:
+            self._new(dirfd, parent, name, st, handle)
+        else:
+            if not record.parent or not record.name:
+                self._commit(partial(_put_place, st.st_ino, parent, name))
+            if self._is_doubtful(record, st):
+                self._doubtful.append(Item(st.st_ino, handle, path, parent, name, st.st_size))
+                if len(self._doubtful) >= _VERIFY:
+                    self._verify()
+        if st.st_blocks:
+            self._guesses.append((st.st_ino, st.st_blocks * 512, max(0.0, time.time() - st.st_atime)))
+        if len(self._futures) >= _COMMITS:
+            self._flush()
+
+    def _is_doubtful(self, record: Record, st: os.stat_result) -> bool:
+        if record.residency is not Residency.RESIDENT or record.copy is None or record.dirty:
+            return False
+        return not same_tuple(record, record.copy, st)
+
+    def _new(self, dirfd: int, parent: int, name: bytes, st: os.stat_result, handle: bytes) -> None:
+        opath = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=dirfd)
+        try:
+            if os.fstat(opath).st_ino != st.st_ino:
+                return  # replaced just now, which has a mark
+            try:
+                stub = self._kit.tree.read_stub(opath)
+            except ForeignStubError as error:
+                self._kit.troubles.note(f"{os.fsdecode(fd_path(opath))}: {error}", st.st_ino)
+                return
+        finally:
+            os.close(opath)
+        record = Record(
+            st.st_ino, handle, new_fid(), _FIRST_GENERATION, size=st.st_size, blocks=st.st_blocks,
+            local=st.st_blocks * 512, parent=parent, name=name,
+        )  # fmt: skip
+        if stub is not None:
+            # No custody: nothing is known of what happened since this copy was proven.
+            copy = Copy(
+                stub.generation, stub.tag, stub.digest, st.st_size, st.st_mtime_ns, st.st_ctime_ns,
+                _NO_CUSTODY, stub.chunk_shift,
+            )  # fmt: skip
+            full = max(st.st_blocks, -(-st.st_size // 4096) * 8)
+            record = replace(record, fid=stub.fid, generation=stub.generation, copy=copy)
+            record = replace(record, residency=Residency.STUB, blocks=full)
+        self._commit(partial(_put_new, record, self._kit.index.get_by_fid(record.fid)))
+
+    def _commit(self, run: Callable[[Writer], None]) -> None:
+        self._futures.append(self._kit.index.commit(run))
+
+    def _flush(self) -> None:
+        """Wait for what was submitted, and hand on the guesses of heat."""
+        futures, self._futures = self._futures, []
+        for future in futures:
+            future.result()
+        guesses, self._guesses = self._guesses, []
+        if guesses:
+            self._seed(guesses)
+
+    def _verify(self) -> None:
+        """Compare doubtful files with their copies; those that differ are copied out anew."""
+        items, self._doubtful = self._doubtful, []
+        if not items or self._stopping.is_set():
+            return
+        try:
+            for item in self._tier.demote(items, self._stopping, punch=False):
+                if item.reason:
+                    log.info("%r: not compared with its copy: %s", item.path, item.reason)
+        except (TierError, OSError) as error:
+            log.warning("%d files were not compared with their copies: %s", len(items), error)
+
+    def _forget_unseen(self) -> None:
+        """Records of files that are not there any more: their marks were lost."""
+        if not self._kit.tree.privileged:
+            return
+        start = 0
+        while True:
+            page = list(self._kit.index.records(start))
+            for record in page:
+                if record.ino not in self._seen and self._is_gone(record):
+                    self._commit(partial(_forget, record))
+            self._flush()
+            if not page or self._stopping.is_set():
+                return
+            start = page[-1].ino + 1
+
+    def _is_gone(self, record: Record) -> bool:
+        try:
+            os.close(self._kit.tree.open_handle(record.handle, os.O_PATH))
+        except OSError:
+            return True
+        return False
+
+
+def _put_dir(ino: int, parent: int, name: bytes, w: Writer) -> None:
+    w.put_dir(ino, parent, name)
+
+
+def _put_place(ino: int, parent: int, name: bytes, w: Writer) -> None:
+    record = w.get(ino)
+    if record is not None and not (record.parent and record.name):
+        w.put(replace(record, parent=parent, name=name))
+
+
+def _put_new(record: Record, twin: Record | None, w: Writer) -> None:
+    """Unless a mark was quicker. A second inode with a stub of the same file stays without a record until it
+    is fetched, and then gets an id of its own."""
+    before = w.get(record.ino)
+    if before is not None and before.handle == record.handle:
+        return
+    if twin is not None and twin.handle != record.handle and w.get(twin.ino) == twin:
+        return
+    if before is not None:
+        forget(w, before, time.time_ns())
+    w.put(record)
+
+
+def _forget(before: Record, w: Writer) -> None:
+    record = w.get(before.ino)
+    if record is not None and record.handle == before.handle:
+        forget(w, record, time.time_ns())
