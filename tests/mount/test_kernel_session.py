@@ -1,0 +1,188 @@
+"""The kernel session by itself: a real mount, a mount server in a process of its own, no supervisor, a fake mover."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from bare import Bare, bare, until
+from harness import Scratch
+
+from tierfs import wire
+from tierfs.fuse import mounting
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root and a mount")
+_numbers = itertools.count()
+
+
+@pytest.fixture
+def mounted(area: Scratch) -> Iterator[Bare]:
+    base = area.path / f"bare{next(_numbers)}"
+    with bare(base, area.connections) as made:
+        yield made
+        assert "Traceback" not in made.log_path.read_text(), made.log_path.read_text()
+
+
+def _cat(path: Path) -> subprocess.Popen:
+    """A reader in a process of its own: it may hang, we may not."""
+    return subprocess.Popen(["cat", path], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def test_mount_table_and_clean_end(mounted: Bare) -> None:
+    lines = [line for line in Path("/proc/self/mountinfo").read_text().splitlines() if str(mounted.mountpoint) in line]
+    assert "fuse.tierfs tierfs#" in lines[0].replace("\\043", "#")
+    assert "nosuid,nodev" in lines[0]
+    (mounted.mountpoint / "file").write_bytes(b"content")
+    assert (mounted.tree / "file").read_bytes() == b"content"
+    # The kernel sends the last RELEASE on its own time.
+    assert until(lambda: not _open_writers(mounted))
+    assert mounted.umount() is True
+
+
+def _open_writers(mounted: Bare) -> bool:
+    """An O_PATH descriptor of the file stays in the server for as long as it is open."""
+    names = [os.readlink(entry) for entry in Path(f"/proc/{mounted.server.pid}/fd").iterdir()]
+    return any(name.endswith("/tree/file") for name in names)
+
+
+def test_busy_mount_stays(mounted: Bare) -> None:
+    with (mounted.mountpoint / "file").open("wb"), pytest.raises(OSError) as caught:
+        mounting.unmount(str(mounted.mountpoint))
+    assert caught.value.errno == errno.EBUSY
+    assert (mounted.mountpoint / "file").exists()
+
+
+def test_abort_is_no_clean_end(mounted: Bare) -> None:
+    with (mounted.mountpoint / "file").open("wb"):
+        mounting.abort(mounting.device_of(str(mounted.mountpoint)) or "")
+        assert mounted.stopped() is False
+
+
+def test_sigterm_ends_at_once_and_not_cleanly(mounted: Bare) -> None:
+    mounted.server.send_signal(signal.SIGTERM)
+    assert mounted.stopped() is False
+
+
+def test_stub_waits_for_the_mover_and_becomes_passthrough(mounted: Bare) -> None:
+    mover = mounted.mover()
+    path = mounted.stub("cold", 10_000)
+    reader = _cat(path)
+    fetch = mover.fetch()
+    assert fetch.size == 10_000
+    assert reader.poll() is None
+    assert path.stat().st_size == 10_000  # others are served meanwhile
+    content = os.urandom(10_000)
+    mover.deliver(fetch, mounted.tree / "cold", content)
+    assert reader.communicate(timeout=10)[0] == content
+    assert path.read_bytes() == content
+    mover.close()
+
+
+def test_failed_fetch_is_eio_with_its_reason_in_the_log(mounted: Bare) -> None:
+    mover = mounted.mover()
+    reader = _cat(mounted.stub("cold", 10_000))
+    fetch = mover.fetch()
+    mover.send(wire.FetchEnd(fetch.id, fetch.ino, errno.EIO, "the store is on fire"))
+    assert b"Input/output error" in reader.communicate(timeout=10)[1]
+    assert until(lambda: "the store is on fire" in mounted.log_path.read_text())
+
+
+def test_interrupted_open_returns_at_once(mounted: Bare) -> None:
+    mover = mounted.mover()
+    reader = _cat(mounted.stub("cold", 10_000))
+    mover.fetch()
+    reader.send_signal(signal.SIGINT)
+    begun = time.monotonic()
+    assert reader.wait(10) == -signal.SIGINT
+    assert time.monotonic() - begun < 1
+    # Answered once: a late arrival must not answer it again.
+    assert sorted(os.listdir(mounted.mountpoint)) == ["cold"]
+
+
+def test_write_parked_on_a_stub_is_carried_out_once(mounted: Bare) -> None:
+    """The bytes of a WRITE lie in a buffer that the next request overwrites."""
+    mover = mounted.mover()
+    size = 8 << 20
+    path = mounted.stub("large", size)
+    code = f"import os; fd = os.open({str(path)!r}, os.O_WRONLY); os.pwrite(fd, b'new' * 1000, 1)"
+    writer = subprocess.Popen([sys.executable, "-c", code])
+    fetch = mover.fetch()
+    for number in range(50):
+        (mounted.mountpoint / f"other{number}").write_bytes(b"x" * 3000)
+    content = os.urandom(size)
+    mover.deliver(fetch, mounted.tree / "large", content)
+    assert writer.wait(10) == 0
+    assert (mounted.tree / "large").read_bytes() == content[:1] + b"new" * 1000 + content[3001:]
+
+
+def test_new_mover_is_asked_again(mounted: Bare) -> None:
+    first = mounted.mover()
+    path = mounted.stub("cold", 10_000)
+    reader = _cat(path)
+    first.fetch()
+    first.close()
+    second = mounted.mover()
+    second.deliver(second.fetch(), mounted.tree / "cold", b"y" * 10_000)
+    assert reader.communicate(timeout=10)[0] == b"y" * 10_000
+
+
+def test_serves_on_without_a_supervisor(mounted: Bare) -> None:
+    mounted._channel.close()
+    assert until(lambda: "supervisor is gone" in mounted.log_path.read_text())
+    (mounted.mountpoint / "file").write_bytes(b"content")
+    mounting.unmount(str(mounted.mountpoint))
+    assert mounted.server.wait(10) == 0
+
+
+def test_listing_far_larger_than_one_reply(mounted: Bare) -> None:
+    names = {f"{number:04d}-" + "n" * 200 for number in range(1500)}
+    for name in names:
+        (mounted.tree / name).touch()
+    assert set(os.listdir(mounted.mountpoint)) == names
+    with os.scandir(mounted.mountpoint) as entries:
+        assert {entry.name for entry in entries if entry.stat().st_size == 0} == names
+
+
+def test_times_before_1970_and_after_2106(mounted: Bare) -> None:
+    path = mounted.mountpoint / "file"
+    path.touch()
+    for nanoseconds in (-1, -86400 * 10**9 + 5, 5_000_000_000 * 10**9 + 7):
+        os.utime(path, ns=(nanoseconds, nanoseconds))
+        assert (path.stat().st_atime_ns, path.stat().st_mtime_ns) == (nanoseconds, nanoseconds)
+        assert (mounted.tree / "file").stat().st_mtime_ns == nanoseconds
+
+
+def test_birth_time_is_told(mounted: Bare) -> None:
+    (mounted.mountpoint / "file").touch()
+    command = ["stat", "-c", "%W", str(mounted.mountpoint / "file")]
+    born = int(subprocess.run(command, capture_output=True, check=True).stdout)
+    assert abs(born - time.time()) < 60
+
+
+def test_ioctls_are_refused_as_such(mounted: Bare) -> None:
+    (mounted.mountpoint / "file").touch()
+    done = subprocess.run(["lsattr", mounted.mountpoint / "file"], capture_output=True)
+    assert b"Inappropriate ioctl" in done.stderr or b"not supported" in done.stderr
+
+
+def test_nothing_to_do_costs_nothing(mounted: Bare) -> None:
+    for _ in range(200):
+        (mounted.mountpoint / "missing").exists()
+    assert until(lambda: True)
+    time.sleep(6)  # heat of before has been reported by then
+    before = _cpu_ticks(mounted.server.pid)
+    time.sleep(2)
+    assert _cpu_ticks(mounted.server.pid) - before <= 1
+
+
+def _cpu_ticks(pid: int) -> int:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12])
