@@ -55,7 +55,7 @@ class Options:
 
 
 def parse_options(options: Iterable[str]) -> Options:
-    """nosuid and nodev hold unless suid, dev are given. Raises UsageError for an option without meaning here."""
+    """nosuid and nodev hold unless suid, dev are given. Raises UsageError for an unknown option."""
     flags, allow_other, names = _MS_NOSUID | _MS_NODEV, False, []
     for name in options:
         if name in _SETS:

@@ -17,7 +17,7 @@ class Spinner:
     """
 
     def __init__(self, enabled: bool | None = None) -> None:
-        """`enabled` None: where the process may use more than one CPU; on one, spinning keeps the caller off it."""
+        """`enabled` None: where the process may use more than one CPU; on one, it keeps the caller off."""
         self._enabled = len(os.sched_getaffinity(0)) > 1 if enabled is None else enabled
         self._credit = 0
 

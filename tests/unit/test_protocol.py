@@ -1,0 +1,265 @@
+"""The layouts of the kernel's protocol, and what the binding does without a kernel."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import struct
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from tierfs.errors import UsageError, VolumeError
+from tierfs.fuse import mounting
+from tierfs.fuse import protocol as p
+from tierfs.fuse.kernel import End, Session
+from tierfs.fuse.operations import Operations
+from tierfs.fuse.spinning import NEAR_SECONDS, Spinner
+from tierfs.waits import Blocked, Slow, Wait
+
+# Sizes of the structs in include/uapi/linux/fuse.h, 7.45.
+SIZES = {
+    "INIT_OUT": 64, "ENTRY_OUT": 128, "ATTR_OUT": 104, "OPEN_OUT": 16, "WRITE_OUT": 8, "STATFS_OUT": 80,
+    "STATX_OUT": 288, "DIRENT": 24, "SETATTR_IN": 88, "MKNOD_IN": 16, "MKDIR_IN": 8, "RENAME2_IN": 16,
+    "OPEN_IN": 8, "CREATE_IN": 16, "READ_IN": 40, "RELEASE_IN": 24, "FSYNC_IN": 16, "SETXATTR_IN": 16,
+    "GETXATTR_IN": 8, "FALLOCATE_IN": 32, "LSEEK_IN": 24, "COPY_IN": 56, "STATX_IN": 24, "BACKING_MAP": 16,
+    "GETATTR_IN": 16, "FORGET_ONE": 16,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_sizes(name: str) -> None:
+    assert getattr(p, name).size == SIZES[name]
+
+
+def test_attributes_of_a_file_with_strange_times(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"12345")
+    os.utime(path, ns=(-1, 5_000_000_000_000_000_003))
+    fields = p.ENTRY_OUT.unpack(p.entry(7, path.stat(), 1))
+    assert fields[0] == 7
+    st = path.stat()
+    assert fields[6:9] == (st.st_ino, 5, st.st_blocks)
+    assert (fields[9], fields[12]) == (-1, 999_999_999)
+    assert (fields[10], fields[13]) == (5_000_000_000, 3)
+    assert p.attributes(st, 0)[16:] == p.entry(7, st, 1)[40:]
+
+
+def test_statx_splits_the_device_number() -> None:
+    names = "atime_ns mtime_ns ctime_ns ino size blocks nlink uid gid blksize"
+    st = SimpleNamespace(**{f"st_{name}": 1 for name in names.split()}, st_mode=0o20600, st_rdev=os.makedev(259, 70_000))
+    packed = p.statx(st, 1_500_000_000, 1)
+    body = packed[32:]
+    assert struct.unpack_from("<II", body, 128) == (259, 70_000)
+    assert struct.unpack_from("<qI", body, 80) == (1, 500_000_000)
+    assert struct.unpack_from("<I", body)[0] & 0x800
+    assert not struct.unpack_from("<I", p.statx(st, None, 1), 32)[0] & 0x800
+
+
+def test_dirents_are_padded() -> None:
+    for length in range(1, 20):
+        name = b"n" * length
+        assert len(p.dirent(1, 2, 8, name)) == 24 + (length + 7 & ~7)
+        assert len(p.dirent_plus(None, 1, 2, 8, name)) == p.DIRENT_PLUS_SIZE + (length + 7 & ~7)
+
+
+def test_groups_are_found_among_extensions() -> None:
+    other = struct.pack("<II8x", 16, 1)
+    groups = struct.pack("<IIIII4x", 24, p.EXT_GROUPS, 2, 100, 2000)
+    assert p.groups(b"request\0" + other + groups, 40) == (100, 2000)
+    assert p.groups(b"request\0" + other, 16) is None
+    assert p.groups(bytes(16), 16) is None
+
+
+def test_init_agrees_on_what_both_know() -> None:
+    offered = (1 << 64) - 1
+    reply, agreed = p.init_reply(99, 4096, offered, True, 1)
+    assert agreed & p.Feature.PASSTHROUGH.bit
+    assert not agreed & (1 << 16 | 1 << 1 | 1 << 10 | 1 << 41 | 1 << 42)  # see WANTED
+    fields = p.INIT_OUT.unpack(reply)
+    assert fields[:2] == (7, p.MINOR)
+    assert fields[6] == p.MAX_WRITE
+    assert fields[-2] == 1
+    assert not p.init_reply(33, 4096, offered, False, 1)[1] & p.Feature.PASSTHROUGH.bit
+    old, agreed = p.init_reply(33, 4096, 0, True, 1)
+    assert agreed == 0
+    assert p.INIT_OUT.unpack(old)[6] == 1 << 17
+
+
+def test_mount_options() -> None:
+    assert mounting.parse_options([]).flags == 2 | 4
+    assert mounting.parse_options(["suid", "dev", "ro"]).flags == 1
+    assert mounting.parse_options(["allow_other", "defaults"]).allow_other
+    with pytest.raises(UsageError, match="frobnicate"):
+        mounting.parse_options(["frobnicate"])
+
+
+def test_missing_device_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(mounting, "_DEVICE", str(tmp_path / "fuse"))
+    with pytest.raises(VolumeError, match="modprobe fuse"):
+        mounting.mount(str(tmp_path), "0" * 32)
+
+
+def test_spinning_follows_the_requests() -> None:
+    spinner = Spinner(enabled=True)
+    assert not spinner.patience
+    spinner.slept(NEAR_SECONDS * 2)
+    assert not spinner.patience
+    spinner.slept(NEAR_SECONDS / 2)
+    assert spinner.patience
+    for _ in range(100):
+        spinner.hit()
+    misses = 0
+    while spinner.patience:
+        spinner.miss()
+        misses += 1
+    assert misses <= 8
+    alone = Spinner(enabled=False)
+    alone.slept(0)
+    assert not alone.patience
+
+
+# --- a session over a packet socket instead of the device ---------------------------------------------------
+
+
+class FakeVfs:
+    """Answers UNLINK as told, and lists what it was asked."""
+
+    def __init__(self) -> None:
+        self.gate = SimpleNamespace(writers_open=lambda ino: False, backing=None)
+        self.asked: list[bytes] = []
+        self.answer: object = None
+
+    def unlink(self, parent: int, name: bytes) -> None:
+        self.asked.append(name)
+        if isinstance(self.answer, BaseException):
+            raise self.answer
+
+    def fsync(self, fh: int, datasync: bool) -> Slow:
+        def run() -> None:
+            raise OSError(errno.ENOSPC, "full")
+
+        return Slow(run)
+
+
+class Kernel:
+    """The other end."""
+
+    def __init__(self) -> None:
+        self.sock, self._device = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.sock.settimeout(5)
+        self.vfs = FakeVfs()
+        self.session = Session(self._device.fileno(), self.vfs, passthrough=False)  # type: ignore[arg-type]
+
+    def ask(self, opcode: int, unique: int, body: bytes) -> None:
+        size = p.IN + len(body)
+        self.sock.send(p.HEAD.pack(size, opcode, unique, 1) + bytes(16) + body)
+        self.session.serve(1)
+
+    def reply(self) -> tuple[int, int, bytes]:
+        """(unique, errno, body)."""
+        data = self.sock.recv(1 << 16)
+        length, number, unique = p.OUT.unpack_from(data)
+        assert length == len(data)
+        return unique, -number, data[p.OUT_SIZE :]
+
+    def silent(self) -> bool:
+        self.sock.setblocking(False)
+        try:
+            return not self.sock.recv(1)
+        except BlockingIOError:
+            return True
+        finally:
+            self.sock.settimeout(5)
+
+    def close(self) -> None:
+        self.session.close()
+        self.sock.close()
+        self._device.close()
+
+
+@pytest.fixture
+def kernel():
+    made = Kernel()
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize(
+    ("error", "number"),
+    [
+        (OSError(errno.ENOTEMPTY, "x"), errno.ENOTEMPTY),
+        (OSError("no number"), errno.EIO),
+        (OSError(100_000, "beyond what the kernel takes"), errno.EIO),
+        (VolumeError("busy"), errno.EBUSY),
+        (KeyError("a bug"), errno.EIO),
+    ],
+)
+def test_errors_become_numbers_once(kernel: Kernel, error: Exception, number: int) -> None:
+    kernel.vfs.answer = error
+    kernel.ask(p.Op.UNLINK, 5, b"name\0")
+    assert kernel.reply() == (5, number, b"")
+
+
+def test_unknown_requests_are_refused(kernel: Kernel) -> None:
+    for opcode in (34, 37, 40, 31, 63, 64, 4096):
+        kernel.ask(opcode, 9, b"")
+        assert kernel.reply() == (9, errno.ENOSYS, b"")
+
+
+def test_parked_request_runs_again_as_a_whole(kernel: Kernel) -> None:
+    wait = Wait()
+    kernel.vfs.answer = Blocked(wait)
+    kernel.ask(p.Op.UNLINK, 5, b"name\0")
+    kernel.vfs.answer = None
+    kernel.ask(p.Op.UNLINK, 6, b"longer name\0")
+    assert kernel.reply()[0] == 6
+    wait.fire()
+    assert kernel.silent()  # not from within the firing
+    kernel.session.run_ready()
+    assert kernel.reply() == (5, 0, b"")
+    assert kernel.vfs.asked == [b"name", b"longer name", b"name"]
+
+
+def test_failed_wait_is_not_run_again(kernel: Kernel) -> None:
+    wait = Wait()
+    kernel.vfs.answer = Blocked(wait)
+    kernel.ask(p.Op.UNLINK, 5, b"name\0")
+    wait.fire(errno.ETIMEDOUT, "too long")
+    kernel.session.run_ready()
+    assert kernel.reply() == (5, errno.ETIMEDOUT, b"")
+    assert kernel.vfs.asked == [b"name"]
+
+
+@pytest.mark.parametrize("fired", [False, True])
+def test_interrupt_answers_once(kernel: Kernel, fired: bool) -> None:
+    wait = Wait()
+    kernel.vfs.answer = Blocked(wait)
+    kernel.ask(p.Op.UNLINK, 5, b"name\0")
+    if fired:
+        wait.fire()
+    kernel.ask(p.Op.INTERRUPT, 6, p.U64.pack(5))
+    assert kernel.reply() == (5, errno.EINTR, b"")
+    wait.fire()
+    kernel.session.run_ready()
+    kernel.ask(p.Op.INTERRUPT, 7, p.U64.pack(5))
+    assert kernel.silent()
+    assert kernel.vfs.asked == [b"name"]
+
+
+def test_slow_operations_answer_from_a_thread(kernel: Kernel) -> None:
+    kernel.ask(p.Op.FSYNC, 5, p.FSYNC_IN.pack(1, 0, 0))
+    assert kernel.reply() == (5, errno.ENOSPC, b"")
+
+
+def test_an_old_kernel_is_refused(kernel: Kernel) -> None:
+    kernel.ask(p.Op.INIT, 1, p.INIT_IN_OLD.pack(7, 19, 0, 0))
+    assert kernel.reply() == (1, errno.EPROTO, b"")
+    assert kernel.session.end is End.ABORTED
+
+
+def test_every_opcode_has_an_operation_or_is_the_sessions() -> None:
+    table = Operations(FakeVfs()).table  # type: ignore[arg-type]
+    assert {op for op in p.Op if table[op] is None} == {p.Op.INIT, p.Op.INTERRUPT, p.Op.DESTROY}
