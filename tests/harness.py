@@ -289,6 +289,13 @@ class Volume:
     def tier(self, path: Path_) -> str:
         return os.getxattr(path, "user.tierfs.tier").decode()
 
+    def tier_becomes(self, path: Path_, *tiers: str, seconds: float = 8) -> bool:
+        """Wait until the file has one of these tiers: chunks that were fetched are counted in batches."""
+        deadline = time.monotonic() + seconds
+        while self.tier(path) not in tiers and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return self.tier(path) in tiers
+
 
 class PlainVolume(Volume):
     """A plain directory in a volume's place: shows that a workload itself is right. Nothing is ever demoted."""

@@ -71,7 +71,8 @@ def test_store_gone_is_eio_in_time(volume: Make) -> None:
     assert os.listdir(mounted.mountpoint)
     assert small.stat().st_size == len(SMALL)
     os.rename(small, mounted.mountpoint / "renamed")
-    assert any("renamed" in str(error) or "small" in str(error) for error in mounted.status()["errors"])
+    errors = mounted.status()["errors"]
+    assert any("renamed" in str(error) or "small" in str(error) for error in errors), errors
     (mounted.state / "store-away").rename(store)
     assert (mounted.mountpoint / "renamed").read_bytes() == SMALL
     assert large.read_bytes() == LARGE
@@ -159,7 +160,7 @@ def test_a_stopped_mover_stops_no_local_work(volume: Make, stopped: Callable[[in
 def test_a_damaged_object_is_never_taken_for_content(volume: Make, damage: str, content: bytes) -> None:
     mounted = volume()
     mounted.configure(fetch_timeout="3s")
-    (path,) = demoted(mounted, file=content)
+    (path,) = demoted(mounted, precious=content)
     (victim,) = (item for item in mounted.objects() if item.stat().st_size == len(content))
     victim.chmod(0o600)
     middle = len(content) // 2
@@ -176,7 +177,8 @@ def test_a_damaged_object_is_never_taken_for_content(volume: Make, damage: str, 
         path.read_bytes()
     assert mounted.tier(path) != "resident"
     assert path.stat().st_size == len(content)
-    assert any("file" in str(error) for error in mounted.status()["errors"])
+    errors = mounted.status()["errors"]
+    assert any("precious" in str(error) for error in errors), errors
     victim.unlink(missing_ok=True)
     victim.write_bytes(content)
     assert path.read_bytes() == content, "once the object is whole again so is the file"
