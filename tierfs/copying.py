@@ -30,6 +30,7 @@ from tierfs.transfer import Urgency
 log = logging.getLogger("mover")
 
 PIECE = 8 << 20
+_CLAIM_SECONDS = 10.0  # for the store's first answer after a mount
 
 
 @dataclass(slots=True)
@@ -201,6 +202,8 @@ class Copier:
 
     @contextmanager
     def _kept_if_good(self, taken: _Taken) -> Iterator[None]:
+        if self._kit.withheld:
+            self._kit.claim_tried.wait(_CLAIM_SECONDS)
         if self._kit.withheld:
             raise StoreUnavailableError(self._kit.withheld)
         try:

@@ -118,7 +118,9 @@ class Movements:
 class Kit:
     """Held by each part. `custody` is the present custody epoch; `config` is replaced as a whole on reload.
 
-    `withheld` says why nothing may be written to the store or removed from it now, "" where it may.
+    `withheld` says why nothing may be written to the store or removed from it now, "" where it may;
+    `claim_tried` is set once the store has been asked for the first time: an order given right after the mount
+    waits for that.
     """
 
     tree: Tree
@@ -130,6 +132,7 @@ class Kit:
     fetches: Pool
     uploads: Pool
     withheld: str = ""
+    claim_tried: threading.Event = field(default_factory=threading.Event)
     movements: Movements = field(default_factory=Movements)
     claims: Claims = field(default_factory=Claims)
     outcomes: Outcomes = field(default_factory=Outcomes)

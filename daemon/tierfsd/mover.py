@@ -93,12 +93,15 @@ class Mover:
             except VolumeError as error:
                 self._withhold(str(error))
                 log.critical("%s", error)
+                self._tier.kit.claim_tried.set()
                 return
             except (StoreError, OSError) as error:
                 self._withhold(str(error))
+                self._tier.kit.claim_tried.set()
                 self.stopping.wait(_CLAIM_SECONDS)
             else:
                 self._tier.kit.withheld = ""
+                self._tier.kit.claim_tried.set()
                 return
 
     def _withhold(self, reason: str) -> None:
