@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import select
 import threading
@@ -88,7 +89,9 @@ class Server:
             size = min(size, os.stat(path).st_size - offset)
             parts = []
             while size > 0:
-                part = self.run(lambda o=offset, n=min(size, MIB): self.gate.read(handle, o, n))
+                part = self.run(functools.partial(self.gate.read, handle, offset, min(size, MIB)))
+                if not part:
+                    break
                 parts.append(part)
                 offset, size = offset + len(part), size - len(part)
             return b"".join(parts)
@@ -144,6 +147,7 @@ class Volume:
         self.tier = Tier(self.tree, self.index, self.store, self.link, self.marks_fd, self.config)
         self.link.start(self)
         self.link.send(wire.Hello(os.getpid(), self.tier.drainer.position))
+        self.link.send(wire.Limits(self.config.fetch_timeout, self.config.chunk_size))
 
     def stop(self, clean=True):
         self.tier.close()

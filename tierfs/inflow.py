@@ -169,6 +169,7 @@ class Inflow:
         if content.settling:
             self.need_settled(ino)
         if not content.flights:
+            content.closing = False
             return
         content.closing = True
         for flight in content.flights:
@@ -192,7 +193,7 @@ class Inflow:
     def _timed_wait(self) -> Wait:
         wait = Wait(time.monotonic() + self.fetch_timeout)
         self._timed.add(wait)
-        wait.add(lambda: self._timed.discard(wait))
+        wait.keeper = lambda: self._timed.discard(wait)
         return wait
 
     def _ask(self, ino: int, start: int, end: int, *, whole: bool, ahead: bool) -> None:
@@ -249,7 +250,8 @@ class Inflow:
         if not content.closing:
             self._ask_again(message.ino, content)
         elif not content.flights and content.idle is not None:
-            content.closing = False
+            # Until the truncation has run again nothing new is asked for, or it would never find it idle.
+            content.closing = content.idle.wanted
             content.idle.fire()
 
     def _ask_again(self, ino: int, content: Content) -> None:
@@ -301,6 +303,8 @@ class Inflow:
             log.warning("a read gave up: %s", reason)
             wait.fire(errno.EIO, reason)
         for ino, (content, _) in list(self._contents.items()):
+            if content.idle is not None and content.idle.done and (content.idle.deadline or 0.0) <= now:
+                content.closing = False
             content.waits = [entry for entry in content.waits if not entry[2].done]
             if content.waits and not content.closing:
                 self._ask_again(ino, content)

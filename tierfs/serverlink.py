@@ -109,13 +109,17 @@ class ServerLink:
         try:
             answer: wire.GuardAnswer = self._ask(lambda ident: wire.Guard(ident, list(inos), position), ())
             granted = {ino for ino, given in zip(inos, answer.granted, strict=True) if given}
+            self._unguard(ino for ino in inos if ino not in granted)
             yield granted
         finally:
-            with self._lock:
-                for ino in inos:
-                    del self._guarded[ino]
+            self._unguard(granted or inos)
             if granted and not self._lost:
                 self.send(wire.GuardEnd(sorted(granted)))
+
+    def _unguard(self, inos: Iterable[int]) -> None:
+        with self._lock:
+            for ino in inos:
+                self._guarded.pop(ino, None)
 
     def wanted(self, ino: int) -> bool:
         """Somebody waits to open this guarded inode."""

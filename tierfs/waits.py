@@ -14,7 +14,7 @@ from typing import Any
 class Wait:
     """Something that will happen once. With an errno it has failed, and so has everyone who waits."""
 
-    __slots__ = ("_callbacks", "deadline", "done", "errno", "reason")
+    __slots__ = ("_callbacks", "deadline", "done", "errno", "keeper", "reason")
 
     def __init__(self, deadline: float | None = None) -> None:
         """`deadline`: seconds of CLOCK_MONOTONIC, after which whoever keeps this wait lets it fail."""
@@ -22,6 +22,7 @@ class Wait:
         self.errno = 0
         self.reason = ""
         self.deadline = deadline
+        self.keeper: Callable[[], None] | None = None  # told when it fires; does not wait for it
         self._callbacks: list[Callable[[], None]] = []
 
     @property
@@ -46,6 +47,8 @@ class Wait:
         if self.done:
             return
         self.done, self.errno, self.reason = True, errno, reason
+        if self.keeper is not None:
+            self.keeper()
         callbacks, self._callbacks = self._callbacks, []
         for callback in callbacks:
             callback()

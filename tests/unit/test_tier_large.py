@@ -1,0 +1,216 @@
+"""Files of several chunks: ranges, partial residency, cancellation, truncation, and what a restart finds."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+import time
+
+import pytest
+from tiering import MIB, Volume
+
+from tierfs import wire
+from tierfs.errors import StoreUnavailableError
+from tierfs.model import LEAF, Residency
+from tierfs.store.memory import MemoryStore
+
+SIZE = 5 * MIB + 12_345
+
+
+class CountingStore(MemoryStore):
+    """Remembers ranges; `hold` stops gets, `down` fails them."""
+
+    def __init__(self):
+        super().__init__()
+        self.ranges = []
+        self.hold = threading.Event()
+        self.hold.set()
+        self.down = False
+
+    def get(self, key, start=0, length=None):
+        self.ranges.append((start, length))
+        self.hold.wait(20)
+        if self.down:
+            raise StoreUnavailableError("the store is down")
+        return super().get(key, start, length)
+
+
+@pytest.fixture
+def volume(tmp_path):
+    made = Volume(tmp_path, CountingStore(), chunk_size=MIB, fetch_timeout=2.0)
+    yield made
+    made.store.hold.set()
+    made.stop()
+
+
+@pytest.fixture
+def cold(volume):
+    """The content of a demoted file `big`."""
+    data = os.urandom(SIZE)
+    volume.server.create(volume.path("big"), data)
+    (item,) = volume.demote("big")
+    assert item.demoted, item.reason
+    volume.store.ranges.clear()
+    return data
+
+
+def partial_blocks(volume):
+    return os.stat(volume.path("big")).st_blocks * 512
+
+
+def test_the_whole_file_comes_back_and_settles(volume, cold):
+    assert volume.server.read(volume.path("big")) == cold
+    volume.settle("big")
+    record = volume.record("big")
+    assert record.residency is Residency.RESIDENT and not record.dirty
+    (item,) = volume.demote("big")
+    assert item.demoted and item.uploaded == 0
+
+
+def test_a_random_read_fetches_little(volume, cold):
+    assert volume.server.read(volume.path("big"), 3 * MIB, 4096) == cold[3 * MIB : 3 * MIB + 4096]
+    assert volume.store.ranges == [(3 * MIB, 2 * LEAF)]
+    assert partial_blocks(volume) == 2 * LEAF
+
+
+def test_bits_outlive_a_restart_and_nothing_is_fetched_twice(volume, cold):
+    volume.server.read(volume.path("big"), 0, 4096)
+    volume.tier._settler.commit_bits(everything=True)
+    assert volume.record("big").residency is Residency.PARTIAL
+    before = volume.server.shown(volume.path("big"))
+    volume.restart()
+    after = volume.server.shown(volume.path("big"))
+    assert (before.st_mtime_ns, before.st_ctime_ns, before.st_blocks) == (
+        after.st_mtime_ns, after.st_ctime_ns, after.st_blocks,
+    )  # fmt: skip
+    volume.store.ranges.clear()
+    assert volume.server.read(volume.path("big"), 0, 4096) == cold[:4096]
+    assert volume.store.ranges == []
+    assert volume.server.read(volume.path("big")) == cold
+    assert all(start >= 2 * LEAF for start, _ in volume.store.ranges)
+
+
+def test_pages_without_bits_are_recognised_after_a_restart(volume, cold):
+    volume.server.read(volume.path("big"), 0, 4096)
+    ino = os.stat(volume.path("big")).st_ino
+    volume.tier.filler.arrival(ino).unsynced = 0  # as if the process had died before the commit
+    volume.restart()
+    volume.store.ranges.clear()
+    assert volume.server.read(volume.path("big"), 0, 4096) == cold[:4096]
+    assert volume.store.ranges == []
+
+
+def test_two_readers_share_a_flight(volume, cold):
+    volume.store.hold.clear()
+    results = []
+    threads = [
+        threading.Thread(target=lambda: results.append(volume.server.read(volume.path("big"), 0, 4096)))
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    volume.store.hold.set()
+    for thread in threads:
+        thread.join()
+    assert results == [cold[:4096]] * 4
+    assert volume.store.ranges == [(0, 2 * LEAF)]
+
+
+def test_a_write_waits_for_all_of_it(volume, cold):
+    volume.server.write(volume.path("big"), b"new", MIB)
+    assert volume.stub("big") is None
+    assert volume.server.read(volume.path("big")) == cold[:MIB] + b"new" + cold[MIB + 3 :]
+
+
+def test_truncation_during_a_fetch_wins(volume, cold):
+    volume.store.hold.clear()
+    reader = threading.Thread(target=lambda: volume.server.read(volume.path("big"), 0, 4096))
+    reader.start()
+    while not volume.store.ranges:
+        pass
+    handle = volume.server.open(volume.path("big"), os.O_WRONLY | os.O_TRUNC)
+    volume.server.run(lambda: volume.server.gate.write(handle, 0, b"fresh"))
+    volume.store.hold.set()
+    reader.join()
+    volume.server.release(handle)
+    with open(volume.path("big"), "rb") as file:
+        assert file.read() == b"fresh"
+
+
+def test_a_store_that_is_down_gives_eio_within_the_deadline(volume, cold):
+    volume.store.down = True
+    with pytest.raises(OSError) as caught:
+        volume.server.read(volume.path("big"), 0, 4096)
+    assert caught.value.errno == errno.EIO
+    assert partial_blocks(volume) == 0
+    volume.store.down = False
+    assert volume.server.read(volume.path("big"), 0, 4096) == cold[:4096]
+
+
+def test_an_altered_leaf_fails_its_range_only(volume, cold):
+    key = volume.stub("big").key
+    altered = bytearray(cold)
+    altered[3 * MIB] ^= 1
+    volume.store.put(key, bytes(altered), SIZE)
+    with pytest.raises(OSError):
+        volume.server.read(volume.path("big"), 3 * MIB, 4096)
+    assert volume.server.read(volume.path("big"), 0, 4096) == cold[:4096]
+
+
+def test_a_lost_index_fetches_by_the_side_object(volume, cold):
+    ino = os.stat(volume.path("big")).st_ino
+    record = volume.record("big")
+    volume.index.commit(lambda w: (w.drop_leaves(record.fid, record.generation), w.delete(ino))).result()
+    assert volume.server.read(volume.path("big")) == cold
+    volume.settle("big")
+    assert not volume.record("big").dirty
+
+
+def test_a_large_file_opened_and_not_changed_is_not_uploaded_again(volume, cold):
+    assert volume.fetch("big")[0].reason == ""
+    handle = volume.server.open(volume.path("big"), os.O_RDWR)
+    volume.server.release(handle)
+    assert volume.record("big").dirty
+    (item,) = volume.demote("big")
+    assert item.demoted and item.uploaded == 0
+
+
+def test_a_write_open_breaks_the_seal(volume):
+    data = os.urandom(SIZE)
+    volume.server.create(volume.path("big"), data)
+    put = volume.store.put
+
+    def interfering(key, body, size):
+        handle = volume.server.open(volume.path("big"), os.O_RDWR)
+        volume.server.run(lambda: volume.server.gate.write(handle, 0, b"later"))
+        volume.server.release(handle)
+        return put(key, body, size)
+
+    volume.store.put = interfering
+    (item,) = volume.demote("big")
+    assert not item.demoted and item.reason
+    volume.store.put = put
+    assert volume.record("big").copy is None
+    assert list(volume.store.list("data/")) == []
+    assert volume.demote("big")[0].demoted
+    assert volume.server.read(volume.path("big"), 0, 5) == b"later"
+
+
+def test_a_cancelled_fetch_ends_at_once(volume, cold):
+    volume.store.hold.clear()
+    with volume.server.lock, pytest.raises(Exception):  # noqa: B017
+        opath = os.open(volume.path("big"), os.O_PATH)
+        handle = volume.server.gate.open(opath, os.fstat(opath), os.O_RDONLY, 0, b"big")
+        volume.server.gate.read(handle, 0, 4096)
+    while not volume.store.ranges:
+        pass
+    assert volume.tier.filler.waiting == 1
+    (ident,) = volume.tier.filler._requests
+    volume.tier.filler.on_cancel(wire.CancelFetch(ident))
+    assert volume.tier.filler.waiting == 0
+    while handle.inode.content.flights:
+        time.sleep(0.001)
+    volume.store.hold.set()
+    volume.server.release(handle)
+    assert volume.server.read(volume.path("big"), 0, 4096) == cold[:4096]
