@@ -19,9 +19,9 @@ from workload import Entry
 from tierfs.config import Never
 
 Make = Callable[..., Volume]
-# git keeps stat data in its index, and SQLite's pages depend on when it wrote them back; compiled Python holds
-# the path of its source.
-VOLATILE = {"src/.git/index", "data.sqlite"}
+# git keeps stat data in its index, and locks it beside it even to look; SQLite's pages depend on when it wrote
+# them back; compiled Python holds the path of its source.
+VOLATILE = {"src/.git", "src/.git/index", "data.sqlite"}
 COMPILED = ".pyc"
 
 

@@ -27,7 +27,7 @@ def disk(area: Scratch) -> Iterator[Path]:
     with open(image, "wb") as out:
         out.truncate(192 * MIB)
     subprocess.run(["mkfs.ext4", "-q", "-F", image], check=True)
-    place.mkdir()
+    place.mkdir(exist_ok=True)
     if subprocess.run(["mount", "-o", "loop", image, place], capture_output=True).returncode:
         pytest.skip("loop devices are not to be had here")
     yield place
@@ -42,7 +42,7 @@ def small(disk: Path, volume: Make) -> Volume:
     (made.base / "store").mkdir()
     made.store, made.state = f"file://{made.base}/store", disk / "state"
     made.mount()
-    made.configure(min_age="0s", quiet="1h", replicate="cold")
+    made.configure(min_age="0s", quiet="0s", replicate="all")
     return made
 
 
