@@ -1,0 +1,123 @@
+"""The process is killed at each failpoint of a demotion and of a fetch; what comes back has every byte."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from crashing import CHUNK, open_volume
+
+from tierfs import failpoints
+from tierfs.model import Residency
+from tierfs.recovery import finish_pending
+
+NAMES = ("small", "large", "sparse")
+SCRIPT = Path(__file__).with_name("crashing.py")
+
+
+@pytest.fixture
+def made(tmp_path):
+    """A volume with one file of each kind, stopped; their content, times and modes."""
+    volume = open_volume(str(tmp_path))
+    content = {"small": os.urandom(20_000), "large": os.urandom(5 * CHUNK + 777)}
+    for name, data in content.items():
+        volume.server.create(volume.path(name), data)
+    with open(volume.path("sparse"), "wb") as file:
+        file.write(b"a" * 5000)
+        file.seek(3 * CHUNK)
+        file.write(os.urandom(5000))
+    content["sparse"] = Path(volume.path("sparse")).read_bytes()
+    os.chmod(volume.path("small"), 0o751)
+    before = {name: os.stat(volume.path(name)) for name in NAMES}
+    volume.stop()
+    return tmp_path, content, before
+
+
+def run(base, action, point=None, count=1):
+    environment = dict(os.environ)
+    if point:
+        environment["TIERFS_FAILPOINT"] = f"{point}:{count}"
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), str(base), action, *NAMES],
+        env=environment, timeout=60, check=False, capture_output=True, text=True,
+    )  # fmt: skip
+
+
+def check_whole(base, content, before):
+    """Recover, then every file reads as it was, shows its times, and can be demoted and read again."""
+    volume = open_volume(str(base))
+    try:
+        assert finish_pending(volume.tier) == 0
+        assert volume.index.pending() == []
+        for name in NAMES:
+            check_state(volume, name, before[name])
+            assert volume.server.read(volume.path(name)) == content[name], name
+            volume.settle(name)
+            st = os.stat(volume.path(name))
+            assert (st.st_size, st.st_mode) == (before[name].st_size, before[name].st_mode)
+            assert volume.server.shown(volume.path(name)).st_mtime_ns == before[name].st_mtime_ns
+        for item in volume.demote(*NAMES):
+            assert item.demoted, (item.path, item.reason)
+        for name in NAMES:
+            assert volume.server.read(volume.path(name)) == content[name], name
+    finally:
+        volume.stop()
+
+
+def check_state(volume, name, before):
+    """The invariants: a record that says what the attribute says; a stub only with a copy."""
+    st, stub = os.stat(volume.path(name)), volume.stub(name)
+    record = volume.record(name)
+    assert st.st_mtime_ns == before.st_mtime_ns
+    if stub is None:
+        assert st.st_blocks == before.st_blocks
+    else:
+        assert record is not None and record.copy is not None
+        assert volume.store.head(stub.key).size == st.st_size
+    if record is not None and stub is None:
+        assert record.residency is Residency.RESIDENT
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("point", failpoints.DEMOTE_POINTS)
+def test_crash_in_a_demotion(made, point, count):
+    base, content, before = made
+    done = run(base, "demote", point, count)
+    passed_once = point in (failpoints.PUNCHED,)
+    if count == 1 or passed_once:
+        assert done.returncode == -signal.SIGKILL, done.stderr
+    check_whole(base, content, before)
+
+
+@pytest.mark.parametrize("point", failpoints.FETCH_POINTS)
+def test_crash_in_a_fetch(made, point):
+    base, content, before = made
+    assert run(base, "demote").returncode == 0
+    done = run(base, "read-part", point)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    check_whole(base, content, before)
+
+
+def test_crash_in_a_fetch_after_some_pages(made):
+    base, content, before = made
+    assert run(base, "demote").returncode == 0
+    done = run(base, "fetch", failpoints.FILL_WRITTEN, 4)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    check_whole(base, content, before)
+
+
+def test_unused_objects_of_a_crash_are_never_referred_to(made):
+    base, content, before = made
+    run(base, "demote", failpoints.COPY_PUT)
+    volume = open_volume(str(base))
+    orphans = {info.key for info in volume.store.list("data/")}
+    assert orphans
+    volume.demote(*NAMES)
+    for name in NAMES:
+        assert volume.stub(name).key not in orphans
+    volume.stop()
+    check_whole(base, content, before)
