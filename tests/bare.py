@@ -89,6 +89,18 @@ class Bare:
         with contextlib.closing(Index.open(str(self.state / "index"))) as index:
             epoch = index.begin_session("a boot").epoch
         where = str(self.mountpoint)
+        ours, theirs = channel.make_pair()
+        with theirs:
+            arguments = {"state": self.state, "channel-fd": theirs.fileno(), "epoch": epoch}
+            command = [sys.executable, "-m", "tierfsd.mount_server"]
+            for key, value in arguments.items():
+                command += [f"--{key}", str(value)]
+            self.log_path = base / "server.log"
+            with self.log_path.open("ab") as log:
+                self.server = subprocess.Popen(command, pass_fds=[theirs.fileno()], stderr=log, cwd="/")
+        ours.settimeout(SECONDS / 2)
+        self._channel = channel.Channel(ours, server=False)
+        self._said(channel.Prepared)
         fd = mounting.mount(where, "0" * 32)
         device = mounting.device_of(where)
         assert device is not None
@@ -96,18 +108,8 @@ class Bare:
         self._guard = subprocess.Popen(
             [sys.executable, "-c", _GUARD % SECONDS, where, str(self.abort_path)], stdin=subprocess.PIPE
         )
-        ours, theirs = channel.make_pair()
-        with theirs:
-            arguments = {"state": self.state, "fuse-fd": fd, "channel-fd": theirs.fileno(), "epoch": epoch}
-            command = [sys.executable, "-m", "tierfsd.mount_server"]
-            for key, value in arguments.items():
-                command += [f"--{key}", str(value)]
-            self.log_path = base / "server.log"
-            with self.log_path.open("ab") as log:
-                self.server = subprocess.Popen(command, pass_fds=[fd, theirs.fileno()], stderr=log, cwd="/")
+        self._channel.send(channel.Mounted(), [fd])
         os.close(fd)
-        ours.settimeout(SECONDS / 2)
-        self._channel = channel.Channel(ours, server=False)
         self.ready = self._said(channel.Ready)
 
     def _said(self, kind: type) -> wire.Message:

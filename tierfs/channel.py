@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 
@@ -11,6 +12,10 @@ from tierfs import wire
 from tierfs.wire import Message
 
 # --- supervisor to mount server ---------------------------------------------------------------------------
+
+
+class Mounted(Message, frozen=True):
+    """The answer to Prepared: it is mounted now; comes with the descriptor of /dev/fuse to serve."""
 
 
 class NewMover(Message, frozen=True):
@@ -22,6 +27,10 @@ class Stop(Message, frozen=True):
 
 
 # --- mount server to supervisor ---------------------------------------------------------------------------
+
+
+class Prepared(Message, frozen=True):
+    """All is loaded; not before may be mounted: the program itself may lie in what will be covered."""
 
 
 class Ready(Message, frozen=True):
@@ -37,8 +46,8 @@ class Stopped(Message, frozen=True):
 
 
 _encoder = msgspec.msgpack.Encoder()
-_to_server = msgspec.msgpack.Decoder(NewMover | Stop)
-_to_supervisor = msgspec.msgpack.Decoder(Ready | Stopped)
+_to_server = msgspec.msgpack.Decoder(Mounted | NewMover | Stop)
+_to_supervisor = msgspec.msgpack.Decoder(Prepared | Ready | Stopped)
 
 
 class Channel:
@@ -46,9 +55,7 @@ class Channel:
 
     def __init__(self, sock: socket.socket, *, server: bool) -> None:
         self.sock = sock
-        self._decoder: msgspec.msgpack.Decoder[NewMover | Stop | Ready | Stopped] = (
-            _to_server if server else _to_supervisor
-        )
+        self._decoder: msgspec.msgpack.Decoder[Any] = _to_server if server else _to_supervisor
 
     def fileno(self) -> int:
         """For poll."""
@@ -58,7 +65,7 @@ class Channel:
         """Send one message. Raises OSError: EPIPE, ECONNRESET where the peer is gone."""
         wire.send(self.sock, _encoder.encode(message), fds)
 
-    def receive(self) -> tuple[NewMover | Stop | Ready | Stopped, list[int]] | None:
+    def receive(self) -> tuple[Message, list[int]] | None:
         """The next message with its descriptors (the caller's to close); None at the end of the stream.
 
         Raises BlockingIOError where nothing is there yet, OSError where the peer is gone.

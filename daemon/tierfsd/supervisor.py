@@ -62,6 +62,7 @@ class Supervisor:
         self._mover = Child("mover", "tierfsd.mover", self._log_write)
         self._channel: channel.Channel | None = None
         self._fuse_fd = -1
+        self._prepared = False
         self._ready = False
         self._clean = False
         self._mover_due = 0.0
@@ -85,7 +86,7 @@ class Supervisor:
     def _mount(self) -> None:
         """Begin a session, mount, start both processes, and wait for the server to answer the kernel."""
         epoch = self._begin_session()
-        self._ready = self._clean = False
+        self._prepared = self._ready = self._clean = False
         plan = self._plan
         ours, theirs = channel.make_pair()
         ours.setblocking(False)
@@ -102,18 +103,20 @@ class Supervisor:
             raise VolumeError(f"{plan.mountpoint}: the mount server did not start: {reason}")
 
     def _start_server(self, epoch: int, channel_fd: int) -> None:
-        """Mount and start the server; libfuse mounts by itself, in the server."""
+        """Start the server, and mount when it has loaded all it needs; with libfuse it mounts by itself."""
         plan, identity = self._plan, self._plan.volume.identity
         arguments: dict[str, object] = {"state": plan.volume.state, "channel-fd": channel_fd, "epoch": epoch}
         inherited = [channel_fd, self._lock_fd]
         if plan.binding == "fusepy":
             arguments |= {"mountpoint": plan.mountpoint, "volume": identity.volume}
             arguments["options"] = ",".join(plan.options)
+            self._server.start(arguments, inherited)
         else:
-            self._fuse_fd = mounting.mount(plan.mountpoint, identity.volume, plan.options)
-            arguments["fuse-fd"] = self._fuse_fd
-            inherited.append(self._fuse_fd)
-        self._server.start(arguments, inherited)
+            self._server.start(arguments, inherited)
+            self._wait(lambda: self._prepared or not self._server.alive(), READY_SECONDS)
+            if self._prepared and self._channel is not None:
+                self._fuse_fd = mounting.mount(plan.mountpoint, identity.volume, plan.options)
+                self._channel.send(channel.Mounted(), [self._fuse_fd])
 
     def _begin_session(self) -> int:
         """A new epoch. A damaged index is put aside: the stubs in the tree say all that is needed of it."""
@@ -336,7 +339,9 @@ class Supervisor:
         message, fds = received
         for fd in fds:
             os.close(fd)
-        if isinstance(message, channel.Ready):
+        if isinstance(message, channel.Prepared):
+            self._prepared = True
+        elif isinstance(message, channel.Ready):
             self._ready = True
         elif isinstance(message, channel.Stopped):
             self._clean = message.clean

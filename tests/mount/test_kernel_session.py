@@ -108,6 +108,20 @@ def test_interrupted_open_returns_at_once(mounted: Bare) -> None:
     assert sorted(os.listdir(mounted.mountpoint)) == ["cold"]
 
 
+def test_harmless_signals_interrupt_nothing(mounted: Bare) -> None:
+    """A shell whose child ends while it opens a cold file must not see EINTR; Ctrl-C afterwards still works."""
+    mover = mounted.mover()
+    path = mounted.stub("cold", 10_000)
+    code = f"import os, signal; signal.signal(signal.SIGCHLD, lambda *_: None); os.open({str(path)!r}, 0)"
+    reader = subprocess.Popen([sys.executable, "-c", code])
+    mover.fetch()
+    reader.send_signal(signal.SIGCHLD)
+    with pytest.raises(subprocess.TimeoutExpired):
+        reader.wait(0.7)
+    reader.send_signal(signal.SIGTERM)
+    assert reader.wait(1.5) == -signal.SIGTERM
+
+
 def test_write_parked_on_a_stub_is_carried_out_once(mounted: Bare) -> None:
     """The bytes of a WRITE lie in a buffer that the next request overwrites."""
     mover = mounted.mover()

@@ -49,7 +49,8 @@ def test_attributes_of_a_file_with_strange_times(tmp_path: Path) -> None:
 
 def test_statx_splits_the_device_number() -> None:
     names = "atime_ns mtime_ns ctime_ns ino size blocks nlink uid gid blksize"
-    st = SimpleNamespace(**{f"st_{name}": 1 for name in names.split()}, st_mode=0o20600, st_rdev=os.makedev(259, 70_000))
+    ones = {f"st_{name}": 1 for name in names.split()}
+    st = SimpleNamespace(**ones, st_mode=0o20600, st_rdev=os.makedev(259, 70_000))
     packed = p.statx(st, 1_500_000_000, 1)
     body = packed[32:]
     assert struct.unpack_from("<II", body, 128) == (259, 70_000)

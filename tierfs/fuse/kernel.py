@@ -22,6 +22,7 @@ from dataclasses import dataclass
 
 from tierfs.errors import TierError
 from tierfs.fuse import protocol as p
+from tierfs.fuse.interrupts import is_wanted
 from tierfs.fuse.mounting import filesystem_of
 from tierfs.fuse.operations import Answer, Message, Operation, Operations
 from tierfs.fuse.spinning import Spinner
@@ -92,6 +93,7 @@ class Session:
         self._buffer = bytearray(p.BUFFER)
         self._view = memoryview(self._buffer)
         self._parked: dict[int, _Parked] = {}
+        self._interrupted: dict[int, _Parked] = {}
         self._runnable: collections.deque[_Parked] = collections.deque()
         self._pool = ThreadPoolExecutor(SLOW_THREADS, "slow")
         self._table: list[Operation] = [operation or _unsupported for operation in Operations(vfs).table]
@@ -104,6 +106,11 @@ class Session:
     def fileno(self) -> int:
         """For poll."""
         return self._fd
+
+    @property
+    def interrupted(self) -> bool:
+        """Somebody has had a signal that was no reason yet to stop waiting."""
+        return bool(self._interrupted)
 
     @property
     def writers_open(self) -> bool:
@@ -265,12 +272,21 @@ class Session:
 
     def _interrupt(self, message: bytes, _nodeid: int) -> None:
         (unique,) = p.U64.unpack_from(message, p.IN)
-        parked = self._parked.pop(unique, None)
+        parked = self._parked.get(unique)
         # Otherwise it has been answered, or is in a system call that cannot be cut short.
-        if parked is None:
-            return
-        parked.wait.discard(parked.wake)
-        self._fail(unique, errno.EINTR)
+        if parked is not None:
+            self._interrupted[unique] = parked
+            self.look_after_interrupted()
+
+    def look_after_interrupted(self) -> None:
+        """Answer those who should wait no longer. Call it now and then: an interrupt is told only once."""
+        for unique, parked in list(self._interrupted.items()):
+            if self._parked.get(unique) is not parked:
+                del self._interrupted[unique]
+            elif is_wanted(p.CALLER.unpack_from(parked.message, p.CALLER_AT)[2]):
+                del self._interrupted[unique], self._parked[unique]
+                parked.wait.discard(parked.wake)
+                self._fail(unique, errno.EINTR)
 
     def _destroy(self, _message: bytes, _nodeid: int) -> bytes:
         self.end = End.UNMOUNTED

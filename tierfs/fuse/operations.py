@@ -191,7 +191,8 @@ class Operations:
         flags, mode, umask, _ = p.CREATE_IN.unpack_from(message, IN)
         name = _name(message, IN + p.CREATE_IN.size)
         made, st, fh, handle = self._vfs.create(nodeid, name, flags, mode, _caller(message, umask))
-        return self._entry((made, st)) + p.OPEN_OUT.pack(fh, *_opened(handle))
+        # Although it is open for writing: nothing is mapped yet, and a write or change of size says so itself.
+        return p.entry(made, st, p.ATTR_SECONDS) + p.OPEN_OUT.pack(fh, *_opened(handle))
 
     def tmpfile(self, message: bytes, nodeid: int) -> bytes:
         flags, mode, umask, _ = p.CREATE_IN.unpack_from(message, IN)
