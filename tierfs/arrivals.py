@@ -202,10 +202,11 @@ class Arrival:
 
 def leaves_from_bits(size: int, bits: bytes | None) -> bytearray:
     """The state of each leaf, from one bit a leaf."""
-    count = leaf_count(size)
-    leaves = bytearray(count)
-    for leaf in range(min(count, len(bits or b"") * 8)):
-        if bits is not None and bits[leaf >> 3] >> (leaf & 7) & 1:
+    leaves = bytearray(leaf_count(size))
+    if bits is None:
+        return leaves
+    for leaf in range(min(len(leaves), len(bits) * 8)):
+        if bits[leaf >> 3] >> (leaf & 7) & 1:
             leaves[leaf] = HERE
     return leaves
 

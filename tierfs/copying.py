@@ -14,6 +14,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,6 +31,7 @@ from tierfs.transfer import Urgency
 log = logging.getLogger("mover")
 
 PIECE = 8 << 20
+_readers = ThreadPoolExecutor(4, "read")  # one piece ahead of each upload
 _CLAIM_SECONDS = 10.0  # for the store's first answer after a mount
 
 
@@ -215,12 +217,19 @@ class Copier:
     def _pieces(self, item: Item, digests: list[bytes], cancelled: threading.Event) -> Iterator[bytes]:
         """The content in pieces, while their leaf digests are appended to `digests`."""
         assert item.st is not None
-        for at in range(0, item.st.st_size, PIECE):
-            self._check(item, cancelled)
-            piece = read_exactly(item.fd, at, min(PIECE, item.st.st_size - at))
-            digests.append(leaf_digests(piece))
-            yield piece
-            self._kit.uploaded.add(len(piece))
+        size = item.st.st_size
+        coming = _readers.submit(_read_piece, item.fd, 0, size)
+        try:
+            for at in range(0, size, PIECE):
+                self._check(item, cancelled)
+                piece, found = coming.result()
+                if at + PIECE < size:
+                    coming = _readers.submit(_read_piece, item.fd, at + PIECE, size)
+                digests.append(found)
+                yield piece
+                self._kit.uploaded.add(len(piece))
+        finally:
+            wait([coming])  # it reads from a descriptor that is about to be closed
 
     def _read_back(self, key: str, digests: bytes, item: Item, cancelled: threading.Event) -> None:
         """Raises ObjectCorruptError unless the store gives the content back."""
@@ -373,6 +382,12 @@ def _outcome(item: Item, future: Any) -> _Taken | None:
 
 def _differs(key: str) -> ObjectCorruptError:
     return ObjectCorruptError(f"the store gave back other bytes than it was given for {key}")
+
+
+def _read_piece(fd: int, at: int, size: int) -> tuple[bytes, bytes]:
+    """A piece and its leaf digests."""
+    piece = read_exactly(fd, at, min(PIECE, size - at))
+    return piece, leaf_digests(piece)
 
 
 def _young(st: os.stat_result, now: int) -> bool:

@@ -131,7 +131,8 @@ class Opener:
             return
         touched = {leaf for low, high in arrival.suspect for leaf in range(low // LEAF, -(-high // LEAF))}
         zeros = sha256(bytes(LEAF))
-        for leaf in range(len(arrival.leaves)):
+        sparse = zeros in arrival.digests
+        for leaf in range(len(arrival.leaves)) if sparse else sorted(touched):
             wanted = arrival.digests[leaf * 32 : leaf * 32 + 32]
             if arrival.leaves[leaf] == HERE or (leaf not in touched and wanted != zeros):
                 continue
