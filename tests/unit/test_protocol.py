@@ -204,6 +204,13 @@ def test_errors_become_numbers_once(kernel: Kernel, error: Exception, number: in
     assert kernel.reply() == (5, number, b"")
 
 
+def test_a_bug_is_logged_with_its_place(kernel: Kernel, caplog: pytest.LogCaptureFixture) -> None:
+    kernel.vfs.answer = KeyError("a bug")
+    kernel.ask(p.Op.UNLINK, 5, b"name\0")
+    assert "UNLINK of node 1 failed unexpectedly: KeyError('a bug')" in caplog.text
+    assert "operations.py" in caplog.text
+
+
 def test_unknown_requests_are_refused(kernel: Kernel) -> None:
     for opcode in (34, 37, 40, 31, 63, 64, 4096):
         kernel.ask(opcode, 9, b"")

@@ -312,5 +312,16 @@ def _errno_of(error: Exception, message: Message) -> int:
         if error.errno == errno.EIO:
             log.error("%s: %s", _described(message), error)
         return error.errno
-    log.error("%s failed unexpectedly", _described(message), exc_info=error)
+    log.error("%s failed unexpectedly: %r, %s", _described(message), error, _where(error))
     return errno.EIO
+
+
+def _where(error: BaseException) -> str:
+    """The calls that led to an error. Not a traceback: that reads source files, which may lie in our own mount."""
+    calls = []
+    trace = error.__traceback__
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        calls.append(f"{os.path.basename(code.co_filename)}:{trace.tb_lineno} {code.co_name}")
+        trace = trace.tb_next
+    return "in " + " > ".join(calls)
