@@ -24,8 +24,8 @@ from typing import Any
 
 import lmdb
 
+from tierfs.datafile import check_size, keep_length
 from tierfs.errors import IndexError_
-from tierfs.index import check_size
 from tierfs.policy.heat import Heat, admitted, score, seeded, shown_at, touched
 from tierfs.policy.victims import victims
 
@@ -52,6 +52,7 @@ class HeatIndex:
 
     def __init__(self, path: str, capacity: int, by_bytes: bool = False, readonly: bool = False) -> None:
         """`capacity`: bytes of the local tier, the unit of the turnover clock. A damaged one is made anew."""
+        self.path = path
         self.capacity = max(capacity, 1)
         self.by_bytes = by_bytes
         self._lock = threading.Lock()
@@ -184,6 +185,7 @@ class HeatIndex:
             batch = _Batch(self, txn)
             yield batch
             batch.finish()
+        keep_length(self._env, self.path)
 
 
 class _Batch:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from dataclasses import replace
 
 import lmdb
 import pytest
 
+from tierfs import datafile
 from tierfs.errors import IndexError_
 from tierfs.index import Index, Totals
 from tierfs.model import Copy, Record, Residency, make_generation
@@ -88,6 +90,29 @@ def test_a_failing_commit_spoils_no_other(index):
     assert index.get(5) and index.get(6)
 
 
+def test_what_a_failing_commit_had_written_is_undone(index):
+    def half(w):
+        w.put(record(5, copied=False))
+        w.set_log_position(9)
+        raise ValueError("no")
+
+    futures = [index.commit(job) for job in (lambda w: w.put(record(6)), half, lambda w: w.put(record(7)))]
+    assert [type(future.exception()) for future in futures] == [type(None), ValueError, type(None)]
+    assert index.get(5) is None and index.log_position() is None
+    assert index.totals() == Totals(2, 0, 8192, 2000, 0, 0) and index.quiet(time.time_ns()) == []
+
+
+def test_a_cancelled_commit_is_left_out(index):
+    held = threading.Event()
+    first = index.commit(lambda w: held.wait(10))
+    second = index.commit(lambda w: w.put(record(5)))
+    third = index.commit(lambda w: w.put(record(6)))
+    assert second.cancel()
+    held.set()
+    assert first.result() and third.result() is None
+    assert index.get(5) is None and index.get(6)
+
+
 def test_bits_leaves_pins_dirs_pending_and_tombstones(index):
     def fill(w):
         w.put(record(5, residency=Residency.PARTIAL))
@@ -140,6 +165,40 @@ def test_a_truncated_file_is_refused_before_it_can_kill_the_process(tmp_path):
     file = tmp_path / "data.mdb"
     os.truncate(file, file.stat().st_size // 2)
     with pytest.raises(IndexError_, match="cut short"):
+        Index.open(str(tmp_path))
+
+
+def made_and_removed(index):
+    with index.write() as writer:
+        for ino in range(1, 3000):
+            writer.put(record(ino, copied=False))
+        for ino in range(2999, 9, -1):
+            writer.delete(ino)
+
+
+def test_a_batch_of_files_made_and_removed_leaves_a_whole_file(tmp_path):
+    index = Index.open(str(tmp_path))
+    made_and_removed(index)
+    index.close()
+    Index.open(str(tmp_path)).close()
+
+
+def test_free_pages_beyond_the_end_are_no_damage(tmp_path, monkeypatch):
+    """A writer killed between its commit and the extension of the file."""
+    monkeypatch.setattr("tierfs.index.keep_length", lambda env, path: None)
+    index = Index.open(str(tmp_path))
+    made_and_removed(index)
+    index.close()
+    assert (tmp_path / "data.mdb").stat().st_size < datafile._needed(str(tmp_path / "data.mdb"))
+    again = Index.open(str(tmp_path))
+    assert again.get(9) == record(9, copied=False) and again.get(10) is None
+    again.close()
+
+
+@pytest.mark.parametrize("size", [1, 100, 4096, 8191])
+def test_no_index_at_all_is_refused(tmp_path, size):
+    (tmp_path / "data.mdb").write_bytes(b"x" * size)
+    with pytest.raises(IndexError_):
         Index.open(str(tmp_path))
 
 

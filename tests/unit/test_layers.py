@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # with it in `FAMILIES`.
 LAYERS = [
     {"errors", "model", "marks", "failpoints", "tierfs"},
-    {"config", "locate", "transitions", "policy", "wire", "channel", "codec"},
+    {"config", "locate", "transitions", "policy", "wire", "channel", "codec", "datafile"},
     {"index", "heat_index", "tree", "syscalls", "store", "waits"},
     {"transfer", "volume", "ownership"},
     {"tier", "recovery", "gate"},
@@ -31,6 +31,7 @@ FAMILIES = [
 ]
 # Parts of a larger module that were split off share its place.
 PARTS_OF = {
+    "index": {"index_writer"},
     "gate": {"inflow", "handles", "appearance", "report"},
     "vfs": {"nodes", "dirs", "xattrs", "making", "names", "openfiles"},
     "tier": {

@@ -1,0 +1,234 @@
+"""What a transaction may do to the index, and how its values stand there. See index.py for the key table."""
+
+from __future__ import annotations
+
+import logging
+import struct
+import time
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from tierfs.codec import pack_record, unpack_record
+from tierfs.errors import IndexError_
+from tierfs.model import Record, Residency, object_key
+
+log = logging.getLogger("index")
+
+FORMAT = 1
+U64 = struct.Struct(">Q")
+U64X2 = struct.Struct(">QQ")
+_CRC = struct.Struct("<I")
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """Sums over all records; `local_bytes` is what resident and partial files occupy."""
+
+    files: int = 0
+    stubs: int = 0
+    local_bytes: int = 0
+    total_bytes: int = 0
+    dirty_files: int = 0
+    dirty_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Leaves:
+    """Digests of a copy's leaves (32 bytes each; empty for a small file) and its data extents [start, end)."""
+
+    digests: bytes
+    extents: list[tuple[int, int]]
+
+
+class Meta(msgspec.Struct):
+    """The one value of `meta`. `clean`: the last session ended in order."""
+
+    format: int = FORMAT
+    epoch: int = 0
+    custody: int = 0
+    boot: str = ""
+    clean: bool = True
+    log_position: int | None = None
+    totals: tuple[int, ...] = (0, 0, 0, 0, 0, 0)
+    surveyed: bool = False
+    swept: int = -1
+
+
+def summed(value: bytes) -> bytes:
+    return _CRC.pack(zlib.crc32(value)) + value
+
+
+def checked(what: str, raw: bytes) -> bytes:
+    if len(raw) < _CRC.size or zlib.crc32(raw[_CRC.size :]) != _CRC.unpack_from(raw)[0]:
+        raise IndexError_(f"the index's {what} is damaged: run `tierfs check --repair`")
+    return raw[_CRC.size :]
+
+
+def place(what: str, raw: bytes) -> tuple[int, bytes]:
+    body = checked(what, raw)
+    return U64.unpack_from(body)[0], body[U64.size :]
+
+
+class Writer:
+    """What a function given to `commit` may do. Reads see the transaction's own writes."""
+
+    def __init__(self, txn: Any, tables: dict[str, Any], meta: Meta) -> None:
+        self._txn = txn
+        self._db = tables
+        self.meta = meta
+        self._totals = list(self.meta.totals)
+
+    @contextmanager
+    def undoing(self, env: Any) -> Iterator[None]:
+        """A transaction within this one (it costs a microsecond): undone, with its sums, if the block raises."""
+        outer, totals, meta = self._txn, list(self._totals), msgspec.structs.replace(self.meta)
+        try:
+            with env.begin(write=True, parent=outer) as self._txn:
+                yield
+        except BaseException:
+            self._totals, self.meta = totals, meta
+            raise
+        finally:
+            self._txn = outer
+
+    def finish(self) -> None:
+        """Write what was summed up. Called by the committer, once."""
+        self.meta.totals = tuple(self._totals)
+        self._txn.put(b"meta", summed(msgspec.msgpack.encode(self.meta)), db=self._db["meta"])
+
+    def _count(self, record: Record, sign: int) -> None:
+        stub, dirty = record.residency is Residency.STUB, record.dirty
+        values = (1, int(stub), record.local, record.size, int(dirty), record.size if dirty else 0)
+        for at, value in enumerate(values):
+            self._totals[at] = max(0, self._totals[at] + sign * value)
+
+    def get(self, ino: int) -> Record | None:
+        """The record of an inode. Raises IndexError_."""
+        raw = self._txn.get(U64.pack(ino), db=self._db["files"])
+        return None if raw is None else unpack_record(ino, raw)
+
+    def put(self, record: Record) -> None:
+        """Set a record; totals, the dirty queue and the file id's entry follow."""
+        before = self._before(record.ino)
+        if before is not None:
+            self._count(before, -1)
+            if before.fid != record.fid:
+                self._txn.delete(before.fid, db=self._db["fids"])
+        self._count(record, 1)
+        key = U64.pack(record.ino)
+        self._txn.put(key, pack_record(record), db=self._db["files"])
+        if before is None or before.fid != record.fid:
+            self._txn.put(record.fid, key, db=self._db["fids"])
+        self._queue(record, before)
+        if record.residency is not Residency.PARTIAL and before and before.residency is Residency.PARTIAL:
+            self._txn.delete(key, db=self._db["bits"])
+
+    def _before(self, ino: int) -> Record | None:
+        try:
+            return self.get(ino)
+        except IndexError_ as error:
+            # A damaged record is replaced by what is known now; totals are put right by a check.
+            log.error("replacing a damaged record: %s", error)
+            return None
+
+    def _queue(self, record: Record, before: Record | None) -> None:
+        """Keep the dirty queue: a file stands in it since its content was last seen to change."""
+        changed = before is None or (before.generation, before.size) != (record.generation, record.size)
+        if record.dirty and not changed and self._dirty_since(record.ino) is not None:
+            return
+        self._unqueue(record.ino)
+        if record.dirty:
+            since = time.time_ns()
+            self._txn.put(U64.pack(record.ino), summed(U64.pack(since)), db=self._db["dirty"])
+            self._txn.put(U64X2.pack(since, record.ino), b"", db=self._db["quiet"])
+
+    def touch_dirty(self, ino: int) -> None:
+        """The file was closed only now: its quiet time begins again."""
+        if self._dirty_since(ino) is None:
+            return
+        self._unqueue(ino)
+        since = time.time_ns()
+        self._txn.put(U64.pack(ino), summed(U64.pack(since)), db=self._db["dirty"])
+        self._txn.put(U64X2.pack(since, ino), b"", db=self._db["quiet"])
+
+    def _dirty_since(self, ino: int) -> int | None:
+        raw = self._txn.get(U64.pack(ino), db=self._db["dirty"])
+        return None if raw is None else int(U64.unpack(checked("dirty queue", raw))[0])
+
+    def _unqueue(self, ino: int) -> None:
+        since = self._dirty_since(ino)
+        if since is not None:
+            self._txn.delete(U64.pack(ino), db=self._db["dirty"])
+            self._txn.delete(U64X2.pack(since, ino), db=self._db["quiet"])
+
+    def delete(self, ino: int) -> None:
+        """Forget an inode; what is in the store is another matter (`bury`)."""
+        before = self._before(ino)
+        key = U64.pack(ino)
+        if before is not None:
+            self._count(before, -1)
+            self._txn.delete(before.fid, db=self._db["fids"])
+        self._unqueue(ino)
+        for table in ("files", "bits", "pins", "pending"):
+            self._txn.delete(key, db=self._db[table])
+
+    def put_bits(self, ino: int, bits: bytes) -> None:
+        """Which leaves of a partial file are durably local, one bit each, least significant first."""
+        self._txn.put(U64.pack(ino), summed(bits), db=self._db["bits"])
+
+    def put_leaves(self, fid: bytes, generation: int, digests: bytes, extents: list[tuple[int, int]]) -> None:
+        """The digest list and data extents of one copy."""
+        value = struct.pack("<I", len(extents)) + b"".join(struct.pack("<QQ", *e) for e in extents) + digests
+        self._txn.put(fid + U64.pack(generation), summed(value), db=self._db["leaves"])
+
+    def drop_leaves(self, fid: bytes, generation: int) -> None:
+        """That copy is no more."""
+        self._txn.delete(fid + U64.pack(generation), db=self._db["leaves"])
+
+    def bury(self, record: Record, when: int) -> None:
+        """The record's copy is not referenced any more since `when` (ns): collect it after the grace time."""
+        if record.copy is None:
+            return
+        key = object_key(record.fid, record.copy.generation, record.copy.tag)
+        self._txn.put(U64.pack(when) + key.encode(), record.handle, db=self._db["tombs"])
+
+    def drop_tombstone(self, when: int, key: str) -> None:
+        """That object is gone from the store."""
+        self._txn.delete(U64.pack(when) + key.encode(), db=self._db["tombs"])
+
+    def put_dir(self, ino: int, parent: int, name: bytes) -> None:
+        """Where a directory was last seen."""
+        self._txn.put(U64.pack(ino), summed(U64.pack(parent) + name), db=self._db["dirs"])
+
+    def drop_dir(self, ino: int) -> None:
+        """That directory is gone."""
+        self._txn.delete(U64.pack(ino), db=self._db["dirs"])
+
+    def put_pin(self, ino: int, parent: int, name: bytes) -> None:
+        """List a pin; the attribute on the inode is what counts."""
+        self._txn.put(U64.pack(ino), summed(U64.pack(parent) + name), db=self._db["pins"])
+
+    def drop_pin(self, ino: int) -> None:
+        """It is pinned no more."""
+        self._txn.delete(U64.pack(ino), db=self._db["pins"])
+
+    def put_pending(self, ino: int) -> None:
+        """The inode is about to be punched: recovery looks at it."""
+        self._txn.put(U64.pack(ino), b"", db=self._db["pending"])
+
+    def drop_pending(self, ino: int) -> None:
+        """The punch is over."""
+        self._txn.delete(U64.pack(ino), db=self._db["pending"])
+
+    def set_log_position(self, position: int) -> None:
+        """All marks before this position are applied, in this very transaction."""
+        self.meta.log_position = position
+
+    def set_surveyed(self, done: bool) -> None:
+        """Every file of the tree has a record, compared with it in the present custody epoch."""
+        self.meta.surveyed, self.meta.swept = done, self.meta.custody
