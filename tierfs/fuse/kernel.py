@@ -317,7 +317,7 @@ def _errno_of(error: Exception, message: Message) -> int:
 
 
 def _where(error: BaseException) -> str:
-    """The calls that led to an error. Not a traceback: that reads source files, which may lie in our own mount."""
+    """The calls that led to an error. No traceback: it reads source files, which may lie in our mount."""
     calls = []
     trace = error.__traceback__
     while trace is not None:
