@@ -71,8 +71,8 @@ class MarkWriter:
         self._dirfd = dirfd
         self._has_spare = False
         reader = MarkReader(dirfd, None)
-        for _ in reader.read():
-            pass
+        while sum(1 for _ in reader.read()):
+            pass  # to the very end: appending anywhere else would overwrite marks
         self.position = reader.position
         segments = _segments(dirfd)
         if self.position < at_least:

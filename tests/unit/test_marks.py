@@ -113,3 +113,14 @@ def test_a_spare_segment_takes_over_when_the_disk_is_full(directory, monkeypatch
     assert taken and [e.ino for e in MarkReader(directory, 0).read()] == list(range(100))
     monkeypatch.undo()
     writer.reserve()
+
+
+def test_a_new_writer_finds_the_end_of_a_long_log(directory):
+    writer = MarkWriter(directory)
+    for ino in range(10_001):
+        writer.append(Mark.CLOSED, ino)
+    end = writer.position
+    writer.close()
+    again = MarkWriter(directory)
+    assert again.position == end
+    again.close()
