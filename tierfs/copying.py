@@ -56,6 +56,7 @@ class Item:
     reason: str = ""
     failed: bool = False
     already: bool = False  # it is what it shall become
+    again: bool = False  # a stub of which something is local
     demoted: bool = False
     uploaded: int = 0
 
@@ -98,7 +99,7 @@ class Copier:
 
         The marks have been drained and the inodes claimed by the caller. Raises BusyError, IndexError_.
         """
-        needy = [item for item in items if item.going and not self._is_proven(item)]
+        needy = [item for item in items if item.going and not item.again and not self._is_proven(item)]
         if not needy:
             return
         sealed = self._seal(needy)

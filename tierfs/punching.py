@@ -19,10 +19,11 @@ from functools import partial
 
 from tierfs import failpoints
 from tierfs.copying import Item
+from tierfs.digests import sha256
 from tierfs.errors import BusyError, TierError
 from tierfs.index import Writer
-from tierfs.kit import WRITE_FLAGS, Kit, proven
-from tierfs.model import Copy, Record, Residency, Stub
+from tierfs.kit import WRITE_FLAGS, Kit, proven, read_exactly
+from tierfs.model import LEAF, Copy, Record, Residency, Stub
 from tierfs.places import Places
 
 log = logging.getLogger("mover")
@@ -101,7 +102,7 @@ class Puncher:
         if not self._kit.tree.try_lease(fd, fcntl.F_WRLCK):
             item.stay("is open or mapped")
             return
-        file.proof = self._prove(item, fd)
+        file.proof = self._prove_again(item, fd) if item.again else self._prove(item, fd)
 
     def _open(self, item: Item) -> int:
         opath = self._kit.open(item.ino, item.handle, os.O_PATH | os.O_NOFOLLOW, item.path)
@@ -130,6 +131,43 @@ class Puncher:
             return DemotionProof(_MINT, record, record.copy, st)
         return None
 
+    def _prove_again(self, item: Item, fd: int) -> DemotionProof | None:
+        """For a stub of which something has come back: what is local was checked when it was written, and
+        nothing has touched the inode since; otherwise each leaf is compared with its digest."""
+        st, record = os.fstat(fd), self._kit.index.get(item.ino)
+        copy = record.copy if record is not None else None
+        if record is None or copy is None or record.handle != item.handle:
+            item.stay("has no record: a look through the tree makes one")
+        elif self._kit.tree.read_stub(fd) != Stub.of(record.fid, copy) or copy.size != st.st_size:
+            item.stay("its stub is not that of its record", failed=True)
+        elif self._pinned(item, fd, record):
+            item.stay("is pinned")
+        else:
+            checked = record.residency is Residency.PARTIAL and copy.custody == self._kit.custody
+            untouched = st.st_ctime_ns == record.left_ctime and st.st_mtime_ns == copy.mtime
+            if not (checked and untouched) and not self._local_is_copy(item, fd, record, copy):
+                item.stay("holds data that is not its copy's", failed=True)
+                return None
+            if not untouched:
+                # Its attributes were changed: those times are shown.
+                copy = replace(copy, mtime=st.st_mtime_ns, ctime=st.st_ctime_ns)
+            return DemotionProof(_MINT, record, copy, st)
+        return None
+
+    def _local_is_copy(self, item: Item, fd: int, record: Record, copy: Copy) -> bool:
+        """Every leaf that holds data has the copy's digest. Gives up when somebody waits for the file."""
+        extents = self._kit.tree.extents(fd, copy.size)
+        if copy.size <= 1 << copy.chunk_shift:
+            return not extents or sha256(read_exactly(fd, 0, copy.size)) == copy.digest
+        leaves = self._kit.index.get_leaves(record.fid, copy.generation)
+        if leaves is None or sha256(leaves.digests) != copy.digest:
+            return False
+        for leaf in sorted({n for low, high in extents for n in range(low // LEAF, -(-high // LEAF))}):
+            data = read_exactly(fd, leaf * LEAF, min(LEAF, copy.size - leaf * LEAF))
+            if sha256(data) != leaves.digests[leaf * 32 : leaf * 32 + 32] or self._kit.server.wanted(item.ino):
+                return False
+        return True
+
     def _pinned(self, item: Item, fd: int, record: Record) -> bool:
         place = self._places.of_file(fd, record.parent, record.name)
         return self._kit.tree.is_pinned(fd) if place is None else place.pinned
@@ -139,7 +177,7 @@ class Puncher:
     def _make_stubs(self, held: list[_Held]) -> None:
         tree = self._kit.tree
         for file in held:
-            if file.proof is not None:
+            if file.proof is not None and not file.item.again:
                 file.marked = True
                 try:
                     with self._kit.writable(file.fd):
@@ -151,7 +189,7 @@ class Puncher:
                 # The first one commits the journal for all.
                 os.fsync(file.fd)
         failpoints.hit(failpoints.STUB_WRITTEN)
-        ready = [file for file in held if file.marked and file.item.going and self._undisturbed(file)]
+        ready = [file for file in held if file.proof and file.item.going and self._undisturbed(file)]
         self._commit_stubs(ready)
         failpoints.hit(failpoints.STUB_COMMITTED)
         punched = [file for file in ready if file.committed and self._punch(file)]
@@ -170,8 +208,9 @@ class Puncher:
         futures = []
         for file in files:
             assert file.proof is not None
-            stub = replace(file.proof.record, residency=Residency.STUB, blocks=file.proof.st.st_blocks, local=0)
             before = file.proof.record
+            blocks = before.blocks if file.item.again else file.proof.st.st_blocks
+            stub = replace(before, residency=Residency.STUB, blocks=blocks, local=0, copy=file.proof.copy)
             futures.append(self._kit.index.commit(partial(_put_stub, before, stub)))
         for file, future in zip(files, futures, strict=True):
             try:

@@ -13,10 +13,11 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 from tierfs import failpoints, wire
 from tierfs.arrivals import Arrival
@@ -32,6 +33,12 @@ BITS_SECONDS = 2.0
 BITS_BYTES = 64 << 20
 _BATCH = 32
 _ATTEMPTS = 2
+_RELEASE_SECONDS = 10.0
+
+
+class _Release(NamedTuple):
+    arrival: Arrival
+    done: threading.Event
 
 
 class Settler:
@@ -40,7 +47,7 @@ class Settler:
     def __init__(self, kit: Kit, drain: Callable[[], int]) -> None:
         self._kit = kit
         self._drain = drain
-        self._queue: queue.SimpleQueue[Arrival | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Arrival | _Release | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self.filler: Filler | None = None
 
@@ -54,6 +61,12 @@ class Settler:
         """Every leaf of this file is here."""
         self._queue.put(arrival)
 
+    def release(self, arrival: Arrival) -> None:
+        """Commit the bits of a file that nobody asks for now, and forget it."""
+        done = threading.Event()
+        self._queue.put(_Release(arrival, done))
+        done.wait(_RELEASE_SECONDS)
+
     def stop(self) -> None:
         """Settle what is there, commit all bits, and end."""
         self._queue.put(None)
@@ -65,17 +78,17 @@ class Settler:
         stopping = False
         while not stopping:
             batch: list[Arrival] = []
+            releases: list[_Release] = []
+            for job in self._jobs(max(0.05, last + BITS_SECONDS / 4 - time.monotonic())):
+                if job is None:
+                    stopping = True
+                elif isinstance(job, _Release):
+                    releases.append(job)
+                else:
+                    batch.append(job)
             try:
-                first = self._queue.get(timeout=max(0.05, last + BITS_SECONDS / 4 - time.monotonic()))
-                stopping = first is None
-                batch += [first] if first is not None else []
-                while len(batch) < _BATCH:
-                    more = self._queue.get_nowait()
-                    stopping = stopping or more is None
-                    batch += [more] if more is not None else []
-            except queue.Empty:
-                pass
-            try:
+                for release in releases:
+                    self._let_go(release)
                 if batch:
                     self.settle(batch)
                 if stopping or time.monotonic() - last > BITS_SECONDS / 4:
@@ -86,6 +99,24 @@ class Settler:
                 for arrival in batch:
                     if not arrival.closed:
                         self._give_up(arrival, error)
+
+    def _jobs(self, seconds: float) -> Iterator[Arrival | _Release | None]:
+        """What has been queued: the first waited for, then what is there."""
+        try:
+            yield self._queue.get(timeout=seconds)
+            for _ in range(_BATCH - 1):
+                yield self._queue.get_nowait()
+        except queue.Empty:
+            return
+
+    def _let_go(self, release: _Release) -> None:
+        assert self.filler is not None
+        try:
+            if release.arrival.unsynced and not release.arrival.small:
+                self._commit_bits(release.arrival)
+            self.filler.drop(release.arrival)
+        finally:
+            release.done.set()
 
     # --- bits ---------------------------------------------------------------------------------------------
 
@@ -105,6 +136,7 @@ class Settler:
         with arrival.lock:
             if arrival.closed or arrival.settling:
                 return
+            grown = arrival.unsynced
             bits, shown, arrival.unsynced = arrival.bits(), replace(arrival.shown), 0
         try:
             os.fdatasync(arrival.fd)
@@ -123,6 +155,7 @@ class Settler:
             w.put_bits(arrival.ino, bits)
 
         self._kit.index.commit(commit).result()
+        self._kit.movements.here(arrival.ino, local, grown)
         failpoints.hit(failpoints.FILL_BITS)
 
     # --- settling -----------------------------------------------------------------------------------------

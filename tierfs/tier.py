@@ -46,6 +46,7 @@ _AT_ONCE = 4  # batches under way
 _BATCH_BYTES = 256 << 20
 _ORDERS = 16  # files being fetched on order
 _ASK_AGAIN_SECONDS = 2.0
+_CLAIM_SECONDS = 1.0
 
 
 class Tier:
@@ -133,7 +134,7 @@ class Tier:
                 return
             self.drain()
             for item in batch:
-                if self.kit.claims.take(item.ino):
+                if self._claim(item.ino):
                     claimed.append(item.ino)
                     self._prepare(item, punch)
                 else:
@@ -147,6 +148,15 @@ class Tier:
             for ino in claimed:
                 self.kit.claims.give(ino)
             self._tell(batch, report)
+
+    def _claim(self, ino: int) -> bool:
+        """Claim an inode; one that is only kept open since it was last read is let go of first."""
+        if self.kit.claims.take(ino):
+            return True
+        arrival = self.filler.arrival(ino)
+        if arrival is not None and not arrival.requests:
+            self._settler.release(arrival)
+        return self.kit.claims.take(ino, _CLAIM_SECONDS)
 
     def _tell(self, batch: list[Item], report: Report | None) -> None:
         for item in batch:
@@ -171,7 +181,8 @@ class Tier:
         if not stat.S_ISREG(st.st_mode):
             item.stay("is not a regular file")
         elif kit.tree.read_stub(item.fd) is not None:
-            item.already = True
+            item.already = not punch or not kit.tree.extents(item.fd, st.st_size)
+            item.again = not item.already
         else:
             self._consider(item, st, punch)
 

@@ -215,7 +215,7 @@ class Scheduler:
                 continue
             seen.add(ino)
             record = self._kit.index.get(ino)
-            if record is None or record.residency is not Residency.RESIDENT or not record.local:
+            if record is None or record.residency is Residency.STUB or not record.local:
                 continue
             last = self._heat.last_use(ino) or 0.0
             if urgent or (record.size >= config.min_size and now - last >= config.min_age):

@@ -102,6 +102,31 @@ def test_pages_without_bits_are_recognised_after_a_restart(volume, cold):
     assert volume.store.ranges == []
 
 
+def test_a_partial_file_is_demoted_again(volume, cold):
+    before = volume.server.shown(volume.path("big"))
+    volume.server.read(volume.path("big"), MIB, 4096)
+    os.chmod(volume.path("big"), 0o640)
+    changed = os.stat(volume.path("big")).st_ctime_ns
+    (item,) = volume.demote("big")
+    assert item.demoted, item.reason
+    assert partial_blocks(volume) == 0
+    assert volume.record("big").residency is Residency.STUB
+    shown = volume.server.shown(volume.path("big"))
+    assert (shown.st_mtime_ns, shown.st_ctime_ns, shown.st_blocks) == (
+        before.st_mtime_ns, changed, before.st_blocks,
+    )  # fmt: skip
+    assert volume.server.read(volume.path("big")) == cold
+
+
+def test_foreign_pages_in_a_partial_file_keep_it_from_being_punched(volume, cold):
+    volume.server.read(volume.path("big"), MIB, 4096)
+    with open(volume.path("big"), "r+b") as file:
+        file.seek(MIB + 100)
+        file.write(b"somebody's work")
+    (item,) = volume.demote("big")
+    assert item.failed and partial_blocks(volume) > 0
+
+
 def test_two_readers_share_a_flight(volume, cold):
     volume.store.hold.clear()
     results = []
