@@ -298,6 +298,11 @@ class Tier:
             if ino == self.kit.tree.root_ino:
                 yield b""
                 continue
+            record = self.kit.index.get(ino)
+            if record is not None:
+                parent, name = record.parent, record.name
+            else:
+                parent, name = self.kit.index.get_dir(ino) or (parent, name)
             above = self.places.directory(parent)
             path = os.path.join(above.path, name) if above is not None else b""
             try:

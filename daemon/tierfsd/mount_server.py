@@ -234,6 +234,7 @@ def _serve(arguments: argparse.Namespace, tree: Tree, index: Index, stack: conte
     gc.freeze()
     clean = server.run()
     session.close()
+    gate.heat.flush()
     gate.set_link(None)
     log.info("the mount has ended%s", "" if clean else ", not in order: copies will be proven again")
     server.finish(clean)

@@ -37,6 +37,7 @@ log = logging.getLogger("mover")
 
 _NICE = 19
 _CLAIM_SECONDS = 10.0  # between two attempts to take a store that does not answer
+_LAST_WORDS_SECONDS = 0.3
 _WAITING = "the store has not answered yet"
 
 
@@ -46,6 +47,7 @@ class Mover:
     def __init__(self, home: volume.Volume, link_fd: int, control_fd: int) -> None:
         """Raises TierError, OSError."""
         self.stopping = threading.Event()
+        self._lost = threading.Event()
         self._home = home
         self._watcher = ConfigWatcher(home.path(FILE_NAME), home.identity.store, self._apply)
         config = self._watcher.current
@@ -78,6 +80,8 @@ class Mover:
         claim = threading.Thread(target=self._claim, name="claim", daemon=True)
         claim.start()
         self.stopping.wait()
+        # Of a server that has just ended in order the last report may still be on its way.
+        self._lost.wait(_LAST_WORDS_SECONDS)
         self._control.close()
         self._watcher.close()
         self._scheduler.stop()
@@ -143,6 +147,7 @@ class Mover:
 
     def on_lost(self) -> None:
         """The server is gone, and a new one will have a new mover."""
+        self._lost.set()
         self.stopping.set()
 
 

@@ -69,6 +69,7 @@ class Scheduler:
         self._wake.set()
         for thread in self._threads:
             thread.join()
+        self._flush_heat()
 
     # --- what others say ----------------------------------------------------------------------------------
 
