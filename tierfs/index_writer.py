@@ -85,7 +85,7 @@ class Writer:
 
     @contextmanager
     def undoing(self, env: Any) -> Iterator[None]:
-        """A transaction within this one (it costs a microsecond): undone, with its sums, if the block raises."""
+        """A transaction within this one (one microsecond): undone, with its sums, if the block raises."""
         outer, totals, meta = self._txn, list(self._totals), msgspec.structs.replace(self.meta)
         try:
             with env.begin(write=True, parent=outer) as self._txn:

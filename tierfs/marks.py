@@ -73,13 +73,22 @@ class MarkWriter:
         reader = MarkReader(dirfd, None)
         while sum(1 for _ in reader.read()):
             pass  # to the very end: appending anywhere else would overwrite marks
-        self.position = reader.position
         segments = _segments(dirfd)
-        if self.position < at_least:
+        if reader.position < at_least:
             self._open(at_least, at_least)
         else:
-            self._open(segments[-1] if segments else self.position, self.position)
+            start = segments[-1] if segments else reader.position
+            self._open(start, max(start, reader.position))
+        self._erase_rest()
         self.reserve()
+
+    def _erase_rest(self) -> None:
+        """Behind a torn entry there may be whole ones: they must not follow those that are written now."""
+        offset = self.position - self._start
+        nothing = bytes(SEGMENT - offset)
+        if self._map[offset:] != nothing:
+            self._map[offset:] = nothing
+            self._map.flush()
 
     def reserve(self) -> None:
         """Keep a spare segment at hand. Raises OSError(ENOSPC); then `append` may, at the end of this one."""
@@ -102,6 +111,11 @@ class MarkWriter:
             # Real blocks, not a hole: a store into a mapped hole on a full disk would be a SIGBUS.
             os.posix_fallocate(fd, 0, SEGMENT)
             self._map = mmap.mmap(fd, SEGMENT)
+        except OSError:
+            if os.fstat(fd).st_size < SEGMENT:
+                # The next attempt must find the name free for the spare segment.
+                os.unlink(name, dir_fd=self._dirfd)
+            raise
         finally:
             os.close(fd)
         self._start = start
@@ -123,8 +137,9 @@ class MarkWriter:
         size = -(-(_HEAD.size + len(body)) // _ALIGN) * _ALIGN
         offset = self.position - self._start
         if offset + size + _HEAD.size > SEGMENT:
-            self._map.close()
+            full = self._map
             self._open(self.position, self.position)
+            full.close()
             offset = 0
         # The head goes in last: a reader in the other process sees an entry whole or not at all.
         at = offset + _HEAD.size
@@ -156,7 +171,11 @@ class MarkReader:
         """The next whole entries, at most `limit`; `position` moves with them."""
         count = 0
         for start in self._ahead():
-            fd = os.open(_segment_name(start), os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._dirfd)
+            try:
+                fd = os.open(_segment_name(start), os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._dirfd)
+            except FileNotFoundError:
+                # Drained and removed since it was listed: this is a new writer looking for the end.
+                continue
             try:
                 whole = os.fstat(fd).st_size >= SEGMENT
                 data = mmap.mmap(fd, SEGMENT, access=mmap.ACCESS_READ) if whole else None

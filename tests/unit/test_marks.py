@@ -95,6 +95,79 @@ def test_marks_of_a_killed_writer_survive(tmp_path, directory):
     assert len(seen) > 20_000 and seen == list(range(len(seen)))
 
 
+def overwrite(directory, name, offset, data):
+    fd = os.open(name, os.O_RDWR, dir_fd=directory)
+    os.pwrite(fd, data, offset)
+    os.close(fd)
+
+
+def test_whole_entries_behind_a_torn_one_never_come_back(directory):
+    """A power cut writes pages in any order; the new entry has the torn one's length."""
+    writer = MarkWriter(directory)
+    ends = []
+    for ino in range(4):
+        writer.append(Mark.WRITE, ino)
+        ends.append(writer.position)
+    writer.close()
+    overwrite(directory, marks._segment_name(0), ends[0] + 8, b"\xff")
+    reader = MarkReader(directory, 0)
+    again = MarkWriter(directory)
+    again.append(Mark.WRITE, 100)
+    assert [e.ino for e in reader.read()] == [0, 100]
+    again.append(Mark.WRITE, 101)
+    assert [e.ino for e in reader.read()] == [101]
+
+
+def test_a_torn_segment_before_an_empty_one(directory, monkeypatch):
+    """The power cut came while a segment was begun; of the one before not all was written."""
+    monkeypatch.setattr(marks, "SEGMENT", 4096)
+    writer = MarkWriter(directory)
+    while writer.position < 4096 - 600:
+        writer.append(Mark.WRITE, 1)
+    writer.close()
+    overwrite(directory, marks._segment_name(0), writer.position - 20, b"\xff")
+    os.close(os.open(marks._segment_name(4040), os.O_CREAT | os.O_WRONLY, dir_fd=directory))
+    again = MarkWriter(directory)
+    reader = MarkReader(directory, 0)
+    seen = len(list(reader.read()))
+    again.append(Mark.GONE, 7)
+    assert again.position > 4040 and [e.ino for e in reader.read()] == [7]
+    assert seen > 50
+
+
+def test_a_segment_that_vanishes_while_it_is_looked_for(directory, monkeypatch):
+    monkeypatch.setattr(marks, "SEGMENT", 4096)
+    writer = MarkWriter(directory)
+    for ino in range(200):
+        writer.append(Mark.WRITE, ino)
+    real = marks._segments
+    monkeypatch.setattr(marks, "_segments", lambda fd: [*real(fd), 1 << 40])
+    reader = MarkReader(directory, 0)
+    assert [e.ino for e in reader.read()] == list(range(200))
+
+
+def test_after_a_full_disk_appending_goes_on(directory, monkeypatch):
+    monkeypatch.setattr(marks, "SEGMENT", 4096)
+    writer = MarkWriter(directory)
+
+    def full(fd, offset, length):
+        raise OSError(errno.ENOSPC, "full")
+
+    with monkeypatch.context() as context:
+        context.setattr(os, "posix_fallocate", full)
+        context.setattr(writer, "_has_spare", False)
+        appended = 0
+        with pytest.raises(OSError, match="full"):
+            while True:
+                writer.append(Mark.WRITE, appended)
+                appended += 1
+        with pytest.raises(OSError, match="full"):
+            writer.append(Mark.WRITE, appended)
+        assert len(MarkReader(directory, 0)._ahead()) == 1
+    writer.append(Mark.WRITE, appended)
+    assert [e.ino for e in MarkReader(directory, 0).read()] == list(range(appended + 1))
+
+
 def test_a_spare_segment_takes_over_when_the_disk_is_full(directory, monkeypatch):
     monkeypatch.setattr(marks, "SEGMENT", 4096)
     writer = MarkWriter(directory)
