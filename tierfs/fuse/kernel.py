@@ -252,7 +252,7 @@ class Session:
         if low & p.Feature.INIT_EXT.bit:
             offered |= p.INIT_IN.unpack_from(message, p.IN)[4] << 32
         depth = 2 if filesystem_of(os.fstat(self._vfs.tree.rootfd).st_dev) in _STACKED else 1
-        reply, agreed = p.init_reply(minor, min(readahead, READAHEAD), offered, self._passthrough, depth)
+        reply, agreed = p.init_reply(minor, READAHEAD, offered, self._passthrough, depth)
         self._reply(unique, reply)
         if agreed & p.Feature.PASSTHROUGH.bit:
             self._try_passthrough()
