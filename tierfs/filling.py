@@ -32,8 +32,9 @@ log = logging.getLogger("mover")
 class Filler:
     """One flight a chunk: what is coming is known per file, and nothing is asked for twice."""
 
-    def __init__(self, kit: Kit, settle: Callable[[Arrival], None], make_room: Callable[[int], None]) -> None:
-        """`settle` takes a file of which every leaf is here; `make_room` frees so many bytes of local disk."""
+    def __init__(self, kit: Kit, settle: Callable[[Arrival], None], make_room: Callable[[int, bool], None]) -> None:
+        """`settle` takes a file of which every leaf is here; `make_room` frees so many bytes of local disk,
+        where (True) a write has just failed for want of them."""
         self._kit = kit
         self._settle = settle
         self._make_room = make_room
@@ -179,7 +180,8 @@ class Filler:
                 self._arrivals[ino] = arrival
         if arrival is None:
             if problem is not None:
-                self._kit.troubles.note(f"inode {ino}: cannot be fetched: {_text(problem)}", ino)
+                name = self._kit.name_of(opath)
+                self._kit.troubles.note(f"{name} cannot be fetched: {_text(problem)}", ino)
             for each in requests:
                 self._end(each, problem)
             if problem is None:
@@ -250,12 +252,16 @@ class Filler:
             raise ObjectCorruptError(f"{arrival.stub.key}: bytes at {piece.start} do not match their digest")
 
     def _write(self, arrival: Arrival, piece: Range, data: bytes) -> bool:
+        if not self._kit.has_room(len(data)):
+            self._make_room(len(data), False)
+            if not self._kit.has_room(len(data)):
+                raise OSError(errno.ENOSPC, "the local disk is full of what cannot leave")
         try:
             return self._fill(arrival, piece, data)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-        self._make_room(len(data))
+        self._make_room(len(data), True)
         return self._fill(arrival, piece, data)
 
     def _fill(self, arrival: Arrival, piece: Range, data: bytes) -> bool:
@@ -308,7 +314,8 @@ class Filler:
             for request in hit:
                 arrival.requests.remove(request)
         if hit:
-            self._kit.troubles.note(f"inode {arrival.ino}: cannot be fetched: {_text(error)}", arrival.ino)
+            name = self._kit.name_of(arrival.fd)
+            self._kit.troubles.note(f"{name} cannot be fetched: {_text(error)}", arrival.ino)
         for request in hit:
             self._end(request, error)
 

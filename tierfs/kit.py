@@ -20,6 +20,10 @@ from tierfs.store.base import ObjectStore
 from tierfs.transfer import Pool, Rate, Troubles
 from tierfs.tree import Tree, fd_path
 
+# What fetches leave to the index: a share of the filesystem, at most so many bytes. ext4 counts up to 4096
+# clusters as free that it gives to nobody, hence twice that.
+_INDEX_SHARE = 0.03
+_INDEX_MOST = 32 << 20
 TICK = 20_000_000  # ns; twice the coarsest granularity of a ctime (a jiffy at 100 Hz)
 READ_FLAGS = os.O_RDONLY | os.O_NOATIME | os.O_NONBLOCK | os.O_NOFOLLOW
 WRITE_FLAGS = os.O_RDWR | os.O_NOATIME | os.O_NONBLOCK | os.O_NOFOLLOW
@@ -145,6 +149,12 @@ class Kit:
         """Log2 of the chunk size for new copies."""
         return self.config.chunk_size.bit_length() - 1
 
+    def has_room(self, count: int) -> bool:
+        """So many bytes of content fit on the local disk, and the index can still grow: without that nothing
+        could be evicted any more."""
+        space = self.tree.space()
+        return space.free >= count + min(int(space.total * _INDEX_SHARE), _INDEX_MOST)
+
     def open(self, ino: int, handle: bytes, flags: int, path: bytes | None = None) -> int:
         """Open an inode by its handle or, without that privilege, by path beneath the root, verified.
 
@@ -160,6 +170,11 @@ class Kit:
             os.close(fd)
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
         return fd
+
+    def name_of(self, fd: int) -> str:
+        """How to name an open file of the tree to a person: its path as the kernel knows it, in quotes."""
+        root = os.path.realpath(self.tree.path) + "/"
+        return repr(os.readlink(fd_path(fd)).removeprefix(root))
 
     @contextmanager
     def writable(self, fd: int) -> Iterator[None]:

@@ -243,7 +243,8 @@ class Settler:
 
     def _give_up(self, arrival: Arrival, error: Exception) -> None:
         number = error.errno if isinstance(error, OSError) and error.errno else errno.EIO
-        self._kit.troubles.note(f"inode {arrival.ino}: could not be made resident: {error}", arrival.ino)
+        name = self._kit.name_of(arrival.fd)
+        self._kit.troubles.note(f"{name} could not be made resident: {error}", arrival.ino)
         self._end(arrival, number, str(error))
 
     def _end(self, arrival: Arrival, number: int, reason: str) -> None:

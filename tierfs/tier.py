@@ -60,9 +60,9 @@ class Tier:
         server: ServerLink,
         marks_dirfd: int,
         config: VolumeConfig,
-        make_room: Callable[[int], None] = lambda count: None,
+        make_room: Callable[[int, bool], None] = lambda count, failed: None,
     ) -> None:
-        """`make_room(bytes)` is called where a fetch finds no room on the local disk."""
+        """`make_room(bytes, a write has failed)` is called where a fetch finds no room on the local disk."""
         fetches = Pool(config.fetches, "fetch")
         uploads = Pool(config.uploads, "upload")
         self.kit = Kit(tree, index, store, server, config, index.session.custody, fetches, uploads)

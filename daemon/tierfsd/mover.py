@@ -61,7 +61,7 @@ class Mover:
             self._tree, self._index, self._store, self._link, self._marks, config, self._make_room
         )
         self._tier.kit.withheld = _WAITING
-        self._scheduler = Scheduler(self._tier, self._heat, _device_of(home.store_url))
+        self._scheduler = Scheduler(self._tier, self._heat, _device_of(home.store_url), home.path("ballast"))
         backend = TierBackend(
             self._tier, self._heat, home, self._watcher,
             verifying=lambda: self._scheduler.verifying, notes=self._scheduler.notes, check=self._check,
@@ -113,8 +113,8 @@ class Mover:
             log.warning("nothing is copied out: %s", reason)
         self._tier.kit.withheld = reason
 
-    def _make_room(self, count: int) -> None:
-        self._scheduler.make_room(count)
+    def _make_room(self, count: int, failed: bool) -> None:
+        self._scheduler.make_room(count, failed)
 
     def _check(self, repair: bool, read_data: bool, job: Job) -> control.Findings:
         return checking.check(self._tier, repair, read_data, job)

@@ -19,16 +19,22 @@ from tierfs.heat_index import HeatIndex
 from tierfs.model import Record, Residency
 from tierfs.survey import Survey
 from tierfs.tier import Item, Tier
+from tierfsd.ballast import Ballast
 
 log = logging.getLogger("scheduler")
 
 _ROUND_SECONDS = 1.0
+_LOOKS = 20  # at the free space, a round
 _HEAT_SECONDS = 5.0
+_LEAST_ROOM = 4 << 20  # bytes; eviction for one small read after the other would be slow
 _GARBAGE_SECONDS = 60.0
 _REPLICATE_BATCH = 256
 _EVICT_BATCH = 64
 _STAY_SECONDS = 30.0  # a file that could not go is left alone so long
 _NEVER_SECONDS = 3600.0
+_ROOM_ATTEMPTS = 5
+_ROOM_SECONDS = 0.1
+_IN_VAIN_SECONDS = 2.0  # after nothing was found that may leave
 _PAUSE_SECONDS = 60.0  # after most of what was tried has failed
 _ENOUGH_TRIES = 20
 
@@ -36,13 +42,14 @@ _ENOUGH_TRIES = 20
 class Scheduler:
     """Start with `start`, end with `stop`. The link's reports about heat and marks go to it."""
 
-    def __init__(self, tier: Tier, heat: HeatIndex, store_device: int | None) -> None:
-        """`store_device`: the device of a directory store, None for one elsewhere."""
+    def __init__(self, tier: Tier, heat: HeatIndex, store_device: int | None, ballast: str) -> None:
+        """`store_device`: that of a directory store, None for one elsewhere. `ballast`: path of its file."""
         self._tier = tier
         self._kit = tier.kit
         self._heat = heat
         self._elsewhere = store_device != tier.kit.tree.device
         self._collector = Collector(tier.kit)
+        self._ballast = Ballast(ballast, tier.kit.tree)
         self._wake = threading.Event()
         self._stopping = threading.Event()
         self._evicting = threading.Lock()
@@ -51,6 +58,7 @@ class Scheduler:
         self._staying: dict[int, float] = {}  # inode -> until when it is left alone
         self._paused_until = 0.0
         self._pause_reason = ""
+        self._next_look = 0.0
         self._pending = True
         self._survey: Survey | None = None
         self._threads = [
@@ -85,9 +93,17 @@ class Scheduler:
         if message.urgent:
             self._wake.set()
 
-    def make_room(self, count: int) -> None:
-        """Free so many bytes of local disk now, for a fetch that found none."""
-        self._evict(count, urgent=True)
+    def make_room(self, count: int, failed: bool) -> None:
+        """Free so many bytes of local disk now, for a fetch; `failed`: a write found none, whatever the
+        filesystem says of its free space."""
+        for attempt in range(_ROOM_ATTEMPTS):
+            self._evict(max(count, _LEAST_ROOM), urgent=True)
+            if attempt == 0 and (failed or not self._kit.has_room(count)):
+                self._ballast.release()
+            if self._kit.has_room(count) or self._stopping.is_set():
+                return
+            # What was read a moment ago is about to be closed, or to settle.
+            self._stopping.wait(_ROOM_SECONDS)
 
     @property
     def verifying(self) -> int:
@@ -120,6 +136,7 @@ class Scheduler:
                     next_heat = now + _HEAT_SECONDS
                     self._flush_heat()
                 self._look_at_space()
+                self._ballast.restore(self._kit.config.min_free)
                 self._replicate()
                 self._fetch_pinned()
                 if now >= next_garbage:
@@ -130,8 +147,22 @@ class Scheduler:
                     self._kit.troubles.note(str(error))
             except Exception:
                 log.exception("a round failed")
-            self._wake.wait(_ROUND_SECONDS)
-            self._wake.clear()
+            self._wait()
+
+    def _wait(self) -> None:
+        """Until the next round. Meanwhile space is watched closely: a fast writer fills a disk in no time."""
+        for _ in range(_LOOKS):
+            if self._wake.wait(_ROUND_SECONDS / _LOOKS):
+                break
+            if self._elsewhere and self._is_low():
+                break
+        self._wake.clear()
+
+    def _is_low(self) -> bool:
+        if time.monotonic() < max(self._paused_until, self._next_look):
+            return False
+        space = self._kit.tree.space()
+        return space.available < self._kit.config.min_free * space.total
 
     def _flush_heat(self) -> None:
         with self._touch_lock:
@@ -150,11 +181,11 @@ class Scheduler:
 
     def _look_at_space(self) -> None:
         """Demote when the local bytes are above the high watermark, or the filesystem itself runs low."""
-        if time.monotonic() < self._paused_until:
+        if time.monotonic() < max(self._paused_until, self._next_look):
             return
         excess = self._excess()
-        if excess > 0:
-            self._evict(excess, urgent=False)
+        if excess > 0 and not self._evict(excess, urgent=False):
+            self._next_look = time.monotonic() + _IN_VAIN_SECONDS
 
     def _excess(self) -> int:
         config = self._kit.config
@@ -212,7 +243,7 @@ class Scheduler:
         self._forget_stayers()
         seen: set[int] = set()
         for ino in self._heat.victims(self._kit.index.totals().local_bytes):
-            if ino in seen or ino in self._staying:
+            if ino in seen or (ino in self._staying and not urgent):
                 continue
             seen.add(ino)
             record = self._kit.index.get(ino)
