@@ -32,7 +32,9 @@ log = logging.getLogger("mover")
 class Filler:
     """One flight a chunk: what is coming is known per file, and nothing is asked for twice."""
 
-    def __init__(self, kit: Kit, settle: Callable[[Arrival], None], make_room: Callable[[int, bool], None]) -> None:
+    def __init__(
+        self, kit: Kit, settle: Callable[[Arrival], None], make_room: Callable[[int, bool], None]
+    ) -> None:
         """`settle` takes a file of which every leaf is here; `make_room` frees so many bytes of local disk,
         where (True) a write has just failed for want of them."""
         self._kit = kit

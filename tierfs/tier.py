@@ -46,7 +46,7 @@ _AT_ONCE = 4  # batches under way
 _BATCH_BYTES = 256 << 20
 _ORDERS = 16  # files being fetched on order
 _ASK_AGAIN_SECONDS = 2.0
-_CLAIM_SECONDS = 1.0
+_CLAIM_SECONDS = (0.05, 0.2, 0.5)
 
 
 class Tier:
@@ -151,12 +151,13 @@ class Tier:
 
     def _claim(self, ino: int) -> bool:
         """Claim an inode; one that is only kept open since it was last read is let go of first."""
-        if self.kit.claims.take(ino):
-            return True
-        arrival = self.filler.arrival(ino)
-        if arrival is not None and not arrival.requests:
-            self._settler.release(arrival)
-        return self.kit.claims.take(ino, _CLAIM_SECONDS)
+        for seconds in (0.0, *_CLAIM_SECONDS):
+            if self.kit.claims.take(ino, seconds):
+                return True
+            arrival = self.filler.arrival(ino)
+            if arrival is not None and not arrival.requests:
+                self._settler.release(arrival)
+        return False
 
     def _tell(self, batch: list[Item], report: Report | None) -> None:
         for item in batch:

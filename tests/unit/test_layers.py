@@ -28,6 +28,7 @@ FAMILIES = [
     {"wire", "channel"},
     {"cli", "commands", "terminal"},
     {"control", "locate"},
+    {"tier", "recovery"},
 ]
 # Parts of a larger module that were split off share its place.
 PARTS_OF = {
