@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from tierfs import failpoints
+from tierfs import failpoints, transitions
 from tierfs.digests import SIDE_SUFFIX, Extents, is_sparse, leaf_digests, pack_side, sha256
 from tierfs.errors import BusyError, ObjectCorruptError, StoreError, StoreUnavailableError, TierError
 from tierfs.index import Writer
@@ -351,16 +351,8 @@ def _put_copy(item: Item, taken: _Taken, w: Writer) -> Record:
         )
     elif before.generation != item.generation or before.residency is not Residency.RESIDENT:
         raise BusyError("was changed while it was copied")
-    blocks = item.st.st_blocks
-    record = replace(
-        before,
-        generation=taken.copy.generation,
-        copy=taken.copy,
-        size=item.st.st_size,
-        blocks=blocks,
-        local=blocks * 512,
-        left_ctime=before.left_ctime if before.left_ctime == item.st.st_ctime_ns else 0,
-    )
+    st = item.st
+    record = transitions.copied(before, taken.copy, st.st_size, st.st_blocks, st.st_ctime_ns)
     if taken.fresh and before.copy is not None:
         w.bury(before, time.time_ns())
     if taken.fresh and (taken.digests or is_sparse(taken.copy.size, taken.extents)):

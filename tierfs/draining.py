@@ -10,11 +10,11 @@ import threading
 import time
 from dataclasses import replace
 
-from tierfs import wire
+from tierfs import transitions, wire
 from tierfs.index import Index, Writer
 from tierfs.kit import Movements
 from tierfs.marks import Entry, Mark, MarkReader
-from tierfs.model import Record, Residency, new_fid
+from tierfs.model import Record, new_fid
 from tierfs.serverlink import ServerLink
 
 _BATCH = 5000
@@ -87,8 +87,8 @@ def apply(w: Writer, entry: Entry, now: int) -> None:
             _write(w, entry)
         case Mark.CLOSED:
             record = w.get(entry.ino)
-            if record is not None and record.residency is Residency.RESIDENT:
-                w.put(replace(record, size=entry.a, blocks=entry.b, local=entry.b * 512))
+            if record is not None:
+                w.put(transitions.closed(record, entry.a, entry.b))
                 w.touch_dirty(entry.ino)
         case Mark.GONE:
             record = w.get(entry.ino)
@@ -124,16 +124,7 @@ def _write(w: Writer, entry: Entry) -> None:
             Record(entry.ino, entry.handle, new_fid(), entry.generation, parent=entry.parent, name=entry.name)
         )
         return
-    w.put(
-        replace(
-            record,
-            generation=entry.generation,
-            residency=Residency.RESIDENT,
-            parent=entry.parent or record.parent,
-            name=entry.name or record.name,
-            left_ctime=0,
-        )
-    )
+    w.put(transitions.wrote(record, entry.generation, entry.parent, entry.name))
 
 
 def forget(w: Writer, record: Record, now: int) -> None:

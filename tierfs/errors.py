@@ -57,6 +57,12 @@ class IndexError_(TierError):
     errno = errno.EIO
 
 
+class TransitionError(TierError):
+    """A change of a record that would break an invariant of residency; nothing was written."""
+
+    errno = errno.EIO
+
+
 class ForeignStubError(TierError):
     """A stub whose blocks or tuple are not TierFS's own work: nothing of it may be overwritten."""
 

@@ -138,8 +138,9 @@ class HeatIndex:
         moment = time.time() if now is None else now
         with self._batch() as batch:
             for ino, count, size in uses:
-                heat, _ = batch.get(ino)
-                batch.put(ino, touched(heat or Heat(), batch.clock, moment, count, size), batch.listed(ino))
+                heat, queued = batch.get(ino)
+                here = bool(queued)
+                batch.put(ino, touched(heat or Heat(), batch.clock, moment, count, size, here), here)
 
     def admit(self, ino: int, size: int, grown: int, now: float | None = None) -> None:
         """The file is local now with `size` bytes, `grown` of them new: the clock moves on by that."""
@@ -206,10 +207,6 @@ class _Batch:
         """A file's heat, and the key under which it is queued (empty: it is not)."""
         found = _unpack(self._txn.get(_U64.pack(ino), db=self._db["heat"]))
         return found if found else (None, b"")
-
-    def listed(self, ino: int) -> bool:
-        """The file is in one of the queues."""
-        return bool(self.get(ino)[1])
 
     def put(self, ino: int, heat: Heat, local: bool) -> None:
         """Set a file's heat and its place in the queues."""

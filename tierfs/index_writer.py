@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from tierfs import transitions
 from tierfs.codec import pack_record, unpack_record
 from tierfs.errors import IndexError_
 from tierfs.model import Record, Residency, object_key
@@ -113,12 +114,13 @@ class Writer:
         return None if raw is None else unpack_record(ino, raw)
 
     def put(self, record: Record) -> None:
-        """Set a record; totals, the dirty queue and the file id's entry follow."""
+        """Set a record; totals, the dirty queue and the file id's entry follow. Raises TransitionError."""
         before = self._before(record.ino)
+        transitions.check(before, record)
         if before is not None:
             self._count(before, -1)
             if before.fid != record.fid:
-                self._txn.delete(before.fid, db=self._db["fids"])
+                self._drop_fid(before)
         self._count(record, 1)
         key = U64.pack(record.ino)
         self._txn.put(key, pack_record(record), db=self._db["files"])
@@ -127,6 +129,11 @@ class Writer:
         self._queue(record, before)
         if record.residency is not Residency.PARTIAL and before and before.residency is Residency.PARTIAL:
             self._txn.delete(key, db=self._db["bits"])
+
+    def _drop_fid(self, record: Record) -> None:
+        """Unless another inode has the file id by now: a copy of a stub made behind the mount's back."""
+        if self._txn.get(record.fid, db=self._db["fids"]) == U64.pack(record.ino):
+            self._txn.delete(record.fid, db=self._db["fids"])
 
     def _before(self, ino: int) -> Record | None:
         try:
@@ -172,7 +179,7 @@ class Writer:
         key = U64.pack(ino)
         if before is not None:
             self._count(before, -1)
-            self._txn.delete(before.fid, db=self._db["fids"])
+            self._drop_fid(before)
         self._unqueue(ino)
         for table in ("files", "bits", "pins", "pending"):
             self._txn.delete(key, db=self._db[table])

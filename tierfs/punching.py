@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
-from tierfs import failpoints
+from tierfs import failpoints, transitions
 from tierfs.copying import Item
 from tierfs.digests import sha256
 from tierfs.errors import BusyError, TierError
@@ -210,7 +210,7 @@ class Puncher:
             assert file.proof is not None
             before = file.proof.record
             blocks = before.blocks if file.item.again else file.proof.st.st_blocks
-            stub = replace(before, residency=Residency.STUB, blocks=blocks, local=0, copy=file.proof.copy)
+            stub = transitions.stubbed(before, blocks, file.proof.copy)
             futures.append(self._kit.index.commit(partial(_put_stub, before, stub)))
         for file, future in zip(files, futures, strict=True):
             try:
@@ -278,7 +278,7 @@ def _put_stub(before: Record, stub: Record, w: Writer) -> None:
 def _put_punched(st: os.stat_result, w: Writer) -> None:
     record = w.get(st.st_ino)
     if record is not None and record.residency is Residency.STUB:
-        w.put(replace(record, left_ctime=st.st_ctime_ns, local=st.st_blocks * 512))
+        w.put(transitions.punched(record, st.st_ctime_ns, st.st_blocks))
     w.drop_pending(st.st_ino)
 
 
@@ -286,6 +286,5 @@ def _put_resident(before: Record, st: os.stat_result, ours: bool, w: Writer) -> 
     record = w.get(before.ino)
     if record is not None and record.generation == before.generation and record.handle == before.handle:
         left = st.st_ctime_ns if ours else record.left_ctime
-        local = st.st_blocks * 512
-        w.put(replace(record, residency=Residency.RESIDENT, local=local, left_ctime=left))
+        w.put(transitions.whole(record, st.st_blocks, left))
     w.drop_pending(before.ino)

@@ -45,22 +45,24 @@ def add_use(level: float, clock: float) -> float:
     return max(level, weight) + math.log2(1.0 + 2.0 ** -min(abs(level - weight), 1000.0))
 
 
-def touched(heat: Heat, clock: float, now: float, count: int, size: int) -> Heat:
-    """After `count` uses around wall time `now` (seconds). A clock jump backwards decays nothing."""
+def touched(heat: Heat, clock: float, now: float, count: int, size: int, local: bool = True) -> Heat:
+    """After `count` uses around wall time `now` (seconds). A clock jump backwards decays nothing.
+
+    A `local` file leaves probation with its second use; one that is not will be on probation when it comes,
+    unless it was used less than a turnover ago.
+    """
     shown = heat.shown * decay(now - heat.last) + count
     again = heat.clock > NEVER and clock - heat.clock < BURST
     if again:
         return replace(heat, last=max(now, heat.last), shown=shown, size=size)
     level = add_use(heat.level, clock)
-    return Heat(level, clock, max(now, heat.last), shown, size, heat.probation and heat.clock <= NEVER)
+    probation = heat.probation and heat.clock <= NEVER if local else clock - heat.clock >= 1.0
+    return Heat(level, clock, max(now, heat.last), shown, size, probation)
 
 
 def admitted(heat: Heat | None, clock: float, now: float, size: int) -> Heat:
-    """After the file came to the local disk: on probation, unless it was here less than a turnover ago."""
-    if heat is None or heat.clock <= NEVER:
-        return touched(Heat(), clock, now, 0, size)
-    soon = clock - heat.clock < 1.0
-    return replace(heat, size=size, probation=heat.probation and not soon)
+    """After the file came to the local disk, which is a use; told before or after that use itself."""
+    return touched(heat or Heat(), clock, now, 0, size, local=False)
 
 
 def seeded(age: float, clock: float, now: float, size: int) -> Heat:
