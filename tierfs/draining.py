@@ -6,11 +6,13 @@ record of a former inode of that number.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from dataclasses import replace
 
 from tierfs import transitions, wire
+from tierfs.errors import BusyError
 from tierfs.index import Index, Writer
 from tierfs.kit import Movements
 from tierfs.marks import Entry, Mark, MarkReader
@@ -39,14 +41,15 @@ class Drain:
         return self._reader.position
 
     def run(self) -> int:
-        """Apply all marks that are there now; the position reached. Raises IndexError_, OSError, BusyError."""
+        """Apply all marks that are there now; the position reached. Raises IndexError_, OSError."""
         with self._lock:
             while self._step():
                 pass
             position = self._reader.position
             if position != self._told:
-                self._server.send(wire.Drained(position))
                 self._told = position
+                with contextlib.suppress(BusyError):  # a server that has ended needs to know no more
+                    self._server.send(wire.Drained(position))
             return position
 
     def _step(self) -> bool:

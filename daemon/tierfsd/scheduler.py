@@ -77,6 +77,10 @@ class Scheduler:
         self._wake.set()
         for thread in self._threads:
             thread.join()
+        try:
+            self._tier.drain()
+        except (TierError, OSError) as error:
+            log.warning("marks are left to the next mover: %s", error)
         self._flush_heat()
 
     # --- what others say ----------------------------------------------------------------------------------

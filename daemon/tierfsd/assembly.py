@@ -1,0 +1,172 @@
+"""Puts the mover's parts together for one volume, and takes them down in order."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import threading
+from urllib.parse import unquote, urlsplit
+
+from tierfs import control, ownership, volume, wire
+from tierfs.config import FILE_NAME, VolumeConfig
+from tierfs.errors import BusyError, StoreError, VolumeError
+from tierfs.heat_index import HeatIndex
+from tierfs.index import Index
+from tierfs.serverlink import ServerLink
+from tierfs.store.base import ObjectStore
+from tierfs.store.retry import RetryPolicy
+from tierfs.store.urls import open_store
+from tierfs.tier import Tier
+from tierfs.tree import open_tree
+from tierfsd import checking
+from tierfsd.backend import TierBackend
+from tierfsd.control_server import ControlServer, Job
+from tierfsd.scheduler import Scheduler
+from tierfsd.watcher import ConfigWatcher
+
+log = logging.getLogger("mover")
+
+_CLAIM_SECONDS = 10.0  # between two attempts to take a store that does not answer
+_LAST_WORDS_SECONDS = 0.3
+_WAITING = "the store has not answered yet"
+
+
+class Mover:
+    """Puts the parts together for one volume."""
+
+    def __init__(self, home: volume.Volume, link_fd: int, control_fd: int, stopping: threading.Event) -> None:
+        """`stopping` is set when it shall end. Raises TierError, OSError."""
+        self.stopping = stopping
+        self._lost = threading.Event()
+        self._home = home
+        self._watcher = ConfigWatcher(home.path(FILE_NAME), home.identity.store, self._apply)
+        config = self._watcher.current
+        self._index = Index.open(home.path("index"))
+        self._tree = open_tree(home.path("tree"))
+        self._store = _open_store(home, config)
+        self._heat = HeatIndex(home.path("heat"), config.local_limit or self._tree.space().total)
+        self._marks = os.open(home.path("marks"), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._link = ServerLink(wire.Link(socket.socket(fileno=link_fd), server=False))
+        self._tier = Tier(
+            self._tree, self._index, self._store, self._link, self._marks, config, self._make_room
+        )
+        self._tier.kit.withheld = _WAITING
+        self._scheduler = Scheduler(self._tier, self._heat, _device_of(home.store_url), home.path("ballast"))
+        backend = TierBackend(
+            self._tier, self._heat, home, self._watcher,
+            verifying=lambda: self._scheduler.verifying, notes=self._scheduler.notes, check=self._check,
+        )  # fmt: skip
+        listener = socket.socket(fileno=control_fd)
+        self._control = ControlServer(listener, self._tree.rootfd, backend)
+
+    def run(self) -> None:
+        """Work until told to stop."""
+        self._link.start(self)
+        self._greet()
+        self._scheduler.start()
+        self._watcher.start()
+        self._control.start()
+        claim = threading.Thread(target=self._claim, name="claim", daemon=True)
+        claim.start()
+        self.stopping.wait()
+        # Of a server that has just ended in order the last report may still be on its way.
+        self._lost.wait(_LAST_WORDS_SECONDS)
+        self._control.close()
+        self._watcher.close()
+        self._scheduler.stop()
+        self._tier.close()
+        self._index.close()
+        self._heat.close()
+
+    def _greet(self) -> None:
+        try:
+            self._link.send(wire.Hello(os.getpid(), self._tier.drainer.position))
+            self._send_limits(self._watcher.current)
+        except BusyError as error:
+            log.info("%s", error)  # ended already: what it left is taken in, and then we end as well
+
+    def _claim(self) -> None:
+        """Take the store for this mount; until then nothing is written to it. Reading needs no claim."""
+        while not self.stopping.is_set():
+            try:
+                ownership.renew(self._home, self._store, self._index.session.epoch)
+            except VolumeError as error:
+                self._withhold(str(error))
+                log.critical("%s", error)
+                self._tier.kit.claim_tried.set()
+                return
+            except (StoreError, OSError) as error:
+                self._withhold(str(error))
+                self._tier.kit.claim_tried.set()
+                self.stopping.wait(_CLAIM_SECONDS)
+            else:
+                self._tier.kit.withheld = ""
+                self._tier.kit.claim_tried.set()
+                return
+
+    def _withhold(self, reason: str) -> None:
+        if self._tier.kit.withheld != reason:
+            log.warning("nothing is copied out: %s", reason)
+        self._tier.kit.withheld = reason
+
+    def _make_room(self, count: int, failed: bool) -> None:
+        self._scheduler.make_room(count, failed)
+
+    def _check(self, repair: bool, read_data: bool, job: Job) -> control.Findings:
+        return checking.check(self._tier, repair, read_data, job)
+
+    def _apply(self, config: VolumeConfig) -> None:
+        self._tier.reconfigure(config)
+        self._heat.capacity = config.local_limit or self._tree.space().total
+        self._send_limits(config)
+
+    def _send_limits(self, config: VolumeConfig) -> None:
+        self._link.send(wire.Limits(config.fetch_timeout, config.chunk_size))
+
+    # --- the link -----------------------------------------------------------------------------------------
+
+    def on_fetch(self, message: wire.Fetch, opath: int) -> None:
+        """Content is asked for."""
+        self._tier.filler.on_fetch(message, opath)
+
+    def on_cancel(self, message: wire.CancelFetch) -> None:
+        """Nobody waits for that any more."""
+        self._tier.filler.on_cancel(message)
+
+    def on_touches(self, message: wire.Touches) -> None:
+        """Heat."""
+        self._scheduler.touches(message)
+
+    def on_poke(self, message: wire.Poke) -> None:
+        """New marks, or space is short."""
+        self._scheduler.poke(message)
+
+    def on_lost(self) -> None:
+        """The server is gone, and a new one will have a new mover."""
+        self._lost.set()
+        self.stopping.set()
+
+
+def _open_store(home: volume.Volume, config: VolumeConfig) -> ObjectStore:
+    url = home.store_url
+    if url.startswith("s3:") and config.storage_class and "storage_class=" not in url:
+        url += ("&" if "?" in url else "?") + f"storage_class={config.storage_class}"
+    # A request must have given up before its readers do, so that they hear the reason.
+    foreground = RetryPolicy(deadline=max(1.0, config.fetch_timeout * 0.75))
+    return open_store(
+        url,
+        capabilities=home.identity.capabilities,
+        foreground=foreground,
+        concurrency=config.uploads + config.fetches,
+    )
+
+
+def _device_of(url: str) -> int | None:
+    """The device of a directory store, None where it is elsewhere (or not there now: a NAS)."""
+    if not url.startswith("file:"):
+        return None
+    with contextlib.suppress(OSError):
+        return os.stat(unquote(urlsplit(url).path)).st_dev
+    return None
