@@ -105,19 +105,26 @@ class Gate:
     def created(self, fd: int, st: os.stat_result, flags: int, parent: int, name: bytes) -> Handle:
         """The handle of a file just made; takes the descriptor `fd` (open for reading and writing)."""
         inode = Inode(st.st_ino, parent, name)
+        former = self._inodes.get(st.st_ino)
+        if former is not None:
+            self._end_guard(former)  # it was unlinked under the guard, and its number is used again
         inode.opath = self.tree.reopen(fd, os.O_PATH)
+        try:
+            inode.handle = self.tree.handle_of(inode.opath)
+            handle = Handle(inode, fd, flags, 0)
+            self._mark_write(inode)
+            if not handle.writable:
+                self._mark_closed(inode)
+        except BaseException:
+            os.close(inode.opath)
+            raise
         self._inodes[st.st_ino] = inode
-        inode.handle = self.tree.handle_of(inode.opath)
-        self._mark_write(inode)
-        backing_id = self._register(inode, st)
-        if backing_id:
+        handle.backing_id = self._register(inode, st)
+        if handle.backing_id:
             os.close(fd)
-            fd = -1
-        handle = Handle(inode, fd, flags, backing_id)
+            handle.fd = -1
         inode.opens += 1
         inode.writers += handle.writable
-        if not handle.writable:
-            self._mark_closed(inode)
         self.heat.touch(inode, st.st_size)
         return handle
 
@@ -128,13 +135,15 @@ class Gate:
             os.close(handle.fd)
         inode.opens -= 1
         inode.writers -= handle.writable
-        if handle.writable and inode.writers == 0 and inode.marked:
-            self._mark_closed(inode)
-        if inode.opens == 0:
-            if inode.backing_id and self.backing is not None:
-                self.backing.close(inode.backing_id)
-            inode.backing_id, inode.passthrough = 0, False
-        self._leave(inode, -1)
+        try:
+            if handle.writable and inode.writers == 0 and inode.marked:
+                self._mark_closed(inode)
+        finally:
+            if inode.opens == 0:
+                if inode.backing_id and self.backing is not None:
+                    self.backing.close(inode.backing_id)
+                inode.backing_id, inode.passthrough = 0, False
+            self._leave(inode, -1)
 
     def _enter(self, opath: int, st: os.stat_result, parent: int, name: bytes) -> Inode:
         """The inode's state, with what its stub attribute says now. Raises Blocked while it is guarded."""
@@ -163,17 +172,15 @@ class Gate:
             if copy is not None and copy.tag == stub.tag and copy.generation == stub.generation:
                 bits = self.index.get_bits(st.st_ino)
         shown = self.appearance.shown(st, opath)
+        if inode.opath < 0:
+            inode.opath = os.dup(opath)  # its owner may close `opath` while flights go on
         inode.shown = ShownTimes(shown.st_mtime_ns, shown.st_ctime_ns, shown.st_blocks)
         inode.content = Content(stub, st.st_size, bits)
-        self._inflow.track(inode.ino, inode.content, opath)
+        self._inflow.track(inode.ino, inode.content, inode.opath)
 
     def _leave(self, inode: Inode, opath: int) -> None:
         """Drop the state that nobody needs; `opath` is a descriptor that its owner is about to close."""
         if inode.opens or inode.guard is not None or self._inflow.busy(inode.ino):
-            if inode.opath == opath and opath >= 0:
-                inode.opath = os.dup(opath)
-                if inode.content is not None:
-                    self._inflow.track(inode.ino, inode.content, inode.opath)
             return
         if self._inodes.get(inode.ino) is inode:
             del self._inodes[inode.ino]
@@ -203,7 +210,11 @@ class Gate:
         if st.st_mode & 0o111 and self.tree.has_xattr(inode.opath, _CAPABILITY):
             # The kernel would not drop file capabilities at a passthrough write.
             return 0
-        inode.backing_id = self.backing.open(inode.opath)
+        try:
+            inode.backing_id = self.backing.open(inode.opath)
+        except OSError as error:
+            log.warning("inode %d is served without passthrough: %s", inode.ino, error)
+            return 0
         inode.passthrough = True
         return inode.backing_id
 
@@ -355,13 +366,14 @@ class Gate:
         if not inode.handle:
             inode.handle = self.tree.handle_of(inode.opath)
         self._generation += 1
-        inode.marked = True
-        inode.shown = None
         self._append(
             Mark.WRITE, inode.ino, self._generation, inode.parent, handle=inode.handle, name=inode.name
         )
         if inode.ino in self._seals:
             self._seals.discard(inode.ino)
+        # Not before: on a full disk there may be no room for the mark, and the next writer must try again.
+        inode.marked = True
+        inode.shown = None
             self._outbox.post(wire.SealBroken([inode.ino]))
 
     def _mark_closed(self, inode: Inode) -> None:
@@ -397,22 +409,33 @@ class Gate:
 
     def on_link_readable(self) -> None:
         """Take what the mover has sent."""
+    def _give_up_link(self, error: Exception) -> None:
+        """Close our end. The mover may live, and be punching: its guards hold until the next one comes."""
+        log.error("talking to the mover failed: %r", error)
+        self._outbox.connect(None)
+        self._seals.clear()
+
         while self._outbox.link is not None:
             try:
                 received = self._outbox.link.receive()
             except BlockingIOError:
                 return
-            except OSError as error:
+            except ConnectionError as error:
                 log.warning("lost the mover: %s", error)
                 received = None
             if received is None:
                 self.set_link(None)
+            except Exception as error:
+                self._give_up_link(error)
+                return
                 return
             message, fds = received
             try:
                 self._handle(message, fds)
             finally:
                 for fd in fds:
+            except Exception as error:
+                self._give_up_link(error)
                     os.close(fd)
 
     def _handle(self, message: object, fds: list[int]) -> None:
@@ -491,7 +514,11 @@ class Gate:
             return 0
         if inode is not None and (inode.writers or inode.content is not None or inode.guard is not None):
             return 0
-        if not self.tree.try_lease(fd, F_RDLCK):
+        try:
+            if not self.tree.try_lease(fd, F_RDLCK):
+                return 0
+        except OSError as error:
+            log.warning("inode %d cannot be sealed: %s", ino, error)  # no leases here, or another's file
             return 0
         self.tree.unlease(fd)
         record = self.appearance.record(ino)

@@ -10,6 +10,7 @@ import errno
 import logging
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 from tierfs import wire
@@ -42,7 +43,8 @@ class Content:
     """
 
     __slots__ = (
-        "closing", "flights", "idle", "missing", "present", "settled", "size", "stub", "waits", "whole_asked",
+        "closing", "flights", "idle", "missing", "present", "settled", "size", "stub", "timed", "waits",
+        "whole_asked",
     )  # fmt: skip
 
     def __init__(self, stub: Stub, size: int, bits: bytes | None) -> None:
@@ -59,6 +61,7 @@ class Content:
         self.flights: list[Flight] = []
         self.waits: list[tuple[int, int, Wait]] = []
         self.settled = Wait()
+        self.timed: set[Wait] = set()  # those with a deadline, which moves while content arrives
         self.idle: Wait | None = None
         self.closing = False  # a truncation waits for the flights to end: nothing new is asked for
         self.whole_asked = False
@@ -139,7 +142,7 @@ class Inflow:
         gap = content.lacks(start, end)
         if gap is None:
             return
-        wait = self._timed_wait()
+        wait = self._timed_wait(content)
         content.waits.append((*gap, wait))
         if not any(f.start <= gap[0] and f.end >= gap[1] and not f.ahead for f in content.flights):
             self._ask(ino, *gap, whole=content.small, ahead=False)
@@ -151,9 +154,9 @@ class Inflow:
         if content.settled.done:
             return
         if not content.whole_asked:
-            content.whole_asked = True
             self._ask(ino, 0, content.size, whole=True, ahead=False)
-        wait, settled = self._timed_wait(), content.settled
+            content.whole_asked = True
+        wait, settled = self._timed_wait(content), content.settled
         settled.add(lambda: wait.fire(settled.errno, settled.reason))
         raise Blocked(wait)
 
@@ -161,7 +164,6 @@ class Inflow:
         """Ask for all of it; nobody waits."""
         content, _ = self._contents[ino]
         if not content.settled.done and not content.whole_asked:
-            content.whole_asked = True
             self._ask(ino, 0, content.size, whole=True, ahead=False)
 
     def need_idle(self, ino: int) -> None:
@@ -173,10 +175,11 @@ class Inflow:
             content.closing = False
             return
         content.closing = True
+            content.whole_asked = True
         for flight in content.flights:
             self._post(wire.CancelFetch(flight.id), ())
         if content.idle is None or content.idle.done:
-            content.idle = self._timed_wait()
+            content.idle = self._timed_wait(content)
         raise Blocked(content.idle)
 
     def ahead(self, ino: int, start: int, end: int) -> None:
@@ -191,10 +194,16 @@ class Inflow:
         entry = self._contents.get(ino)
         return entry is not None and bool(entry[0].flights or entry[0].settling)
 
-    def _timed_wait(self) -> Wait:
+    def _timed_wait(self, content: Content) -> Wait:
         wait = Wait(time.monotonic() + self.fetch_timeout)
         self._timed.add(wait)
-        wait.keeper = lambda: self._timed.discard(wait)
+        content.timed.add(wait)
+
+        def fired() -> None:
+            self._timed.discard(wait)
+            content.timed.discard(wait)
+
+        wait.keeper = fired
         return wait
 
     def _ask(self, ino: int, start: int, end: int, *, whole: bool, ahead: bool) -> None:
@@ -202,7 +211,11 @@ class Inflow:
         content, _ = self._contents[ino]
         flight = Flight(self._next, start, end, whole, ahead)
         content.flights.append(flight)
-        self._send(ino, flight)
+        try:
+            self._send(ino, flight)
+        except OSError:
+            content.flights.remove(flight)  # nobody will end it
+            raise
 
     def _send(self, ino: int, flight: Flight) -> None:
         content, opath = self._contents[ino]
@@ -237,6 +250,10 @@ class Inflow:
 
     def ended(self, message: wire.FetchEnd) -> None:
         """A flight has landed or failed. What is still awaited and nobody fetches is asked for again."""
+        # Whoever waits for more than the link brings in the time of one read still sees it coming.
+        deadline = time.monotonic() + self.fetch_timeout
+        for wait in content.timed:
+            wait.deadline = deadline
         entry = self._contents.get(message.ino)
         if entry is None:
             return
@@ -257,9 +274,15 @@ class Inflow:
 
     def _ask_again(self, ino: int, content: Content) -> None:
         """Ask for what is awaited and not in the air (its flight was read-ahead, or was cancelled)."""
-        for start, end, _ in content.waits:
-            if not any(f.start <= start and f.end >= end for f in content.flights):
-                self._ask(ino, start, end, whole=content.small, ahead=False)
+        if message.errno and flight.whole:
+            content.whole_asked = False  # cancelled, or failed: whoever still waits for all of it asks again
+        with suppress(OSError):  # no descriptor to send: at the next turn
+            if content.settled.wanted and not content.whole_asked:
+                self._ask(ino, 0, content.size, whole=True, ahead=False)
+                content.whole_asked = True
+            for start, end, _ in content.waits:
+                if not any(f.start <= start and f.end >= end for f in content.flights):
+                    self._ask(ino, start, end, whole=content.small, ahead=False)
 
     def _fail(self, content: Content, flight: Flight, message: wire.FetchEnd) -> None:
         hit = [w for start, end, w in content.waits if start < flight.end and end > flight.start]
@@ -307,7 +330,7 @@ class Inflow:
             if content.idle is not None and content.idle.done and (content.idle.deadline or 0.0) <= now:
                 content.closing = False
             content.waits = [entry for entry in content.waits if not entry[2].done]
-            if content.waits and not content.closing:
+            if not content.closing:
                 self._ask_again(ino, content)
 
     def void(self, ino: int) -> None:

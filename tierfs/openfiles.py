@@ -79,8 +79,8 @@ class OpenFiles:
             self._gate.release(handle)
         finally:
             last = self._nodes.released(node)
-        if last is not None and node.parent is None:
-            # It never had a name, so no unlink has told the mover.
+        if last is not None and kernel_handle:
+            # It never had a name, or it was marked again after its unlink had told the mover.
             self._gate.gone(node.ino, kernel_handle)
 
     def read(self, fh: int, offset: int, size: int) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import errno
 import logging
 import os
 import time
@@ -12,7 +13,10 @@ from tierfs.handles import Inode
 
 log = logging.getLogger("gate")
 
-TOUCH_BATCH = 500  # uses in one message
+TOUCH_BATCH = 300  # uses in one message: with names of 255 bytes it has to fit wire.MAX_MESSAGE
+_GONE = frozenset({errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN, errno.EBADF})
+# No room now: in the socket, in memory, or among the descriptors that one user may have on their way.
+_FULL = frozenset({errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM, errno.ETOOMANYREFS})
 
 
 class Outbox:
@@ -49,11 +53,12 @@ class Outbox:
             try:
                 self.link.send(message, fds)
                 return
-            except BlockingIOError:
-                pass
             except OSError as error:
-                log.warning("the mover does not listen: %s", error)
-                return
+                if error.errno in _GONE:
+                    log.warning("the mover does not listen: %s", error)
+                    return
+                if error.errno not in _FULL:
+                    raise
         self._queue.append((message, tuple(os.dup(fd) for fd in fds)))
 
     def flush(self) -> None:
@@ -62,9 +67,9 @@ class Outbox:
             message, fds = self._queue[0]
             try:
                 self.link.send(message, fds)
-            except BlockingIOError:
-                return
             except OSError as error:
+                if error.errno in _FULL:
+                    return
                 log.warning("the mover does not listen: %s", error)
             self._queue.popleft()
             for fd in fds:

@@ -208,8 +208,10 @@ class Tree:
         try:
             yield
         finally:
-            if os.fstat(fd).st_mode != mode:
-                os.chmod(fd_path(fd), stat.S_IMODE(mode))
+            now = os.fstat(fd).st_mode
+            lost = mode & ~now & (stat.S_ISUID | stat.S_ISGID)
+            if lost:  # and nothing else: its owner may have changed the mode meanwhile
+                os.chmod(fd_path(fd), stat.S_IMODE(now) | lost)
             if capability is not None and self._xattr(fd, _CAPABILITY) is None:
                 os.setxattr(fd_path(fd), _CAPABILITY, capability)
 

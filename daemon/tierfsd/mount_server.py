@@ -214,7 +214,7 @@ def _await_mount(supervisor: channel.Channel) -> int | None:
 def _serve(arguments: argparse.Namespace, tree: Tree, index: Index, stack: contextlib.ExitStack) -> None:
     marks_fd = os.open(os.path.join(arguments.state, "marks"), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     stack.callback(os.close, marks_fd)
-    marks = MarkWriter(marks_fd)
+    marks = MarkWriter(marks_fd, index.log_position() or 0)
     stack.callback(marks.close)
     gate = Gate(tree, index, marks, arguments.epoch)
     vfs = Vfs(tree, gate, Evictable(index), HeatReader(os.path.join(arguments.state, "heat")))

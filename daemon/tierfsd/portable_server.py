@@ -153,7 +153,7 @@ def _serve(arguments: argparse.Namespace, stack: contextlib.ExitStack) -> None:
     stack.callback(index.close)
     marks_fd = os.open(os.path.join(arguments.state, "marks"), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     stack.callback(os.close, marks_fd)
-    marks = MarkWriter(marks_fd)
+    marks = MarkWriter(marks_fd, index.log_position() or 0)
     stack.callback(marks.close)
     gate = Gate(tree, index, marks, arguments.epoch)
     vfs = Vfs(tree, gate, lambda: 0)

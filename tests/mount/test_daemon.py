@@ -209,3 +209,18 @@ def test_a_dead_mount_is_cleared_away_by_mounting_again(volume, needs_root):
     until(lambda: not made.pids())
     made.mount()
     assert (made.mountpoint / "f").read_text() == "x"
+
+
+def test_a_mark_log_that_a_power_cut_took_away_hides_nothing(volume):
+    made = volume()
+    for number in range(50):
+        (made.mountpoint / f"f{number}").write_text("x")
+    before = until(lambda: made.status(made.mountpoint / "f49")["generation"])
+    made.umount()
+    for segment in (made.state / "marks").glob("marks-*"):
+        segment.unlink()  # it is never synced, and the index is
+    made.mount()
+    (made.mountpoint / "new").write_text("y")
+    (made.mountpoint / "f49").write_text("y")
+    until(lambda: made.status(made.mountpoint / "new")["generation"] > before)
+    until(lambda: made.status(made.mountpoint / "f49")["generation"] > before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 import socket
@@ -11,6 +12,7 @@ import pytest
 
 from tierfs import wire
 from tierfs.gate import Gate
+from tierfs.handles import Inode
 from tierfs.marks import Mark, MarkReader, MarkWriter
 from tierfs.model import Copy, Record, Residency, Stub, make_generation
 from tierfs.tree import open_tree
@@ -376,4 +378,133 @@ def test_a_new_mover_is_asked_again(world):
     theirs.setblocking(False)
     world.mover = wire.Link(theirs, server=False)
     world.gate.set_link(wire.Link(ours, server=True))
+    assert len(world.sent(wire.Fetch)) == 1
+
+
+def refuse(number):
+    def call(*_args, **_kwargs):
+        raise OSError(number, os.strerror(number))
+
+    return call
+
+
+def descriptors():
+    return len(os.listdir("/proc/self/fd"))
+
+
+def create(world, flags=os.O_RDWR):
+    fd = os.open(world.path.with_name("new"), os.O_RDWR | os.O_CREAT | os.O_EXCL)
+    try:
+        return world.gate.created(fd, os.fstat(fd), flags, world.tree.root_ino, b"new")
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def test_a_mark_that_found_no_room_is_tried_again_by_the_next_writer(world, monkeypatch):
+    reader = world.open()
+    assert world.seal()
+    with monkeypatch.context() as full, pytest.raises(OSError, match="No space"):
+        full.setattr(world.gate.marks, "append", refuse(errno.ENOSPC))
+        world.open(os.O_RDWR)
+    writer = world.open(os.O_RDWR)
+    assert [entry.kind for entry in world.reader.read()] == [Mark.WRITE]
+    assert world.sent(wire.SealBroken)
+    world.gate.release(writer)
+    world.gate.release(reader)
+
+
+def test_a_file_that_cannot_be_marked_leaves_nothing_behind(world, monkeypatch):
+    before = descriptors()
+    monkeypatch.setattr(world.gate.marks, "append", refuse(errno.ENOSPC))
+    with pytest.raises(OSError, match="No space"):
+        create(world)
+    assert descriptors() == before
+    assert not world.gate._inodes
+
+
+def test_without_a_backing_id_a_file_is_served_from_here(world, monkeypatch):
+    monkeypatch.setattr(world.backing, "open", refuse(errno.ENOMEM))
+    made, old = create(world), world.open(os.O_RDWR)
+    assert made.fd >= 0 and old.fd >= 0 and not made.backing_id and not old.backing_id
+    assert world.gate.read(old, 0, 7) == b"content"
+    world.gate.release(made)
+    world.gate.release(old)
+
+
+def test_a_release_that_finds_no_room_for_its_mark_gives_back_all_else(world, monkeypatch):
+    before = descriptors()
+    handle = world.open(os.O_RDWR)
+    monkeypatch.setattr(world.gate.marks, "append", refuse(errno.ENOSPC))
+    with pytest.raises(OSError, match="No space"):
+        world.gate.release(handle)
+    assert not world.backing.live and not world.gate._inodes and descriptors() == before
+
+
+def test_an_open_that_runs_out_of_descriptors_keeps_none_that_is_another_files(world, monkeypatch):
+    world.make_stub()
+    with monkeypatch.context() as short, pytest.raises(OSError, match="Too many open files"):
+        short.setattr(os, "dup", refuse(errno.EMFILE))
+        world.open()
+    assert world.sent(wire.Fetch) == []
+    with pytest.raises(Blocked):
+        world.open()
+    (inode,) = world.gate._inodes.values()
+    assert os.fstat(inode.opath).st_ino == world.ino
+
+
+def test_a_filesystem_that_refuses_leases_seals_nothing(world, monkeypatch):
+    monkeypatch.setattr(world.tree, "try_lease", refuse(errno.EACCES))
+    assert world.seal() == 0
+
+
+def test_a_message_that_cannot_be_received_opens_no_guard_of_a_mover_that_may_live(world, monkeypatch):
+    assert world.guard()
+    with pytest.raises(Blocked) as caught:
+        world.open()
+    monkeypatch.setattr(world.gate._outbox.link, "receive", refuse(errno.EIO))
+    world.gate.on_link_readable()
+    assert not caught.value.wait.done
+    ours, theirs = wire.make_pair()
+    with theirs:
+        world.gate.set_link(wire.Link(ours, server=True))
+        assert caught.value.wait.done
+
+
+def test_a_message_that_cannot_be_handled_ends_the_link_and_not_the_server(world, monkeypatch):
+    monkeypatch.setattr(world.gate, "_seal", refuse(errno.EIO))
+    fd = os.open(world.path, os.O_RDONLY)
+    try:
+        world.tell(wire.Seal(1, [world.ino]), [fd])
+    finally:
+        os.close(fd)
+    assert world.gate._outbox.link is None
+
+
+def test_who_waits_for_a_guard_goes_on_when_the_inode_number_means_another_file(world):
+    assert world.guard()
+    with pytest.raises(Blocked) as caught:
+        world.open()
+    fd = os.open(world.path, os.O_RDWR)
+    world.path.unlink()
+    # As if the filesystem had given the number to this new file.
+    handle = world.gate.created(fd, os.fstat(fd), os.O_RDWR, world.tree.root_ino, b"new")
+    assert caught.value.wait.done
+    world.gate.release(handle)
+
+
+def test_a_full_batch_of_heat_fits_a_message(world):
+    for ino in range(1 << 40, (1 << 40) + 1000):
+        world.gate.heat.touch(Inode(ino, 1 << 40, b"n" * 255), 1 << 60)
+    world.gate.heat.flush()
+    assert sum(len(message.touches) for message in world.sent(wire.Touches)) == 1000
+
+
+def test_a_fetch_that_finds_no_room_among_descriptors_in_flight_is_sent_later(world, monkeypatch):
+    world.make_stub()
+    with monkeypatch.context() as busy:
+        busy.setattr(world.gate._outbox.link, "send", refuse(errno.ETOOMANYREFS))
+        with pytest.raises(Blocked):
+            world.open()
+    world.gate.tick(0.0)
     assert len(world.sent(wire.Fetch)) == 1

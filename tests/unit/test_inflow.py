@@ -172,3 +172,46 @@ def test_read_ahead_grows_for_sequential_readers_and_not_for_random_ones():
     assert asked[-1][1] - asked[-1][0] > 16 * MIB
     assert ahead.advance(900 * MIB, 900 * MIB + 4096, size) is None
     assert ahead.advance(100 * MIB, 100 * MIB + 4096, size) is None
+
+
+def test_who_waits_for_a_large_file_waits_as_long_as_content_arrives(monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr("tierfs.inflow.time.monotonic", lambda: now)
+    _, inflow, content = start()
+    reader = blocked(inflow.need, 5, 0, content.size)
+    writer = blocked(inflow.need_settled, 5)
+    now += 50
+    inflow.filled(wire.Filled(5, 0, LEAF))
+    inflow.expire(now + 50)
+    assert not reader.done and not writer.done
+    inflow.expire(now + 61)
+    assert reader.errno == writer.errno == errno.EIO
+    assert not content.timed
+
+
+def test_a_truncation_that_was_interrupted_leaves_no_writer_waiting_for_nothing():
+    peer, inflow, _ = start()
+    writer = blocked(inflow.need_settled, 5)
+    woken = []
+    writer.add(lambda: woken.append(1))
+    (whole,) = peer.take(wire.Fetch)
+    truncation = blocked(inflow.need_idle, 5)
+    truncation.add(woken.clear)
+    truncation.discard(woken.clear)  # interrupted
+    inflow.ended(wire.FetchEnd(whole.id, 5, errno.ECANCELED))
+    inflow.expire(0.0)
+    (again,) = peer.take(wire.Fetch)
+    assert again.whole and not writer.done
+
+
+def test_a_fetch_that_could_not_be_sent_is_not_taken_for_one_under_way():
+    def full(_message, _fds):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    inflow = Inflow(full)
+    content = Content(STUB, 16 * MIB, None)
+    inflow.track(5, content, 9)
+    for call in (lambda: inflow.need(5, 0, LEAF), lambda: inflow.need_settled(5)):
+        with pytest.raises(OSError, match="Too many"):
+            call()
+    assert not content.flights and not content.whole_asked

@@ -176,6 +176,16 @@ def test_punch_keeps_set_id_bits_and_capabilities(tree, tmp_path):
         os.close(fd)
 
 
+def test_a_mode_set_while_content_comes_back_stays(tree, tmp_path):
+    fd = os.open(tmp_path / "f", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        with tree.keeping_privileges(fd):
+            os.fchmod(fd, 0o600)  # the file's owner, through the mount
+        assert stat.S_IMODE(os.fstat(fd).st_mode) == 0o600
+    finally:
+        os.close(fd)
+
+
 def test_extents_of_a_sparse_file(tree, tmp_path):
     fd = os.open(tmp_path / "s", os.O_RDWR | os.O_CREAT)
     try:

@@ -404,3 +404,14 @@ def test_a_node_takes_few_bytes(tmp_path):
     command = [sys.executable, "-c", MEASURE, str(tmp_path / "tree"), "200000", *sys.path]
     found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     assert float(found.stdout) <= 300, f"{found.stdout.strip()} bytes a node"
+
+
+def test_a_file_marked_again_after_its_last_name_is_gone_is_gone_once_more(world):
+    node, _, fh, _ = world.vfs.create(ROOT, b"f", os.O_RDWR, 0o644, ME)
+    world.vfs.unlink(ROOT, b"f")
+    again, _ = world.vfs.open(node, os.O_RDWR, ME)
+    world.vfs.release(fh)
+    world.vfs.write(again, 0, b"x")
+    world.vfs.release(again)
+    kinds = [mark.kind for mark in world.entries(*Mark)]
+    assert kinds[-1] == Mark.GONE and kinds.count(Mark.GONE) == 2
