@@ -369,11 +369,11 @@ class Gate:
         self._append(
             Mark.WRITE, inode.ino, self._generation, inode.parent, handle=inode.handle, name=inode.name
         )
-        if inode.ino in self._seals:
-            self._seals.discard(inode.ino)
         # Not before: on a full disk there may be no room for the mark, and the next writer must try again.
         inode.marked = True
         inode.shown = None
+        if inode.ino in self._seals:
+            self._seals.discard(inode.ino)
             self._outbox.post(wire.SealBroken([inode.ino]))
 
     def _mark_closed(self, inode: Inode) -> None:
@@ -407,14 +407,14 @@ class Gate:
         if link is not None:
             self._inflow.new_mover()
 
-    def on_link_readable(self) -> None:
-        """Take what the mover has sent."""
     def _give_up_link(self, error: Exception) -> None:
         """Close our end. The mover may live, and be punching: its guards hold until the next one comes."""
         log.error("talking to the mover failed: %r", error)
         self._outbox.connect(None)
         self._seals.clear()
 
+    def on_link_readable(self) -> None:
+        """Take what the mover has sent."""
         while self._outbox.link is not None:
             try:
                 received = self._outbox.link.receive()
@@ -423,19 +423,19 @@ class Gate:
             except ConnectionError as error:
                 log.warning("lost the mover: %s", error)
                 received = None
-            if received is None:
-                self.set_link(None)
             except Exception as error:
                 self._give_up_link(error)
                 return
+            if received is None:
+                self.set_link(None)
                 return
             message, fds = received
             try:
                 self._handle(message, fds)
-            finally:
-                for fd in fds:
             except Exception as error:
                 self._give_up_link(error)
+            finally:
+                for fd in fds:
                     os.close(fd)
 
     def _handle(self, message: object, fds: list[int]) -> None:

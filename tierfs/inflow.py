@@ -60,8 +60,8 @@ class Content:
         self.missing = self.present.count(0)
         self.flights: list[Flight] = []
         self.waits: list[tuple[int, int, Wait]] = []
-        self.settled = Wait()
         self.timed: set[Wait] = set()  # those with a deadline, which moves while content arrives
+        self.settled = Wait()
         self.idle: Wait | None = None
         self.closing = False  # a truncation waits for the flights to end: nothing new is asked for
         self.whole_asked = False
@@ -165,6 +165,7 @@ class Inflow:
         content, _ = self._contents[ino]
         if not content.settled.done and not content.whole_asked:
             self._ask(ino, 0, content.size, whole=True, ahead=False)
+            content.whole_asked = True
 
     def need_idle(self, ino: int) -> None:
         """Raises Blocked until the mover has given up everything it does with this file's blocks."""
@@ -175,7 +176,6 @@ class Inflow:
             content.closing = False
             return
         content.closing = True
-            content.whole_asked = True
         for flight in content.flights:
             self._post(wire.CancelFetch(flight.id), ())
         if content.idle is None or content.idle.done:
@@ -240,6 +240,10 @@ class Inflow:
             return
         content = entry[0]
         content.arrived(message.start, message.start + message.length)
+        # Whoever waits for more than the link brings in the time of one read still sees it coming.
+        deadline = time.monotonic() + self.fetch_timeout
+        for wait in content.timed:
+            wait.deadline = deadline
         self._wake(content)
 
     def _wake(self, content: Content) -> None:
@@ -250,10 +254,6 @@ class Inflow:
 
     def ended(self, message: wire.FetchEnd) -> None:
         """A flight has landed or failed. What is still awaited and nobody fetches is asked for again."""
-        # Whoever waits for more than the link brings in the time of one read still sees it coming.
-        deadline = time.monotonic() + self.fetch_timeout
-        for wait in content.timed:
-            wait.deadline = deadline
         entry = self._contents.get(message.ino)
         if entry is None:
             return
@@ -264,6 +264,8 @@ class Inflow:
         content.flights.remove(flight)
         if message.errno and not flight.ahead and not content.closing:
             self._fail(content, flight, message)
+        if message.errno and flight.whole:
+            content.whole_asked = False  # cancelled, or failed: whoever still waits for all of it asks again
         self._wake(content)
         if not content.closing:
             self._ask_again(message.ino, content)
@@ -274,8 +276,6 @@ class Inflow:
 
     def _ask_again(self, ino: int, content: Content) -> None:
         """Ask for what is awaited and not in the air (its flight was read-ahead, or was cancelled)."""
-        if message.errno and flight.whole:
-            content.whole_asked = False  # cancelled, or failed: whoever still waits for all of it asks again
         with suppress(OSError):  # no descriptor to send: at the next turn
             if content.settled.wanted and not content.whole_asked:
                 self._ask(ino, 0, content.size, whole=True, ahead=False)
