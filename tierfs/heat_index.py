@@ -33,12 +33,14 @@ log = logging.getLogger("index")
 
 MAP_SIZE = 16 << 30
 _TABLES = ("heat", "score", "queue", "meta")
-_ENTRY = struct.Struct("<ddddQB8s")
+_ENTRY = struct.Struct("<dfIfQB8s")
 _STATE = struct.Struct("<QQQ")
 _KEY = struct.Struct(">8sQ")
 _U64 = struct.Struct(">Q")
 _PROBATION, _LISTED = 1, 2
 _PAGE = 256  # victims looked at in one transaction
+_TOUCHES = 128  # files in one: pages that it changes are copied, and the file grows by the copies
+_LAST = 0xFFFFFFFF
 
 
 def order_key(value: float) -> bytes:
@@ -136,11 +138,13 @@ class HeatIndex:
     def touch_many(self, uses: Iterable[tuple[int, int, int]], now: float | None = None) -> None:
         """(ino, count, size) of files that were used."""
         moment = time.time() if now is None else now
-        with self._batch() as batch:
-            for ino, count, size in uses:
-                heat, queued = batch.get(ino)
-                here = bool(queued)
-                batch.put(ino, touched(heat or Heat(), batch.clock, moment, count, size, here), here)
+        ordered = sorted(uses)
+        for start in range(0, len(ordered), _TOUCHES):
+            with self._batch() as batch:
+                for ino, count, size in ordered[start : start + _TOUCHES]:
+                    heat, queued = batch.get(ino)
+                    here = bool(queued)
+                    batch.put(ino, touched(heat or Heat(), batch.clock, moment, count, size, here), here)
 
     def admit(self, ino: int, size: int, grown: int, now: float | None = None) -> None:
         """The file is local now with `size` bytes, `grown` of them new: the clock moves on by that."""
@@ -247,7 +251,8 @@ class _Batch:
 
 def _pack(heat: Heat, key: bytes) -> bytes:
     flags = (_PROBATION if heat.probation else 0) | (_LISTED if key else 0)
-    return _ENTRY.pack(heat.level, heat.clock, heat.last, heat.shown, heat.size, flags, key)
+    last = min(max(int(heat.last), 0), _LAST)
+    return _ENTRY.pack(heat.level, heat.clock, last, min(heat.shown, 1e30), heat.size, flags, key)
 
 
 def _unpack(raw: bytes | None) -> tuple[Heat, bytes] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import lmdb
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -71,6 +72,19 @@ def test_a_file_that_comes_back_soon_skips_probation():
     assert admitted(first, 3.0, 0.0, 10).probation
 
 
+@pytest.mark.parametrize("touch_first", [True, False])
+@pytest.mark.parametrize(("turnovers", "waits"), [(0.5, False), (3.0, True)])
+def test_a_return_is_judged_alike_whether_its_use_is_told_before_or_after_it(touch_first, turnovers, waits):
+    here = admitted(None, 1.0, 0.0, 10)
+    clock = 1.0 + turnovers
+    if touch_first:
+        back = admitted(touched(here, clock, 0.0, 1, 10, local=False), clock, 0.0, 10)
+    else:
+        back = touched(admitted(here, clock, 0.0, 10), clock, 0.0, 1, 10)
+    assert back.probation is waits
+    assert back.level == add_use(here.level, clock)
+
+
 def test_files_used_once_leave_before_files_used_again(heat):
     for ino in (1, 2, 3):
         heat.admit(ino, 10 * MIB, 10 * MIB)
@@ -121,3 +135,19 @@ def test_a_damaged_environment_is_made_anew(tmp_path):
     assert order(again) == []
     again.admit(2, 10, 10)
     again.close()
+
+
+def test_heat_of_ten_thousand_files_takes_at_most_90_bytes_each(tmp_path):
+    """Pages in use; with the index (at most 310) that is no more than the 400 bytes promised for a stub."""
+    opened = HeatIndex(str(tmp_path), 10 << 30)
+    for start in range(1, 10_001, 100):
+        opened.admit_many([(ino, 4096, 4096) for ino in range(start, start + 100)])
+    opened.touch_many([(ino, 1, 4096) for ino in range(1, 10_001, 7)])
+    opened.left(range(1, 10_001))
+    opened.close()
+    with lmdb.open(str(tmp_path), max_dbs=8, readonly=True) as env, env.begin() as txn:
+        used = 0
+        for name in (b"heat", b"score", b"queue"):
+            stat = txn.stat(env.open_db(name, txn=txn, create=False))
+            used += (stat["leaf_pages"] + stat["branch_pages"]) * stat["psize"]
+    assert used / 10_000 <= 90

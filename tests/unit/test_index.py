@@ -103,8 +103,9 @@ def test_what_a_failing_commit_had_written_is_undone(index):
 
 
 def test_a_cancelled_commit_is_left_out(index):
-    held = threading.Event()
-    first = index.commit(lambda w: held.wait(10))
+    begun, held = threading.Event(), threading.Event()
+    first = index.commit(lambda w: begun.set() or held.wait(10))
+    assert begun.wait(10)
     second = index.commit(lambda w: w.put(record(5)))
     third = index.commit(lambda w: w.put(record(6)))
     assert second.cancel()

@@ -19,7 +19,7 @@ PROBATION_SHARE = 0.10  # of the local bytes; beyond it files used once go first
 DISPLAY_HALF_LIFE = 7 * 86400.0  # seconds, of the heat that people see and age rules use
 REQUEST_SECONDS = 0.060  # cost of a miss: one request ...
 BYTES_PER_SECOND = 50e6  # ... and the transfer
-NEVER = -1e300
+NEVER = -(2.0**100)  # exact in single precision, as which clocks are kept
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,84 @@
+"""The order of victims that is kept at hand, beside the one that a look at every file would give."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tierfs.heat_index import HeatIndex
+from tierfs.policy.heat import PROBATION_SHARE, Heat, admitted, score, touched
+
+CAPACITY = 1000
+INOS = st.integers(1, 5)
+SIZES = st.integers(1, 400)
+STEPS = st.lists(st.tuples(st.sampled_from(("touch", "admit", "left", "forget")), INOS, SIZES), max_size=50)
+
+
+class Plain:
+    """The same files in dictionaries, looked through as a whole for each answer."""
+
+    def __init__(self) -> None:
+        self.heat: dict[int, Heat] = {}
+        self.here: dict[int, int] = {}  # local files: when they came
+        self.volume = self.came = 0
+
+    def touch(self, ino, size):
+        heat = self.heat.get(ino, Heat())
+        self.heat[ino] = touched(heat, self.volume / CAPACITY, 5.0, 1, size, ino in self.here)
+
+    def admit(self, ino, size):
+        self.volume += size
+        if ino in self.here:
+            self.heat[ino] = Heat(*_fields(self.heat[ino], size))
+            return
+        self.came += 1
+        self.here[ino] = self.came
+        self.heat[ino] = admitted(self.heat.get(ino), self.volume / CAPACITY, 5.0, size)
+
+    def left(self, ino, _size):
+        self.here.pop(ino, None)
+
+    def forget(self, ino, _size):
+        self.here.pop(ino, None)
+        self.heat.pop(ino, None)
+
+    def victims(self, local_bytes):
+        waiting = sorted((ino for ino in self.here if self.heat[ino].probation), key=self.here.__getitem__)
+        excess = sum(self.heat[ino].size for ino in waiting) - int(PROBATION_SHARE * local_bytes)
+        first = []
+        for ino in waiting:
+            if excess <= 0:
+                break
+            excess -= self.heat[ino].size
+            first.append(ino)
+        rest = [ino for ino in self.here if not self.heat[ino].probation]
+        return first, sorted(rest, key=lambda ino: (score(self.heat[ino]), ino)), waiting
+
+
+def _fields(heat, size):
+    return heat.level, heat.clock, heat.last, heat.shown, size, heat.probation
+
+
+@settings(max_examples=60, deadline=None)
+@given(STEPS, st.integers(0, 2000))
+def test_victims_come_in_the_order_that_a_crawl_would_find(steps, local_bytes):
+    path = tempfile.mkdtemp(prefix="tierfs-heat-")
+    kept, plain = HeatIndex(path, CAPACITY), Plain()
+    try:
+        for what, ino, size in steps:
+            getattr(plain, what)(ino, size)
+            if what == "touch":
+                kept.touch_many([(ino, 1, size)], 5.0)
+            elif what == "admit":
+                kept.admit(ino, size, size, 5.0)
+            else:
+                getattr(kept, what)([ino])
+        first, rest, waiting = plain.victims(local_bytes)
+        assert list(kept.victims(local_bytes)) == first + rest + waiting
+        assert kept.probation_bytes() == sum(plain.heat[ino].size for ino in waiting)
+    finally:
+        kept.close()
+        shutil.rmtree(path)
