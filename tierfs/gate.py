@@ -227,11 +227,13 @@ class Gate:
             end = min(offset + size, content.size)
             if offset >= end:
                 return b""
-            self._inflow.need(inode.ino, offset, end)
-            # Only the run that succeeds comes here, so read-ahead counts each read once.
             window = handle.ahead.advance(offset, end, content.size)
-            if window is not None:
-                self._inflow.ahead(inode.ino, *window)
+            try:
+                self._inflow.need(inode.ino, offset, end)
+            finally:
+                # Behind what is waited for, so that it comes second, but without waiting for that.
+                if window is not None:
+                    self._inflow.ahead(inode.ino, *window)
         if handle.fd >= 0:
             return os.pread(handle.fd, size, offset)
         with self.borrowed(handle, writable=False) as fd:

@@ -19,9 +19,10 @@ from tierfs.waits import Blocked, Wait
 
 log = logging.getLogger("gate")
 
-FIRST_AHEAD = 4 << 20  # read-ahead of a reader that has just proven sequential, bytes
+FIRST_AHEAD = 2 << 20  # read-ahead of a reader that has just proven sequential, bytes
 GROWTH = 4  # at each step: a link of 400 MB/s and 20 ms is filled within three
 MOST_AHEAD = 64 << 20  # enough to keep sixteen ranges of a few MiB in the air
+LARGE_READ = 128 << 10  # programs that read whole files ask for at least so much at once
 SLACK = 1 << 20  # the kernel's own read-ahead arrives a little out of order
 
 
@@ -93,24 +94,33 @@ class Content:
 
 
 class ReadAhead:
-    """How far ahead of one handle to fetch: nothing at first, then ever more while reading is sequential."""
+    """How far ahead of one handle to fetch: nothing at first, then ever more while reading is sequential.
 
-    __slots__ = ("_ahead_end", "_expect", "_window")
+    A large first read at the file's beginning is taken for the start of a sequential one: what only sniffs at a
+    file's head asks for less.
+    """
+
+    __slots__ = ("_ahead_end", "_expect", "_last", "_window")
 
     def __init__(self) -> None:
         self._expect = 0
         self._window = 0
         self._ahead_end = 0
+        self._last = (-1, -1)
 
     def advance(self, offset: int, end: int, size: int) -> tuple[int, int] | None:
-        """Note a read of [offset, end); the range to ask for now, if any."""
+        """Note a read of [offset, end); the range to ask for now, if any. A repeated read counts once."""
+        if (offset, end) == self._last:
+            return None
+        self._last = offset, end
+        began = offset == 0 and end >= LARGE_READ
         sequential = self._expect and self._expect - SLACK <= offset <= self._expect + SLACK
-        if not sequential:
+        if not sequential and not began:
             self._expect, self._window, self._ahead_end = end, 0, end
             return None
         self._expect = max(self._expect, end)
         self._ahead_end = max(self._ahead_end, end)
-        if self._ahead_end >= size or self._ahead_end - end > self._window // 2:
+        if self._ahead_end >= size or self._ahead_end - end > self._window:
             return None
         self._window = min(max(self._window * GROWTH, FIRST_AHEAD), MOST_AHEAD)
         start, self._ahead_end = self._ahead_end, min(self._ahead_end + self._window, size)
@@ -186,7 +196,9 @@ class Inflow:
         """Ask for [start, end) without waiting for it."""
         content, _ = self._contents[ino]
         gap = content.lacks(start, end)
-        if gap is not None and not any(f.start <= gap[0] and f.end >= gap[1] for f in content.flights):
+        if gap is None or content.closing:
+            return
+        if not any(f.start <= gap[0] and f.end >= gap[1] for f in content.flights):
             self._ask(ino, *gap, whole=False, ahead=True)
 
     def busy(self, ino: int) -> bool:

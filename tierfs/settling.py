@@ -30,7 +30,7 @@ from tierfs.model import Copy, Record, Residency, new_fid
 log = logging.getLogger("mover")
 
 BITS_SECONDS = 2.0
-BITS_BYTES = 64 << 20
+BITS_BYTES = 1 << 30
 _BATCH = 32
 _ATTEMPTS = 2
 _RELEASE_SECONDS = 10.0

@@ -171,7 +171,13 @@ def test_read_ahead_grows_for_sequential_readers_and_not_for_random_ones():
     assert all(a[1] == b[0] for a, b in zip([first, *asked], asked))
     assert asked[-1][1] - asked[-1][0] > 16 * MIB
     assert ahead.advance(900 * MIB, 900 * MIB + 4096, size) is None
+    assert ahead.advance(900 * MIB, 900 * MIB + 4096, size) is None
     assert ahead.advance(100 * MIB, 100 * MIB + 4096, size) is None
+
+
+def test_a_large_read_at_the_beginning_starts_read_ahead_at_once_and_a_sniff_does_not():
+    assert ReadAhead().advance(0, MIB, 1 << 30) == (MIB, MIB + FIRST_AHEAD)
+    assert ReadAhead().advance(0, 4096, 1 << 30) is None
 
 
 def test_who_waits_for_a_large_file_waits_as_long_as_content_arrives(monkeypatch):
