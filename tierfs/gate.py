@@ -19,6 +19,7 @@ from __future__ import annotations
 import logging
 import os
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fcntl import F_RDLCK
@@ -32,6 +33,7 @@ from tierfs.inflow import Content, Inflow
 from tierfs.marks import Mark, MarkWriter
 from tierfs.model import EPOCH_SHIFT, Residency, Stub
 from tierfs.report import HeatReport, Outbox
+from tierfs.room import Room
 from tierfs.tree import Tree
 from tierfs.waits import Blocked, Wait
 
@@ -69,6 +71,7 @@ class Gate:
         self._seals: set[int] = set()
         self._recent: dict[int, int] = {}  # ino -> position of its newest mark that the mover has not drained
         self._inflow = Inflow(self._outbox.post)
+        self._room = Room(tree, lambda: self._outbox.post(wire.Poke(self.marks.position, urgent=True)))
         self.appearance = Appearance(tree, index, self._inodes, self._recent)
         self._next_heat = 0.0
         self._next_poke = 0.0
@@ -84,6 +87,8 @@ class Gate:
         Carries out O_TRUNC. Raises Blocked, OSError, ForeignStubError; then `opath` stays the caller's.
         """
         writable = flags & os.O_ACCMODE != os.O_RDONLY
+        if writable:
+            self.need_room()
         inode = self._enter(opath, st, parent, name)
         try:
             if flags & os.O_TRUNC and writable:
@@ -101,6 +106,11 @@ class Gate:
             os.close(opath)
         self.heat.touch(inode, st.st_size)
         return handle
+
+    def need_room(self) -> None:
+        """Call before a file is made. Raises Blocked while the local disk is nearly full and may be emptied."""
+        if self._outbox.link is not None:
+            self._room.need()
 
     def created(self, fd: int, st: os.stat_result, flags: int, parent: int, name: bytes) -> Handle:
         """The handle of a file just made; takes the descriptor `fd` (open for reading and writing)."""
@@ -462,6 +472,7 @@ class Gate:
                     inode = self._inodes.get(ino)
                     if inode is not None:
                         self._end_guard(inode)
+                self._room.look(time.monotonic())
             case wire.Drained():
                 self._on_drained(message.position)
             case wire.Limits():
@@ -589,6 +600,7 @@ class Gate:
         """Deadlines, heat and the mover's waking. Returns after how many seconds to be called again."""
         self._outbox.flush()
         self._inflow.expire(now)
+        self._room.look(now)
         if now >= self._next_poke:
             self._next_poke = now + POKE_SECONDS
             self._reserve()
@@ -598,5 +610,6 @@ class Gate:
         if now >= self._next_heat:
             self._next_heat = now + HEAT_SECONDS
             self.heat.flush()
-        busy = self._outbox or self.marks.position != self._poked or self.heat or self._inflow.waiting
+        waited_for = self._inflow.waiting or self._room.waiting
+        busy = self._outbox or self.marks.position != self._poked or self.heat or waited_for
         return POKE_SECONDS if busy else 3600.0

@@ -213,6 +213,7 @@ class Vfs:
         self, parent: int, name: bytes, flags: int, mode: int, caller: Caller
     ) -> tuple[int, Attr, int, Handle]:
         """Make a file and open it, or open the one that is there: (node, attributes, number, handle)."""
+        self.gate.need_room()
         directory = self.nodes.get(parent)
         dirfd = self.nodes.dirfd(directory)
         try:
@@ -251,6 +252,7 @@ class Vfs:
 
     def tmpfile(self, parent: int, flags: int, mode: int, caller: Caller) -> tuple[int, Attr, int, Handle]:
         """A file without a name, as `create` otherwise."""
+        self.gate.need_room()
         directory = self.nodes.get(parent)
         fd, st = self._maker.nameless(self.nodes.dirfd(directory), flags, mode, caller)
         opath = self.tree.reopen(fd, os.O_PATH)

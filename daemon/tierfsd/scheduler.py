@@ -26,6 +26,7 @@ log = logging.getLogger("scheduler")
 _ROUND_SECONDS = 1.0
 _LOOKS = 20  # at the free space, a round
 _HEAT_SECONDS = 5.0
+_URGENT_ROOM = 512 << 20  # bytes to free when writers wait, on a small filesystem less
 _LEAST_ROOM = 4 << 20  # bytes; eviction for one small read after the other would be slow
 _GARBAGE_SECONDS = 60.0
 _REPLICATE_BATCH = 256
@@ -51,6 +52,7 @@ class Scheduler:
         self._collector = Collector(tier.kit)
         self._ballast = Ballast(ballast, tier.kit.tree)
         self._wake = threading.Event()
+        self._urgent = threading.Event()
         self._stopping = threading.Event()
         self._evicting = threading.Lock()
         self._touches: dict[int, tuple[int, int]] = {}
@@ -95,6 +97,7 @@ class Scheduler:
     def poke(self, message: wire.Poke) -> None:
         """There are new marks; urgent: space is short."""
         if message.urgent:
+            self._urgent.set()
             self._wake.set()
 
     def make_room(self, count: int, failed: bool) -> None:
@@ -185,6 +188,12 @@ class Scheduler:
 
     def _look_at_space(self) -> None:
         """Demote when the local bytes are above the high watermark, or the filesystem itself runs low."""
+        if self._urgent.is_set():
+            # Writers wait for this: no minimums count, as for an order.
+            self._urgent.clear()
+            share = min(_URGENT_ROOM, self._kit.tree.space().total // 8)
+            self._evict(max(self._excess(), share), urgent=True)
+            return
         if time.monotonic() < max(self._paused_until, self._next_look):
             return
         excess = self._excess()

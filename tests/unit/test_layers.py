@@ -33,7 +33,7 @@ FAMILIES = [
 # Parts of a larger module that were split off share its place.
 PARTS_OF = {
     "index": {"index_writer"},
-    "gate": {"inflow", "handles", "appearance", "report"},
+    "gate": {"inflow", "handles", "appearance", "report", "room"},
     "vfs": {"nodes", "dirs", "xattrs", "making", "names", "openfiles"},
     "tier": {
         "kit", "serverlink", "places", "digests", "draining", "copying", "punching", "filling", "settling",

@@ -241,7 +241,7 @@ class Session:
 
     def _init(self, message: bytes, _nodeid: int) -> None:
         (unique,) = p.U64.unpack_from(message, 8)
-        major, minor, readahead, low = p.INIT_IN_OLD.unpack_from(message, p.IN)
+        major, minor, _readahead, low = p.INIT_IN_OLD.unpack_from(message, p.IN)
         if major != p.MAJOR or minor < p.OLDEST_MINOR:
             log.error("the kernel speaks FUSE %d.%d; 7.%d (Linux 5.13) is needed: use --binding fusepy",
                       major, minor, p.OLDEST_MINOR)  # fmt: skip

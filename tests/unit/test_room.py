@@ -1,0 +1,70 @@
+"""Room on the local disk: who waits, for how long, and that waiting in vain is not repeated."""
+
+from __future__ import annotations
+
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from tierfs.room import HOPELESS_SECONDS, WAIT_SECONDS, Room
+from tierfs.waits import Blocked
+
+
+class Disk:
+    """Stands in for a tree on a filesystem of 1600 bytes."""
+
+    def __init__(self):
+        self.available = 1600
+
+    def space(self):
+        return SimpleNamespace(total=1600, available=self.available)
+
+
+@pytest.fixture
+def disk():
+    return Disk()
+
+
+@pytest.fixture
+def asked():
+    return []
+
+
+@pytest.fixture
+def room(disk, asked):
+    return Room(disk, lambda: asked.append(1))
+
+
+def blocked(room):
+    with pytest.raises(Blocked) as caught:
+        room.need()
+    return caught.value.wait
+
+
+def test_with_room_nobody_waits_and_nobody_is_asked(room, asked):
+    room.need()
+    assert not asked and not room.waiting
+
+
+def test_without_room_writers_wait_together_until_there_is_some(room, disk, asked):
+    disk.available = 99
+    first, second = blocked(room), blocked(room)
+    assert first is second and asked
+    room.look(time.monotonic())
+    assert not first.done and len(asked) == 3
+    disk.available = 100
+    room.look(time.monotonic())
+    assert first.done and first.errno == 0
+    room.need()
+
+
+def test_who_has_waited_in_vain_goes_on_and_waits_no_more_for_a_while(room, disk, monkeypatch):
+    disk.available = 0
+    now = time.monotonic()
+    wait = blocked(room)
+    room.look(now + WAIT_SECONDS + 1)
+    assert wait.done and wait.errno == 0
+    room.need()
+    monkeypatch.setattr(time, "monotonic", lambda: now + WAIT_SECONDS + HOPELESS_SECONDS + 2)
+    blocked(room)

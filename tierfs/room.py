@@ -1,0 +1,64 @@
+"""Room on the local disk: who begins to write waits while it is nearly full and something can still leave.
+
+A passthrough write meets ENOSPC in the backing filesystem itself, where nothing can wait for an eviction. So
+files are held back where writing begins: at CREATE and at an open for writing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from tierfs.tree import Tree
+from tierfs.waits import Blocked, Wait
+
+SHARE = 16  # the low reserve: this part of the filesystem ...
+MOST = 256 << 20  # ... and no more bytes than this
+WAIT_SECONDS = 10.0  # for an eviction; then the write goes on and meets what there is
+HOPELESS_SECONDS = 30.0  # after waiting in vain nobody waits for so long
+
+
+class Room:
+    """Belongs to the gate, and is called under its lock."""
+
+    def __init__(self, tree: Tree, ask: Callable[[], None]) -> None:
+        """`ask` tells the mover that space is short."""
+        self._tree = tree
+        self._ask = ask
+        self._low = min(MOST, tree.space().total // SHARE)
+        self._wait: Wait | None = None
+        self._hopeless_until = 0.0
+
+    @property
+    def waiting(self) -> bool:
+        """Somebody waits."""
+        return self._wait is not None
+
+    def need(self) -> None:
+        """Raises Blocked while the disk is below its low reserve and waiting has not been in vain lately."""
+        if self._ample():
+            return
+        now = time.monotonic()
+        if now < self._hopeless_until:
+            return
+        self._ask()
+        if self._wait is None:
+            self._wait = Wait(now + WAIT_SECONDS)
+        raise Blocked(self._wait)
+
+    def look(self, now: float) -> None:
+        """Let those go on who wait, when there is room or they have waited long enough."""
+        wait = self._wait
+        if wait is None:
+            return
+        ample = self._ample()
+        if not ample and wait.deadline is not None and now < wait.deadline:
+            self._ask()
+            return
+        if not ample:
+            self._hopeless_until = now + HOPELESS_SECONDS
+        self._wait = None
+        wait.fire()
+
+    def _ample(self) -> bool:
+        return self._tree.space().available >= self._low
