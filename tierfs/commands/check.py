@@ -18,7 +18,7 @@ from tierfs.errors import VolumeError
 @click.option("--repair", is_flag=True, help="Put right what can be put right.")
 @click.option("--read-data", is_flag=True, help="Also read every object and compare its digests.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
-@click.argument("target", metavar="VOLUME", type=click.Path())
+@click.argument("target", metavar="VOLUME", type=click.Path(readable=False))
 def check(repair: bool, read_data: bool, as_json: bool, target: str) -> int:
     """Compare the tree, index and store of VOLUME: a mountpoint or a state directory."""
     with _mounted(target) as mount:

@@ -16,8 +16,8 @@ from tierfs.errors import TierError, VolumeError
 
 @click.command()
 @click.option("--store", metavar="URL", help="s3://bucket/prefix or file:///path.")
-@click.option("--state", metavar="DIR", type=click.Path(), help="Where the volume keeps its local data.")
-@click.argument("directory", type=click.Path())
+@click.option("--state", metavar="DIR", type=click.Path(readable=False), help="Where the volume keeps its local data.")
+@click.argument("directory", type=click.Path(readable=False))
 def adopt(store: str | None, state: str | None, directory: str) -> None:
     """Turn DIRECTORY into a volume, by one rename, and mount it in the same place."""
     real = os.path.realpath(directory)
@@ -27,7 +27,7 @@ def adopt(store: str | None, state: str | None, directory: str) -> None:
 
 
 @click.command()
-@click.argument("directory", type=click.Path())
+@click.argument("directory", type=click.Path(readable=False))
 def leave(directory: str) -> None:
     """Fetch everything, unmount, and make DIRECTORY a plain directory again."""
     real = os.path.realpath(directory)

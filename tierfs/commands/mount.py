@@ -19,12 +19,12 @@ _END_SECONDS = 120.0
 
 @click.command()
 @click.option("--store", metavar="URL", help="s3://bucket/prefix or file:///path.")
-@click.option("--state", metavar="DIR", type=click.Path(), help="Where the volume keeps its local data.")
+@click.option("--state", metavar="DIR", type=click.Path(readable=False), help="Where the volume keeps its local data.")
 @click.option("--local-limit", metavar="SIZE", help='Most bytes kept locally, like "20G".')
 @click.option("--binding", type=click.Choice(["auto", "kernel", "fusepy"]), default="auto", show_default=True)
 @click.option("--foreground", is_flag=True, help="Stay in the foreground, for service managers.")
 @click.option("-o", "options", metavar="OPTS", multiple=True, help="Mount options, separated by commas.")
-@click.argument("mountpoint", type=click.Path())
+@click.argument("mountpoint", type=click.Path(readable=False))
 def mount(
     store: str | None,
     state: str | None,
@@ -89,7 +89,7 @@ def clear_dead_mount(mountpoint: str) -> None:
 
 @click.command()
 @click.option("--wait", is_flag=True, help="First wait until everything is in the store.")
-@click.argument("mountpoint", type=click.Path())
+@click.argument("mountpoint", type=click.Path(readable=False))
 def umount(wait: bool, mountpoint: str) -> None:
     """Unmount MOUNTPOINT and end its daemon."""
     found = mounted_at(mountpoint)

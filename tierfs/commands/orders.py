@@ -10,7 +10,7 @@ import click
 from tierfs import control, locate, terminal
 from tierfs.errors import TierError
 
-_paths = click.argument("paths", nargs=-1, required=True, type=click.Path())
+_paths = click.argument("paths", nargs=-1, required=True, type=click.Path(readable=False))
 _wait = click.option("--wait", is_flag=True, help="Return when it is done; name what stays as it is.")
 
 

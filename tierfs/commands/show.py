@@ -15,7 +15,7 @@ from tierfs.errors import PathError, TierError
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
-@click.argument("paths", nargs=-1, type=click.Path())
+@click.argument("paths", nargs=-1, type=click.Path(readable=False))
 def status(as_json: bool, paths: tuple[str, ...]) -> int:
     """Show sizes, tiers, queue and errors of volumes, or tier, heat and pin of a PATH in one."""
     mounts = locate.read_mounts()
@@ -123,7 +123,7 @@ def _since(document: dict[str, Any]) -> str:
 
 @click.command("ls")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
-@click.argument("path", default=".", type=click.Path())
+@click.argument("path", default=".", type=click.Path(readable=False))
 def ls(as_json: bool, path: str) -> None:
     """List the names in PATH with tier, local and total size, heat and pin."""
     place = locate.locate(path)
