@@ -16,7 +16,9 @@ from tierfs.errors import TierError, VolumeError
 
 @click.command()
 @click.option("--store", metavar="URL", help="s3://bucket/prefix or file:///path.")
-@click.option("--state", metavar="DIR", type=click.Path(readable=False), help="Where the volume keeps its local data.")
+@click.option(
+    "--state", metavar="DIR", type=click.Path(readable=False), help="Where the volume keeps its local data."
+)
 @click.argument("directory", type=click.Path(readable=False))
 def adopt(store: str | None, state: str | None, directory: str) -> None:
     """Turn DIRECTORY into a volume, by one rename, and mount it in the same place."""

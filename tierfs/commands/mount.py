@@ -19,7 +19,9 @@ _END_SECONDS = 120.0
 
 @click.command()
 @click.option("--store", metavar="URL", help="s3://bucket/prefix or file:///path.")
-@click.option("--state", metavar="DIR", type=click.Path(readable=False), help="Where the volume keeps its local data.")
+@click.option(
+    "--state", metavar="DIR", type=click.Path(readable=False), help="Where the volume keeps its local data."
+)
 @click.option("--local-limit", metavar="SIZE", help='Most bytes kept locally, like "20G".')
 @click.option("--binding", type=click.Choice(["auto", "kernel", "fusepy"]), default="auto", show_default=True)
 @click.option("--foreground", is_flag=True, help="Stay in the foreground, for service managers.")
