@@ -105,7 +105,7 @@ def test_crash_in_a_fetch(made, point):
 def test_crash_in_a_fetch_after_some_pages(made):
     base, content, before = made
     assert run(base, "demote").returncode == 0
-    done = run(base, "fetch", failpoints.FILL_WRITTEN, 4)
+    done = run(base, "fetch", failpoints.FILL_WRITTEN, 2)
     assert done.returncode == -signal.SIGKILL, done.stderr
     check_whole(base, content, before)
 
