@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from tierfs.digests import Extents
@@ -84,6 +85,7 @@ class Arrival:
     settling: bool = False
     closed: bool = False
     used: float = field(default_factory=time.monotonic)
+    noted: Future[None] | None = None  # the index knows that pages may have been written
 
     @property
     def small(self) -> bool:

@@ -15,6 +15,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from concurrent import futures
 from functools import partial
 
 from tierfs import failpoints, wire
@@ -23,7 +24,7 @@ from tierfs.digests import Extents, leaf_digests, sha256
 from tierfs.errors import BusyError, ForeignStubError, ObjectCorruptError, TierError
 from tierfs.kit import Kit
 from tierfs.model import LEAF
-from tierfs.opening import AlreadyResident, Opener
+from tierfs.opening import AlreadyResident, Opener, note_pending
 from tierfs.transfer import Urgency
 
 log = logging.getLogger("mover")
@@ -102,6 +103,8 @@ class Filler:
             if arrival.requests or arrival.ranges or arrival.closed:
                 return False
             self._close(arrival)
+            # Nothing is written any more and the times are right; what was noted at the opening is over.
+            self._kit.index.commit(lambda w: w.drop_pending(arrival.ino))
             return True
 
     def settled(self, arrival: Arrival) -> None:
@@ -170,6 +173,8 @@ class Filler:
         ino, arrival, problem = request.ino, None, None
         try:
             arrival = self._opener.open(request, opath)
+            # Waited for before the first write, not before the first request.
+            arrival.noted = self._kit.index.commit(partial(note_pending, arrival))
         except AlreadyResident:
             log.debug("inode %d is resident already", ino)
         except (TierError, OSError) as error:
@@ -267,6 +272,9 @@ class Filler:
         return self._fill(arrival, piece, data)
 
     def _fill(self, arrival: Arrival, piece: Range, data: bytes) -> bool:
+        if arrival.noted is not None:
+            # An index that cannot be written must not keep content away: then a crash may move times.
+            futures.wait([arrival.noted])
         with arrival.lock:
             if not arrival.wanted(piece):
                 return False

@@ -188,3 +188,27 @@ def _put_foreign(handle: bytes, st: os.stat_result, generation: int, w: Writer) 
         new = replace(new, parent=before.parent, name=before.name)
     w.put(new)
     w.drop_pending(st.st_ino)
+
+
+def current(w: Writer, arrival: Arrival) -> Record | None:
+    """The record, if it still is of the content that is arriving."""
+    record = w.get(arrival.ino)
+    if record is None or record.fid != arrival.stub.fid or record.generation != arrival.stub.generation:
+        return None
+    return record if record.residency is not Residency.RESIDENT else None
+
+
+def note_pending(arrival: Arrival, w: Writer) -> None:
+    """From here on a crash may leave other times than those to show, and in the end a whole file without
+    attribute under a record that says STUB: recovery puts both right."""
+    record = current(w, arrival)
+    if record is not None and record.copy is not None:
+        shown = arrival.shown
+        w.put(
+            replace(
+                record,
+                copy=replace(record.copy, mtime=shown.mtime, ctime=shown.ctime),
+                left_ctime=shown.own_ctime,
+            )
+        )
+        w.put_pending(arrival.ino)

@@ -88,16 +88,24 @@ def _finish_open(kit: Kit, fd: int, record: Record, copy: Copy) -> None:
         log.warning("inode %d: its stub is not that of its record; the stub counts", record.ino)
         kit.index.commit(lambda w: w.drop_pending(record.ino)).result()
     elif not kit.tree.extents(fd, st.st_size):
-        if st.st_mtime_ns != copy.mtime:
-            kit.tree.set_times(fd, st.st_atime_ns, copy.mtime)
+        _put_times_back(kit, fd, st, copy)
         os.fsync(fd)
         _commit(kit, record, os.fstat(fd), Residency.STUB)
     elif kit.tree.try_lease(fd, fcntl.F_WRLCK) and st.st_size == copy.size and _is_copy(fd, copy):
+        _put_times_back(kit, fd, st, copy)
         kit.tree.clear_stub(fd)
         os.fsync(fd)
         _commit(kit, record, os.fstat(fd), Residency.RESIDENT)
     else:
-        kit.index.commit(lambda w: w.drop_pending(record.ino)).result()
+        if st.st_size == copy.size:
+            _put_times_back(kit, fd, st, copy)
+        _commit(kit, record, os.fstat(fd), record.residency)
+
+
+def _put_times_back(kit: Kit, fd: int, st: os.stat_result, copy: Copy) -> None:
+    """A punch or a fetch was cut short between the blocks and the times."""
+    if st.st_mtime_ns != copy.mtime:
+        kit.tree.set_times(fd, st.st_atime_ns, copy.mtime)
 
 
 def _commit(kit: Kit, before: Record, st: os.stat_result, residency: Residency) -> None:

@@ -26,6 +26,7 @@ from tierfs.filling import Filler
 from tierfs.index import Writer
 from tierfs.kit import Kit
 from tierfs.model import Copy, Record, Residency, new_fid
+from tierfs.opening import current, note_pending
 
 log = logging.getLogger("mover")
 
@@ -146,7 +147,7 @@ class Settler:
         local = os.fstat(arrival.fd).st_blocks * 512
 
         def commit(w: Writer) -> None:
-            record = _current(w, arrival)
+            record = current(w, arrival)
             if record is None or record.copy is None:
                 return
             copy = replace(record.copy, mtime=shown.mtime, ctime=shown.ctime)
@@ -163,7 +164,7 @@ class Settler:
     def settle(self, batch: list[Arrival]) -> None:
         """Take these files through to RESIDENT. Raises BusyError where the server is gone, IndexError_."""
         good = [arrival for arrival in batch if self._synced(arrival)]
-        for future in [self._kit.index.commit(partial(_note_pending, a)) for a in good]:
+        for future in [self._kit.index.commit(partial(note_pending, a)) for a in good]:
             future.result()
         failpoints.hit(failpoints.FILL_SYNCED)
         with ExitStack() as guards:
@@ -271,25 +272,3 @@ def _resident(record: Record, st: os.stat_result, copy: Copy | None, left_ctime:
         left_ctime=left_ctime,
     )
 
-
-def _current(w: Writer, arrival: Arrival) -> Record | None:
-    """The record, if it still is of the content that is arriving."""
-    record = w.get(arrival.ino)
-    if record is None or record.fid != arrival.stub.fid or record.generation != arrival.stub.generation:
-        return None
-    return record if record.residency is not Residency.RESIDENT else None
-
-
-def _note_pending(arrival: Arrival, w: Writer) -> None:
-    """From here on a crash may leave a whole file without attribute under a record that says STUB."""
-    record = _current(w, arrival)
-    if record is not None and record.copy is not None:
-        shown = arrival.shown
-        w.put(
-            replace(
-                record,
-                copy=replace(record.copy, mtime=shown.mtime, ctime=shown.ctime),
-                left_ctime=shown.own_ctime,
-            )
-        )
-        w.put_pending(arrival.ino)
