@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +143,9 @@ class Juicefs(Peer):
 
     def _format(self) -> None:
         bucket = f"{self.endpoint}/{self.server.bucket}"
-        argv = [self.program, "format", "--storage", "s3", "--bucket", bucket, self.meta, "benchmark"]
+        # Each run a volume of its own: JuiceFS refuses one whose prefix is not empty.
+        volume = f"benchmark-{uuid.uuid4().hex[:12]}"
+        argv = [self.program, "format", "--storage", "s3", "--bucket", bucket, self.meta, volume]
         env = self.environment()
         keys = {"ACCESS_KEY": env["AWS_ACCESS_KEY_ID"], "SECRET_KEY": env["AWS_SECRET_ACCESS_KEY"]}
         subprocess.run(argv, check=True, capture_output=True, timeout=60, env={**env, **keys})
