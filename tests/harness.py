@@ -54,7 +54,8 @@ class Scratch:
         """What of ours is still mounted or running."""
         found = [f"mount {where}" for where, _ in mounts() if where.startswith(f"{self.path}/")]
         found += [f"process {pid}: {command(pid)}" for pid in pids_with(SESSION, session_id)]
-        return [line for line in found if not line.endswith("/fusectl")]
+        # multiprocessing's own watcher lives as long as this very process.
+        return [line for line in found if not line.endswith("/fusectl") and "resource_tracker" not in line]
 
     def close(self) -> list[str]:
         """Remove everything; what should have been gone already is returned, in words."""

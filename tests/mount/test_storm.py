@@ -133,7 +133,7 @@ def storm(mounted: Volume, seconds: float, seed: int) -> None:
         for worker in workers:
             worker.kill()
             worker.wait()
-    assert [worker.returncode for worker in workers] == [0] * WORKERS, ends
+    assert [worker.returncode for worker in workers] == [0] * WORKERS, f"{ends}\n{mounted.log()[-6000:]}"
     assert demoted, "nothing was demoted while files were in use"
     assert not mounted.status()["errors"], mounted.status()["errors"]
 
