@@ -100,7 +100,8 @@ class Filler:
     def drop(self, arrival: Arrival) -> bool:
         """Forget a file that nobody asks for, and give up its claim; False where somebody still does."""
         with self._lock, arrival.lock:
-            if arrival.requests or arrival.ranges or arrival.closed:
+            # One of which every leaf is here is about to be settled, or already queued for it.
+            if arrival.requests or arrival.ranges or arrival.closed or arrival.settling or arrival.complete:
                 return False
             self._close(arrival)
             # Nothing is written any more and the times are right; what was noted at the opening is over.
@@ -116,6 +117,8 @@ class Filler:
             self._end(request, None)
 
     def _close(self, arrival: Arrival) -> None:
+        if arrival.closed:
+            return  # its descriptor's number may be another file's by now
         arrival.closed = True
         if self._arrivals.get(arrival.ino) is arrival:
             del self._arrivals[arrival.ino]
