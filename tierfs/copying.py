@@ -31,6 +31,7 @@ from tierfs.transfer import Urgency
 log = logging.getLogger("mover")
 
 PIECE = 8 << 20
+CHANGED = "was changed while it was copied"
 _readers = ThreadPoolExecutor(4, "read")  # one piece ahead of each upload
 _CLAIM_SECONDS = 10.0  # for the store's first answer after a mount
 
@@ -157,7 +158,7 @@ class Copier:
         now = os.fstat(item.fd)
         if _times(now) != _times(item.st) or not self._kit.server.sealed(item.ino):
             self._discard(taken)
-            raise BusyError("was changed while it was copied")
+            raise BusyError(CHANGED)
         return taken
 
     def _check(self, item: Item, cancelled: threading.Event) -> None:
@@ -344,13 +345,13 @@ def _put_copy(item: Item, taken: _Taken, w: Writer) -> Record:
     if before is not None and before.handle != item.handle:
         before = None
     if (before is None) != (item.record is None):
-        raise BusyError("was changed while it was copied")
+        raise BusyError(CHANGED)
     if before is None:
         before = Record(
             item.ino, item.handle, taken.fid, taken.copy.generation, parent=item.parent, name=item.name
         )
     elif before.generation != item.generation or before.residency is not Residency.RESIDENT:
-        raise BusyError("was changed while it was copied")
+        raise BusyError(CHANGED)
     st = item.st
     record = transitions.copied(before, taken.copy, st.st_size, st.st_blocks, st.st_ctime_ns)
     if taken.fresh and before.copy is not None:

@@ -23,7 +23,7 @@ from dataclasses import replace
 
 from tierfs import wire
 from tierfs.config import VolumeConfig
-from tierfs.copying import Copier, Item
+from tierfs.copying import CHANGED, Copier, Item
 from tierfs.draining import Drain
 from tierfs.errors import TierError
 from tierfs.filling import Filler
@@ -140,6 +140,7 @@ class Tier:
                 else:
                     item.stay("is being worked on")
             self._copier.bring_up(batch, cancelled)
+            self._once_more(batch, cancelled)
             if punch:
                 self._puncher.punch([item for item in batch if item.going])
         finally:
@@ -158,6 +159,16 @@ class Tier:
             if arrival is not None and not arrival.requests:
                 self._settler.release(arrival)
         return False
+
+    def _once_more(self, batch: list[Item], cancelled: threading.Event) -> None:
+        """An order is tried twice where only the survey, or a moment's use, came in between."""
+        again = [item for item in batch if item.ordered and item.reason == CHANGED and item.fd >= 0]
+        for item in again:
+            record = self.kit.index.get(item.ino)
+            item.record = record if record is not None and record.handle == item.handle else None
+            item.reason, item.failed = "", False
+        if again:
+            self._copier.bring_up(again, cancelled)
 
     def _tell(self, batch: list[Item], report: Report | None) -> None:
         for item in batch:
