@@ -226,13 +226,14 @@ class Tree:
         while at < size:
             try:
                 start = os.lseek(fd, at, os.SEEK_DATA)
+                if start >= size:
+                    break
+                # Beyond the end too, where somebody truncates the file meanwhile.
+                at = min(os.lseek(fd, start, os.SEEK_HOLE), size)
             except OSError as error:
                 if error.errno == errno.ENXIO:
                     break
                 raise
-            if start >= size:
-                break
-            at = min(os.lseek(fd, start, os.SEEK_HOLE), size)
             found.append((start, at))
         return found
 

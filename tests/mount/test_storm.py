@@ -148,7 +148,7 @@ def test_nothing_is_lost_in_a_short_storm(volume: Callable[..., Volume]) -> None
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("seed", range(10, 16))
 def test_nothing_is_lost_in_a_long_storm(volume: Callable[..., Volume], seed: int) -> None:
-    mounted = volume()
+    mounted = volume(limit=1800)
     mounted.configure(quiet="0s", min_age="0s")
     storm(mounted, 300, seed)
     mounted.remount()

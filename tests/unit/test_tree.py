@@ -186,6 +186,18 @@ def test_a_mode_set_while_content_comes_back_stays(tree, tmp_path):
         os.close(fd)
 
 
+def test_extents_of_a_file_that_is_truncated_meanwhile(tree, made, monkeypatch):
+    seek = os.lseek
+
+    def truncating(fd, at, whence):
+        if whence == os.SEEK_HOLE:
+            os.ftruncate(fd, 0)
+        return seek(fd, at, whence)
+
+    monkeypatch.setattr(os, "lseek", truncating)
+    assert tree.extents(made, 100_001) == []
+
+
 def test_extents_of_a_sparse_file(tree, tmp_path):
     fd = os.open(tmp_path / "s", os.O_RDWR | os.O_CREAT)
     try:
