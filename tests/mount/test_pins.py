@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from harness import Volume
+from harness import Volume, kill, wait_gone
 
 pytestmark = pytest.mark.usefixtures("tiers")
 CONTENT = os.urandom(20_000)
@@ -15,7 +17,7 @@ CONTENT = os.urandom(20_000)
 
 def pinned(shared: Volume, work: Path) -> set[str]:
     """What `tierfs pins` lists below `work`, relative to it."""
-    listed = (item["path"] for item in shared.json("pins", "--json"))
+    listed = (item["path"] for item in shared.json("pins", "--json", shared.mountpoint))
     return {os.path.relpath(path, work) for path in listed if path.startswith(f"{work}/") or path == str(work)}
 
 
@@ -127,3 +129,21 @@ def test_pins_survive_a_remount(volume: Callable[..., Volume]) -> None:
     mounted.remount()
     assert pinned(mounted, mounted.mountpoint) == {"d"}
     assert stays(mounted, path)
+
+
+def test_a_volume_that_does_not_answer_hides_no_other(volume: Callable[..., Volume]) -> None:
+    dead, alive = volume(), volume()
+    path = alive.mountpoint / "file"
+    path.write_bytes(CONTENT)
+    alive.cli("pin", path)
+    pids = dead.pids()
+    os.kill(dead.status()["pids"]["supervisor"], signal.SIGKILL)  # first: it would start the others again
+    for pid in pids:
+        kill(pid)
+    assert not wait_gone(pids, 20)
+    done = alive.cli("pins", "--json")
+    assert str(path) in {item["path"] for item in json.loads(done.stdout)}
+    assert f"{dead.mountpoint}: its daemon does not answer" in done.stderr
+    named = alive.cli("pins", dead.mountpoint, check=False)
+    assert named.returncode == 1
+    assert "its daemon does not answer" in named.stderr

@@ -140,18 +140,33 @@ def ls(as_json: bool, path: str) -> None:
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
-def pins(as_json: bool) -> None:
-    """List what is pinned in the mounted volumes."""
+@click.argument("mountpoints", nargs=-1, type=click.Path(readable=False))
+def pins(as_json: bool, mountpoints: tuple[str, ...]) -> None:
+    """List what is pinned in these volumes; without a MOUNTPOINT in all that are mounted and answer."""
     documents = []
-    for mount in locate.tier_mounts():
-        place = locate.Place(mount, b"")
-        for document in _facts(place, control.GetPins(), mount.mountpoint):
+    for mount, named in _volumes(mountpoints):
+        try:
+            found = _facts(locate.Place(mount, b""), control.GetPins(), mount.mountpoint)
+        except TierError as exc:
+            if named:
+                raise
+            # Nobody named it: another user's, or one that is just being unmounted, must not hide the others.
+            terminal.complain(mount.mountpoint, str(exc).removeprefix(f"{mount.mountpoint}: "))
+            continue
+        for document in found:
             path = os.path.join(mount.mountpoint, document["path"]).rstrip("/")
             documents.append({**document, "path": path})
     if as_json:
         terminal.print_json(documents)
         return
     _print_table(documents, lambda document: str(document["path"]))
+
+
+def _volumes(mountpoints: tuple[str, ...]) -> list[tuple[locate.Mount, bool]]:
+    """The volumes to ask, and whether each was named."""
+    if not mountpoints:
+        return [(mount, False) for mount in locate.tier_mounts()]
+    return [(locate.locate(path).mount, True) for path in mountpoints]
 
 
 def _print_table(documents: list[dict[str, Any]], name: Callable[[dict[str, Any]], str]) -> None:
