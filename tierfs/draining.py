@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 from tierfs import transitions, wire
@@ -23,9 +24,16 @@ _BATCH = 5000
 
 
 class Drain:
-    """Reads the log. `pinned` and `moved` are set when such a mark has been applied."""
+    """Reads the log. `pinned` is set once such a mark is applied, `moved` called where places have changed."""
 
-    def __init__(self, marks_dirfd: int, index: Index, server: ServerLink, movements: Movements) -> None:
+    def __init__(
+        self,
+        marks_dirfd: int,
+        index: Index,
+        server: ServerLink,
+        movements: Movements,
+        moved: Callable[[], None],
+    ) -> None:
         self._index = index
         self._movements = movements
         self._server = server
@@ -33,7 +41,7 @@ class Drain:
         self._reader = MarkReader(marks_dirfd, index.log_position())
         self._told = -1
         self.pinned = threading.Event()
-        self.moved = threading.Event()
+        self._moved = moved
 
     @property
     def position(self) -> int:
@@ -77,8 +85,8 @@ class Drain:
                 self._movements.gone(entry.ino)
             if entry.kind is Mark.PIN and entry.a:
                 self.pinned.set()
-            if entry.kind in (Mark.PIN, Mark.DIR, Mark.NAMED):
-                self.moved.set()
+        if any(entry.kind in (Mark.PIN, Mark.DIR, Mark.NAMED) for entry in entries):
+            self._moved()
         self._reader.forget(position)
         return True
 

@@ -30,17 +30,20 @@ class Places:
         self._index = index
         self._lock = threading.Lock()
         self._known: dict[int, Place] = {}
+        self._forgotten = 0  # how often
         self._root = os.fsencode(os.path.realpath(tree.path))
 
     def forget(self) -> None:
         """Directories or pins may have changed."""
         with self._lock:
             self._known = {}
+            self._forgotten += 1
 
     def directory(self, ino: int, depth: int = 0) -> Place | None:
         """The directory with this inode number; None where the hints lead elsewhere."""
         with self._lock:
             known = self._known.get(ino)
+            began = self._forgotten
         if known is not None:
             return known
         if ino == self._tree.root_ino:
@@ -55,7 +58,9 @@ class Places:
                 return None
             place = found
         with self._lock:
-            self._known[ino] = place
+            # What was looked up before a rename or a pin must not be believed after it.
+            if began == self._forgotten:
+                self._known[ino] = place
         return place
 
     def _look(self, ino: int, above: Place, name: bytes) -> Place | None:

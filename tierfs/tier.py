@@ -66,8 +66,8 @@ class Tier:
         fetches = Pool(config.fetches, "fetch")
         uploads = Pool(config.uploads, "upload")
         self.kit = Kit(tree, index, store, server, config, index.session.custody, fetches, uploads)
-        self.drainer = Drain(marks_dirfd, index, server, self.kit.movements)
         self.places = Places(tree, index)
+        self.drainer = Drain(marks_dirfd, index, server, self.kit.movements, self.places.forget)
         self._copier = Copier(self.kit, self.drain)
         self._puncher = Puncher(self.kit, self.drain, self.places)
         self._settler = Settler(self.kit, self.drain)
@@ -93,11 +93,7 @@ class Tier:
 
     def drain(self) -> int:
         """Bring the index up to date with the mark log; the position reached."""
-        position = self.drainer.run()
-        if self.drainer.moved.is_set():
-            self.drainer.moved.clear()
-            self.places.forget()
-        return position
+        return self.drainer.run()
 
     # --- out ----------------------------------------------------------------------------------------------
 
@@ -300,6 +296,8 @@ class Tier:
         """Pin or unpin a file or directory itself. Raises OSError, IndexError_."""
         ino = os.fstat(opath).st_ino
         self.kit.tree.set_pin(opath, on)
+        # A mark of a former file of this inode number, applied later, would drop the pin from the list.
+        self.drain()
         self.kit.index.commit(lambda w: w.put_pin(ino, parent, name) if on else w.drop_pin(ino)).result()
         self.places.forget()
 

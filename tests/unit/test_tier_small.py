@@ -9,6 +9,7 @@ import time
 import pytest
 from tiering import Volume
 
+from tierfs.marks import Mark
 from tierfs.model import Residency
 
 
@@ -246,3 +247,43 @@ def test_an_unprovable_store_keeps_the_file(volume):
     (item,) = volume.demote("a")
     assert item.failed and volume.stub("a") is None
     assert list(volume.store.list("data/")) == []
+
+
+def test_a_pin_outlives_an_older_mark_of_its_inode_number(volume):
+    """Numbers are used again: what the log says of a former file of this number came before the pin."""
+    volume.server.create(volume.path("a"), b"x")
+    st = os.stat(volume.path("a"))
+    volume.marks.append(Mark.GONE, st.st_ino, handle=b"a former file")
+    fd = os.open(volume.path("a"), os.O_PATH)
+    try:
+        volume.tier.set_pin(fd, os.stat(volume.root).st_ino, b"a", True)
+    finally:
+        os.close(fd)
+    volume.tier.drain()
+    assert list(volume.tier.pins()) == [b"a"]
+
+
+def test_a_place_that_was_looked_up_before_a_rename_is_not_kept(volume, monkeypatch):
+    """A thread that is slow between its look and its note must not put the old place back."""
+    os.makedirs(volume.path("d/e"))
+    for name, parent in (("d", volume.root), ("d/e", volume.path("d"))):
+        st, above = os.stat(volume.path(name)), os.stat(parent)
+        volume.marks.append(Mark.DIR, st.st_ino, parent=above.st_ino, name=os.path.basename(name).encode())
+    volume.tier.drain()
+    places, ino = volume.tier.places, os.stat(volume.path("d/e")).st_ino
+    look = places._look
+
+    def slow(*args):
+        found = look(*args)
+        places.forget()  # here the rename is drained by another thread
+        return found
+
+    with monkeypatch.context() as slowly:
+        slowly.setattr(places, "_look", slow)
+        assert places.directory(ino).path == b"d/e"
+    os.rename(volume.path("d"), volume.path("f"))
+    st = os.stat(volume.path("f"))
+    volume.marks.append(Mark.DIR, st.st_ino, parent=os.stat(volume.root).st_ino, name=b"f")
+    monkeypatch.setattr(volume.tier.drainer, "_moved", lambda: None)  # only what was kept wrongly counts
+    volume.tier.drain()
+    assert places.directory(ino).path == b"f/e"
