@@ -6,7 +6,8 @@ BIN := $(VENV)/bin
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 PACKAGES := python3-venv fuse3 libfuse2 attr acl gcc git make procps psmisc sqlite3 strace util-linux
 PYTEST := $(BIN)/pytest
-PYTEST_ARGS ?=
+# Tests wait more than they compute. A file's tests stay together: they share its mounts.
+PYTEST_ARGS ?= -n 3 --dist loadfile
 
 .PHONY: setup demo test soak lint bench clean
 
@@ -42,7 +43,7 @@ test: setup
 	$(PYTEST) -m 'not soak' $(PYTEST_ARGS)
 
 soak: setup
-	$(PYTEST) -m soak --timeout 7200 $(PYTEST_ARGS)
+	$(PYTEST) -m soak --timeout 7200
 
 lint: setup
 	$(BIN)/ruff check tierfs daemon tests benchmarks
