@@ -73,6 +73,7 @@ class VolumeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     uploads: int = 8
     fetches: int = 16
     grace: float = 86400.0
+    journal_seconds: float = 20.0
     never: Never = Never()
 
 
@@ -181,6 +182,8 @@ _KEYS: dict[str, _Key] = {
     "uploads": _Key("uploads", _parse_count, "8", "Uploads at once."),
     "fetches": _Key("fetches", _parse_count, "16", "Requests at once for reading."),
     "grace": _Key("grace", parse_duration, '"24h"', "Objects that nothing refers to are kept for so long."),
+    "journal": _Key("journal_seconds", parse_duration, '"20s"',
+                    "Names and attributes reach the store after so long."),
 }  # fmt: skip
 _NEVER_KEYS = {"patterns": ("patterns", _parse_patterns)}
 

@@ -117,7 +117,10 @@ class Problem(msgspec.Struct, frozen=True):
 
 
 class Status(Frame, frozen=True):
-    """Facts of a volume. Sizes in bytes, rates in bytes a second, `oldest_dirty` in seconds of age."""
+    """Facts of a volume. Sizes in bytes, rates in bytes a second, `oldest_dirty` in seconds of age.
+
+    `journal_behind_seconds`: the age of the oldest change of names and attributes that is not in the store.
+    """
 
     volume: str
     state: str
@@ -136,6 +139,7 @@ class Status(Frame, frozen=True):
     upload_rate: float = 0.0
     fetch_rate: float = 0.0
     verifying: int = 0
+    journal_behind_seconds: float = 0.0
     notes: list[str] = []
 
 

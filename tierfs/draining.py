@@ -101,6 +101,7 @@ def apply(w: Writer, entry: Entry, now: int) -> None:
             if record is not None:
                 w.put(transitions.closed(record, entry.a, entry.b))
                 w.touch_dirty(entry.ino)
+                w.note(entry.ino)
         case Mark.GONE:
             record = w.get(entry.ino)
             if record is not None and record.handle == entry.handle:
@@ -110,8 +111,10 @@ def apply(w: Writer, entry: Entry, now: int) -> None:
             record = w.get(entry.ino)
             if record is not None:
                 w.put(replace(record, parent=entry.parent, name=entry.name))
+            w.note(entry.parent, entry.name)
         case Mark.DIR:
             w.put_dir(entry.ino, entry.parent, entry.name)
+            w.note(entry.parent, entry.name)
         case Mark.TIMES:
             record = w.get(entry.ino)
             if record is not None and record.copy is not None:
@@ -121,6 +124,15 @@ def apply(w: Writer, entry: Entry, now: int) -> None:
                 w.put_pin(entry.ino, entry.parent, entry.name)
             else:
                 w.drop_pin(entry.ino)
+            w.note(entry.parent, entry.name)
+        case Mark.ENTRY:
+            if entry.a:
+                w.drop_dir(entry.a)
+            w.note(entry.parent, entry.name)
+        case Mark.ATTR if entry.a:
+            w.note(entry.ino)
+        case Mark.ATTR:
+            w.note(entry.parent, entry.name)
 
 
 def _write(w: Writer, entry: Entry) -> None:
@@ -131,6 +143,8 @@ def _write(w: Writer, entry: Entry) -> None:
         forget(w, record, time.time_ns())
         record = None
     if record is None:
+        if entry.name:
+            w.note(entry.parent, entry.name)
         w.put(
             Record(entry.ino, entry.handle, new_fid(), entry.generation, parent=entry.parent, name=entry.name)
         )

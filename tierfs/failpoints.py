@@ -24,7 +24,18 @@ FILL_BITS = "fill-bits"  # bits of a large file committed
 FILL_SYNCED = "fill-synced"  # all pages durable, attribute present
 FILL_CLEARED = "fill-cleared"  # attribute gone durably, record not yet RESIDENT
 
+# The namespace journal, in order. Whatever has not been committed as written is looked at and written again.
+SEGMENT_PUT = "segment-put"  # the segment is in the store, the index still has its notes
+SEGMENT_COMMITTED = "segment-committed"  # notes gone, the chain goes on from it
+SNAPSHOT_BEGUN = "snapshot-begun"  # notes are made from here on, no part is written
+SNAPSHOT_PART = "snapshot-part"  # some parts are in the store, not the last: nobody uses them
+SNAPSHOT_PUT = "snapshot-put"  # all parts are in the store: it may be used, and is taken once more
+SNAPSHOT_COMMITTED = "snapshot-committed"  # the index knows of it
+
 DEMOTE_POINTS = (COPY_PUT, COPY_COMMITTED, STUB_WRITTEN, STUB_COMMITTED, PUNCHED, PUNCH_SYNCED)
+JOURNAL_POINTS = (
+    SEGMENT_PUT, SEGMENT_COMMITTED, SNAPSHOT_BEGUN, SNAPSHOT_PART, SNAPSHOT_PUT, SNAPSHOT_COMMITTED,
+)  # fmt: skip
 FETCH_POINTS = (FILL_WRITTEN, FILL_BITS, FILL_SYNCED, FILL_CLEARED)
 
 _name, _, _count = os.environ.get("TIERFS_FAILPOINT", "").partition(":")

@@ -370,6 +370,16 @@ class Gate:
         """A directory was made or renamed."""
         self._append(Mark.DIR, ino, parent=parent, name=name)
 
+    # What the namespace journal is to look at is no content: it stands in nobody's way (`_recent`).
+
+    def entry(self, parent: int, name: bytes, removed_dir: int = 0) -> None:
+        """A name has come, gone or changed its meaning; `removed_dir`: the directory that it was."""
+        self.marks.append(Mark.ENTRY, 0, parent=parent, a=removed_dir, name=name)
+
+    def attributes(self, st: os.stat_result, parent: int, name: bytes) -> None:
+        """Mode, owner, times or extended attributes of an inode were set."""
+        self.marks.append(Mark.ATTR, st.st_ino, parent=parent, a=int(stat.S_ISREG(st.st_mode)), name=name)
+
     def gone(self, ino: int, handle: bytes) -> None:
         """The last name of a regular file is gone."""
         self._append(Mark.GONE, ino, handle=handle)

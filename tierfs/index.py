@@ -12,6 +12,7 @@
     pins    ino                      parent, name           PIN mark             PIN mark, GONE mark
     dirs    ino                      parent, name           DIR mark, survey     a later hint
     pending ino                      (empty)                before a punch       after it; else by recovery
+    changes ino, name                serial                 marks, put           journal, when a segment has it
 
 Integers are big-endian, so that keys sort. Every value but the empty ones carries a CRC: LMDB has none, and a
 flipped value would come back silently. What a writer may do stands in index_writer.py.
@@ -35,17 +36,30 @@ import msgspec
 from tierfs.codec import unpack_record
 from tierfs.datafile import check_size, keep_length
 from tierfs.errors import IndexError_
-from tierfs.index_writer import FORMAT, U64, U64X2, Leaves, Meta, Totals, Writer, checked, place
+from tierfs.index_writer import (
+    FORMAT,
+    U64,
+    U64X2,
+    Chain,
+    Leaves,
+    Meta,
+    Note,
+    Totals,
+    Writer,
+    checked,
+    place,
+)
 from tierfs.model import Record
 
 log = logging.getLogger("index")
 
-__all__ = ["Index", "Leaves", "Session", "Totals", "Writer"]
+__all__ = ["Chain", "Index", "Leaves", "Note", "Session", "Totals", "Writer"]
 
 R = TypeVar("R")
 MAP_SIZE = 64 << 30  # virtual; the file grows as it is used
 BATCH = 512  # commits that share one sync
-_TABLES = ("meta", "files", "fids", "bits", "leaves", "dirty", "quiet", "tombs", "pins", "dirs", "pending")
+_TABLES = ("meta", "files", "fids", "bits", "leaves", "dirty", "quiet", "tombs", "pins", "dirs", "pending",
+           "changes")  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,6 +237,38 @@ class Index:
         for key, raw in self._scan("files", U64.pack(start), limit):
             yield unpack_record(U64.unpack(key)[0], raw)
 
+    def notes(self) -> list[Note]:
+        """All that the namespace journal has yet to look at, as of one moment. Raises IndexError_."""
+        rows = self._scan("changes", b"", 1 << 30)
+        return [Note(U64.unpack_from(k)[0], k[8:], U64.unpack(checked("note", v))[0]) for k, v in rows]
+
+    def note_count(self) -> int:
+        """How many there are. Raises IndexError_."""
+        try:
+            with self._env.begin() as txn:
+                return int(txn.stat(self.tables["changes"])["entries"])
+        except lmdb.Error as exc:
+            raise self._unreadable(exc) from exc
+
+    def noted_since(self) -> int:
+        """When (ns) the oldest of the notes was made; 0: there is none."""
+        return self._meta().noted_since
+
+    def noting(self) -> tuple[bool, int]:
+        """Whether changes are noted for the journal, and how many sessions have ended without order."""
+        meta = self._meta()
+        return meta.noting, meta.unclean
+
+    def chain(self) -> Chain | None:
+        """How far the namespace journal has come. Raises IndexError_."""
+        raw = self._get("meta", b"chain")
+        return None if raw is None else msgspec.msgpack.decode(checked("journal's state", raw), type=Chain)
+
+    def dirty_since(self, ino: int) -> int:
+        """Since when (ns) a file is dirty; 0 where it is not. Raises IndexError_."""
+        raw = self._get("dirty", U64.pack(ino))
+        return 0 if raw is None else int(U64.unpack(checked("dirty queue", raw))[0])
+
     # --- writing ------------------------------------------------------------------------------------------
 
     def commit(self, run: Callable[[Writer], R]) -> Future[R]:
@@ -297,6 +343,7 @@ class Index:
         """
         with self.write() as writer:
             meta = writer.meta
+            meta.unclean += not meta.clean
             if not meta.clean and meta.boot != boot:
                 meta.custody += 1
             meta.epoch, meta.boot, meta.clean = max(meta.epoch, floor) + 1, boot, False

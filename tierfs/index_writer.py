@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -47,7 +47,11 @@ class Leaves:
 
 
 class Meta(msgspec.Struct):
-    """The one value of `meta`. `clean`: the last session ended in order."""
+    """The value `meta` of its table. `clean`: the last session ended in order; `unclean` counts the others.
+
+    `noting`: changes are noted for the journal, the newest under number `noted`, the oldest of those that wait
+    at `noted_since` (ns; 0: none waits).
+    """
 
     format: int = FORMAT
     epoch: int = 0
@@ -58,6 +62,41 @@ class Meta(msgspec.Struct):
     totals: tuple[int, ...] = (0, 0, 0, 0, 0, 0)
     surveyed: bool = False
     swept: int = -1
+    unclean: int = 0
+    noting: bool = False
+    noted: int = 0
+    noted_since: int = 0
+
+
+class Chain(msgspec.Struct, frozen=True):
+    """How far the namespace journal has come: the chain's name; the last segment's epoch, sequence and digest;
+    the bytes and objects written since the last whole snapshot; that one's size, and the `unclean` of its
+    beginning."""
+
+    root: str
+    epoch: int
+    sequence: int
+    digest: str
+    written: int = 0
+    segments: int = 0
+    snapshot: int = 0
+    unclean: int = -1
+
+
+class Note(NamedTuple):
+    """Something that the namespace journal has yet to look at: a name in a directory (by inode number), or with
+    name b"" an inode. `serial` rises with each note."""
+
+    ino: int
+    name: bytes
+    serial: int
+
+
+def _told(record: Record) -> tuple[object, ...]:
+    """What the journal tells of a record."""
+    copy = record.copy
+    shown = (copy.generation, copy.tag, copy.mtime, copy.ctime) if copy is not None else None
+    return record.fid, record.generation, record.size, shown
 
 
 def summed(value: bytes) -> bytes:
@@ -127,6 +166,8 @@ class Writer:
         if before is None or before.fid != record.fid:
             self._txn.put(record.fid, key, db=self._db["fids"])
         self._queue(record, before)
+        if before is None or _told(before) != _told(record):
+            self.note(record.ino)
         if record.residency is not Residency.PARTIAL and before and before.residency is Residency.PARTIAL:
             self._txn.delete(key, db=self._db["bits"])
 
@@ -231,6 +272,42 @@ class Writer:
     def drop_pending(self, ino: int) -> None:
         """The punch is over."""
         self._txn.delete(U64.pack(ino), db=self._db["pending"])
+
+    # --- the namespace journal ----------------------------------------------------------------------------
+
+    def note(self, ino: int, name: bytes = b"") -> None:
+        """The journal shall look at this name in this directory, or (b"") at this inode."""
+        if not self.meta.noting:
+            return
+        self.meta.noted += 1
+        if not self.meta.noted_since:
+            self.meta.noted_since = time.time_ns()
+        value = summed(U64.pack(self.meta.noted))
+        self._txn.put(U64.pack(ino) + name, value, db=self._db["changes"])
+
+    def journalled(self, notes: list[Note], chain: Chain, since: int) -> None:
+        """These have been looked at, at `since` (ns) or later, and what was seen is in the store."""
+        for ino, name, serial in notes:
+            key = U64.pack(ino) + name
+            if self._txn.get(key, db=self._db["changes"]) == summed(U64.pack(serial)):
+                self._txn.delete(key, db=self._db["changes"])
+        left = self._txn.stat(self._db["changes"])["entries"]
+        self.meta.noted_since = since if left else 0
+        self.set_chain(chain)
+
+    def begin_notes(self, on: bool) -> None:
+        """Forget all notes, and note changes from now on or not."""
+        self._txn.drop(self._db["changes"], delete=False)
+        self.meta.noting, self.meta.noted_since = on, 0
+
+    def set_chain(self, chain: Chain) -> None:
+        """How far the journal has come."""
+        self._txn.put(b"chain", summed(msgspec.msgpack.encode(chain)), db=self._db["meta"])
+
+    def get_chain(self) -> Chain | None:
+        """As set."""
+        raw = self._txn.get(b"chain", db=self._db["meta"])
+        return None if raw is None else msgspec.msgpack.decode(checked("journal's state", raw), type=Chain)
 
     def set_log_position(self, position: int) -> None:
         """All marks before this position are applied, in this very transaction."""

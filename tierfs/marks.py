@@ -34,6 +34,8 @@ class Mark(enum.IntEnum):
     DIR = 5  # a directory was made or renamed
     TIMES = 6  # shown times of a stub set [mtime, ctime]
     PIN = 7  # pinned or unpinned [1 or 0]
+    ENTRY = 8  # this name in this directory (parent) has come, gone or been exchanged [directory removed, or 0]
+    ATTR = 9  # owner, mode, times or attributes are others [1: of a regular file]
 
 
 @dataclass(frozen=True, slots=True)

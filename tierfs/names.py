@@ -75,14 +75,16 @@ class Names:
             going.gone()
         finally:
             going.close()
+        self._gate.entry(directory.ino, name)
 
     def rmdir(self, parent: int, name: bytes) -> None:
         """Remove an empty directory. Raises OSError."""
-        _, dirfd, st = self._child(parent, name)
+        directory, dirfd, st = self._child(parent, name)
         os.rmdir(name, dir_fd=dirfd)
         node = self._nodes.known(st.st_ino)
         if node is not None:
             self._nodes.unlinked(node, st)
+        self._gate.entry(directory.ino, name, st.st_ino)
 
     def rename(self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int = 0) -> None:
         """All flags of renameat2(2). Raises Blocked, OSError."""
@@ -115,6 +117,9 @@ class Names:
         self._renamed(st, target, target_fd, new_name)
         if exchange and there is not None:
             self._renamed(there, source, source_fd, name)
+        if replaced is not None and stat.S_ISDIR(replaced.st_mode):
+            self._gate.entry(target.ino, new_name, replaced.st_ino)
+        self._gate.entry(source.ino, name)
 
     def _renamed(self, before: os.stat_result, directory: Node, dirfd: int, name: bytes) -> None:
         """Tell everyone of a file's new name."""
@@ -126,6 +131,8 @@ class Names:
         elif stat.S_ISREG(before.st_mode):
             self._gate.named(before.st_ino, directory.ino, name)
             self._gate.after_change(before.st_ino, os.stat(name, dir_fd=dirfd, follow_symlinks=False))
+        else:
+            self._gate.entry(directory.ino, name)
 
     def _going(self, directory: Node, dirfd: int, name: bytes, st: os.stat_result) -> _Going:
         """Prepare for this name's end. Raises Blocked, OSError; nothing has changed yet."""

@@ -69,10 +69,7 @@ def renew(volume: Volume, store: ObjectStore, epoch: int) -> None:
     note = _read_note(volume)
     nonce = str(found.get("nonce", ""))
     if nonce and nonce not in (note.get("last"), note.get("next")):
-        raise VolumeError(
-            f"{store.describe()}: was taken over by host {found.get('host')!r} on"
-            f" {_day(float(found.get('taken', 0)))}: only one machine may use a volume"
-        )
+        raise _taken(store, found)
     fresh = os.urandom(8).hex()
     path = volume.path(_NOTE)
     write_json(path, {"last": nonce, "next": fresh})
@@ -83,6 +80,20 @@ def renew(volume: Volume, store: ObjectStore, epoch: int) -> None:
             f"{store.describe()}: another machine is taking this volume over: nothing is written to it"
         ) from exc
     write_json(path, {"last": fresh, "next": ""})
+
+
+def verify(volume: Volume, store: ObjectStore) -> None:
+    """Make sure that the store is still ours. Raises as `check`, and VolumeError where it was taken over."""
+    found = check(volume, store)
+    if found.get("nonce", "") != _read_note(volume).get("last"):
+        raise _taken(store, found)
+
+
+def _taken(store: ObjectStore, found: dict[str, Any]) -> VolumeError:
+    return VolumeError(
+        f"{store.describe()}: was taken over by host {found.get('host')!r} on"
+        f" {_day(float(found.get('taken', 0)))}: only one machine may use a volume"
+    )
 
 
 def _etag(store: ObjectStore) -> str | None:

@@ -172,6 +172,7 @@ class Vfs:
             st = os.fstat(opath)
             if regular:
                 self.gate.after_change(st.st_ino, st, mtime_set=mtime_ns is not None)
+            self.gate.attributes(st, node.parent_ino, node.name)
         finally:
             os.close(opath)
         return self._attr(st)
@@ -271,6 +272,7 @@ class Vfs:
             self.gate.release(handle)
         else:
             st = self._maker.special(dirfd, name, mode, rdev, caller)
+            self.gate.entry(directory.ino, name)
         return self.nodes.made(st, directory, name).id, st
 
     def mkdir(self, parent: int, name: bytes, mode: int, caller: Caller) -> tuple[int, Attr]:
@@ -284,6 +286,7 @@ class Vfs:
         """Make a symbolic link."""
         directory = self.nodes.get(parent)
         st = self._maker.symlink(self.nodes.dirfd(directory), name, target, caller)
+        self.gate.entry(directory.ino, name)
         return self.nodes.made(st, directory, name).id, st
 
     def readlink(self, nodeid: int) -> bytes:
@@ -311,6 +314,8 @@ class Vfs:
         if regular:
             self.gate.after_change(st.st_ino, st)
             self.gate.named(st.st_ino, directory.ino, name)
+        else:
+            self.gate.entry(directory.ino, name)
         return self.nodes.found(st, directory, name).id, self._attr(st)
 
     # --- opening ------------------------------------------------------------------------------------------

@@ -112,12 +112,13 @@ class Xattrs:
         node = self._nodes.get(nodeid)
         fd, st = self._nodes.reach(node)
         try:
-            if not stat.S_ISREG(st.st_mode):
-                yield node, fd, st
-                return
-            self._gate.before_change(st.st_ino)
+            regular = stat.S_ISREG(st.st_mode)
+            if regular:
+                self._gate.before_change(st.st_ino)
             yield node, fd, st
-            self._gate.after_change(st.st_ino, os.fstat(fd))
+            if regular:
+                self._gate.after_change(st.st_ino, os.fstat(fd))
+            self._gate.attributes(st, node.parent_ino, node.name)
         finally:
             os.close(fd)
 

@@ -23,6 +23,7 @@ from tierfs.tree import open_tree
 from tierfsd import checking
 from tierfsd.backend import TierBackend
 from tierfsd.control_server import ControlServer, Job
+from tierfsd.journalling import JournalKeeper
 from tierfsd.scheduler import Scheduler
 from tierfsd.watcher import ConfigWatcher
 
@@ -53,10 +54,12 @@ class Mover:
             self._tree, self._index, self._store, self._link, self._marks, config, self._make_room
         )
         self._tier.kit.withheld = _WAITING
+        self._journal = JournalKeeper(self._tier, home.identity.volume, self._verify_claim)
         self._scheduler = Scheduler(self._tier, self._heat, _device_of(home.store_url), home.path("ballast"))
         backend = TierBackend(
             self._tier, self._heat, home, self._watcher,
             verifying=lambda: self._scheduler.verifying, notes=self._scheduler.notes, check=self._check,
+            journal=self._journal,
         )  # fmt: skip
         listener = socket.socket(fileno=control_fd)
         self._control = ControlServer(listener, self._tree.rootfd, backend)
@@ -66,6 +69,7 @@ class Mover:
         self._link.start(self)
         self._greet()
         self._scheduler.start()
+        self._journal.start()
         self._watcher.start()
         self._control.start()
         claim = threading.Thread(target=self._claim, name="claim", daemon=True)
@@ -75,6 +79,7 @@ class Mover:
         self._lost.wait(_LAST_WORDS_SECONDS)
         self._control.close()
         self._watcher.close()
+        self._journal.stop()
         self._scheduler.stop()
         self._tier.close()
         self._index.close()
@@ -105,6 +110,14 @@ class Mover:
                 self._tier.kit.withheld = ""
                 self._tier.kit.claim_tried.set()
                 return
+
+    def _verify_claim(self) -> None:
+        """Nothing more is written to a store that another machine has taken over. Raises TierError, OSError."""
+        try:
+            ownership.verify(self._home, self._store)
+        except VolumeError as error:
+            self._withhold(str(error))
+            raise
 
     def _withhold(self, reason: str) -> None:
         if self._tier.kit.withheld != reason:

@@ -15,6 +15,7 @@ from tierfs.heat_index import HeatIndex
 from tierfs.model import Record, Residency, object_key
 from tierfs.tier import Tier
 from tierfsd.control_server import Job
+from tierfsd.journalling import JournalKeeper
 from tierfsd.reach import Target
 from tierfsd.watcher import ConfigWatcher
 
@@ -29,7 +30,7 @@ class TierBackend:
     """Implements `control_server.Backend`.
 
     `verifying` says how many copies have yet to be looked at after an unclean stop, `notes` what a person
-    should know of the volume besides, `check` carries out a check.
+    should know of the volume besides, `check` carries out a check, `journal` keeps the namespace journal.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class TierBackend:
         verifying: Callable[[], int],
         notes: Callable[[], list[str]],
         check: Check,
+        journal: JournalKeeper,
     ) -> None:
         self._tier = tier
         self._kit = tier.kit
@@ -50,6 +52,7 @@ class TierBackend:
         self._watcher = watcher
         self._verifying = verifying
         self._notes = notes
+        self._journal = journal
         self.check = check
         self._drained = 0.0
 
@@ -78,6 +81,7 @@ class TierBackend:
             upload_rate=self._kit.uploaded.per_second(),
             fetch_rate=self._kit.fetched.per_second(),
             verifying=self._verifying(),
+            journal_behind_seconds=self._journal.behind,
             notes=self._all_notes(),
         )
 
@@ -184,7 +188,12 @@ class TierBackend:
             staying = [item for item in done if item.reason and not item.reason.startswith("never leaves")]
             failed = any(item.failed for item in staying)
             if not staying or failed or time.monotonic() > deadline or job.cancelled.is_set():
-                return control.Done(copied, [_outcome(item) for item in staying])
+                stayed = [_outcome(item) for item in staying]
+                problem = self._journal.catch_up(job.cancelled)
+                if problem:
+                    reason = f"names and attributes are not all in the store: {problem}"
+                    stayed.append(control.Outcome(b"", reason, failed=True))
+                return control.Done(copied, stayed)
             job.cancelled.wait(0.2)
 
     def _dirty(self) -> list[Item]:

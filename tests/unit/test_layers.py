@@ -11,9 +11,9 @@ ROOT = Path(__file__).resolve().parents[2]
 # with it in `FAMILIES`.
 LAYERS = [
     {"errors", "model", "marks", "failpoints", "tierfs"},
-    {"config", "locate", "transitions", "policy", "wire", "channel", "codec", "datafile"},
+    {"config", "locate", "transitions", "policy", "wire", "channel", "codec", "datafile", "manifest"},
     {"index", "heat_index", "tree", "syscalls", "store", "waits"},
-    {"transfer", "volume", "ownership"},
+    {"transfer", "volume", "ownership", "namespace"},
     {"tier", "recovery", "gate"},
     {"vfs", "control", "adoption", "launch"},
     {"fuse", "cli", "commands", "terminal"},
@@ -37,7 +37,7 @@ PARTS_OF = {
     "vfs": {"nodes", "dirs", "xattrs", "making", "names", "openfiles"},
     "tier": {
         "kit", "serverlink", "places", "digests", "draining", "copying", "punching", "filling", "settling",
-        "arrivals", "opening", "survey", "collecting",
+        "arrivals", "opening", "survey", "collecting", "journal", "looking", "snapshots",
     },
 }
 WORLDS = {

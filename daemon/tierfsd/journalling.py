@@ -1,0 +1,121 @@
+"""Keeps the namespace journal up to date: a thread that writes segments and snapshots when they are due."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+from tierfs.errors import TierError
+from tierfs.journal import Journal
+from tierfs.snapshots import Snapshots
+from tierfs.tier import Tier
+
+log = logging.getLogger("journal")
+
+_LOOK_SECONDS = 0.5
+_PAUSES = (1.0, 2.0, 5.0, 10.0, 20.0)  # after failures; what waits stays noted
+_CLAIM_SECONDS = 30.0  # between two looks whether the store is still ours
+
+
+class JournalKeeper:
+    """Start with `start`, end with `stop`. What is not in the store when it ends is written by the next one."""
+
+    def __init__(self, tier: Tier, volume: str, verify: Callable[[], None]) -> None:
+        """`verify` raises VolumeError where another machine has taken the store."""
+        self._tier = tier
+        self._kit = tier.kit
+        self._verify = verify
+        self._stopping = threading.Event()
+        self.journal = Journal(tier.kit, tier.places, tier.drain, volume, tier.kit.index.session.epoch)
+        self.snapshots = Snapshots(tier.kit, self.journal, tier.places, self._stopping)
+        self._begun = time.time()
+        self._verified = -_CLAIM_SECONDS
+        self._failures = 0
+        self._problem = ""
+        self._turn = threading.Condition()
+        self._turns = 0
+        self._hurry = False
+        self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
+
+    def start(self) -> None:
+        """Work in a thread of its own."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End after what is under way."""
+        self._stopping.set()
+        with self._turn:
+            self._turn.notify_all()
+        self._thread.join()
+
+    @property
+    def behind(self) -> float:
+        """Seconds since the oldest change that the store does not know of."""
+        noting, _ = self._kit.index.noting()
+        return self.journal.behind if noting else max(0.0, time.time() - self._begun)
+
+    def catch_up(self, cancelled: threading.Event) -> str:
+        """Wait until all that has changed by now is in the store; why it is not, if it cannot be."""
+        self._tier.drain()
+        begun = time.time_ns()
+        while not cancelled.is_set() and not self._stopping.is_set():
+            if not self.snapshots.due and not 0 < self._kit.index.noted_since() <= begun:
+                return ""
+            with self._turn:
+                before, self._hurry = self._turns, True
+                self._turn.notify_all()
+                while self._turns == before and not cancelled.is_set() and not self._stopping.is_set():
+                    self._turn.wait(_LOOK_SECONDS)
+                if self._problem:
+                    return self._problem
+        return "it was cancelled"
+
+    def _run(self) -> None:
+        while not self._stopping.is_set():
+            with self._turn:
+                if not self._hurry:
+                    self._turn.wait(self._pause())
+                hurry, self._hurry = self._hurry, False
+            if not self._stopping.is_set():
+                self._work(hurry)
+                with self._turn:
+                    self._turns += 1
+                    self._turn.notify_all()
+
+    def _pause(self) -> float:
+        return _PAUSES[min(self._failures, len(_PAUSES)) - 1] if self._failures else _LOOK_SECONDS
+
+    def _work(self, hurry: bool) -> None:
+        try:
+            self.journal.trim()
+            if self._kit.withheld:
+                self._problem = self._kit.withheld
+                return
+            if self.snapshots.due:
+                self._check_claim()
+                if self.snapshots.take():
+                    self.snapshots.prune()
+            elif self.journal.due or hurry:
+                self._check_claim()
+                self.journal.flush()
+        except (TierError, OSError) as error:
+            self._failed(str(error))
+        except Exception as error:
+            log.exception("the namespace journal cannot be written")
+            self._failed(f"internal error ({type(error).__name__})")
+        else:
+            self._failures, self._problem = 0, ""
+
+    def _failed(self, problem: str) -> None:
+        self._failures += 1
+        self._problem = problem
+        if self._failures == 1 and not self._stopping.is_set():
+            self._kit.troubles.note(f"the namespace journal cannot be written: {problem}")
+
+    def _check_claim(self) -> None:
+        now = time.monotonic()
+        if now - self._verified >= _CLAIM_SECONDS:
+            self._verify()
+            self._verified = now

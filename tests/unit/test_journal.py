@@ -1,0 +1,406 @@
+"""The namespace journal: what it tells is what is there, whatever was done, and it costs what has changed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+import tempfile
+import time
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from journals import ROOT, Journalled
+
+from tierfs import journal as journal_module
+from tierfs import manifest, namespace
+from tierfs.errors import ObjectCorruptError, StoreUnavailableError, VolumeError
+from tierfs.namespace import Chronicle
+from tierfs.store.faults import Fault, FaultyStore, Kind
+from tierfs.store.memory import MemoryStore
+
+
+@pytest.fixture
+def home(tmp_path):
+    made = Journalled(tmp_path)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def begun(home):
+    home.snapshots.take()
+    return home
+
+
+def test_every_kind_of_thing_is_told(begun):
+    begun.mkdir("dir", 0o2750)
+    begun.write("dir/file", b"some bytes", 0o4711)
+    begun.run("link", begun.node("dir/file"), *begun.above("other name"))
+    begun.run("symlink", *begun.above("dir/link"), b"../\xff not text", ROOT)
+    begun.run("mknod", *begun.above("pipe"), stat.S_IFIFO | 0o600, 0, ROOT)
+    begun.run("mknod", *begun.above("device"), stat.S_IFCHR | 0o600, os.makedev(1, 3), ROOT)
+    begun.write(b"\xfe\xff".decode(errors="surrogateescape"), b"a name that is no text")
+    begun.run("setattr", begun.node("dir/file"), uid=12, gid=34, mtime_ns=-5_000_000_001)
+    begun.run("setxattr", begun.node("dir"), b"user.colour", b"\0\xff")
+    begun.run("setattr", begun.node("dir/link"), uid=7)
+    begun.run("setattr", begun.node("pipe"), mode=0o640)
+    begun.journal.flush()
+    assert begun.told() == begun.there()
+    assert begun.read_journal().find(b"device").rdev == os.makedev(1, 3)
+
+
+def test_a_snapshot_tells_the_same_as_the_segments(begun):
+    begun.mkdir("a")
+    begun.mkdir("a/b")
+    begun.write("a/b/c", b"1")
+    begun.journal.flush()
+    before = begun.told()
+    begun.snapshots.take()
+    for key in [info.key for info in begun.volume.store.list("meta/") if ".segment." in info.key]:
+        begun.volume.store.delete([key])
+    assert begun.told() == before == begun.there()
+
+
+def test_a_copy_is_told_with_all_that_finds_it(begun):
+    begun.write("f", b"x" * 5000)
+    begun.journal.flush()
+    file = begun.read_journal().find(b"f")
+    assert file.dirty and file.since and file.copy is None
+    assert begun.volume.demote("f")[0].demoted
+    begun.journal.flush()
+    file = begun.read_journal().find(b"f")
+    record = begun.volume.record("f")
+    assert not file.dirty and not file.since
+    assert file.copy.copy() == journal_copy(record) and bytes.fromhex(file.fid) == record.fid
+    begun.volume.server.write(begun.volume.path("f"), b"new")
+    begun.journal.flush()
+    file = begun.read_journal().find(b"f")
+    assert file.dirty and file.since, "its older copy is told beside"
+    assert file.copy.copy() == journal_copy(record)
+
+
+def journal_copy(record):
+    return manifest.CopyLine.of(record.copy).copy()
+
+
+def test_holes_are_told(begun):
+    path = begun.volume.path("sparse")
+    begun.write("sparse", b"a" * 4096)
+    os.truncate(path, 1 << 20)
+    begun.volume.server.write(path, b"end", (1 << 20) - 3)
+    assert begun.volume.demote("sparse")[0].demoted
+    begun.journal.flush()
+    extents = begun.read_journal().find(b"sparse").extents
+    assert extents[0] == (0, 4096) and extents[-1][1] == 1 << 20 and len(extents) == 2
+
+
+def test_a_change_costs_what_has_changed_not_what_there_is(tmp_path):
+    home = Journalled(tmp_path)
+    try:
+        for number in range(20):
+            os.mkdir(home.volume.path(f"d{number}"))
+            for name in range(1000):
+                os.mknod(home.volume.path(f"d{number}/{name}"))
+        home.snapshots.take()
+        before = home.bytes_written()
+        home.write("d7/new", b"x")
+        home.run("unlink", *home.above("d3/5"))
+        assert home.journal.flush()
+        assert home.bytes_written() - before < 2000
+        assert not home.snapshots.due, "and no new snapshot for it"
+        assert not home.journal.flush(), "nothing has changed: nothing is written"
+    finally:
+        home.close()
+
+
+NAMES = st.sampled_from(["a", "b", "c", "d/a", "d/b", "e/a", "e/f/a", "d", "e", "e/f"])
+OPERATIONS = st.lists(
+    st.tuples(
+        st.sampled_from(
+            ["write", "mkdir", "rename", "exchange", "unlink", "rmdir", "link", "symlink", "chmod", "flush",
+             "snapshot", "demote", "restart", "crash", "times", "xattr"]
+        ),
+        NAMES,
+        NAMES,
+    ),
+    max_size=40,
+)  # fmt: skip
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@given(OPERATIONS)
+def test_whatever_is_done_the_journal_tells_what_is_there(operations):
+    with tempfile.TemporaryDirectory(prefix="tierfs-journal-") as base:
+        home = Journalled(base)
+        try:
+            home.snapshots.take()
+            for action, one, two in operations:
+                with contextlib.suppress(OSError):
+                    act(home, action, one, two)
+            if home.snapshots.due:
+                home.snapshots.take()
+            while home.journal.flush():
+                pass
+            assert home.told() == home.there()
+        finally:
+            home.close()
+
+
+def act(home, action, one, two):
+    match action:
+        case "write":
+            home.write(one, two.encode())
+        case "mkdir":
+            home.mkdir(one)
+        case "rename":
+            home.run("rename", *home.above(one), *home.above(two))
+        case "exchange":
+            home.run("rename", *home.above(one), *home.above(two), 2)
+        case "unlink" | "rmdir":
+            home.run(action, *home.above(one))
+        case "link":
+            home.run("link", home.node(one), *home.above(two))
+        case "symlink":
+            home.run("symlink", *home.above(one), two.encode(), ROOT)
+        case "chmod":
+            home.run("setattr", home.node(one), mode=0o700 + len(two))
+        case "times":
+            home.run("setattr", home.node(one), mtime_ns=len(two))
+        case "xattr":
+            home.run("setxattr", home.node(one), b"user.x", two.encode())
+        case "flush":
+            home.journal.flush()
+        case "snapshot":
+            home.snapshots.take()
+        case "demote":
+            home.volume.demote(one)
+        case "restart":
+            home.restart()
+        case "crash":
+            home.restart(clean=False)
+
+
+def test_after_a_session_that_ended_without_order_the_tree_is_walked(begun):
+    assert not begun.snapshots.due
+    begun.restart()
+    assert not begun.snapshots.due
+    begun.restart(clean=False)
+    begun.write("while it is not yet walked", b"x")
+    os.mkdir(begun.volume.path("made behind the mount"))
+    assert begun.snapshots.due
+    begun.snapshots.take()
+    assert not begun.snapshots.due
+    assert begun.told() == begun.there()
+
+
+def test_what_changes_during_a_snapshot_is_not_lost(begun):
+    """A directory moves from where the walk has not been to where it has, and its files with it."""
+    begun.mkdir("a")
+    begun.mkdir("b")
+    for number in range(5):
+        begun.mkdir(f"a/d{number}")
+        begun.write(f"a/d{number}/f", b"x")
+    walk = begun.snapshots._walk()
+    seen = []
+    begun.snapshots._walk = lambda: disturbed(walk)
+
+    def disturbed(lines):
+        for line in lines:
+            seen.append(line)
+            if len(seen) == 4:
+                for number in range(5):
+                    begun.run("rename", *begun.above(f"a/d{number}"), *begun.above(f"b/d{number}"))
+                begun.run("rmdir", *begun.above("a"))
+            yield line
+
+    assert begun.snapshots.take()
+    assert begun.told() == begun.there()
+
+
+def test_notes_outlive_an_outage_and_are_bounded(tmp_path, monkeypatch):
+    faults = FaultyStore(MemoryStore())
+    home = Journalled(tmp_path, faults)
+    try:
+        home.snapshots.take()
+        store_is_down(faults, True)
+        for number in range(50):
+            home.write(f"f{number}", b"x")
+        with pytest.raises(StoreUnavailableError):
+            home.journal.flush()
+        assert home.journal.behind > 0
+        home.restart()
+        store_is_down(faults, False)
+        assert home.journal.flush()
+        assert home.journal.behind == 0
+        assert home.told() == home.there()
+
+        monkeypatch.setattr(journal_module, "MOST_NOTES", 20)
+        store_is_down(faults, True)
+        for number in range(50):
+            home.run("unlink", *home.above(f"f{number}"))
+        home.volume.tier.drain()
+        home.journal.trim()
+        assert home.volume.index.note_count() == 0 and home.snapshots.due
+        store_is_down(faults, False)
+        home.snapshots.take()
+        assert home.told() == home.there()
+    finally:
+        home.close()
+
+
+def store_is_down(faults, on):
+    faults.disarm()
+    if on:
+        faults.arm(Fault(Kind.ERROR, times=float("inf")))
+
+
+def test_a_rename_under_way_is_not_missed(begun):
+    """Between the look at the old name and the end of the segment the file moves on."""
+    begun.write("x", b"1")
+    begun.journal.flush()
+    begun.run("setattr", begun.node("x"), mode=0o600)
+    look, moved = begun.journal._look_at, []
+
+    def disturbed(segment, notes, final):
+        if not moved:
+            moved.append(True)
+            begun.run("rename", *begun.above("x"), *begun.above("y"))
+        look(segment, notes, final)
+
+    begun.journal._look_at = disturbed
+    begun.journal.flush()
+    assert b"y" in begun.told()
+    begun.journal.flush()
+    assert begun.told() == begun.there()
+
+
+# --- reading -----------------------------------------------------------------------------------------------
+
+
+def segments(home):
+    return sorted(info.key for info in home.volume.store.list("meta/") if ".segment." in info.key)
+
+
+def many_segments(home, count=4):
+    for number in range(count):
+        home.write(f"f{number}", b"x")
+        home.journal.flush()
+
+
+def test_a_missing_segment_is_noticed_and_the_later_ones_count(begun):
+    many_segments(begun)
+    begun.volume.store.delete([segments(begun)[1]])
+    journal = Chronicle(begun.volume.store)
+    names = {path for path, _ in journal.read().walk()}
+    assert names == {b"", b"f0", b"f2", b"f3"}
+    assert journal.missing == 1 and "segment 2" in journal.troubles[-1]
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "foreign", "renamed"])
+def test_a_damaged_segment_is_passed_over(begun, damage):
+    many_segments(begun)
+    store, key = begun.volume.store, segments(begun)[2]
+    raw = store.get(key)
+    if damage == "foreign":
+        opened = manifest.unpack(manifest.Key.parse(key), raw)
+        head = {name: getattr(opened.head, name) for name in opened.head.__struct_fields__}
+        raw = manifest.Packer(manifest.Head(**{**head, "volume": "cd" * 16})).finish(0)
+    elif damage == "renamed":
+        raw = store.get(segments(begun)[0])
+    else:
+        middle = len(raw) // 2
+        flipped = raw[:middle] + bytes([raw[middle] ^ 4]) + raw[middle + 1 :]
+        raw = {"cut": raw[:-40], "empty": b"", "flipped": flipped}[damage]
+    store.put(key, raw, len(raw))
+    journal = Chronicle(store)
+    assert {path for path, _ in journal.read().walk()} == {b"", b"f0", b"f1", b"f3"}
+    assert journal.troubles and journal.missing == 1
+
+
+def test_a_broken_snapshot_gives_way_to_the_one_before(begun, monkeypatch):
+    many_segments(begun)
+    begun.snapshots.take()
+    begun.write("last", b"x")
+    begun.journal.flush()
+    newest = sorted(info.key for info in begun.volume.store.list("meta/") if ".snapshot" in info.key)[-1]
+    begun.volume.store.delete([newest])
+    assert begun.told() == begun.there()
+
+
+def test_a_snapshot_without_its_end_is_none(begun):
+    many_segments(begun)
+    lines = list(begun.snapshots._walk())
+    begun.snapshots._walk = lambda: (begun.stopping.set() or line for line in lines)
+    assert not begun.snapshots.take()
+    assert begun.told() == begun.there()
+
+
+def test_a_tree_of_the_past(begun):
+    begun.write("f", b"x")
+    begun.journal.flush()
+    then = time.time_ns()
+    begun.run("rename", *begun.above("f"), *begun.above("g"))
+    begun.journal.flush()
+    begun.snapshots.take()
+    assert set(begun.told()) == {b"", b"g"}
+    assert {path for path, _ in begun.read_journal(then).walk()} == {b"", b"f"}
+
+
+def test_two_attempts_at_one_segment(begun):
+    """Killed between the store and the index: the second attempt is the one that counts."""
+    begun.write("f", b"x")
+    begun.journal.flush()
+    commit = begun.volume.index.commit
+    begun.write("g", b"x")
+    begun.volume.tier.drain()
+    begun.volume.index.commit = lambda run: (_ for _ in ()).throw(KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        begun.journal.flush()
+    begun.volume.index.commit = commit
+    assert len(segments(begun)) == 2
+    begun.run("unlink", *begun.above("g"))
+    begun.journal.flush()
+    assert len(segments(begun)) == 3
+    assert begun.told() == begun.there()
+    begun.write("h", b"x")
+    begun.journal.flush()
+    assert begun.told() == begun.there()
+
+
+def test_no_journal_is_said_clearly():
+    with pytest.raises(VolumeError, match="no whole snapshot"):
+        Chronicle(MemoryStore()).read()
+
+
+@settings(max_examples=50)
+@given(st.binary(min_size=1, max_size=255))
+def test_any_name_survives(name):
+    told = manifest.text(name)
+    assert manifest.raw(told) == name
+    assert (namespace.name_of(told) == name) == (name not in (b".", b"..") and not set(name) & {0, 47})
+
+
+def test_what_unpacks_to_too_much_is_refused(monkeypatch):
+    monkeypatch.setattr(manifest, "_MOST_BYTES", 1 << 20)
+    import zstandard
+
+    with pytest.raises(ObjectCorruptError, match="unpacks"):
+        manifest.unpack(manifest.Key(1, 1, "ab" * 8), zstandard.compress(bytes(8 << 20)))
+
+
+def test_old_snapshots_go(begun, monkeypatch):
+    from tierfs import snapshots
+
+    for number in range(4):
+        many_segments(begun, 1)
+        begun.run("unlink", *begun.above("f0"))
+        begun.snapshots.take()
+        if number == 1:
+            assert begun.snapshots.prune() == 0, "nothing is old"
+    monkeypatch.setattr(snapshots, "KEEP_SECONDS", -1.0)
+    assert begun.snapshots.prune() > 0
+    whole = [info.key for info in begun.volume.store.list("meta/") if ".snapshot" in info.key]
+    assert len(whole) == 2
+    assert begun.told() == begun.there()

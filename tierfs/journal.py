@@ -1,0 +1,258 @@
+"""The namespace journal's writer: what has changed goes to `meta/` in the store, a few seconds behind.
+
+The index notes what may have changed (a name in a directory, an inode) in the commit that learns of it;
+`flush` looks at all of that in the tree, writes one segment, and takes the notes back once it is in the store.
+The notes outlive the process and an outage, and are as many as there are changed names at most; when they
+become too many they are dropped, and a snapshot is taken when the store is back.
+
+A segment shall not miss a file that is being renamed: after each look the server is asked for a sign that its
+marks so far are in the log, and what they name is looked at as well, some rounds long; names that are seen gone
+only in the last round are left to the next segment. `Snapshots` (snapshots.py) writes the whole tree.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+from tierfs import failpoints, manifest
+from tierfs.errors import BusyError, TierError
+from tierfs.index import Chain, Note, Writer
+from tierfs.kit import Kit
+from tierfs.looking import line
+from tierfs.places import Places
+
+log = logging.getLogger("journal")
+
+MOST_NOTES = 100_000  # then a snapshot is cheaper, and bounded
+_ROUNDS = 4
+_PATIENCE = 5  # flushes in which a directory may be nowhere to be found
+_LOOK = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+@dataclass(slots=True)
+class _Segment:
+    """One segment being made. `done`: notes that it answers."""
+
+    packer: manifest.Packer
+    done: dict[tuple[int, bytes], Note] = field(default_factory=dict)
+    left: set[tuple[int, bytes]] = field(default_factory=set)  # for the next segment
+
+
+class Journal:
+    """Safe to use from several threads; one flush at a time."""
+
+    def __init__(self, kit: Kit, places: Places, drain: Callable[[], int], volume: str, epoch: int) -> None:
+        """`volume`: its id; `epoch`: this mount's, under which is written."""
+        self._kit = kit
+        self._places = places
+        self._drain = drain
+        self.volume = volume
+        self.epoch = epoch
+        self._lock = threading.Lock()
+        self._nowhere: dict[int, int] = {}  # directory -> flushes in which its place was not known
+        self.lost_track = False  # notes were dropped or could not be followed: the tree is to be walked
+
+    # --- how it stands ------------------------------------------------------------------------------------
+
+    @property
+    def behind(self) -> float:
+        """Seconds since the oldest change that the store does not know of."""
+        since = self._kit.index.noted_since()
+        return max(0.0, time.time() - since / 1e9) if since else 0.0
+
+    @property
+    def due(self) -> bool:
+        """It is time for a segment."""
+        return self.behind >= self._kit.config.journal_seconds
+
+    def chain(self) -> Chain:
+        """Where the journal goes on: a chain of its own where it is not known."""
+        known = self._kit.index.chain()
+        return known if known is not None else new_chain(self.epoch)
+
+    # --- segments -----------------------------------------------------------------------------------------
+
+    def trim(self) -> None:
+        """Keep the notes within bounds while nothing can be written. Raises IndexError_."""
+        with self._lock:
+            count = self._kit.index.note_count()
+            if count > MOST_NOTES:
+                self._give_up(f"{count} changes wait")
+
+    def flush(self) -> bool:
+        """Write what has changed, if anything has. Raises StoreError, BusyError, IndexError_, OSError."""
+        self.trim()
+        with self._lock:
+            position = self._drain()
+            begun = time.time_ns()
+            notes = self._kit.index.notes()
+            if not notes:
+                return False
+            chain = self.chain()
+            head = manifest.Head(
+                manifest.FORMAT, manifest.SEGMENT, self.volume, self.epoch, chain.sequence + 1, chain.root,
+                chain.digest, begun, position,
+            )  # fmt: skip
+            segment = _Segment(manifest.Packer(head))
+            self._look_at_all(segment, notes)
+            self._put(segment, chain, begun)
+            return True
+
+    def _put(self, segment: _Segment, chain: Chain, begun: int) -> None:
+        data = segment.packer.finish(time.time_ns())
+        key = manifest.Key(self.epoch, chain.sequence + 1, os.urandom(8).hex())
+        self.store(str(key), data)
+        failpoints.hit(failpoints.SEGMENT_PUT)
+        done = [note for key, note in segment.done.items() if key not in segment.left]
+
+        def commit(w: Writer) -> None:
+            now = w.get_chain() or chain
+            following = Chain(
+                chain.root, self.epoch, chain.sequence + 1, manifest.digest_of(data),
+                now.written + len(data), now.segments + 1, now.snapshot, now.unclean,
+            )  # fmt: skip
+            w.journalled(done, following, begun)
+
+        self._kit.index.commit(commit).result()
+        failpoints.hit(failpoints.SEGMENT_COMMITTED)
+        log.debug("segment %d: %d changes, %d bytes", chain.sequence + 1, len(done), len(data))
+
+    def store(self, key: str, data: bytes) -> None:
+        """Write an object and make sure that it is right. Raises StoreError, BusyError."""
+        if self._kit.withheld:
+            raise BusyError(self._kit.withheld)
+        if not self._kit.store.put(key, data, len(data)).verified and self._kit.store.get(key) != data:
+            raise TierError(f"the store gave back other bytes than it was given for {key}")
+
+    def _look_at_all(self, segment: _Segment, notes: list[Note]) -> None:
+        for turn in range(_ROUNDS):
+            fresh = [note for note in notes if segment.done.get((note.ino, note.name)) != note]
+            if not fresh:
+                return
+            self._look_at(segment, fresh, final=turn == _ROUNDS - 1)
+            if turn < _ROUNDS - 1:
+                # Whatever the server had done when it answers has its mark in the log.
+                with self._kit.server.guard([], 0):
+                    pass
+                self._drain()
+                notes = self._kit.index.notes()
+
+    def _look_at(self, segment: _Segment, notes: list[Note], final: bool) -> None:
+        """Notes are in the order of their directories: each of those is opened once."""
+        directory, fd, ident = -1, -1, ""
+        with ExitStack() as stack:
+            for note in notes:
+                key = (note.ino, note.name)
+                segment.done[key] = note
+                segment.left.discard(key)
+                if not note.name:
+                    self._look_at_inode(segment, note.ino)
+                    continue
+                if note.ino != directory:
+                    stack.close()
+                    directory = note.ino
+                    fd = self._open_directory(directory)
+                    if fd >= 0:
+                        stack.callback(os.close, fd)
+                        ident = self._tell(segment, fd)
+                if fd >= 0:
+                    present = self._look_at_name(segment, fd, ident, note.name, final)
+                    if not present and final:
+                        segment.left.add(key)
+                elif self._is_somewhere(directory):
+                    segment.left.add(key)
+
+    def _tell(self, segment: _Segment, fd: int) -> str:
+        """A line of a directory itself; its id."""
+        told = line(self._kit, fd, os.fstat(fd), self._kit.tree.handle_of(fd))
+        segment.packer.add(told)
+        return told.id
+
+    def _look_at_name(self, segment: _Segment, dirfd: int, ident: str, name: bytes, final: bool) -> bool:
+        try:
+            fd = os.open(name, _LOOK, dir_fd=dirfd)
+        except FileNotFoundError:
+            if not final:
+                segment.packer.add(manifest.Gone(ident, manifest.text(name)))
+            return False
+        try:
+            st = os.fstat(fd)
+            segment.packer.add(line(self._kit, fd, st, self._kit.tree.handle_of(fd), ident, name))
+        finally:
+            os.close(fd)
+        return True
+
+    def _look_at_inode(self, segment: _Segment, ino: int) -> None:
+        tree = self._kit.tree
+        if ino == tree.root_ino:
+            self._tell(segment, tree.rootfd)
+            return
+        record = self._kit.index.get(ino)
+        if record is None:
+            return  # gone, or not yet in the index: then a note follows
+        above = None if tree.privileged else self._places.directory(record.parent)
+        path = os.path.join(above.path, record.name) if above is not None else None
+        try:
+            fd = self._kit.open(ino, record.handle, _LOOK, path)
+        except OSError as error:
+            log.debug("inode %d is not looked at: %s", ino, error)  # its names have notes of their own
+            return
+        try:
+            segment.packer.add(line(self._kit, fd, os.fstat(fd), record.handle))
+        finally:
+            os.close(fd)
+
+    # --- directories --------------------------------------------------------------------------------------
+
+    def _open_directory(self, ino: int) -> int:
+        """A descriptor, -1 where its place is not known."""
+        if ino == self._kit.tree.root_ino:
+            return os.dup(self._kit.tree.rootfd)
+        place = self._places.directory(ino)
+        if place is None:
+            return -1
+        try:
+            fd = os.open(place.path or b".", _LOOK | os.O_DIRECTORY, dir_fd=self._kit.tree.rootfd)
+        except OSError:
+            return -1
+        if os.fstat(fd).st_ino != ino:
+            os.close(fd)
+            return -1
+        self._nowhere.pop(ino, None)
+        return fd
+
+    def _is_somewhere(self, ino: int) -> bool:
+        """A directory that could not be opened has not been removed, as far as is known: try again later. One
+        that stays away was moved behind the mount's back: then the tree is walked."""
+        if self._kit.index.get_dir(ino) is None:
+            return False
+        self._nowhere[ino] = self._nowhere.get(ino, 0) + 1
+        if self._nowhere[ino] <= _PATIENCE:
+            return True
+        del self._nowhere[ino]
+        log.warning("directory %d is not where it was last seen: the tree is journalled anew", ino)
+        self.lost_track = True
+        return False
+
+    def _give_up(self, reason: str) -> None:
+        """Drop the notes. What is written from now on does not continue what was written so far."""
+        log.warning("%s for the namespace journal: a snapshot takes their place", reason)
+
+        def commit(w: Writer) -> None:
+            before = w.get_chain()
+            w.begin_notes(False)
+            w.set_chain(new_chain(self.epoch, before.sequence + 1 if before is not None else 0))
+
+        self._kit.index.commit(commit).result()
+
+
+def new_chain(epoch: int, sequence: int = 0) -> Chain:
+    """The beginning of a chain that nothing precedes; later ones of an epoch have larger numbers."""
+    root = os.urandom(16).hex()
+    return Chain(root, epoch, sequence, root)

@@ -1,0 +1,101 @@
+"""What the namespace journal says of an inode: its line, made from the tree and the index as they are now."""
+
+from __future__ import annotations
+
+import base64
+import errno
+import logging
+import os
+import stat
+
+from tierfs import manifest
+from tierfs.kit import Kit
+from tierfs.model import Record
+from tierfs.tree import fd_path
+
+log = logging.getLogger("journal")
+
+_KINDS = {stat.S_IFIFO: "fifo", stat.S_IFSOCK: "socket", stat.S_IFCHR: "char", stat.S_IFBLK: "block"}
+_NO_XATTRS = frozenset({errno.ENODATA, errno.EOPNOTSUPP, errno.ENOENT, errno.EPERM})
+_OWN = frozenset({"trusted.tierfs", "trusted.tierfs_pin", "user.tierfs", "user.tierfs_pin"})
+
+
+def line(
+    kit: Kit, fd: int, st: os.stat_result, handle: bytes, directory: str = "", name: bytes = b""
+) -> manifest.AnyInode:
+    """The line of the inode behind an O_PATH descriptor, as `name` in `directory` (an id). Raises OSError."""
+    base = {
+        "id": manifest.inode_id(handle),
+        "mode": stat.S_IMODE(st.st_mode),
+        "uid": st.st_uid,
+        "gid": st.st_gid,
+        "mtime": st.st_mtime_ns,
+        "ctime": st.st_ctime_ns,
+        "dir": directory,
+        "name": manifest.text(name),
+    }
+    attributes = _xattrs(fd)
+    if attributes:
+        base["pinned"] = kit.tree.pin_name in attributes
+        base["xattrs"] = {key: value for key, value in attributes.items() if key not in _OWN} or None
+    kind = stat.S_IFMT(st.st_mode)
+    if kind == stat.S_IFREG:
+        return _file(kit, fd, st, handle, base)
+    if kind == stat.S_IFDIR:
+        return manifest.Directory(**base, root=st.st_ino == kit.tree.root_ino)  # type: ignore[arg-type]
+    if kind == stat.S_IFLNK:
+        return manifest.Symlink(**base, target=manifest.text(os.readlink(b"", dir_fd=fd)))  # type: ignore[arg-type]
+    return manifest.Special(**base, kind=_KINDS[kind], rdev=st.st_rdev)  # type: ignore[arg-type]
+
+
+def _file(kit: Kit, fd: int, st: os.stat_result, handle: bytes, base: dict[str, object]) -> manifest.File:
+    record = kit.index.get(st.st_ino)
+    if record is None or record.handle != handle:
+        # Not yet in the index: dirty, and not known since when.
+        return manifest.File(**base, size=st.st_size, blocks=st.st_blocks, since=st.st_mtime_ns or 1)  # type: ignore[arg-type]
+    base["mtime"], base["ctime"] = _shown(record, st)
+    copy, extents = None, None
+    if record.copy is not None:
+        copy = manifest.CopyLine.of(record.copy)
+        leaves = kit.index.get_leaves(record.fid, record.copy.generation)
+        if leaves is not None and sum(end - start for start, end in leaves.extents) < record.copy.size:
+            extents = leaves.extents if len(leaves.extents) <= manifest.MOST_EXTENTS else None
+    return manifest.File(
+        **base,  # type: ignore[arg-type]
+        size=st.st_size,
+        blocks=max(record.blocks, st.st_blocks),
+        fid=record.fid.hex(),
+        generation=record.generation,
+        copy=copy,
+        since=kit.index.dirty_since(st.st_ino) if record.dirty else 0,
+        extents=extents,
+    )
+
+
+def _shown(record: Record, st: os.stat_result) -> tuple[int, int]:
+    """The times that the mount shows."""
+    if record.copy is not None and record.left_ctime == st.st_ctime_ns:
+        return record.copy.mtime, record.copy.ctime
+    return st.st_mtime_ns, st.st_ctime_ns
+
+
+def _xattrs(fd: int) -> dict[str, str]:
+    """All extended attributes, TierFS's own too."""
+    path = fd_path(fd)
+    try:
+        names = os.listxattr(path)
+    except OSError as error:
+        if error.errno in _NO_XATTRS:
+            return {}
+        raise
+    found: dict[str, str] = {}
+    for name in names:
+        try:
+            found[manifest.text(os.fsencode(name))] = base64.b64encode(os.getxattr(path, name)).decode()
+        except PermissionError:
+            # Its own owner may not read it (mode 0); only root could.
+            log.warning("inode %d: attribute %s is unreadable, and not journalled", os.fstat(fd).st_ino, name)
+        except OSError as error:
+            if error.errno not in _NO_XATTRS:
+                raise
+    return found
