@@ -66,9 +66,9 @@ def test_a_child_is_started_reaped_and_counted(tmp_path):
         child.start({"state": "/s", "epoch": 4}, [])
     finally:
         del os.environ["PYTHONPATH"]
-    assert os.read(reading, 1000) == b"['--state', '/s', '--epoch', '4']\n"
     while child.alive():
         threading.Event().wait(0.01)
+    assert os.read(reading, 1000) == b"['--state', '/s', '--epoch', '4']\n"
     assert child.reap() == 3
     assert child.reap() is None
     child.died()
