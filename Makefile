@@ -9,7 +9,7 @@ PYTEST := $(BIN)/pytest
 # Tests wait more than they compute. A file's tests stay together: they share its mounts.
 PYTEST_ARGS ?= -n 3 --dist loadfile
 
-.PHONY: setup demo test soak lint bench clean
+.PHONY: setup demo test soak conformance lint bench clean
 
 setup: $(VENV)/.installed
 
@@ -44,6 +44,10 @@ test: setup
 
 soak: setup
 	$(PYTEST) -m soak --timeout 7200
+
+# The public POSIX suites on both bindings, beside the filesystem beneath; they come from cargo where it is.
+conformance: setup
+	@$(BIN)/python tests/conformance/run.py $(CONFORMANCE_ARGS)
 
 lint: setup
 	$(BIN)/ruff check tierfs daemon tests benchmarks

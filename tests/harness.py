@@ -287,6 +287,16 @@ class Volume:
     def fetch(self, *paths: Path_) -> None:
         self.cli("fetch", "--wait", *(paths or (self.mountpoint,)))
 
+    def order(self, verb: str, *paths: Path_) -> list[str]:
+        """`demote` or `fetch` without starting the command; the reasons of what stayed as it was."""
+        from tierfs import control, locate
+
+        place = locate.locate(os.fspath(self.mountpoint))
+        relative = [os.fsencode(os.path.relpath(os.fsdecode(path), self.mountpoint)) for path in paths]
+        request = (control.Demote if verb == "demote" else control.Fetch)(relative or [b""], True)
+        answers = list(control.converse(place.mount, request))
+        return [item.reason for item in answers[-1].stayed]
+
     def tier(self, path: Path_) -> str:
         return os.getxattr(path, "user.tierfs.tier").decode()
 
@@ -319,6 +329,9 @@ class PlainVolume(Volume):
 
     def fetch(self, *paths: Path_) -> None:
         pass
+
+    def order(self, verb: str, *paths: Path_) -> list[str]:
+        return []
 
     def backing(self, path: Path_) -> str:
         return os.fsdecode(path)

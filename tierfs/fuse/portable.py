@@ -1,18 +1,24 @@
 """The portable binding: fusepy (libfuse 2, or macFUSE) over the same vfs.
 
 What libfuse 2's high level cannot express is missing here: passthrough, invalidation, rename flags, O_TMPFILE,
-SEEK_HOLE, the groups of a creating process. Each call runs in a thread of libfuse's; one lock makes vfs and
-gate single-threaded, and is let go while a call waits for content or for a slow local system call.
+SEEK_HOLE, copy_file_range, interrupts, the groups of a creating process. It knows a file by its path: each hard
+link is an inode of its own to the kernel, so attributes are never cached, and a file that is removed while it
+is open gets a hidden name until it is closed, so that it can still be asked for its attributes.
+
+Each call runs in a thread of libfuse's; one lock makes vfs and gate single-threaded, and is let go while a call
+waits for content or for a slow local system call.
 
 libfuse hands over whole paths as text. Names are bytes: latin-1 maps each byte to one character and back.
 """
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import logging
 import os
 import stat
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,8 +38,31 @@ ENCODING = "latin-1"
 _SHOWN = (
     "st_ino", "st_size", "st_blocks", "st_mode", "st_nlink", "st_uid", "st_gid", "st_rdev", "st_blksize",
 )  # fmt: skip
-_UTIME_NOW, _UTIME_OMIT = (1 << 30) - 1, (1 << 30) - 2
-_SECOND = 1_000_000_000
+_UTIME_NOW, _UTIME_OMIT = (1 << 30) - 1, (1 << 30) - 2  # nanoseconds, with no seconds: see utimensat(2)
+
+
+class _Table(ctypes.Structure):
+    """libfuse 2.9's table of operations: fusepy's ends before the last ones."""
+
+    _fields_ = (
+        *fuse.fuse_operations._fields_,
+        ("poll", ctypes.c_void_p),
+        ("write_buf", ctypes.c_void_p),
+        ("read_buf", ctypes.c_void_p),
+        ("flock", ctypes.c_void_p),
+        ("fallocate", ctypes.CFUNCTYPE(
+            ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_int64, ctypes.c_int64,
+            ctypes.POINTER(fuse.fuse_file_info),
+        )),
+    )  # fmt: skip
+
+
+class _Mount(fuse.FUSE):  # type: ignore[misc]
+    """fusepy's dispatcher, with the operation that it lacks."""
+
+    def fallocate(self, path: bytes | None, mode: int, offset: int, length: int, fip: Any) -> int:
+        self.operations("fallocate", None, mode, offset, length, fip.contents)
+        return 0
 
 
 class Portable(fuse.Operations):  # type: ignore[misc]
@@ -41,6 +70,7 @@ class Portable(fuse.Operations):  # type: ignore[misc]
 
     use_ns = True
     flag_nullpath_ok = 1  # operations on an open file come without a path
+    flag_utime_omit_ok = 1
 
     def __init__(self, vfs: Vfs, lock: threading.RLock, on_init: Callable[[], None]) -> None:
         """`lock` is shared with whoever else calls into the gate (messages of the mover, ticks)."""
@@ -228,6 +258,9 @@ class Portable(fuse.Operations):  # type: ignore[misc]
         self._vfs.forget(self._nodes.pop(fh.fh), 1)
         return 0
 
+    def fallocate(self, path: str | None, mode: int, offset: int, length: int, fh: Any) -> Any:
+        return self._vfs.fallocate(fh.fh, mode, offset, length, self._caller())
+
     def fsync(self, path: str | None, datasync: int, fh: Any) -> Any:
         return self._vfs.fsync(fh.fh, bool(datasync))
 
@@ -274,10 +307,9 @@ class Portable(fuse.Operations):  # type: ignore[misc]
 
 def _moment(t: int) -> int | None:
     """A timespec in nanoseconds with its two special values (utimensat(2))."""
-    part = t % _SECOND
-    if part == _UTIME_NOW:
+    if t == _UTIME_NOW:
         return NOW
-    return None if part == _UTIME_OMIT else t
+    return None if t == _UTIME_OMIT else t
 
 
 def _attributes(st: Any) -> dict[str, int]:
@@ -290,7 +322,9 @@ def serve(
 ) -> None:
     """Mount and serve until unmounted. Raises RuntimeError where libfuse cannot mount."""
     operations = Portable(vfs, lock, ready)
-    fuse.FUSE(
-        operations, mountpoint, raw_fi=True, encoding=ENCODING, foreground=True, use_ino=True, hard_remove=True,
-        attr_timeout=1, entry_timeout=1, **options,
+    if sys.platform == "linux":
+        fuse.fuse_operations = _Table
+    _Mount(
+        operations, mountpoint, raw_fi=True, encoding=ENCODING, foreground=True, use_ino=True,
+        attr_timeout=0, entry_timeout=1, **options,
     )  # fmt: skip
