@@ -113,6 +113,31 @@ class Server:
         self.run(lambda: self.gate.write(handle, 0, data))
         self.release(handle)
 
+    def unlink(self, path):
+        """As names.py does it for the last name of a file."""
+        with self.lock:
+            st, parent = os.stat(path), os.stat(os.path.dirname(path)).st_ino
+            fd = os.open(path, os.O_PATH | os.O_NOFOLLOW)
+            try:
+                handle = self.tree.handle_of(fd)
+            finally:
+                os.close(fd)
+            os.unlink(path)
+            self.gate.gone(st, handle, parent, os.fsencode(os.path.basename(path)))
+
+    def mkdir(self, path):
+        with self.lock:
+            os.mkdir(path)
+            st, parent = os.stat(path), os.stat(os.path.dirname(path)).st_ino
+            self.gate.made_dir(st.st_ino, parent, os.fsencode(os.path.basename(path)))
+
+    def rename(self, old, new):
+        with self.lock:
+            os.rename(old, new)
+            st, parent = os.stat(new), os.stat(os.path.dirname(new)).st_ino
+            name = os.fsencode(os.path.basename(new))
+            (self.gate.made_dir if os.path.isdir(new) else self.gate.named)(st.st_ino, parent, name)
+
     def shown(self, path):
         with self.lock:
             opath = os.open(path, os.O_PATH)

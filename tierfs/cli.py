@@ -29,6 +29,9 @@ _COMMANDS = {
     "fetch": ("orders", "fetch", "Bring files back to the local disk now."),
     "adopt": ("home", "adopt", "Turn an existing directory into a mounted volume."),
     "leave": ("home", "leave", "Turn a volume back into a plain directory."),
+    "versions": ("past", "versions", "List former contents of files, also of deleted ones."),
+    "restore-version": ("past", "restore_version", "Bring a former content back."),
+    "gc": ("past", "gc", "Remove from the store what nothing refers to any more."),
     "check": ("check", "check", "Compare a volume's tree, index and store."),
 }
 

@@ -1,69 +1,269 @@
-"""Removing objects that nothing refers to any more, after the grace time (custody rule 17).
+"""Removing objects that nothing refers to any more (custody rules 17 and 23).
 
-An object is only ever removed by its own tombstone, never for being in a listing. Before that the backing
-filesystem is synced, so that an unlink which a power cut could undo has become final, and the file that the
-object belonged to is looked for by its handle once more.
+    buried or abandoned → published in the store → the grace has passed → looked at once more → deleted
+
+An object is only ever removed by its own tombstone or intent, never for being in a listing. Ages are believed
+time (policy/aging.py), so neither a jump of this machine's clock nor one of the store's makes anything older.
+The list under `gc/` tells whoever takes the volume over what this machine may be about to remove; before each
+batch the store is asked whether it is still ours.
+
+Before a delete the backing filesystem is synced, so that an unlink which a power cut could undo has become
+final, and the file that the object belonged to is looked for once more, by its handle or at its old place.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import threading
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
+from tierfs import failpoints
 from tierfs.digests import SIDE_SUFFIX
-from tierfs.errors import TierError
+from tierfs.errors import ObjectMissingError, StoreError, TierError
 from tierfs.index import Writer
 from tierfs.kit import Kit
-from tierfs.model import Record, object_key
+from tierfs.model import EPOCH_SHIFT, Record, object_key
+from tierfs.past import Buried, Listed, Version
 
 log = logging.getLogger("mover")
 
-_BATCH = 500
+_BATCH = 500  # with the side objects one request of S3's bulk delete
+_PART = 50_000  # keys in one object of a list
+_PREFIX = "gc/"
+_CLOCK_KEY = _PREFIX + "clock"
+_INTERVAL = 3600.0  # seconds between beats
+_ABORT_INTERVAL = 6 * 3600.0
+_EVER = (1 << 63) - 1
+
+Referenced = Callable[[list[str]], set[str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """An object that will be removed, not before `may_go` (seconds since the epoch). `size` None: not known."""
+
+    key: str
+    size: int | None
+    reason: str
+    may_go: float
+
+
+def _since_boot() -> tuple[float, str]:
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        return time.clock_gettime(time.CLOCK_BOOTTIME), file.read().strip()
 
 
 class Collector:
-    """Carries out what the tombstones say."""
+    """`referenced` says which of some keys the last durable snapshots of the namespace still need; `since_boot`
+    gives the seconds since the boot of that id."""
 
-    def __init__(self, kit: Kit) -> None:
+    def __init__(
+        self,
+        kit: Kit,
+        referenced: Referenced = lambda keys: set(),
+        since_boot: Callable[[], tuple[float, str]] = _since_boot,
+    ) -> None:
         self._kit = kit
+        self._referenced = referenced
+        self._since_boot = since_boot
+        self._next = self._next_abort = 0.0
+        self._swept = False
+        self._lock = threading.Lock()  # one run at a time
 
-    def run(self) -> int:
-        """Remove what may go now; how many objects went. Raises StoreError, IndexError_, OSError."""
+    def run(self, now: bool = False) -> int:
+        """Remove what may go; how many objects went. Without `now` only as often as it makes sense.
+
+        Raises StoreError, VolumeError where the store is not ours any more, IndexError_, OSError.
+        """
+        with self._lock:
+            return self._run(now)
+
+    def _run(self, now: bool) -> int:
         kit = self._kit
-        if kit.withheld or not kit.index.surveyed:
+        if kit.withheld or not kit.index.surveyed or not self._has_garbage():
             return 0
-        due = kit.index.tombstones(time.time_ns() - int(kit.config.grace * 1e9), _BATCH)
-        if not due:
+        if not now and time.monotonic() < self._next:
             return 0
-        kit.tree.sync()
-        gone: list[tuple[int, str]] = []
-        kept: list[tuple[int, str]] = []
-        for when, key in due:
-            verdict = self._judge(when, key)
+        self._next = time.monotonic() + min(_INTERVAL, max(1.0, kit.config.grace / 4))
+        kit.still_ours()
+        self._beat()
+        self._forget_unknown_lists()
+        self._abort_uploads()
+        gone = sum(self._carry_out(listed) for listed in kit.index.lists() if self._is_ripe(listed))
+        self._publish()
+        return gone
+
+    def _has_garbage(self) -> bool:
+        index = self._kit.index
+        return bool(index.tombstones(_EVER, limit=1) or index.orphans(_EVER, limit=1) or index.lists())
+
+    # --- time ---------------------------------------------------------------------------------------------
+
+    def _beat(self) -> None:
+        """Learn the store's date, by writing something and looking when it says that was."""
+        body = b"The date of this object tells how late it is by the store's clock.\n"
+        self._kit.store.put(_CLOCK_KEY, body, len(body))
+        server = self._kit.store.head(_CLOCK_KEY).modified
+        failpoints.hit(failpoints.GC_BEAT)
+        clock = self._kit.index.past.clock.advanced(server, *self._since_boot())
+        self._kit.index.commit(lambda w: w.beat(clock)).result()
+
+    @property
+    def _keep(self) -> float:
+        """Seconds for which a version is kept."""
+        return max(self._kit.config.keep_versions, self._kit.config.grace)
+
+    def _older_than(self, seconds: float) -> int:
+        """The last beat at which something may have been buried that is so old now; -1: nothing is."""
+        now = self._kit.index.past.believed
+        return max((number - 1 for number, at in self._kit.index.beats() if now - at >= seconds), default=-1)
+
+    def _is_ripe(self, listed: Listed) -> bool:
+        return self._kit.index.past.believed - listed.at >= self._kit.config.grace
+
+    # --- first phase --------------------------------------------------------------------------------------
+
+    def _publish(self) -> None:
+        """Write down what will go, where everybody sees it, and begin to wait."""
+        index, grace = self._kit.index, self._kit.config.grace
+        lists = index.lists()
+        tombs_before = max((listed.tombs for listed in lists), default=-1)
+        orphans_before = max((listed.orphans for listed in lists), default=-1)
+        # So that it may go when its time is over, not a grace later.
+        tombs, orphans = self._older_than(max(0.0, self._keep - grace)), self._older_than(0.0)
+        if not index.tombstones(tombs, (tombs_before + 1, ""), 1):
+            tombs = tombs_before
+        if not index.orphans(orphans, (orphans_before + 1, ""), 1):
+            orphans = orphans_before
+        if (tombs, orphans) == (tombs_before, orphans_before):
+            return
+        past = index.past
+        key = f"{_PREFIX}{index.session.epoch:05x}-{past.beat:012x}-"
+        parts = 0
+        for part in _parts(self._new(tombs_before + 1, tombs, orphans_before + 1, orphans)):
+            body = json.dumps({"format": 1, "keys": part}).encode()
+            self._kit.store.put(f"{key}{parts}", body, len(body))
+            parts += 1
+        failpoints.hit(failpoints.GC_PUBLISHED)
+        listed = Listed(past.beat, tombs, orphans, past.believed, key, parts)
+        index.commit(lambda w: w.put_list(listed)).result()
+        failpoints.hit(failpoints.GC_LISTED)
+
+    def _new(self, first_tomb: int, last_tomb: int, first_orphan: int, last_orphan: int) -> Iterator[str]:
+        index = self._kit.index
+        for rows in _pages(lambda after: index.tombstones(last_tomb, after, _BATCH), (first_tomb, "")):
+            yield from (key for _, key in rows)
+        for rows in _pages(lambda after: index.orphans(last_orphan, after, _BATCH), (first_orphan, "")):
+            yield from (key for _, key in rows)
+
+    def _forget_unknown_lists(self) -> None:
+        """What a crash published without noting it. Once; lists of a later owner are left alone."""
+        if self._swept:
+            return
+        index = self._kit.index
+        known = {f"{listed.key}{part}" for listed in index.lists() for part in range(listed.parts)}
+        ours = f"{_PREFIX}{index.session.epoch:05x}-~"
+        found = [info.key for info in self._kit.store.list(_PREFIX) if info.key != _CLOCK_KEY]
+        self._kit.store.delete([key for key in found if key not in known and key < ours])
+        self._swept = True
+
+    # --- second phase -------------------------------------------------------------------------------------
+
+    def _carry_out(self, listed: Listed) -> int:
+        """Delete what is on a list, but for what has come back or is not old enough; how many objects went."""
+        index = self._kit.index
+        if not self._is_published(listed):
+            index.commit(lambda w: w.drop_list(listed.number)).result()
+            return 0
+        self._kit.tree.sync()
+        tombs = min(listed.tombs, self._older_than(self._keep))
+        gone = 0
+        for rows in _pages(lambda after: index.tombstones(tombs, after, _BATCH), None):
+            gone += self._collect(rows, self._judge_tomb, Writer.drop_tombstone)
+        for rows in _pages(lambda after: index.orphans(listed.orphans, after, _BATCH), None):
+            gone += self._collect(rows, self._judge_orphan, Writer.drop_orphan)
+        failpoints.hit(failpoints.GC_DROPPED)
+        self._close(listed)
+        if gone:
+            log.info("%d objects that nothing refers to were removed", gone)
+        return gone
+
+    def _is_published(self, listed: Listed) -> bool:
+        try:
+            for part in range(listed.parts):
+                self._kit.store.head(f"{listed.key}{part}")
+        except ObjectMissingError:
+            log.warning("a list of garbage is not in the store any more: it is published once more")
+            return False
+        return True
+
+    def _close(self, listed: Listed) -> None:
+        """A list on which nothing is left goes, and with it the beats that only it needed."""
+        index = self._kit.index
+        if index.tombstones(listed.tombs, limit=1) or index.orphans(listed.orphans, limit=1):
+            return
+        self._kit.store.delete([f"{listed.key}{part}" for part in range(listed.parts)])
+        buried = index.tombstones(_EVER, limit=1) + index.orphans(_EVER, limit=1)
+        oldest = min((beat for beat, _ in buried), default=index.past.beat)
+
+        def commit(w: Writer) -> None:
+            w.drop_list(listed.number)
+            w.forget_beats(oldest)
+
+        index.commit(commit).result()
+
+    def _collect(
+        self,
+        rows: list[Buried],
+        judge: Callable[[int, str], bool | None],
+        drop: Callable[[Writer, int, str], None],
+    ) -> int:
+        kit = self._kit
+        kit.still_ours()
+        needed = self._referenced([key for _, key in rows])
+        gone: list[Buried] = []
+        back: list[Buried] = []
+        for beat, key in rows:
+            verdict = None if key in needed or key in kit.in_use or not self._is_ours(key) else judge(beat, key)
             if verdict is not None:
-                (gone if verdict else kept).append((when, key))
+                (gone if verdict else back).append((beat, key))
         if gone:
             kit.store.delete([key for _, key in gone] + [key + SIDE_SUFFIX for _, key in gone])
-        if gone or kept:
-            kit.index.commit(lambda w: self._drop(w, gone, kept)).result()
+            failpoints.hit(failpoints.GC_DELETED)
+
+        def commit(w: Writer) -> None:
+            for _, key in gone:
+                self._drop_leaves(w, key)
+            for beat, key in gone + back:
+                drop(w, beat, key)
+
+        if gone or back:
+            kit.index.commit(commit).result()
         return len(gone)
 
-    def _judge(self, when: int, key: str) -> bool | None:
-        """True: nothing refers to this object. False: something does. None: its file is still open."""
-        fid, _, _ = _parts(key)
-        record = self._kit.index.get_by_fid(fid)
-        if record is not None and _key_of(record) == key:
+    def _is_ours(self, key: str) -> bool:
+        """No later owner has made it."""
+        return _parse(key)[1] >> EPOCH_SHIFT <= self._kit.index.session.epoch
+
+    def _judge_orphan(self, _beat: int, key: str) -> bool | None:
+        return not self._is_referred(key)
+
+    def _judge_tomb(self, beat: int, key: str) -> bool | None:
+        """True: nothing refers to this object. False: something does. None: that is not final yet."""
+        if self._is_referred(key):
             return False
-        handle = self._kit.index.tombstone_handle(when, key)
-        if not handle or not self._kit.tree.privileged:
-            return True
+        tree = self._kit.tree
+        handle = self._kit.index.tombstone_handle(beat, key)
         try:
-            fd = self._kit.tree.open_handle(handle, os.O_PATH)
+            fd = tree.open_handle(handle, os.O_PATH) if tree.privileged else self._at_old_place(key)
         except OSError:
             return True  # the inode is gone
         try:
-            stub = self._kit.tree.read_stub(fd)
+            stub = tree.read_stub(fd)
             if stub is None or stub.key != key:
                 return True
             # Unlinked and open: its reader may still need the object. Linked: it is back after a power cut.
@@ -73,22 +273,91 @@ class Collector:
         finally:
             os.close(fd)
 
-    def _drop(self, w: Writer, gone: list[tuple[int, str]], kept: list[tuple[int, str]]) -> None:
-        for when, key in gone:
-            fid, generation, _ = _parts(key)
-            record = self._kit.index.get_by_fid(fid)
-            if record is None or record.copy is None or record.copy.generation != generation:
-                w.drop_leaves(fid, generation)
-            w.drop_tombstone(when, key)
-        for when, key in kept:
-            w.drop_tombstone(when, key)
+    def _at_old_place(self, key: str) -> int:
+        """Whatever is there, O_PATH: without privileges nothing is opened by handle. Raises OSError."""
+        version = self._kit.index.version(key)
+        path = version.path if version is not None else b""
+        return os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._kit.tree.rootfd)
+
+    def _is_referred(self, key: str) -> bool:
+        record = self._kit.index.get_by_fid(_parse(key)[0])
+        return record is not None and _key_of(record) == key
+
+    def _drop_leaves(self, w: Writer, key: str) -> None:
+        fid, generation = _parse(key)
+        record = self._kit.index.get_by_fid(fid)
+        if record is None or record.copy is None or record.copy.generation != generation:
+            w.drop_leaves(fid, generation)
+
+    # --- uploads cut short --------------------------------------------------------------------------------
+
+    def _abort_uploads(self) -> None:
+        """Parts of uploads that never ended cost money and are in no listing of objects."""
+        if time.monotonic() < self._next_abort:
+            return
+        self._next_abort = time.monotonic() + _ABORT_INTERVAL
+        before = self._kit.index.past.server - self._kit.config.grace
+        try:
+            count = self._kit.store.abort_uploads("data/", before, set(self._kit.index.intents()))
+        except StoreError as error:
+            log.warning("uploads that were cut short stay in the store: %s", error)
+            return
+        if count:
+            log.info("%d uploads that were cut short were removed", count)
+
+    # --- what is known ------------------------------------------------------------------------------------
+
+    def kept_until(self, version: Version) -> float:
+        """Seconds since the epoch, at least; by this machine's clock as it goes now."""
+        return self._may_go(version.beat, self._keep)
+
+    def _may_go(self, beat: int, keep: float) -> float:
+        past = self._kit.index.past
+        begun = next((at for _, at in self._kit.index.beats(beat + 1, 1)), past.believed)
+        return time.time() + max(0.0, keep - (past.believed - begun))
+
+    def plan(self) -> Iterator[Candidate]:
+        """What will be removed and when, oldest first. Raises IndexError_, StoreError."""
+        index = self._kit.index
+        for rows in _pages(lambda after: index.tombstones(_EVER, after, _BATCH), None):
+            needed = self._referenced([key for _, key in rows])
+            for beat, key in rows:
+                version = index.version(key)
+                if version is None:
+                    continue
+                how = "deleted" if version.deleted else "superseded"
+                snapshot = ", still in a snapshot" if key in needed else ""
+                reason = f"{how} version of {os.fsdecode(version.path)!r}{snapshot}"
+                yield Candidate(key, version.size, reason, self._may_go(beat, self._keep))
+        for rows in _pages(lambda after: index.orphans(_EVER, after, _BATCH), None):
+            for beat, key in rows:
+                may_go = self._may_go(beat, self._kit.config.grace)
+                yield Candidate(key, None, "upload that became no copy", may_go)
 
 
-def _parts(key: str) -> tuple[bytes, int, str]:
-    """File id, generation and tag of a key."""
+def _pages(
+    page: Callable[[Buried | None], list[Buried]], after: Buried | None
+) -> Iterator[list[Buried]]:
+    while rows := page(after):
+        yield rows
+        after = rows[-1]
+
+
+def _parts(keys: Iterator[str]) -> Iterator[list[str]]:
+    part: list[str] = []
+    for key in keys:
+        part.append(key)
+        if len(part) >= _PART:
+            yield part
+            part = []
+    if part:
+        yield part
+
+
+def _parse(key: str) -> tuple[bytes, int]:
+    """File id and generation of a key."""
     _, _, name, version = key.split("/")
-    generation, _, tag = version.partition("-")
-    return bytes.fromhex(name), int(generation, 16), tag
+    return bytes.fromhex(name), int(version.partition("-")[0], 16)
 
 
 def _key_of(record: Record) -> str:

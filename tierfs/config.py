@@ -74,6 +74,7 @@ class VolumeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     fetches: int = 16
     grace: float = 86400.0
     journal_seconds: float = 20.0
+    keep_versions: float = 30 * 86400.0
     never: Never = Never()
 
 
@@ -181,7 +182,10 @@ _KEYS: dict[str, _Key] = {
                           "S3 storage class of new objects; empty: the bucket's default."),
     "uploads": _Key("uploads", _parse_count, "8", "Uploads at once."),
     "fetches": _Key("fetches", _parse_count, "16", "Requests at once for reading."),
-    "grace": _Key("grace", parse_duration, '"24h"', "Objects that nothing refers to are kept for so long."),
+    "keep_versions": _Key("keep_versions", parse_duration, '"30d"',
+                          "Overwritten and deleted files can be had back for so long, at least for `grace`."),
+    "grace": _Key("grace", parse_duration, '"24h"',
+                  "What is to be removed from the store is announced there for so long before."),
     "journal": _Key("journal_seconds", parse_duration, '"20s"',
                     "Names and attributes reach the store after so long."),
 }  # fmt: skip

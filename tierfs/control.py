@@ -1,7 +1,7 @@
 """The control socket: requests, answers, their framing, and the client.
 
-A frame is 4 bytes of length (little-endian) and msgpack. A request is answered by any number of `Progress`
-and `Facts` frames and one last frame: `Done`, `Status`, `Findings` or `Failed`. A client that hangs up
+A frame is 4 bytes of length (little-endian) and msgpack. A request is answered by any number of frames such as
+`Progress` and `Facts` and one last frame: `Done`, `Status`, `Findings` or `Failed`. A client that hangs up
 cancels its request. Paths are bytes relative to the volume's root, b"" being the root itself.
 """
 
@@ -84,11 +84,34 @@ class Check(Frame, frozen=True):
     read_data: bool
 
 
+class GetVersions(Frame, frozen=True):
+    """Former contents of a file, there or not; of what lay beneath a directory. Answer: Version …, Done."""
+
+    path: bytes
+
+
+class ReadVersion(Frame, frozen=True):
+    """One of them, by its generation or as of a moment (ns). Answer: Version, Content …, Done."""
+
+    path: bytes
+    generation: int | None = None
+    when: int | None = None
+
+
+class Collect(Frame, frozen=True):
+    """Remove what may go from the store now, or (`dry_run`) only name it. Answer: Garbage …, Done."""
+
+    dry_run: bool
+
+
 class Reload(Frame, frozen=True):
     """Read the configuration anew. Answer: Done or Failed."""
 
 
-Request = GetStatus | GetFacts | ListNames | SetPin | GetPins | Demote | Fetch | Drain | Check | Reload
+Request = (
+    GetStatus | GetFacts | ListNames | SetPin | GetPins | Demote | Fetch | Drain | Check | Reload
+    | GetVersions | ReadVersion | Collect
+)  # fmt: skip
 
 
 # --- answers ---------------------------------------------------------------------------------------------
@@ -107,6 +130,40 @@ class Facts(Frame, frozen=True):
     generation: int = 0
     copy: str = ""
     reason: str = ""
+
+
+class Version(Frame, frozen=True):
+    """One content of a file: current, superseded or deleted. Times in ns, `kept_until` in seconds (None: not
+    before its file has another copy). `until` None: it still is. Mode 0: owner and mode are not known."""
+
+    path: bytes
+    generation: int
+    size: int
+    mtime: int
+    key: str
+    state: str
+    since: int
+    until: int | None = None
+    kept_until: float | None = None
+    mode: int = 0
+    uid: int = 0
+    gid: int = 0
+
+
+class Content(Frame, frozen=True):
+    """Bytes of a version at their place; what is in no such frame is a hole."""
+
+    offset: int
+    data: bytes
+
+
+class Garbage(Frame, frozen=True):
+    """An object that will be removed, not before `may_go` (seconds). `size` None: not known."""
+
+    key: str
+    size: int | None
+    reason: str
+    may_go: float
 
 
 class Problem(msgspec.Struct, frozen=True):
@@ -190,7 +247,8 @@ class Failed(Frame, frozen=True):
     message: str
 
 
-Answer = Facts | Status | Progress | Done | Findings | Failed
+Answer = Facts | Status | Progress | Done | Findings | Failed | Version | Content | Garbage
+Last = Status | Done | Findings
 
 _encoder = msgspec.msgpack.Encoder()
 _requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
@@ -343,7 +401,7 @@ def converse(mount: Mount, request: Request) -> Iterator[Answer]:
                 if isinstance(answer, Failed):
                     raise error_of(answer)
                 yield answer
-                if not isinstance(answer, Progress | Facts):
+                if isinstance(answer, Last):
                     return
         except TimeoutError as exc:
             raise VolumeError(

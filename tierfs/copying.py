@@ -15,17 +15,25 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from tierfs import failpoints, transitions
 from tierfs.digests import SIDE_SUFFIX, Extents, is_sparse, leaf_digests, pack_side, sha256
-from tierfs.errors import BusyError, ObjectCorruptError, StoreError, StoreUnavailableError, TierError
+from tierfs.errors import (
+    BusyError,
+    IndexError_,
+    ObjectCorruptError,
+    StoreError,
+    StoreUnavailableError,
+    TierError,
+)
 from tierfs.index import Writer
 from tierfs.kit import TICK, Kit, proven, read_exactly
 from tierfs.model import LEAF, Copy, Record, Residency, new_fid, new_tag, object_key
+from tierfs.past import Ending
 from tierfs.transfer import Urgency
 
 log = logging.getLogger("mover")
@@ -54,6 +62,8 @@ class Item:
     st: os.stat_result | None = None
     record: Record | None = None
     generation: int = 0
+    fid: bytes = b""  # set with `tag` when it is sealed: the key of the object that a copy would be
+    tag: bytes = b""  # empty again once the copy is committed
     reason: str = ""
     failed: bool = False
     already: bool = False  # it is what it shall become
@@ -65,6 +75,11 @@ class Item:
     def going(self) -> bool:
         """Nothing speaks against it yet."""
         return not self.reason and not self.already
+
+    @property
+    def key(self) -> str:
+        """The object to put."""
+        return object_key(self.fid, self.generation, self.tag)
 
     def stay(self, reason: str, failed: bool = False) -> None:
         """It stays as it is."""
@@ -82,7 +97,7 @@ class _Taken:
     """What reading and putting one file came to."""
 
     copy: Copy
-    fid: bytes
+    key: str
     extents: Extents
     digests: bytes
     fresh: bool  # a new object was put
@@ -105,6 +120,7 @@ class Copier:
             return
         sealed = self._seal(needy)
         try:
+            self._intend(sealed)
             submit = self._kit.uploads.submit
             futures = [(item, submit(Urgency.UPLOAD, partial(self._take, item, cancelled))) for item in sealed]
             taken = [(item, _outcome(item, future)) for item, future in futures]
@@ -113,6 +129,26 @@ class Copier:
             failpoints.hit(failpoints.COPY_COMMITTED)
         finally:
             self._kit.server.unseal([item.ino for item in sealed])
+            self._abandon(sealed)
+
+    def _intend(self, items: list[Item]) -> None:
+        """Note durably what is about to be put: whatever of it no record comes to refer to is collected, also
+        after a crash."""
+        for item in items:
+            item.fid = item.record.fid if item.record is not None else new_fid()
+            item.tag = new_tag()
+        keys = [item.key for item in items]
+        if keys:
+            self._kit.index.commit(partial(_intend_all, keys)).result()
+        failpoints.hit(failpoints.COPY_INTENDED)
+
+    def _abandon(self, items: list[Item]) -> None:
+        """What of this did not become a copy is garbage. Nobody waits: a crash leaves the intents."""
+        keys = [item.key for item in items if item.tag]
+        if not keys:
+            return
+        with suppress(IndexError_):  # closed: the next mover does it
+            self._kit.index.commit(partial(_abandon_intended, keys))
 
     def _is_proven(self, item: Item) -> bool:
         item.st = os.fstat(item.fd)
@@ -174,9 +210,9 @@ class Copier:
         digest = sha256(data)
         known = self._known(item, digest)
         if known is not None:
-            return _Taken(known, self._fid(item), extents, b"", fresh=False)
-        taken = _Taken(self._new_copy(item, digest), self._fid(item), extents, b"", fresh=True)
-        key = object_key(taken.fid, taken.copy.generation, taken.copy.tag)
+            return _Taken(known, item.key, extents, b"", fresh=False)
+        taken = _Taken(self._new_copy(item, digest), item.key, extents, b"", fresh=True)
+        key = item.key
         with self._kept_if_good(taken):
             if not self._kit.store.put(key, data, size).verified and sha256(self._kit.store.get(key)) != digest:
                 raise _differs(key)
@@ -190,10 +226,10 @@ class Copier:
         size = item.st.st_size
         known = self._unchanged(item, cancelled)
         if known is not None:
-            return _Taken(known[0], self._fid(item), extents, known[1], fresh=False)
+            return _Taken(known[0], item.key, extents, known[1], fresh=False)
         digests: list[bytes] = []
-        taken = _Taken(self._new_copy(item, b""), self._fid(item), extents, b"", fresh=True)
-        key = object_key(taken.fid, taken.copy.generation, taken.copy.tag)
+        taken = _Taken(self._new_copy(item, b""), item.key, extents, b"", fresh=True)
+        key = item.key
         with self._kept_if_good(taken):
             put = self._kit.store.put(key, self._pieces(item, digests, cancelled), size)
             taken.digests = b"".join(digests)
@@ -287,14 +323,11 @@ class Copier:
             return record.copy.ctime
         return item.st.st_ctime_ns
 
-    def _fid(self, item: Item) -> bytes:
-        return item.record.fid if item.record is not None else new_fid()
-
     def _new_copy(self, item: Item, digest: bytes) -> Copy:
         assert item.st is not None
         return Copy(
             generation=item.generation,
-            tag=new_tag(),
+            tag=item.tag,
             digest=digest,
             size=item.st.st_size,
             mtime=item.st.st_mtime_ns,
@@ -307,7 +340,7 @@ class Copier:
         """Digests and extents reach the store before any punch (custody rule 3)."""
         if not taken.digests and not is_sparse(taken.copy.size, taken.extents):
             return
-        key = object_key(taken.fid, taken.copy.generation, taken.copy.tag) + SIDE_SUFFIX
+        key = taken.key + SIDE_SUFFIX
         raw = pack_side(taken.copy.size, taken.extents, taken.digests)
         if not self._kit.store.put(key, raw, len(raw)).verified and self._kit.store.get(key) != raw:
             raise _differs(key)
@@ -316,11 +349,10 @@ class Copier:
         """Remove an object that nothing will refer to."""
         if not taken.fresh:
             return
-        key = object_key(taken.fid, taken.copy.generation, taken.copy.tag)
         try:
-            self._kit.store.delete([key, key + SIDE_SUFFIX])
+            self._kit.store.delete([taken.key, taken.key + SIDE_SUFFIX])
         except StoreError as error:
-            log.warning("an unused object stays in the store: %s: %s", key, error)
+            log.info("an unused object is collected later: %s: %s", taken.key, error)
 
     # --- committing ---------------------------------------------------------------------------------------
 
@@ -333,6 +365,7 @@ class Copier:
         for item, outcome, future in futures:
             try:
                 item.record = future.result()
+                item.tag = b""
             except BusyError as error:
                 item.stay(str(error))
                 self._kit.uploads.submit(Urgency.GARBAGE, partial(self._discard, outcome))
@@ -348,18 +381,38 @@ def _put_copy(item: Item, taken: _Taken, w: Writer) -> Record:
         raise BusyError(CHANGED)
     if before is None:
         before = Record(
-            item.ino, item.handle, taken.fid, taken.copy.generation, parent=item.parent, name=item.name
+            item.ino, item.handle, item.fid, taken.copy.generation, parent=item.parent, name=item.name
         )
     elif before.generation != item.generation or before.residency is not Residency.RESIDENT:
         raise BusyError(CHANGED)
     st = item.st
     record = transitions.copied(before, taken.copy, st.st_size, st.st_blocks, st.st_ctime_ns)
-    if taken.fresh and before.copy is not None:
-        w.bury(before, time.time_ns())
-    if taken.fresh and (taken.digests or is_sparse(taken.copy.size, taken.extents)):
-        w.put_leaves(taken.fid, taken.copy.generation, taken.digests, taken.extents)
+    if taken.fresh:
+        if not w.intended(taken.key):
+            raise BusyError(CHANGED)  # given up, and perhaps collected
+        # The former content was the file's until this one was there.
+        w.end(
+            before,
+            Ending(
+                taken.copy.ctime, deleted=False, path=item.path, mode=st.st_mode, uid=st.st_uid, gid=st.st_gid
+            ),
+        )
+        if taken.digests or is_sparse(taken.copy.size, taken.extents):
+            w.put_leaves(record.fid, taken.copy.generation, taken.digests, taken.extents)
+    w.fulfil(taken.key)
     w.put(record)
     return record
+
+
+def _intend_all(keys: list[str], w: Writer) -> None:
+    for key in keys:
+        w.intend(key)
+
+
+def _abandon_intended(keys: list[str], w: Writer) -> None:
+    for key in keys:
+        if w.intended(key):
+            w.abandon(key)
 
 
 def _outcome(item: Item, future: Any) -> _Taken | None:

@@ -16,8 +16,9 @@ from tierfs import transitions, wire
 from tierfs.errors import BusyError
 from tierfs.index import Index, Writer
 from tierfs.kit import Movements
-from tierfs.marks import Entry, Mark, MarkReader
+from tierfs.marks import MODE_BITS, Entry, Mark, MarkReader
 from tierfs.model import Record, new_fid
+from tierfs.past import Ending
 from tierfs.serverlink import ServerLink
 
 _BATCH = 5000
@@ -105,7 +106,7 @@ def apply(w: Writer, entry: Entry, now: int) -> None:
         case Mark.GONE:
             record = w.get(entry.ino)
             if record is not None and record.handle == entry.handle:
-                forget(w, record, now)
+                forget(w, record, _ending(entry, now))
             w.drop_pin(entry.ino)
         case Mark.NAMED:
             record = w.get(entry.ino)
@@ -140,7 +141,7 @@ def _write(w: Writer, entry: Entry) -> None:
     newer one replaces it."""
     record = w.get(entry.ino)
     if record is not None and record.handle != entry.handle:
-        forget(w, record, time.time_ns())
+        forget(w, record, Ending(time.time_ns()))
         record = None
     if record is None:
         if entry.name:
@@ -152,8 +153,18 @@ def _write(w: Writer, entry: Entry) -> None:
     w.put(transitions.wrote(record, entry.generation, entry.parent, entry.name))
 
 
-def forget(w: Writer, record: Record, now: int) -> None:
-    """The file is gone: its record goes, its object is buried until the grace time is over."""
-    if record.copy is not None:
-        w.bury(record, now)
+def _ending(entry: Entry, now: int) -> Ending:
+    return Ending(
+        now,
+        parent=entry.parent,
+        name=entry.name,
+        mode=entry.a & (1 << MODE_BITS) - 1,
+        uid=entry.a >> MODE_BITS,
+        gid=entry.b,
+    )
+
+
+def forget(w: Writer, record: Record, ending: Ending) -> None:
+    """The file is gone: its record goes, its copy becomes a version."""
+    w.end(record, ending)
     w.delete(record.ino)

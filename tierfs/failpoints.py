@@ -11,7 +11,8 @@ import signal
 import threading
 
 # Demotion, in order. Up to STUB_WRITTEN the file is whole locally; recovery takes the attribute away again.
-COPY_PUT = "copy-put"  # the object is in the store, nothing refers to it: an orphan
+COPY_INTENDED = "copy-intended"  # the keys to put are noted: orphans, whether they were put or not
+COPY_PUT = "copy-put"  # the object is in the store, nothing but its intent refers to it: an orphan
 COPY_COMMITTED = "copy-committed"  # the file is clean and resident
 STUB_WRITTEN = "stub-written"  # attribute durable, record still RESIDENT: blocks are present and win
 STUB_COMMITTED = "stub-committed"  # record STUB and pending, all blocks present: becomes resident again
@@ -32,7 +33,15 @@ SNAPSHOT_PART = "snapshot-part"  # some parts are in the store, not the last: no
 SNAPSHOT_PUT = "snapshot-put"  # all parts are in the store: it may be used, and is taken once more
 SNAPSHOT_COMMITTED = "snapshot-committed"  # the index knows of it
 
-DEMOTE_POINTS = (COPY_PUT, COPY_COMMITTED, STUB_WRITTEN, STUB_COMMITTED, PUNCHED, PUNCH_SYNCED)
+# Collection, in order. What is on a list is deleted again where it may be gone already.
+GC_BEAT = "gc-beat"  # the store's date is asked, nothing noted
+GC_PUBLISHED = "gc-published"  # the list is in the store, the index does not know it: published once more
+GC_LISTED = "gc-listed"  # the grace begins
+GC_DELETED = "gc-deleted"  # objects are gone, their tombstones are not
+GC_DROPPED = "gc-dropped"  # tombstones are gone, the list is still there
+
+DEMOTE_POINTS = (COPY_INTENDED, COPY_PUT, COPY_COMMITTED, STUB_WRITTEN, STUB_COMMITTED, PUNCHED, PUNCH_SYNCED)
+COLLECT_POINTS = (GC_BEAT, GC_PUBLISHED, GC_LISTED, GC_DELETED, GC_DROPPED)
 JOURNAL_POINTS = (
     SEGMENT_PUT, SEGMENT_COMMITTED, SNAPSHOT_BEGUN, SNAPSHOT_PART, SNAPSHOT_PUT, SNAPSHOT_COMMITTED,
 )  # fmt: skip

@@ -30,7 +30,7 @@ from tierfs.errors import TierError
 from tierfs.handles import Backing, Handle, Inode, ShownTimes
 from tierfs.index import Index
 from tierfs.inflow import Content, Inflow
-from tierfs.marks import Mark, MarkWriter
+from tierfs.marks import MODE_BITS, Mark, MarkWriter
 from tierfs.model import EPOCH_SHIFT, Residency, Stub
 from tierfs.report import HeatReport, Outbox
 from tierfs.room import Room
@@ -380,9 +380,10 @@ class Gate:
         """Mode, owner, times or extended attributes of an inode were set."""
         self.marks.append(Mark.ATTR, st.st_ino, parent=parent, a=int(stat.S_ISREG(st.st_mode)), name=name)
 
-    def gone(self, ino: int, handle: bytes) -> None:
-        """The last name of a regular file is gone."""
-        self._append(Mark.GONE, ino, handle=handle)
+    def gone(self, st: os.stat_result, handle: bytes, parent: int, name: bytes) -> None:
+        """The last name of a regular file, this one, is gone; `st` is from before or from the open file."""
+        who = st.st_uid << MODE_BITS | st.st_mode
+        self._append(Mark.GONE, st.st_ino, parent=parent, a=who, b=st.st_gid, handle=handle, name=name)
 
     def _mark_write(self, inode: Inode) -> None:
         if not inode.handle:

@@ -8,14 +8,14 @@
     leaves  file id, generation      digests and extents    copying              collection of that copy
     dirty   ino                      since ns               put, with files      put with a copy, delete
     quiet   since ns, ino            (empty)                with dirty           with dirty
-    tombs   since ns, object key     file handle            bury                 collection, after the grace
     pins    ino                      parent, name           PIN mark             PIN mark, GONE mark
     dirs    ino                      parent, name           DIR mark, survey     a later hint
     pending ino                      (empty)                before a punch       after it; else by recovery
     changes ino, name                serial                 marks, put           journal, when a segment has it
 
-Integers are big-endian, so that keys sort. Every value but the empty ones carries a CRC: LMDB has none, and a
-flipped value would come back silently. What a writer may do stands in index_writer.py.
+The tables of what is past stand in past.py. Integers are big-endian, so that keys sort. Every value but the
+empty ones carries a CRC: LMDB has none, and a flipped value would come back silently. What a writer may do
+stands in index_writer.py.
 """
 
 from __future__ import annotations
@@ -36,20 +36,9 @@ import msgspec
 from tierfs.codec import unpack_record
 from tierfs.datafile import check_size, keep_length
 from tierfs.errors import IndexError_
-from tierfs.index_writer import (
-    FORMAT,
-    U64,
-    U64X2,
-    Chain,
-    Leaves,
-    Meta,
-    Note,
-    Totals,
-    Writer,
-    checked,
-    place,
-)
+from tierfs.index_writer import FORMAT, U64X2, Chain, Leaves, Meta, Note, Totals, Writer
 from tierfs.model import Record
+from tierfs.past import PAST_TABLES, U64, Garbage, PastReader, checked, place
 
 log = logging.getLogger("index")
 
@@ -58,8 +47,10 @@ __all__ = ["Chain", "Index", "Leaves", "Note", "Session", "Totals", "Writer"]
 R = TypeVar("R")
 MAP_SIZE = 64 << 30  # virtual; the file grows as it is used
 BATCH = 512  # commits that share one sync
-_TABLES = ("meta", "files", "fids", "bits", "leaves", "dirty", "quiet", "tombs", "pins", "dirs", "pending",
-           "changes")  # fmt: skip
+_TABLES = (
+    "meta", "files", "fids", "bits", "leaves", "dirty", "quiet", "pins", "dirs", "pending", "changes",
+    *PAST_TABLES,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +67,7 @@ class _Job:
     future: Future[Any]
 
 
-class Index:
+class Index(PastReader):
     """One process's view of the index. Reads are thread-safe; writes go through `commit`."""
 
     def __init__(self, path: str, env: Any, tables: dict[str, Any], readonly: bool) -> None:
@@ -189,6 +180,11 @@ class Index:
         return Session(meta.epoch, meta.custody)
 
     @property
+    def past(self) -> Garbage:
+        """The last beat's number and clock, and the tree's root."""
+        return self._meta().past
+
+    @property
     def surveyed(self) -> bool:
         """Every file of the tree has a record, compared with it in the present custody epoch."""
         meta = self._meta()
@@ -214,15 +210,6 @@ class Index:
         """Since when (ns) the longest waiting dirty file is dirty."""
         rows = self._scan("quiet", b"", 1)
         return int(U64X2.unpack(rows[0][0])[0]) if rows else None
-
-    def tombstones(self, before_ns: int, limit: int = 1000) -> list[tuple[int, str]]:
-        """(since ns, object key) of what may be collected, oldest first."""
-        rows = [(U64.unpack_from(key)[0], key[8:].decode()) for key, _ in self._scan("tombs", b"", limit)]
-        return [(when, key) for when, key in rows if when < before_ns]
-
-    def tombstone_handle(self, when: int, key: str) -> bytes:
-        """The file handle that a buried object's file had."""
-        return self._get("tombs", U64.pack(when) + key.encode()) or b""
 
     def pending(self) -> list[int]:
         """Inodes whose punch was under way."""

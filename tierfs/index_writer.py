@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import struct
 import time
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,14 +15,13 @@ import msgspec
 from tierfs import transitions
 from tierfs.codec import pack_record, unpack_record
 from tierfs.errors import IndexError_
-from tierfs.model import Record, Residency, object_key
+from tierfs.model import Record, Residency
+from tierfs.past import U64, Garbage, PastWriter, checked, summed
 
 log = logging.getLogger("index")
 
 FORMAT = 1
-U64 = struct.Struct(">Q")
 U64X2 = struct.Struct(">QQ")
-_CRC = struct.Struct("<I")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +64,7 @@ class Meta(msgspec.Struct):
     noting: bool = False
     noted: int = 0
     noted_since: int = 0
+    past: Garbage = msgspec.field(default_factory=Garbage)
 
 
 class Chain(msgspec.Struct, frozen=True):
@@ -99,22 +98,7 @@ def _told(record: Record) -> tuple[object, ...]:
     return record.fid, record.generation, record.size, shown
 
 
-def summed(value: bytes) -> bytes:
-    return _CRC.pack(zlib.crc32(value)) + value
-
-
-def checked(what: str, raw: bytes) -> bytes:
-    if len(raw) < _CRC.size or zlib.crc32(raw[_CRC.size :]) != _CRC.unpack_from(raw)[0]:
-        raise IndexError_(f"the index's {what} is damaged: run `tierfs check --repair`")
-    return raw[_CRC.size :]
-
-
-def place(what: str, raw: bytes) -> tuple[int, bytes]:
-    body = checked(what, raw)
-    return U64.unpack_from(body)[0], body[U64.size :]
-
-
-class Writer:
+class Writer(PastWriter):
     """What a function given to `commit` may do. Reads see the transaction's own writes."""
 
     def __init__(self, txn: Any, tables: dict[str, Any], meta: Meta) -> None:
@@ -123,10 +107,16 @@ class Writer:
         self.meta = meta
         self._totals = list(self.meta.totals)
 
+    @property
+    def past(self) -> Garbage:
+        """What the meta value says of garbage."""
+        return self.meta.past
+
     @contextmanager
     def undoing(self, env: Any) -> Iterator[None]:
         """A transaction within this one (one microsecond): undone, with its sums, if the block raises."""
-        outer, totals, meta = self._txn, list(self._totals), msgspec.structs.replace(self.meta)
+        outer, totals = self._txn, list(self._totals)
+        meta = msgspec.structs.replace(self.meta, past=msgspec.structs.replace(self.meta.past))
         try:
             with env.begin(write=True, parent=outer) as self._txn:
                 yield
@@ -237,17 +227,6 @@ class Writer:
     def drop_leaves(self, fid: bytes, generation: int) -> None:
         """That copy is no more."""
         self._txn.delete(fid + U64.pack(generation), db=self._db["leaves"])
-
-    def bury(self, record: Record, when: int) -> None:
-        """The record's copy is not referenced any more since `when` (ns): collect it after the grace time."""
-        if record.copy is None:
-            return
-        key = object_key(record.fid, record.copy.generation, record.copy.tag)
-        self._txn.put(U64.pack(when) + key.encode(), record.handle, db=self._db["tombs"])
-
-    def drop_tombstone(self, when: int, key: str) -> None:
-        """That object is gone from the store."""
-        self._txn.delete(U64.pack(when) + key.encode(), db=self._db["tombs"])
 
     def put_dir(self, ino: int, parent: int, name: bytes) -> None:
         """Where a directory was last seen."""

@@ -6,7 +6,8 @@ import errno
 import os
 import stat
 import threading
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -80,6 +81,30 @@ class Outcomes:
                 listed.remove(future)
 
 
+class InUse:
+    """Objects that are being read for somebody, whatever the index says of them."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._keys: Counter[str] = Counter()
+
+    @contextmanager
+    def holding(self, key: str) -> Iterator[None]:
+        """For as long as the block runs."""
+        with self._lock:
+            self._keys[key] += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._keys[key] -= 1
+                self._keys += Counter()
+
+    def __contains__(self, key: str) -> bool:
+        with self._lock:
+            return key in self._keys
+
+
 class Movements:
     """What came to the local disk, what left it and what is gone, since this was last taken: heat's input."""
 
@@ -124,7 +149,8 @@ class Kit:
 
     `withheld` says why nothing may be written to the store or removed from it now, "" where it may;
     `claim_tried` is set once the store has been asked for the first time: an order given right after the mount
-    waits for that.
+    waits for that. `still_ours` asks the store whose it is: it raises VolumeError where another machine has
+    taken it, StoreError where that cannot be told.
     """
 
     tree: Tree
@@ -138,6 +164,8 @@ class Kit:
     withheld: str = ""
     claim_tried: threading.Event = field(default_factory=threading.Event)
     movements: Movements = field(default_factory=Movements)
+    still_ours: Callable[[], None] = lambda: None
+    in_use: InUse = field(default_factory=InUse)
     claims: Claims = field(default_factory=Claims)
     outcomes: Outcomes = field(default_factory=Outcomes)
     troubles: Troubles = field(default_factory=Troubles)

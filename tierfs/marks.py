@@ -22,6 +22,7 @@ _SPARE = "spare"  # the next segment's file, with its blocks: a full disk must n
 _HEAD = struct.Struct("<IHBx")  # crc, length of what follows, kind
 _BODY = struct.Struct("<QQQqqBB")  # ino, generation, parent, a, b, handle length, name length
 _ALIGN = 8
+MODE_BITS = 16  # of st_mode, beside a number of 32 bits
 
 
 class Mark(enum.IntEnum):
@@ -29,7 +30,7 @@ class Mark(enum.IntEnum):
 
     WRITE = 1  # opened for writing, truncated or created: content generation raised
     CLOSED = 2  # the last writing handle is closed [size, blocks]
-    GONE = 3  # the last name is gone
+    GONE = 3  # the last name is gone [owner << MODE_BITS | mode, group]
     NAMED = 4  # has another name (rename, link)
     DIR = 5  # a directory was made or renamed
     TIMES = 6  # shown times of a stub set [mtime, ctime]

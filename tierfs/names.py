@@ -22,14 +22,22 @@ _STAYS = syscalls.RENAME_EXCHANGE | syscalls.RENAME_NOREPLACE
 class _Going:
     """A name that is about to be removed or replaced."""
 
-    __slots__ = ("_gate", "_handle", "_node", "_nodes", "_st", "_watch")
+    __slots__ = ("_gate", "_handle", "_node", "_nodes", "_place", "_st", "_watch")
 
     def __init__(
-        self, gate: Gate, nodes: NodeTable, st: os.stat_result, node: Node | None, handle: bytes, watch: int
+        self,
+        gate: Gate,
+        nodes: NodeTable,
+        place: tuple[int, bytes],
+        st: os.stat_result,
+        node: Node | None,
+        handle: bytes,
+        watch: int,
     ) -> None:
         """`handle` of a regular file that loses its last name; `watch`, O_PATH, of one that has others."""
         self._gate = gate
         self._nodes = nodes
+        self._place = place
         self._st = st
         self._node = node
         self._handle = handle
@@ -40,7 +48,7 @@ class _Going:
         if self._node is not None:
             self._nodes.unlinked(self._node, self._st)
         if self._handle:
-            self._gate.gone(self._st.st_ino, self._handle)
+            self._gate.gone(self._st, self._handle, *self._place)
         elif self._watch >= 0:
             self._gate.after_change(self._st.st_ino, os.fstat(self._watch))
 
@@ -145,4 +153,4 @@ class Names:
         if node is not None:
             self._nodes.unlinking(node, directory, name, st)
         watch = os.open(name, _OPATH, dir_fd=dirfd) if others else -1
-        return _Going(self._gate, self._nodes, st, node, handle, watch)
+        return _Going(self._gate, self._nodes, (directory.ino, name), st, node, handle, watch)

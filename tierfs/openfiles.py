@@ -74,14 +74,14 @@ class OpenFiles:
         """The last reference is gone."""
         handle = self.get(fh)
         node = self._files.pop(fh)[0]
-        kernel_handle = handle.inode.handle
+        inode = handle.inode
         try:
             self._gate.release(handle)
         finally:
             last = self._nodes.released(node)
-        if last is not None and kernel_handle:
+        if last is not None and inode.handle:
             # It never had a name, or it was marked again after its unlink had told the mover.
-            self._gate.gone(node.ino, kernel_handle)
+            self._gate.gone(last, inode.handle, inode.parent, inode.name)
 
     def read(self, fh: int, offset: int, size: int) -> bytes:
         """Up to `size` bytes. Raises Blocked, OSError."""

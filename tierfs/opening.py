@@ -29,6 +29,7 @@ from tierfs.errors import (
 from tierfs.index import Writer
 from tierfs.kit import WRITE_FLAGS, Kit, read_exactly
 from tierfs.model import LEAF, Record, Residency, Stub, new_fid
+from tierfs.past import Ending
 
 log = logging.getLogger("mover")
 
@@ -184,7 +185,7 @@ def _put_foreign(handle: bytes, st: os.stat_result, generation: int, w: Writer) 
         st.st_ino, handle, new_fid(), generation, size=st.st_size, blocks=st.st_blocks, local=st.st_blocks * 512
     )
     if before is not None and before.handle == handle:
-        w.bury(before, time.time_ns())
+        w.end(before, Ending(st.st_ctime_ns, deleted=False, mode=st.st_mode, uid=st.st_uid, gid=st.st_gid))
         new = replace(new, parent=before.parent, name=before.name)
     w.put(new)
     w.drop_pending(st.st_ino)

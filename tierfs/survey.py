@@ -23,6 +23,7 @@ from tierfs.errors import ForeignStubError, TierError
 from tierfs.index import Writer
 from tierfs.kit import same_tuple
 from tierfs.model import Copy, Record, Residency, new_fid
+from tierfs.past import Ending
 from tierfs.places import join
 from tierfs.tier import Tier
 from tierfs.tree import fd_path
@@ -220,11 +221,11 @@ def _put_new(record: Record, twin: Record | None, w: Writer) -> None:
     if twin is not None and twin.handle != record.handle and w.get(twin.ino) == twin:
         return
     if before is not None:
-        forget(w, before, time.time_ns())
+        forget(w, before, Ending(time.time_ns()))
     w.put(record)
 
 
 def _forget(before: Record, w: Writer) -> None:
     record = w.get(before.ino)
     if record is not None and record.handle == before.handle:
-        forget(w, record, time.time_ns())
+        forget(w, record, Ending(time.time_ns()))

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import replace
+from functools import partial
 
 from tierfs import wire
 from tierfs.config import VolumeConfig
@@ -67,6 +68,7 @@ class Tier:
         uploads = Pool(config.uploads, "upload")
         self.kit = Kit(tree, index, store, server, config, index.session.custody, fetches, uploads)
         self.places = Places(tree, index)
+        index.commit(partial(_begin, tree.root_ino)).result()
         self.drainer = Drain(marks_dirfd, index, server, self.kit.movements, self.places.forget)
         self._copier = Copier(self.kit, self.drain)
         self._puncher = Puncher(self.kit, self.drain, self.places)
@@ -327,6 +329,12 @@ class Tier:
     def in_background(self, run: Callable[[], None]) -> None:
         """Run this when no upload waits. Raises BusyError once closed."""
         self.kit.uploads.submit(Urgency.GARBAGE, run)
+
+
+def _begin(root_ino: int, w: Writer) -> None:
+    """What a mover before this one was putting, nothing will refer to."""
+    w.set_root(root_ino)
+    w.abandon_all()
 
 
 def _batched(items: Iterable[Item]) -> Iterator[list[Item]]:

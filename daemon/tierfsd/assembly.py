@@ -60,6 +60,7 @@ class Mover:
             self._tier, self._heat, home, self._watcher,
             verifying=lambda: self._scheduler.verifying, notes=self._scheduler.notes, check=self._check,
             journal=self._journal,
+            collector=self._scheduler.collector,
         )  # fmt: skip
         listener = socket.socket(fileno=control_fd)
         self._control = ControlServer(listener, self._tree.rootfd, backend)

@@ -6,14 +6,16 @@ import os
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 from tierfs import control, volume
+from tierfs.collecting import Collector
 from tierfs.copying import Item
-from tierfs.errors import TierError
+from tierfs.errors import StoreUnavailableError, TierError
 from tierfs.heat_index import HeatIndex
 from tierfs.model import Record, Residency, object_key
 from tierfs.tier import Tier
+from tierfs.versions import Kept, beneath, content, of_path
 from tierfsd.control_server import Job
 from tierfsd.journalling import JournalKeeper
 from tierfsd.reach import Target
@@ -44,6 +46,7 @@ class TierBackend:
         notes: Callable[[], list[str]],
         check: Check,
         journal: JournalKeeper,
+        collector: Collector,
     ) -> None:
         self._tier = tier
         self._kit = tier.kit
@@ -54,6 +57,7 @@ class TierBackend:
         self._notes = notes
         self._journal = journal
         self.check = check
+        self._collector = collector
         self._drained = 0.0
 
     # --- what is known ------------------------------------------------------------------------------------
@@ -206,6 +210,47 @@ class TierBackend:
             for record in records
             if record is not None and record.dirty
         ]
+
+    # --- the past -----------------------------------------------------------------------------------------
+
+    def versions(self, path: bytes, opath: int | None) -> list[Kept]:
+        """All that is kept of a path."""
+        self._tier.drain()
+        record = None
+        if opath is not None:
+            record = self._kit.index.get(os.fstat(opath).st_ino)
+            if record is not None and record.handle != self.handle_of(opath):
+                record = None
+        return of_path(self._kit, path, record)
+
+    def versions_beneath(self, path: bytes) -> Iterable[Kept]:
+        """All that ended beneath a directory."""
+        self._tier.drain()
+        return beneath(self._kit, path)
+
+    def kept_until(self, kept: Kept) -> float | None:
+        """Seconds since the epoch; None: as long as its file has it."""
+        return self._collector.kept_until(kept.version) if kept.version is not None else None
+
+    def content(self, kept: Kept) -> Iterator[tuple[int, bytes]]:
+        """(offset, bytes) of its data, checked."""
+        return content(self._kit, kept)
+
+    def collect(self, dry_run: bool, job: Job) -> Iterator[control.Garbage | control.Done]:
+        """Remove what may go from the store, or name what will."""
+        self._tier.drain()
+        if not dry_run:
+            if self._kit.withheld:
+                raise StoreUnavailableError(f"nothing is removed: {self._kit.withheld}")
+            yield control.Done(self._collector.run(now=True))
+            return
+        count = 0
+        for candidate in self._collector.plan():
+            if job.cancelled.is_set():
+                break
+            count += 1
+            yield control.Garbage(candidate.key, candidate.size, candidate.reason, candidate.may_go)
+        yield control.Done(count)
 
     def reload(self) -> None:
         """Read the configuration anew. Raises ConfigError."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterator
+from functools import partial
 
 from tierfs import control
 from tierfs.digests import SIDE_SUFFIX
-from tierfs.errors import ForeignStubError, StoreError, TierError
+from tierfs.errors import ForeignStubError
+from tierfs.index import Writer
 from tierfs.model import object_key
 from tierfs.places import join
 from tierfs.recovery import CHECKS, Case, Found, finish_pending
@@ -83,22 +85,31 @@ def _case(tier: Tier, path: bytes, opath: int, st: os.stat_result, repair: bool,
 
 
 def _orphans(tier: Tier, repair: bool, referred: set[str]) -> Iterator[Found]:
-    """Objects that neither a file nor a tombstone refers to: what uploads that a crash cut short left."""
+    """Objects that neither a file nor a tombstone refers to: those of a former index, or of a fenced owner."""
     kit = tier.kit
-    buried = {key for _, key in kit.index.tombstones(1 << 63, 1 << 30)}
+    buried = _expected(tier)
     for info in kit.store.list("data/"):
         key = info.key.removesuffix(SIDE_SUFFIX)
         if key in referred or key in buried or _is_referred(tier, key):
             continue
         repaired = False
-        if repair and not kit.withheld:
-            try:
-                kit.store.delete([info.key])
-                repaired = True
-            except (StoreError, TierError) as error:
-                yield Found(f"an object that nothing refers to cannot be removed: {error}: {info.key}")
-                continue
+        if repair:
+            # Never removed for being in a listing: it may be younger than the look at the tree.
+            kit.index.commit(partial(_abandon, key)).result()
+            repaired = True
         yield Found(f"nothing refers to this object: {info.key}", b"", repaired)
+
+
+def _expected(tier: Tier) -> set[str]:
+    """Keys whose end is being waited for, or that are being put."""
+    index, ever = tier.kit.index, (1 << 63) - 1
+    buried = index.tombstones(ever, limit=1 << 30) + index.orphans(ever, limit=1 << 30)
+    return {key for _, key in buried} | set(index.intents())
+
+
+def _abandon(key: str, w: Writer) -> None:
+    if not w.intended(key):
+        w.abandon(key)
 
 
 def _is_referred(tier: Tier, key: str) -> bool:

@@ -20,6 +20,7 @@ from tierfs import control
 from tierfs.errors import NotPermittedError, TierError, UsageError
 from tierfsd.credentials import Peer, peer_of
 from tierfsd.reach import Reach, Target, join, outcome_of
+from tierfsd.versions_server import VersionBackend, VersionRequests
 
 log = logging.getLogger("control")
 
@@ -40,7 +41,7 @@ class Job(Protocol):
         """Set when the client has gone or the daemon stops."""
 
 
-class Backend(Protocol):
+class Backend(VersionBackend, Protocol):
     """What the control server asks of the mover. Any method may raise TierError or OSError."""
 
     def status(self) -> control.Status:
@@ -70,6 +71,9 @@ class Backend(Protocol):
     def check(self, repair: bool, read_data: bool, job: Job) -> control.Findings:
         """Compare tree, index and store."""
 
+    def collect(self, dry_run: bool, job: Job) -> Iterable[control.Garbage | control.Done]:
+        """Remove what may go from the store, or name what will; ends with Done."""
+
     def reload(self) -> None:
         """Read the configuration anew. Raises ConfigError."""
 
@@ -81,6 +85,7 @@ class ControlServer:
         self._listener = listener
         self._reach = Reach(rootfd, backend.handle_of)
         self._backend = backend
+        self._versions = VersionRequests(self._reach, backend)
         self._stopping = threading.Event()
         self._places = threading.BoundedSemaphore(_MAX_CONNECTIONS)
 
@@ -152,6 +157,10 @@ class ControlServer:
                 return self._order(sock, peer, paths, wait, os.O_WRONLY, self._backend.demote)
             case control.Fetch(paths, wait):
                 return self._order(sock, peer, paths, wait, os.O_RDONLY, self._backend.fetch)
+            case control.GetVersions(path):
+                return self._versions.send_list(sock, peer, path)
+            case control.ReadVersion():
+                return self._versions.read(sock, peer, request)
         if not peer.trusted:
             raise NotPermittedError("only root and the volume's owner may ask for this")
         with self._job(sock) as job:
@@ -160,6 +169,11 @@ class ControlServer:
                     return self._backend.drain(job)
                 case control.Check(repair, read_data):
                     return self._backend.check(repair, read_data, job)
+                case control.Collect(dry_run):
+                    for answer in self._backend.collect(dry_run, job):
+                        if isinstance(answer, control.Done):
+                            return answer
+                        control.send(sock, answer)
         self._backend.reload()
         return control.Done()
 

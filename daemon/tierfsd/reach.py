@@ -63,6 +63,15 @@ class Reach:
         finally:
             os.close(found.opath)
 
+    def exists(self, peer: Peer, path: bytes) -> bool:
+        """Whether there is such a name now. Raises OSError where the peer may not look, NotPermittedError."""
+        with acting_as(peer):
+            try:
+                os.close(self._walk_to(path).opath)
+            except (FileNotFoundError, NotADirectoryError):
+                return False
+        return True
+
     def _walk_to(self, path: bytes) -> Found:
         """Walk down from the root. Raises PathError; OSError as the kernel judges the acting user."""
         opath = os.open(".", os.O_PATH | os.O_DIRECTORY, dir_fd=self._rootfd)

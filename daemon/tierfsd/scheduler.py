@@ -49,7 +49,7 @@ class Scheduler:
         self._kit = tier.kit
         self._heat = heat
         self._elsewhere = store_device != tier.kit.tree.device
-        self._collector = Collector(tier.kit)
+        self.collector = Collector(tier.kit)
         self._ballast = Ballast(ballast, tier.kit.tree)
         self._wake = threading.Event()
         self._urgent = threading.Event()
@@ -148,7 +148,7 @@ class Scheduler:
                 self._fetch_pinned()
                 if now >= next_garbage:
                     next_garbage = now + min(_GARBAGE_SECONDS, max(1.0, self._kit.config.grace / 2))
-                    self._collector.run()
+                    self.collector.run()
             except (TierError, OSError) as error:
                 if not self._stopping.is_set():
                     self._kit.troubles.note(str(error))

@@ -16,6 +16,7 @@ from tierfs import datafile
 from tierfs.errors import IndexError_
 from tierfs.index import Index, Totals
 from tierfs.model import Copy, Record, Residency, make_generation
+from tierfs.past import Ending
 
 
 def record(ino=5, *, copied=True, residency=Residency.RESIDENT, **changes):
@@ -122,7 +123,7 @@ def test_bits_leaves_pins_dirs_pending_and_tombstones(index):
         w.put_pin(5, 2, b"p\n\xff")
         w.put_dir(2, 1, b"dir")
         w.put_pending(5)
-        w.bury(record(5), 77)
+        w.end(record(5), Ending(77))
 
     index.commit(fill).result()
     leaves = index.get_leaves(b"f" * 16, 9)
@@ -130,8 +131,8 @@ def test_bits_leaves_pins_dirs_pending_and_tombstones(index):
     assert (leaves.digests, leaves.extents) == (b"d" * 64, [(0, 10), (1 << 40, 2 << 40)])
     assert index.pins() == [(5, 2, b"p\n\xff")] and index.get_dir(2) == (1, b"dir")
     assert index.pending() == [5]
-    ((when, key),) = index.tombstones(78)
-    assert when == 77 and key.startswith("data/") and index.tombstones(77) == []
+    ((beat, key),) = index.tombstones(0)
+    assert beat == 0 and key.startswith("data/") and index.tombstones(-1) == []
     index.commit(lambda w: w.put(record(5))).result()
     assert index.get_bits(5) is None
 

@@ -11,7 +11,8 @@ ROOT = Path(__file__).resolve().parents[2]
 # with it in `FAMILIES`.
 LAYERS = [
     {"errors", "model", "marks", "failpoints", "tierfs"},
-    {"config", "locate", "transitions", "policy", "wire", "channel", "codec", "datafile", "manifest"},
+    {"config", "locate", "transitions", "policy", "wire", "channel", "codec", "datafile", "manifest"}
+    | {"moments"},
     {"index", "heat_index", "tree", "syscalls", "store", "waits"},
     {"transfer", "volume", "ownership", "namespace"},
     {"tier", "recovery", "gate"},
@@ -32,12 +33,12 @@ FAMILIES = [
 ]
 # Parts of a larger module that were split off share its place.
 PARTS_OF = {
-    "index": {"index_writer"},
+    "index": {"index_writer", "past"},
     "gate": {"inflow", "handles", "appearance", "report", "room"},
     "vfs": {"nodes", "dirs", "xattrs", "making", "names", "openfiles"},
     "tier": {
         "kit", "serverlink", "places", "digests", "draining", "copying", "punching", "filling", "settling",
-        "arrivals", "opening", "survey", "collecting", "journal", "looking", "snapshots",
+        "arrivals", "opening", "survey", "collecting", "versions", "journal", "looking", "snapshots",
     },
 }
 WORLDS = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 
@@ -79,6 +79,11 @@ class ObjectStore(ABC):
     @abstractmethod
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """Objects whose key starts with `prefix`, in any order."""
+
+    def abort_uploads(self, prefix: str, before: float, keep: Collection[str]) -> int:
+        """Give up uploads in parts of keys beginning with `prefix` that have not ended and were begun before
+        this date of the store's clock, but for those of `keep`; how many. Most stores have no such thing."""
+        return 0
 
     @abstractmethod
     def describe(self) -> str:

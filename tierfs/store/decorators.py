@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from tierfs.store.base import ObjectInfo, ObjectStore, Put
 
@@ -34,6 +34,9 @@ class Decorator(ObjectStore):
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         return self.inner.list(prefix)
+
+    def abort_uploads(self, prefix: str, before: float, keep: Collection[str]) -> int:
+        return self.inner.abort_uploads(prefix, before, keep)
 
     def describe(self) -> str:
         return self.inner.describe()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
@@ -192,6 +192,23 @@ class S3Store(ObjectStore):
                         continue
                     etag = f'"{entry["ETag"].strip(chr(34))}"'  # rclone leaves out the quotes, in listings only
                     yield ObjectInfo(key, entry["Size"], etag, entry["LastModified"].timestamp())
+
+    def abort_uploads(self, prefix: str, before: float, keep: Collection[str]) -> int:
+        check_prefix(prefix)
+        count = 0
+        bucket, root = self.settings.bucket, self._root
+        with Translated(self._place):
+            pages = self.admin().get_paginator("list_multipart_uploads")
+            for page in pages.paginate(Bucket=bucket, Prefix=root + prefix):
+                for upload in page.get("Uploads", ()):
+                    key = upload["Key"][len(root) :]
+                    # The server may not have looked at the prefix.
+                    ours = upload["Key"].startswith(root + prefix) and key not in keep
+                    if ours and upload["Initiated"].timestamp() < before:
+                        target = {"Bucket": bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]}
+                        self.admin().abort_multipart_upload(**target)
+                        count += 1
+        return count
 
     def describe(self) -> str:
         return self._place

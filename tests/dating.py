@@ -1,0 +1,76 @@
+"""A volume whose garbage ages as a test says: the store's dates and the time since boot are variables."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import msgspec
+from tiering import Volume
+
+from tierfs.collecting import Collector
+from tierfs.model import object_key
+from tierfs.store.memory import MemoryStore
+
+DAY = 86400.0
+
+
+class DatedStore(MemoryStore):
+    """Its clock shows `date`."""
+
+    def __init__(self):
+        super().__init__()
+        self.date = 1_000_000.0
+
+    def head(self, key):
+        return replace(super().head(key), modified=self.date)
+
+
+class AgingVolume(Volume):
+    """`pass_time` lets both clocks go on; `collect` is one look."""
+
+    def __init__(self, base, **settings):
+        self.uptime, self.boot = 100.0, "boot"
+        super().__init__(base, DatedStore(), **settings)
+
+    def start(self, boot="boot"):
+        super().start(boot)
+        self.index.commit(lambda w: w.set_surveyed(True)).result()
+        self.collector = Collector(self.tier.kit, self.referenced, lambda: (self.uptime, self.boot))
+        self.needed = set()
+
+    def referenced(self, keys):
+        return self.needed & set(keys)
+
+    def configure(self, **settings):
+        self.config = self.tier.kit.config = replaced(self.config, **settings)
+
+    def pass_time(self, seconds):
+        self.uptime += seconds
+        self.store.date += seconds
+
+    def collect(self):
+        self.tier.drain()
+        return self.collector.run(now=True)
+
+    def objects(self):
+        return {info.key for info in self.store.list("data/") if "." not in info.key}
+
+    def write(self, name, data):
+        """New content, copied out; the key of its object."""
+        path = self.path(name)
+        try:
+            self.server.write(path, data)
+        except FileNotFoundError:
+            self.server.create(path, data)
+        (item,) = self.demote(name, punch=False)
+        assert not item.reason, item.reason
+        return self.key(name)
+
+    def key(self, name):
+        record = self.record(name)
+        copy = record.copy
+        return object_key(record.fid, copy.generation, copy.tag)
+
+
+def replaced(config, **settings):
+    return msgspec.structs.replace(config, **settings)

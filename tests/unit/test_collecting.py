@@ -1,0 +1,347 @@
+"""Garbage: nothing goes before its time, nothing that is needed at all, everything else in the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+
+import pytest
+from dating import DAY, AgingVolume
+
+from tierfs.errors import StoreUnavailableError, VolumeError
+from tierfs.past import Ending
+from tierfs.policy.aging import Clock
+
+
+@pytest.fixture
+def volume(tmp_path):
+    made = AgingVolume(tmp_path, keep_versions=30 * DAY, grace=DAY)
+    yield made
+    made.stop()
+
+
+def lists(volume):
+    """The keys on all published lists."""
+    found = [info.key for info in volume.store.list("gc/") if info.key != "gc/clock"]
+    return {key for name in found for key in json.loads(volume.store.get(name))["keys"]}
+
+
+def days(volume, count, step=1.0):
+    """Let days pass, with a look each `step`; how many objects went."""
+    gone = 0
+    for _ in range(round(count / step)):
+        volume.pass_time(step * DAY)
+        gone += volume.collect()
+    return gone
+
+
+def test_a_superseded_version_is_kept_for_its_time_and_then_goes(volume):
+    first = volume.write("a", b"one" * 1000)
+    second = volume.write("a", b"two" * 1000)
+    assert volume.collect() == 0 and first not in lists(volume)
+    assert days(volume, 28) == 0
+    assert days(volume, 1.9, 0.1) == 0
+    assert volume.objects() == {first, second}
+    assert first in lists(volume)
+    assert days(volume, 0.5, 0.1) == 1
+    assert volume.objects() == {second}
+    assert volume.index.versions_of(volume.record("a").fid) == []
+    assert volume.index.lists() == [] and lists(volume) == set()
+    assert days(volume, 40) == 0 and volume.objects() == {second}
+
+
+def test_nothing_is_asked_of_the_store_while_nothing_is_buried(volume):
+    volume.write("a", b"one" * 1000)
+    assert days(volume, 3) == 0
+    assert list(volume.store.list("gc/")) == []
+
+
+def test_keep_versions_0_keeps_for_the_grace_alone(volume):
+    volume.configure(keep_versions=0.0)
+    first = volume.write("a", b"one" * 1000)
+    volume.write("a", b"two" * 1000)
+    volume.collect()
+    assert first in lists(volume)
+    assert days(volume, 0.9, 0.1) == 0
+    assert days(volume, 0.2, 0.1) == 1
+
+
+def test_a_longer_time_counts_for_what_is_on_a_list_already(volume):
+    volume.configure(keep_versions=0.0)
+    first = volume.write("a", b"one" * 1000)
+    volume.write("a", b"two" * 1000)
+    volume.collect()
+    volume.configure(keep_versions=10 * DAY)
+    assert days(volume, 9) == 0 and first in volume.objects()
+    assert days(volume, 2) == 1
+
+
+def test_a_deleted_file_is_kept_too(volume):
+    key = volume.write("a", b"one" * 1000)
+    volume.server.unlink(volume.path("a"))
+    volume.collect()
+    assert days(volume, 29) == 0 and volume.objects() == {key}
+    assert days(volume, 3) == 1 and volume.objects() == set()
+
+
+@pytest.mark.parametrize("jump", ["local", "server", "both"])
+def test_a_clock_that_jumps_makes_nothing_older(volume, jump, monkeypatch):
+    first = volume.write("a", b"one" * 1000)
+    volume.write("a", b"two" * 1000)
+    volume.collect()
+    volume.pass_time(60)
+    year = 366 * DAY
+    if jump in ("local", "both"):
+        now = time.time
+        monkeypatch.setattr("time.time", lambda: now() + year)
+    if jump in ("server", "both"):
+        volume.store.date += year
+    assert volume.collect() == 0
+    volume.pass_time(2 * DAY)
+    assert volume.collect() == 0 and first in volume.objects()
+    volume.store.date -= year  # and back: it never counts as less than nothing
+    assert days(volume, 26) == 0
+    assert days(volume, 4) == 1
+
+
+def test_a_clock_that_stands_still_or_goes_back_only_delays():
+    clock = Clock().advanced(1000.0, 5.0, "a")
+    assert clock.believed == 0
+    clock = clock.advanced(900.0, 65.0, "a")
+    assert clock.believed == 0
+    assert clock.advanced(960.0, 85.0, "a").believed == 20
+    assert clock.advanced(900.0 + 10 * DAY, 5.0, "b").believed == DAY
+    assert clock.advanced(930.0, 5.0, "b").believed == 29
+
+
+def test_a_reboot_counts_a_day_at_most(volume):
+    first = volume.write("a", b"one" * 1000)
+    volume.write("a", b"two" * 1000)
+    volume.collect()
+    volume.boot, volume.uptime = "another", 7.0
+    volume.store.date += 400 * DAY
+    assert volume.collect() == 0
+    assert volume.index.past.believed == DAY
+    assert days(volume, 28.9, 0.1) == 0 and first in volume.objects()
+    assert days(volume, 2) == 1
+
+
+def test_nothing_goes_while_the_store_may_be_anothers(volume):
+    key = volume.write("a", b"one" * 1000)
+    volume.server.unlink(volume.path("a"))
+    days(volume, 29.5)
+
+    def refuse():
+        raise VolumeError("it is another's")
+
+    volume.tier.kit.still_ours = refuse
+    with pytest.raises(VolumeError):
+        days(volume, 5)
+    volume.tier.kit.still_ours = lambda: None
+    volume.tier.kit.withheld = "not ours"
+    assert days(volume, 5) == 0 and volume.objects() == {key}
+    volume.tier.kit.withheld = ""
+    assert days(volume, 3) == 1
+
+
+def test_the_owner_is_asked_before_each_batch(volume, monkeypatch):
+    monkeypatch.setattr("tierfs.collecting._BATCH", 2)
+    keys = {volume.write(f"f{i}", os.urandom(100)) for i in range(5)}
+    for i in range(5):
+        volume.server.unlink(volume.path(f"f{i}"))
+    days(volume, 29.8, 0.2)
+    asked = []
+
+    def ask():
+        asked.append(1)
+        if len(asked) == 3:  # once at the beginning, then before each batch of two
+            raise VolumeError("it is another's")
+
+    volume.tier.kit.still_ours = ask
+    with pytest.raises(VolumeError):
+        days(volume, 5, 5)
+    assert len(volume.objects() & keys) == 3
+
+
+def test_what_a_snapshot_needs_stays_until_it_does_not(volume):
+    key = volume.write("a", b"one" * 1000)
+    volume.server.unlink(volume.path("a"))
+    volume.needed = {key}
+    volume.collect()
+    assert days(volume, 60) == 0 and volume.objects() == {key}
+    volume.needed = set()
+    assert days(volume, 1) == 1
+
+
+def test_what_is_being_read_stays(volume):
+    key = volume.write("a", b"one" * 1000)
+    volume.server.unlink(volume.path("a"))
+    volume.collect()
+    with volume.tier.kit.in_use.holding(key):
+        assert days(volume, 40) == 0 and volume.objects() == {key}
+    assert days(volume, 1) == 1
+
+
+def test_a_stub_that_is_unlinked_and_open_keeps_its_object(volume):
+    volume.write("a", b"one" * 1000)
+    volume.demote("a")
+    key = volume.stub("a").key
+    fd = os.open(volume.path("a"), os.O_RDONLY)
+    volume.server.unlink(volume.path("a"))
+    try:
+        volume.collect()
+        assert days(volume, 40) == 0 and volume.objects() == {key}
+    finally:
+        os.close(fd)
+    assert days(volume, 1) == 1
+
+
+def test_a_stub_whose_unlink_was_undone_keeps_its_object(volume):
+    """The index says gone; a power cut has brought the name back, and nothing knows of it yet."""
+    volume.write("a", b"one" * 1000)
+    volume.demote("a")
+    key = volume.stub("a").key
+    os.link(volume.path("a"), volume.path("back"))
+    volume.server.unlink(volume.path("a"))
+    volume.collect()
+    assert days(volume, 40) == 0
+    assert volume.objects() == {key} and volume.index.tombstones(1 << 62) == []
+
+
+def test_a_version_that_is_the_files_again_is_none(volume):
+    """As the survey finds it: the stub is there, with a record made of it."""
+    volume.write("a", b"one" * 1000)
+    volume.demote("a")
+    record = volume.record("a")
+    os.link(volume.path("a"), volume.path("back"))
+    volume.server.unlink(volume.path("a"))
+    volume.collect()
+    volume.index.commit(lambda w: w.put(record)).result()
+    assert days(volume, 40) == 0 and len(volume.objects()) == 1
+    assert volume.index.versions_of(record.fid) == []
+
+
+def test_what_a_record_refers_to_stays_whatever_was_noted_of_it(volume):
+    key = volume.write("a", b"one" * 1000)
+    record = volume.record("a")
+    volume.index.commit(lambda w: (w.end(record, Ending(1)), w.abandon(key))).result()
+    volume.collect()
+    assert days(volume, 40) == 0 and volume.objects() == {key}
+    assert volume.index.orphans(1 << 62) == [] and volume.index.tombstones(1 << 62) == []
+
+
+def test_an_upload_that_became_no_copy_goes_after_the_grace(volume):
+    """The mover is killed between the put and the commit: only the intent knows of the object."""
+    volume.write("a", b"one" * 1000)
+    volume.server.write(volume.path("a"), b"two" * 1000)
+    volume.tier._copier._commit = lambda taken: (_ for _ in ()).throw(VolumeError("killed"))
+    volume.tier._copier._abandon = lambda items: None
+    assert volume.demote("a", punch=False)[0].failed
+    assert len(volume.objects()) == 2 and len(volume.index.intents()) == 1
+    volume.restart()
+    assert volume.index.intents() == []
+    volume.collect()
+    assert days(volume, 0.9, 0.1) == 0
+    assert days(volume, 0.2, 0.1) == 1
+    assert volume.objects() == {volume.key("a")}
+
+
+def test_what_is_being_put_is_no_garbage(volume):
+    volume.write("a", b"one" * 1000)
+    volume.server.write(volume.path("a"), b"two" * 1000)
+    real = volume.tier._copier._commit
+    ended = []
+    volume.tier._copier._commit = lambda taken: (ended.append(days(volume, 40)), real(taken))
+    (item,) = volume.demote("a", punch=False)
+    assert not item.reason and ended == [0]
+    assert volume.key("a") in volume.objects()
+
+
+def test_a_copy_that_was_given_up_is_never_committed(volume):
+    """Its upload was taken for garbage meanwhile: the file stays dirty, and goes out again."""
+    volume.write("a", b"one" * 1000)
+    volume.server.write(volume.path("a"), b"two" * 1000)
+    real = volume.tier._copier._commit
+
+    def late(taken):
+        volume.index.commit(lambda w: w.abandon_all()).result()
+        real(taken)
+
+    volume.tier._copier._commit = late
+    (item,) = volume.demote("a", punch=False)
+    assert item.reason and volume.record("a").dirty
+    volume.tier._copier._commit = real
+    assert not volume.demote("a", punch=False)[0].reason
+    days(volume, 40)
+    assert volume.objects() == {volume.key("a")}
+
+
+def test_a_list_that_somebody_removed_is_published_again(volume):
+    first = volume.write("a", b"one" * 1000)
+    volume.write("a", b"two" * 1000)
+    volume.collect()
+    days(volume, 29.5, 0.5)
+    assert first in lists(volume)
+    volume.store.delete([info.key for info in volume.store.list("gc/")])
+    assert days(volume, 1, 0.5) == 0 and first in lists(volume)
+    assert days(volume, 1, 0.5) == 1
+
+
+def test_a_list_that_nobody_knows_of_is_removed_and_a_later_owners_is_not(volume):
+    volume.write("a", b"one" * 1000)
+    volume.write("a", b"two" * 1000)
+    epoch = volume.index.session.epoch
+    old, new = f"gc/{epoch:05x}-{7:012x}-0", f"gc/{epoch + 1:05x}-{7:012x}-0"
+    for key in (old, new):
+        volume.store.put(key, b'{"keys": []}', 12)
+    volume.collect()
+    left = {info.key for info in volume.store.list("gc/")}
+    assert old not in left and new in left
+
+
+def test_objects_of_a_later_owner_are_left_alone(volume):
+    volume.write("a", b"one" * 1000)
+    later = f"data/ab/{'ab' * 16}/{(volume.index.session.epoch + 1) << 28:012x}-{'cd' * 8}"
+    volume.store.put(later, b"x", 1)
+    volume.index.commit(lambda w: w.abandon(later)).result()
+    volume.collect()
+    assert days(volume, 40) == 0 and later in volume.objects()
+
+
+def test_a_store_that_fails_delays_and_loses_nothing(volume):
+    volume.write("a", b"one" * 1000)
+    second = volume.write("a", b"two" * 1000)
+    volume.collect()
+    days(volume, 29.5, 0.5)
+    real = volume.store.delete
+
+    def fail(keys):
+        raise StoreUnavailableError("down")
+
+    volume.store.delete = fail
+    with pytest.raises(StoreUnavailableError):
+        days(volume, 2)
+    volume.store.delete = real
+    assert days(volume, 1) == 1 and volume.objects() == {second}
+
+
+def test_nothing_goes_before_the_tree_was_looked_through(volume):
+    key = volume.write("a", b"one" * 1000)
+    volume.server.unlink(volume.path("a"))
+    volume.collect()
+    volume.index.commit(lambda w: w.set_surveyed(False)).result()
+    assert days(volume, 60) == 0 and volume.objects() == {key}
+
+
+def test_the_plan_names_all_with_their_time(volume):
+    first = volume.write("a", b"one" * 1000)
+    volume.write("a", b"two" * 1000)
+    volume.collect()
+    (candidate,) = volume.collector.plan()
+    now = time.time()
+    assert candidate.key == first and candidate.size == 3000 and "superseded version of 'a'" in candidate.reason
+    assert abs(candidate.may_go - now - 30 * DAY) < 60
+    days(volume, 20)
+    (candidate,) = volume.collector.plan()
+    assert abs(candidate.may_go - now - 10 * DAY) < 60
