@@ -99,10 +99,16 @@ class GarbageMachine(RuleBasedStateMachine):
         self.content[new] = self.content.pop(old)
         self.note()
 
-    @rule(seconds=st.sampled_from([60.0, 0.3 * DAY, DAY, 3 * DAY]))
+    @rule(seconds=st.sampled_from([60.0, DAY, 3 * DAY, 4.5 * DAY]))
     def time_passes(self, seconds):
         self.now += seconds
         self.volume.pass_time(seconds)
+
+    @rule(seconds=st.sampled_from([0.3 * DAY, DAY, 3.5 * DAY]), times=st.integers(1, 3))
+    def time_passes_with_looks(self, seconds, times):
+        for _ in range(times):
+            self.time_passes(seconds)
+            self.volume.collect()
 
     @rule(seconds=st.sampled_from([-2 * DAY, 100 * DAY]))
     def the_stores_clock_jumps(self, seconds):
@@ -158,8 +164,8 @@ class GarbageMachine(RuleBasedStateMachine):
 
 
 GarbageMachine.TestCase.settings = settings(
-    max_examples=int(os.environ.get("TIERFS_EXAMPLES", "40")),
-    stateful_step_count=25,
+    max_examples=int(os.environ.get("TIERFS_EXAMPLES", "30")),
+    stateful_step_count=40,
     deadline=None,
     suppress_health_check=list(HealthCheck),
 )

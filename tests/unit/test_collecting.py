@@ -51,6 +51,17 @@ def test_a_superseded_version_is_kept_for_its_time_and_then_goes(volume):
     assert days(volume, 40) == 0 and volume.objects() == {second}
 
 
+def test_the_age_begins_with_the_end_not_with_the_look_before(volume):
+    volume.write("a", b"one" * 1000)
+    volume.write("a", b"two" * 1000)
+    volume.collect()
+    volume.pass_time(10 * DAY)
+    late = volume.key("a")
+    volume.server.unlink(volume.path("a"))
+    assert days(volume, 29) == 1 and volume.objects() == {late}
+    assert days(volume, 2) == 1
+
+
 def test_nothing_is_asked_of_the_store_while_nothing_is_buried(volume):
     volume.write("a", b"one" * 1000)
     assert days(volume, 3) == 0
