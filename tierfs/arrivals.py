@@ -151,20 +151,20 @@ class Arrival:
     def fill(self, tree: Tree, start: int, data: bytes) -> None:
         """Write checked content; times stay as shown. Raises ForeignStubError, OSError."""
         self.compare(start, data)
-        st = self.notice(os.fstat(self.fd))
+        self.notice(os.fstat(self.fd))
         with tree.keeping_privileges(self.fd):
             for low, high in self._to_write(start, data):
                 pwrite_all(self.fd, memoryview(data)[low - start : high - start], low)
-        tree.set_times(self.fd, st.st_atime_ns, self.shown.mtime)
+        # Times that somebody sets between these lines are covered; their mark brings them back (draining).
+        tree.set_mtime(self.fd, self.shown.mtime)
         self.keep_times()
 
-    def notice(self, st: os.stat_result) -> os.stat_result:
+    def notice(self, st: os.stat_result) -> None:
         """If somebody else has changed the inode's attributes since our last change, those times are shown."""
         if st.st_ctime_ns != self.shown.own_ctime:
             self.shown.ctime = st.st_ctime_ns
             if st.st_mtime_ns != self.shown.own_mtime:
                 self.shown.mtime = st.st_mtime_ns
-        return st
 
     def keep_times(self) -> None:
         """Remember the real times after a change of our own."""

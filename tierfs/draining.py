@@ -34,7 +34,9 @@ class Drain:
         server: ServerLink,
         movements: Movements,
         moved: Callable[[], None],
+        times: Callable[[int, int, int], None] = lambda ino, mtime, ctime: None,
     ) -> None:
+        """`times` hears of times that somebody has set (inode, mtime, ctime), within the commit."""
         self._index = index
         self._movements = movements
         self._server = server
@@ -43,6 +45,7 @@ class Drain:
         self._told = -1
         self.pinned = threading.Event()
         self._moved = moved
+        self._times = times
 
     @property
     def position(self) -> int:
@@ -72,6 +75,8 @@ class Drain:
             now = time.time_ns()
             for entry in entries:
                 apply(w, entry, now)
+                if entry.kind is Mark.TIMES:
+                    self._times(entry.ino, entry.a, entry.b)
             w.set_log_position(position)
 
         try:

@@ -92,6 +92,13 @@ class Filler:
         with self._lock:
             return self._arrivals.get(ino)
 
+    def times_set(self, ino: int, mtime: int, ctime: int) -> None:
+        """Somebody has changed the attributes of a file that may be coming in: it shows these times."""
+        arrival = self.arrival(ino)
+        if arrival is not None:
+            with arrival.lock:
+                arrival.shown.mtime, arrival.shown.ctime = mtime, ctime
+
     def unsynced(self) -> list[Arrival]:
         """Files with leaves whose bits are not committed, or that nobody asks for any more."""
         with self._lock:

@@ -34,7 +34,7 @@ from tierfs.marks import MODE_BITS, Mark, MarkWriter
 from tierfs.model import EPOCH_SHIFT, Residency, Stub
 from tierfs.report import HeatReport, Outbox
 from tierfs.room import Room
-from tierfs.tree import Tree
+from tierfs.tree import Tree, drop_set_id, fd_path
 from tierfs.waits import Blocked, Wait
 
 log = logging.getLogger("gate")
@@ -43,6 +43,7 @@ HEAT_SECONDS = 5.0  # how often uses are reported to the mover
 POKE_SECONDS = 0.25  # how often the mover is told of new marks
 SET_ID = stat.S_ISUID | stat.S_ISGID
 _CAPABILITY = "security.capability"
+_MARKS = 4096  # bytes; more than the marks of any one operation take
 _STRIP = os.O_TRUNC | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_DIRECT | os.O_NOFOLLOW
 
 
@@ -143,6 +144,8 @@ class Gate:
         inode = handle.inode
         if handle.fd >= 0:
             os.close(handle.fd)
+        if inode.set_id and handle.writable and handle.uid:
+            self._drop_set_id_if_written(inode)
         inode.opens -= 1
         inode.writers -= handle.writable
         try:
@@ -154,6 +157,17 @@ class Gate:
                     self.backing.close(inode.backing_id)
                 inode.backing_id, inode.passthrough = 0, False
             self._leave(inode, -1)
+
+    def given_set_id(self, ino: int, st: os.stat_result) -> None:
+        """It has set-id bits now. Where the kernel writes past us, who wrote is seen when they close it."""
+        inode = self._inodes.get(ino)
+        if inode is not None and inode.passthrough and inode.writers:
+            inode.set_id = st.st_ctime_ns
+
+    def _drop_set_id_if_written(self, inode: Inode) -> None:
+        if os.stat(fd_path(inode.opath)).st_mtime_ns > inode.set_id:
+            inode.set_id = 0
+            drop_set_id(inode.opath)
 
     def _enter(self, opath: int, st: os.stat_result, parent: int, name: bytes) -> Inode:
         """The inode's state, with what its stub attribute says now. Raises Blocked while it is guarded."""
@@ -327,7 +341,11 @@ class Gate:
     # --- attributes ---------------------------------------------------------------------------------------
 
     def before_change(self, ino: int) -> None:
-        """Call before metadata of a regular file changes. Raises Blocked while our own work moves its times."""
+        """Call before metadata of a regular file changes.
+
+        Raises Blocked while our own work moves its times, OSError where there is no room for its marks.
+        """
+        self.need_marks()
         inode = self._inodes.get(ino)
         if inode is None:
             return
@@ -358,6 +376,10 @@ class Gate:
         self._append(Mark.PIN, st.st_ino, parent=parent, a=int(on), handle=handle, name=name)
 
     # --- marks --------------------------------------------------------------------------------------------
+
+    def need_marks(self) -> None:
+        """Call before a change that marks follow: what cannot be marked must not happen. Raises OSError."""
+        self.marks.ensure(_MARKS)
 
     def named(self, ino: int, parent: int, name: bytes) -> None:
         """A regular file has got another name."""

@@ -52,7 +52,7 @@ class Inode:
 
     __slots__ = (
         "backing_id", "content", "guard", "handle", "ino", "marked", "name", "opath", "opens", "parent",
-        "passthrough", "shown", "writers",
+        "passthrough", "set_id", "shown", "writers",
     )  # fmt: skip
 
     def __init__(self, ino: int, parent: int, name: bytes) -> None:
@@ -68,13 +68,14 @@ class Inode:
         self.content: Content | None = None  # None: resident
         self.guard: Wait | None = None
         self.shown: ShownTimes | None = None
+        self.set_id = 0  # ctime of a chmod that gave set-id bits while it was open for writing in passthrough
         self.marked = False  # its generation has risen since it was last sealed or closed
 
 
 class Handle:
-    """An open file as the binding sees it. `fd` is -1 and `backing_id` set in passthrough."""
+    """An open file as the binding sees it. `fd` is -1 and `backing_id` set in passthrough; `uid` opened it."""
 
-    __slots__ = ("ahead", "backing_id", "fd", "flags", "inode", "writable")
+    __slots__ = ("ahead", "backing_id", "fd", "flags", "inode", "uid", "writable")
 
     def __init__(self, inode: Inode, fd: int, flags: int, backing_id: int) -> None:
         self.inode = inode
@@ -82,4 +83,5 @@ class Handle:
         self.flags = flags
         self.writable = flags & os.O_ACCMODE != os.O_RDONLY
         self.backing_id = backing_id
+        self.uid = 0
         self.ahead = ReadAhead()

@@ -124,6 +124,16 @@ class MarkWriter:
         self._start = start
         self.position = position
 
+    def ensure(self, size: int) -> None:
+        """Make sure that marks of `size` bytes in all can be appended. Raises OSError(ENOSPC)."""
+        if self.position - self._start + size + _HEAD.size > SEGMENT:
+            self._next_segment()
+
+    def _next_segment(self) -> None:
+        full = self._map
+        self._open(self.position, self.position)
+        full.close()
+
     def append(
         self,
         kind: Mark,
@@ -140,9 +150,7 @@ class MarkWriter:
         size = -(-(_HEAD.size + len(body)) // _ALIGN) * _ALIGN
         offset = self.position - self._start
         if offset + size + _HEAD.size > SEGMENT:
-            full = self._map
-            self._open(self.position, self.position)
-            full.close()
+            self._next_segment()
             offset = 0
         # The head goes in last: a reader in the other process sees an entry whole or not at all.
         at = offset + _HEAD.size

@@ -77,6 +77,7 @@ class Names:
         directory, dirfd, st = self._child(parent, name)
         if stat.S_ISDIR(st.st_mode):
             raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), name)
+        self._gate.need_marks()
         going = self._going(directory, dirfd, name, st)
         try:
             os.unlink(name, dir_fd=dirfd)
@@ -105,6 +106,7 @@ class Names:
             there = None
         if there is not None and there.st_ino == st.st_ino and not flags:
             return  # two names of one file: both stay
+        self._gate.need_marks()
         exchange = bool(flags & syscalls.RENAME_EXCHANGE)
         if stat.S_ISREG(st.st_mode):
             self._gate.before_change(st.st_ino)

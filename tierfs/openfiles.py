@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import os
-import stat
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -17,21 +16,12 @@ from tierfs.gate import Gate
 from tierfs.handles import Handle
 from tierfs.making import Caller
 from tierfs.nodes import Node, NodeTable
-from tierfs.tree import fd_path
+from tierfs.tree import drop_set_id
 from tierfs.waits import Slow
 
 _T = TypeVar("_T")
 QUICK = 1 << 20  # bytes that are copied or allocated at once, without a thread
-
-
-def drop_set_id(opath: int) -> None:
-    """Take set-user-id, and set-group-id where the group may execute, from a file that somebody changes."""
-    mode = os.fstat(opath).st_mode
-    drop = mode & stat.S_ISUID
-    if mode & stat.S_IXGRP:
-        drop |= mode & stat.S_ISGID
-    if drop:
-        os.chmod(fd_path(opath), stat.S_IMODE(mode) & ~drop)
+MOST_COPIED = 16 << 20  # bytes that one request copies: there are few threads, and the caller asks again
 
 
 class OpenFiles:
@@ -139,6 +129,7 @@ class OpenFiles:
         """Copy between two files; how many bytes were. Raises Blocked until the source is local, OSError."""
         if flags:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        length = min(length, MOST_COPIED)
         source, target = self.get(fh_in), self.get(fh_out)
         self._gate.ready(source, False)
         self._gate.ready(target, True)

@@ -138,7 +138,7 @@ class Settler:
             if arrival.closed or arrival.settling:
                 return
             grown = arrival.unsynced
-            bits, shown, arrival.unsynced = arrival.bits(), replace(arrival.shown), 0
+            bits, arrival.unsynced = arrival.bits(), 0
         try:
             os.fdatasync(arrival.fd)
         except OSError as error:
@@ -150,6 +150,8 @@ class Settler:
             record = current(w, arrival)
             if record is None or record.copy is None:
                 return
+            with arrival.lock:
+                shown = replace(arrival.shown)  # here, where no mark of other times can come in between
             copy = replace(record.copy, mtime=shown.mtime, ctime=shown.ctime)
             partly = replace(record, residency=Residency.PARTIAL, local=local)
             w.put(replace(partly, copy=copy, left_ctime=shown.own_ctime))
@@ -179,6 +181,8 @@ class Settler:
                         self._kit.server.send(wire.Filled(arrival.ino, 0, arrival.size))
                 granted = guards.enter_context(self._kit.server.guard(left, self._drain()))
                 left = [ino for ino in left if ino not in granted]
+            # The last times that somebody has set here: our own writes may have covered them.
+            self._drain()
             self._make_resident(good)
 
     def _synced(self, arrival: Arrival) -> bool:
@@ -194,7 +198,10 @@ class Settler:
         for arrival in batch:
             try:
                 with arrival.lock, self._kit.writable(arrival.fd):
-                    arrival.notice(os.fstat(arrival.fd))
+                    st = os.fstat(arrival.fd)
+                    arrival.notice(st)
+                    if st.st_mtime_ns != arrival.shown.mtime:
+                        self._kit.tree.set_mtime(arrival.fd, arrival.shown.mtime)
                     self._kit.tree.clear_stub(arrival.fd)
                 done.append(arrival)
             except OSError as error:

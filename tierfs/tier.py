@@ -69,7 +69,10 @@ class Tier:
         self.kit = Kit(tree, index, store, server, config, index.session.custody, fetches, uploads)
         self.places = Places(tree, index)
         index.commit(partial(_begin, tree.root_ino)).result()
-        self.drainer = Drain(marks_dirfd, index, server, self.kit.movements, self.places.forget)
+        self.drainer = Drain(
+            marks_dirfd, index, server, self.kit.movements, self.places.forget,
+            lambda ino, mtime, ctime: self.filler.times_set(ino, mtime, ctime),
+        )  # fmt: skip
         self._copier = Copier(self.kit, self.drain)
         self._puncher = Puncher(self.kit, self.drain, self.places)
         self._settler = Settler(self.kit, self.drain)

@@ -33,6 +33,16 @@ def fd_path(fd: int) -> str:
     return f"/proc/self/fd/{fd}"
 
 
+def drop_set_id(opath: int) -> None:
+    """Take set-user-id, and set-group-id where the group may execute, from a file that somebody changes."""
+    mode = os.fstat(opath).st_mode
+    drop = mode & stat.S_ISUID
+    if mode & stat.S_IXGRP:
+        drop |= mode & stat.S_ISGID
+    if drop:
+        os.chmod(fd_path(opath), stat.S_IMODE(mode) & ~drop)
+
+
 @dataclass(frozen=True, slots=True)
 class Space:
     """Room on the backing filesystem in bytes, and inodes. `available`: without the superuser's reserve."""
@@ -214,6 +224,11 @@ class Tree:
                 os.chmod(fd_path(fd), stat.S_IMODE(now) | lost)
             if capability is not None and self._xattr(fd, _CAPABILITY) is None:
                 os.setxattr(fd_path(fd), _CAPABILITY, capability)
+
+    def set_mtime(self, fd: int, mtime_ns: int) -> None:
+        """Set the modification time and leave the other to whoever uses the file. Raises OSError."""
+        times = (0, syscalls.UTIME_OMIT, *divmod(mtime_ns, 1_000_000_000))
+        syscalls.utimensat(syscalls.AT_FDCWD, os.fsencode(fd_path(fd)), times, 0)
 
     def set_times(self, fd: int, atime_ns: int, mtime_ns: int) -> None:
         """Set both times; ctime moves. Raises OSError."""

@@ -21,8 +21,8 @@ from tierfs.handles import Handle, Shown
 from tierfs.making import Caller, Maker
 from tierfs.names import Names
 from tierfs.nodes import ROOT, GoneStat, Node, NodeTable
-from tierfs.openfiles import OpenFiles, drop_set_id
-from tierfs.tree import Tree, fd_path
+from tierfs.openfiles import OpenFiles
+from tierfs.tree import Tree, drop_set_id, fd_path
 from tierfs.xattrs import Xattrs
 
 __all__ = ["NOW", "ROOT", "Attr", "Caller", "Statfs", "Vfs"]
@@ -113,7 +113,8 @@ class Vfs:
         """The node of a name, and its attributes; counts one lookup. Raises OSError."""
         directory = self.nodes.get(parent)
         st = os.stat(name, dir_fd=self.nodes.dirfd(directory), follow_symlinks=False)
-        return self.nodes.found(st, directory, name).id, self._attr(st)
+        attr = self._attr(st)
+        return self.nodes.found(st, directory, name).id, attr
 
     def forget(self, nodeid: int, count: int = 1) -> None:
         """Take back lookups."""
@@ -172,6 +173,8 @@ class Vfs:
             st = os.fstat(opath)
             if regular:
                 self.gate.after_change(st.st_ino, st, mtime_set=mtime_ns is not None)
+                if mode is not None and mode & (stat.S_ISUID | stat.S_ISGID):
+                    self.gate.given_set_id(st.st_ino, st)
             self.gate.attributes(st, node.parent_ino, node.name)
         finally:
             os.close(opath)
@@ -213,7 +216,11 @@ class Vfs:
     def create(
         self, parent: int, name: bytes, flags: int, mode: int, caller: Caller
     ) -> tuple[int, Attr, int, Handle]:
-        """Make a file and open it, or open the one that is there: (node, attributes, number, handle)."""
+        """Make a file and open it: (node, attributes, number, handle).
+
+        One that is there already was made behind the mount: ESTALE has the kernel look again, and then ask
+        whether the caller may open it.
+        """
         self.gate.need_room()
         directory = self.nodes.get(parent)
         dirfd = self.nodes.dirfd(directory)
@@ -222,8 +229,9 @@ class Vfs:
         except FileExistsError:
             if flags & os.O_EXCL:
                 raise
-            return self._open_existing(parent, name, flags, caller)
+            raise _error(errno.ESTALE, name) from None
         handle = self._take(fd, st, flags, directory, name, lambda: os.unlink(name, dir_fd=dirfd))
+        handle.uid = caller.uid
         node = self.nodes.made(st, directory, name)
         return node.id, st, self.files.add(node, handle), handle
 
@@ -236,20 +244,6 @@ class Vfs:
             os.close(fd)
             undo()
             raise
-
-    def _open_existing(
-        self, parent: int, name: bytes, flags: int, caller: Caller
-    ) -> tuple[int, Attr, int, Handle]:
-        nodeid, attr = self.lookup(parent, name)
-        try:
-            if not stat.S_ISREG(attr.st_mode):
-                # The kernel took the name for free: let it look again.
-                raise _error(errno.ESTALE, name)
-            fh, handle = self.open(nodeid, flags, caller)
-        except BaseException:
-            self.forget(nodeid, 1)
-            raise
-        return nodeid, self.getattr(nodeid, fh), fh, handle
 
     def tmpfile(self, parent: int, flags: int, mode: int, caller: Caller) -> tuple[int, Attr, int, Handle]:
         """A file without a name, as `create` otherwise."""
@@ -278,6 +272,7 @@ class Vfs:
     def mkdir(self, parent: int, name: bytes, mode: int, caller: Caller) -> tuple[int, Attr]:
         """Make a directory."""
         directory = self.nodes.get(parent)
+        self.gate.need_marks()
         st = self._maker.directory(self.nodes.dirfd(directory), name, mode, caller)
         self.gate.made_dir(st.st_ino, directory.ino, name)
         return self.nodes.made(st, directory, name).id, st
@@ -316,7 +311,8 @@ class Vfs:
             self.gate.named(st.st_ino, directory.ino, name)
         else:
             self.gate.entry(directory.ino, name)
-        return self.nodes.found(st, directory, name).id, self._attr(st)
+        attr = self._attr(st)
+        return self.nodes.found(st, directory, name).id, attr
 
     # --- opening ------------------------------------------------------------------------------------------
 
@@ -331,7 +327,12 @@ class Vfs:
         except BaseException:
             os.close(opath)
             raise
+        handle.uid = caller.uid
         fh = self.files.add(node, handle)
-        if kill_suidgid and flags & os.O_TRUNC:
-            drop_set_id(handle.inode.opath)
+        try:
+            if kill_suidgid and flags & os.O_TRUNC:
+                drop_set_id(handle.inode.opath)
+        except BaseException:
+            self.files.release(fh)
+            raise
         return fh, handle

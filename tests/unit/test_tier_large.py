@@ -56,6 +56,38 @@ def cold(volume):
     return data
 
 
+def times(volume):
+    shown = volume.server.shown(volume.path("big"))
+    return shown.st_mtime_ns, shown.st_ctime_ns
+
+
+def test_times_set_while_a_range_is_written_are_kept(volume, cold, monkeypatch):
+    """The write of a range takes the times back to what it found: what is set in between must not get lost."""
+    path, set_mtime, done = volume.path("big"), volume.tree.set_mtime, []
+    handle = volume.server.open(path)
+
+    def interrupted(fd, mtime_ns):
+        if not done:
+            done.append(True)
+            with volume.server.lock:  # as the vfs does
+                st = os.stat(path)
+                volume.server.gate.before_change(st.st_ino)
+                os.utime(path, ns=(5, 777))
+                st = os.stat(path)
+                volume.server.gate.after_change(st.st_ino, st, mtime_set=True)
+                done.append(st.st_ctime_ns)
+        set_mtime(fd, mtime_ns)
+
+    monkeypatch.setattr(volume.tree, "set_mtime", interrupted)
+    volume.server.run(lambda: volume.server.gate.read(handle, 3 * MIB, 100))
+    assert times(volume) == (777, done[1])
+    volume.server.run(lambda: volume.server.gate.ready(handle, True))
+    volume.server.release(handle)
+    volume.settle("big")
+    assert os.stat(path).st_mtime_ns == 777
+    assert times(volume)[0] == 777
+
+
 def partial_blocks(volume):
     return os.stat(volume.path("big")).st_blocks * 512
 

@@ -166,7 +166,6 @@ def test_what_needs_a_stubs_content_is_blocked_and_changes_nothing(world):
         lambda: world.vfs.open(node, os.O_RDONLY, ME),
         lambda: world.vfs.open(node, os.O_RDWR, ME),
         lambda: world.vfs.setattr(node, size=5, mode=0o600),
-        lambda: world.vfs.create(ROOT, b"f", os.O_RDWR, 0o644, ME),
     ):
         with pytest.raises(Blocked):
             call()

@@ -262,8 +262,21 @@ class Operations:
 
     def readdirplus(self, message: bytes, nodeid: int) -> bytes:
         fh, offset, room, *_ = p.READ_IN.unpack_from(message, IN)
+        entries: list[bytes] = []
+        counted: list[int] = []
+        try:
+            self._listed_with_attributes(nodeid, fh, offset, room, entries, counted)
+        except BaseException:
+            for each in counted:
+                self._vfs.forget(each)
+            raise
+        return b"".join(entries)
+
+    def _listed_with_attributes(
+        self, nodeid: int, fh: int, offset: int, room: int, entries: list[bytes], counted: list[int]
+    ) -> None:
+        """Append to `entries` what fits, and to `counted` the nodes of which that counts a lookup."""
         lookup, pack = self._vfs.lookup, self._entry
-        entries = []
         for following, name, ino, kind in self._vfs.readdir(fh, offset):
             # Room first: each entry that is packed counts a lookup.
             room -= p.DIRENT_PLUS_SIZE + (len(name) + 7 & ~7)
@@ -272,11 +285,12 @@ class Operations:
             found = None
             if name not in _DOTS:
                 try:
-                    found = pack(lookup(nodeid, name))
+                    known = lookup(nodeid, name)
+                    counted.append(known[0])
+                    found = pack(known)
                 except OSError:
                     found = None  # gone meanwhile, or not to be shown: asked for by name, it says why
             entries.append(p.dirent_plus(found, ino, following, kind, name))
-        return b"".join(entries)
 
     def releasedir(self, message: bytes, _nodeid: int) -> bytes:
         fh, *_ = p.RELEASE_IN.unpack_from(message, IN)
