@@ -32,6 +32,7 @@ _COMMANDS = {
     "versions": ("past", "versions", "List former contents of files, also of deleted ones."),
     "restore-version": ("past", "restore_version", "Bring a former content back."),
     "gc": ("past", "gc", "Remove from the store what nothing refers to any more."),
+    "restore": ("restore", "restore", "Bring a lost machine's volume back from its store."),
     "check": ("check", "check", "Compare a volume's tree, index and store."),
 }
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from dataclasses import dataclass
 from typing import Any
 
 from tierfs.errors import ObjectMissingError, PreconditionError, StoreUnavailableError, VolumeError
@@ -18,6 +19,8 @@ from tierfs.store.base import ObjectStore
 from tierfs.volume import Identity, Volume, write_json
 
 STORE_KEY = "volume.json"
+ALIVE_KEY = "alive.json"  # renewed every ALIVE_SECONDS by who has the store mounted
+ALIVE_SECONDS = 300.0
 _NOTE = "claim.json"
 
 
@@ -66,10 +69,25 @@ def renew(volume: Volume, store: ObjectStore, epoch: int) -> None:
     """
     etag = _etag(store)
     found = check(volume, store)
-    note = _read_note(volume)
-    nonce = str(found.get("nonce", ""))
-    if nonce and nonce not in (note.get("last"), note.get("next")):
+    if not _is_ours(volume.state, found):
         raise _taken(store, found)
+    _take(volume, store, epoch, etag, found)
+
+
+def take_over(volume: Volume, store: ObjectStore, epoch: int) -> None:
+    """Take the store from whoever had it. Raises as `renew`, where somebody else does so at this moment."""
+    etag = _etag(store)
+    _take(volume, store, epoch, etag, check(volume, store))
+
+
+def _is_ours(state: str, found: dict[str, Any]) -> bool:
+    note = _read_note(state)
+    nonce = str(found.get("nonce", ""))
+    return not nonce or nonce in (note.get("last"), note.get("next"))
+
+
+def _take(volume: Volume, store: ObjectStore, epoch: int, etag: str | None, found: dict[str, Any]) -> None:
+    nonce = str(found.get("nonce", ""))
     fresh = os.urandom(8).hex()
     path = volume.path(_NOTE)
     write_json(path, {"last": nonce, "next": fresh})
@@ -85,8 +103,63 @@ def renew(volume: Volume, store: ObjectStore, epoch: int) -> None:
 def verify(volume: Volume, store: ObjectStore) -> None:
     """Make sure that the store is still ours. Raises as `check`, and VolumeError where it was taken over."""
     found = check(volume, store)
-    if found.get("nonce", "") != _read_note(volume).get("last"):
+    if found.get("nonce", "") != _read_note(volume.state).get("last"):
         raise _taken(store, found)
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """Who has a store. `ago`: seconds since a sign of life, by the store's clock; `mounted`: as far as is
+    known; `ours`: the state directory that was asked about took it last."""
+
+    volume: str
+    host: str
+    created: float
+    epoch: int
+    mounted: bool
+    ago: float
+    ours: bool = False
+
+
+def show_life(store: ObjectStore, epoch: int, mounted: bool) -> None:
+    """Tell who else might want the store that it is in use, or no more. Raises StoreError."""
+    said = {"host": os.uname().nodename, "epoch": epoch, "mounted": mounted, "at": time.time()}
+    raw = json.dumps(said).encode()
+    store.put(ALIVE_KEY, raw, len(raw))
+
+
+def owner(store: ObjectStore, state: str) -> Owner:
+    """Who has this store; `state` is a directory that may have been its. Raises StoreError, and VolumeError
+    where there is no volume in it."""
+    try:
+        claim = json.loads(store.get(STORE_KEY))
+        ident, host, epoch = str(claim["volume"]), str(claim.get("host")), int(claim.get("epoch", 0))
+        created = float(claim["created"])
+        if len(bytes.fromhex(ident)) != 16 or not 0 <= epoch < 1 << 20:
+            raise ValueError
+    except ObjectMissingError as exc:
+        raise VolumeError(f"{store.describe()}: holds no volume: correct the URL") from exc
+    except (ValueError, TypeError, KeyError) as exc:
+        raise VolumeError(f"{store.describe()}: its {STORE_KEY} is not ours: correct the URL") from exc
+    seen, mounted = store.head(STORE_KEY).modified, True
+    try:
+        life = json.loads(store.get(ALIVE_KEY))
+        if int(life["epoch"]) == epoch:
+            mounted, seen = bool(life["mounted"]), max(seen, store.head(ALIVE_KEY).modified)
+    except (ObjectMissingError, ValueError, TypeError, KeyError):
+        pass  # of a volume that was never mounted for long
+    ours = bool(claim.get("nonce")) and _is_ours(state, claim)
+    return Owner(ident, host, created, epoch, mounted, max(0.0, _now(store) - seen), ours)
+
+
+def _now(store: ObjectStore) -> float:
+    """The store's own clock."""
+    key = f"probe/{os.urandom(8).hex()}"
+    store.put(key, b"now", 3)
+    try:
+        return store.head(key).modified
+    finally:
+        store.delete([key])
 
 
 def _taken(store: ObjectStore, found: dict[str, Any]) -> VolumeError:
@@ -103,14 +176,15 @@ def _etag(store: ObjectStore) -> str | None:
         return None  # `check` says what that means
 
 
-def _read_note(volume: Volume) -> dict[str, Any]:
+def _read_note(state: str) -> dict[str, Any]:
+    path = os.path.join(state, _NOTE)
     try:
-        with open(volume.path(_NOTE), "rb") as file:
+        with open(path, "rb") as file:
             return dict(json.load(file))
     except FileNotFoundError:
         return {}
     except (ValueError, TypeError) as exc:
-        raise VolumeError(f"{volume.path(_NOTE)}: is damaged: put it back from a backup") from exc
+        raise VolumeError(f"{path}: is damaged: put it back from a backup") from exc
 
 
 def _claim(identity: Identity, epoch: int, nonce: str) -> bytes:

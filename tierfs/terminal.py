@@ -6,12 +6,14 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tierfs.control import Progress
 
+_DRAW_SECONDS = 0.1
 _NAMED = 50  # outcomes shown one by one
 
 
@@ -112,6 +114,25 @@ class Bar:
         """Remove the bar."""
         if self._progress is not None:
             self._progress.stop()
+
+
+@contextlib.contextmanager
+def steps() -> Iterator[Callable[[str, int, int], None]]:
+    """A function that shows (what is being done, how many are done, of how many) on a terminal's last line."""
+    drawn = 0.0
+
+    def show(what: str, done: int, of: int) -> None:
+        nonlocal drawn
+        now = time.monotonic()
+        if now - drawn >= _DRAW_SECONDS and sys.stderr.isatty():
+            drawn = now
+            print(f"\r\033[K{what} {f'{done} of {of}' if of else ''}", end="", file=sys.stderr, flush=True)
+
+    try:
+        yield show
+    finally:
+        if drawn:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ from tierfs.errors import VolumeError
 from tierfs.store.base import Capabilities
 
 FORMAT = 1
+RESTORING = "restoring.json"  # in a state directory: a restore was begun and is not complete; see restoring.py
 _PLAIN = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789:_.")
 _NAME_LIMIT = 200
 
@@ -182,11 +183,14 @@ def make_state(state: str) -> None:
         raise VolumeError(f"{state}: the state directory cannot be made: {exc.strerror}") from exc
 
 
-def create(state: str, **settings: str) -> Volume:
+def create(state: str, ident: str = "", created: float = 0.0, **settings: str) -> Volume:
     """Lay out a new volume, not yet known to its store; the caller holds the lock. `settings` are raw values
-    of configuration keys. Raises VolumeError, ConfigError."""
+    of configuration keys; `ident` and `created` those of a volume that is restored.
+
+    Raises VolumeError, ConfigError."""
     strange = set(os.listdir(state)) - {"lock", "run.json", "config.toml", "config.toml.new", "volume.json.new",
-                                        "adopting.json", "index", "heat", "marks", "log",
+                                        "adopting.json", RESTORING, "claim.json",
+                                        "epoch", "index", "heat", "marks", "log",
                                         "store", "tree.new"}  # fmt: skip
     if strange:
         raise VolumeError(
@@ -199,7 +203,8 @@ def create(state: str, **settings: str) -> Volume:
         store = settings.get("store", config.EMBEDDED_STORE)
         if store == config.EMBEDDED_STORE:
             os.makedirs(os.path.join(state, "store"), 0o700, exist_ok=True)
-        volume = Volume(state, Identity(os.urandom(16).hex(), store, time.time(), socket.gethostname()))
+        ident, created = ident or os.urandom(16).hex(), created or time.time()
+        volume = Volume(state, Identity(ident, store, created, socket.gethostname()))
         write_json(volume.path("volume.json"), asdict(volume.identity))
     except OSError as exc:
         raise VolumeError(f"{state}: the volume cannot be made: {exc.strerror}") from exc

@@ -54,7 +54,9 @@ class Mover:
             self._tree, self._index, self._store, self._link, self._marks, config, self._make_room
         )
         self._tier.kit.withheld = _WAITING
-        self._journal = JournalKeeper(self._tier, home.identity.volume, self._verify_claim)
+        self._journal = JournalKeeper(
+            self._tier, home.identity.volume, self._verify_claim, self._show_life
+        )
         self._scheduler = Scheduler(self._tier, self._heat, _device_of(home.store_url), home.path("ballast"))
         backend = TierBackend(
             self._tier, self._heat, home, self._watcher,
@@ -119,6 +121,9 @@ class Mover:
         except VolumeError as error:
             self._withhold(str(error))
             raise
+
+    def _show_life(self, mounted: bool) -> None:
+        ownership.show_life(self._store, self._index.session.epoch, mounted)
 
     def _withhold(self, reason: str) -> None:
         if self._tier.kit.withheld != reason:

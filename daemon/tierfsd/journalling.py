@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -9,6 +10,7 @@ from collections.abc import Callable
 
 from tierfs.errors import TierError
 from tierfs.journal import Journal
+from tierfs.ownership import ALIVE_SECONDS
 from tierfs.snapshots import Snapshots
 from tierfs.tier import Tier
 
@@ -17,16 +19,22 @@ log = logging.getLogger("journal")
 _LOOK_SECONDS = 0.5
 _PAUSES = (1.0, 2.0, 5.0, 10.0, 20.0)  # after failures; what waits stays noted
 _CLAIM_SECONDS = 30.0  # between two looks whether the store is still ours
+_FAREWELL_SECONDS = 3.0
 
 
 class JournalKeeper:
     """Start with `start`, end with `stop`. What is not in the store when it ends is written by the next one."""
 
-    def __init__(self, tier: Tier, volume: str, verify: Callable[[], None]) -> None:
-        """`verify` raises VolumeError where another machine has taken the store."""
+    def __init__(
+        self, tier: Tier, volume: str, verify: Callable[[], None], show_life: Callable[[bool], None]
+    ) -> None:
+        """`verify` raises VolumeError where another machine has taken the store; `show_life` tells such ones
+        that it is in use (True), or no more."""
         self._tier = tier
         self._kit = tier.kit
         self._verify = verify
+        self._show_life = show_life
+        self._next_sign = 0.0
         self._stopping = threading.Event()
         self.journal = Journal(tier.kit, tier.places, tier.drain, volume, tier.kit.index.session.epoch)
         self.snapshots = Snapshots(tier.kit, self.journal, tier.places, self._stopping)
@@ -49,6 +57,15 @@ class JournalKeeper:
         with self._turn:
             self._turn.notify_all()
         self._thread.join()
+        if self._next_sign and not self._kit.withheld:
+            # So that another machine need not wait before it takes the volume; not worth a long wait here.
+            farewell = threading.Thread(target=self._say_farewell, daemon=True)
+            farewell.start()
+            farewell.join(_FAREWELL_SECONDS)
+
+    def _say_farewell(self) -> None:
+        with contextlib.suppress(TierError, OSError):
+            self._show_life(False)
 
     @property
     def behind(self) -> float:
@@ -93,6 +110,10 @@ class JournalKeeper:
             if self._kit.withheld:
                 self._problem = self._kit.withheld
                 return
+            if time.monotonic() >= self._next_sign:
+                self._check_claim()
+                self._show_life(True)
+                self._next_sign = time.monotonic() + ALIVE_SECONDS
             if self.snapshots.due:
                 self._check_claim()
                 if self.snapshots.take():

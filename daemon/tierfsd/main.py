@@ -119,6 +119,8 @@ def _run(arguments: argparse.Namespace, answer: Answer) -> int:
 
 def _precheck(arguments: argparse.Namespace) -> None:
     """Find what is wrong before anything is made. Raises VolumeError."""
+    if os.path.exists(os.path.join(arguments.state, volume.RESTORING)) and not _is_complete(arguments.state):
+        raise VolumeError(f"{arguments.state}: its restore was interrupted: run `tierfs restore` again")
     if adoption.read_intent(arguments.state) is not None:
         return
     if arguments.adopt:

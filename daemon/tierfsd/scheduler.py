@@ -337,7 +337,7 @@ class Scheduler:
     def _look_through(self) -> None:
         """The tree, if that has not been done in this custody epoch or heat was lost."""
         index = self._kit.index
-        heat_lost = index.totals().files > 0 and not any(True for _ in self._heat.victims(1 << 62))
+        heat_lost = index.totals().local_bytes > 0 and not any(True for _ in self._heat.victims(1 << 62))
         if index.surveyed and not heat_lost:
             return
         try:

@@ -16,7 +16,7 @@ LAYERS = [
     {"index", "heat_index", "tree", "syscalls", "store", "waits"},
     {"transfer", "volume", "ownership", "namespace"},
     {"tier", "recovery", "gate"},
-    {"vfs", "control", "adoption", "launch"},
+    {"vfs", "control", "adoption", "launch", "restoring"},
     {"fuse", "cli", "commands", "terminal"},
     {"tierfsd"},
 ]
@@ -34,6 +34,7 @@ FAMILIES = [
 # Parts of a larger module that were split off share its place.
 PARTS_OF = {
     "index": {"index_writer", "past"},
+    "restoring": {"planting"},
     "gate": {"inflow", "handles", "appearance", "report", "room"},
     "vfs": {"nodes", "dirs", "xattrs", "making", "names", "openfiles"},
     "tier": {
