@@ -33,6 +33,13 @@ SNAPSHOT_PART = "snapshot-part"  # some parts are in the store, not the last: no
 SNAPSHOT_PUT = "snapshot-put"  # all parts are in the store: it may be used, and is taken once more
 SNAPSHOT_COMMITTED = "snapshot-committed"  # the index knows of it
 
+# Restore, in order. Until the last, no mount accepts the state directory; the next attempt starts again.
+RESTORE_BEGUN = "restore-begun"  # the intent is written, the store is not taken yet
+RESTORE_TAKEN = "restore-taken"  # the store is ours
+RESTORE_PLANTED = "restore-planted"  # the tree is made and synced, under its provisional name
+RESTORE_NAMED = "restore-named"  # it has its name; the volume is not complete
+RESTORE_COMPLETE = "restore-complete"  # the volume is complete, the intent still there
+
 # Collection, in order. What is on a list is deleted again where it may be gone already.
 GC_BEAT = "gc-beat"  # the store's date is asked, nothing noted
 GC_PUBLISHED = "gc-published"  # the list is in the store, the index does not know it: published once more
@@ -45,6 +52,7 @@ COLLECT_POINTS = (GC_BEAT, GC_PUBLISHED, GC_LISTED, GC_DELETED, GC_DROPPED)
 JOURNAL_POINTS = (
     SEGMENT_PUT, SEGMENT_COMMITTED, SNAPSHOT_BEGUN, SNAPSHOT_PART, SNAPSHOT_PUT, SNAPSHOT_COMMITTED,
 )  # fmt: skip
+RESTORE_POINTS = (RESTORE_BEGUN, RESTORE_TAKEN, RESTORE_PLANTED, RESTORE_NAMED, RESTORE_COMPLETE)
 FETCH_POINTS = (FILL_WRITTEN, FILL_BITS, FILL_SYNCED, FILL_CLEARED)
 
 _name, _, _count = os.environ.get("TIERFS_FAILPOINT", "").partition(":")

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from tierfs import ownership, volume
+from tierfs import failpoints, ownership, volume
 from tierfs.errors import VolumeError
 from tierfs.index import Index
 from tierfs.marks import Mark, MarkWriter
@@ -124,18 +124,23 @@ def restore(
     Raises StoreError, VolumeError, OSError.
     """
     epoch = owner.epoch + 1
+    failpoints.hit(failpoints.RESTORE_BEGUN)
     volume.keep_epoch(home.state, epoch)
     ownership.take_over(home, store, epoch)
     ownership.show_life(store, epoch, True)
+    failpoints.hit(failpoints.RESTORE_TAKEN)
     progress("reading the journal", 0, 0)
     chronicle = Chronicle(store, owner.volume)
     names = chronicle.read()
     outcome = _plant(home, names, epoch, special, progress)
     report = _report(chronicle, owner, outcome)
     volume.write_json(home.path(REPORT), report)
+    failpoints.hit(failpoints.RESTORE_PLANTED)
     os.rename(home.path("tree.new"), home.path("tree"))
     volume.sync_directory(home.state)
+    failpoints.hit(failpoints.RESTORE_NAMED)
     volume.complete(home, capabilities)
+    failpoints.hit(failpoints.RESTORE_COMPLETE)
     is_done(home.state)
     return report
 

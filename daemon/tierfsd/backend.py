@@ -196,7 +196,7 @@ class TierBackend:
                 problem = self._journal.catch_up(job.cancelled)
                 if problem:
                     reason = f"names and attributes are not all in the store: {problem}"
-                    stayed.append(control.Outcome(b"", reason, failed=True))
+                    stayed.append(control.Outcome(b"", reason, failed=True))  # of the volume as a whole
                 return control.Done(copied, stayed)
             job.cancelled.wait(0.2)
 

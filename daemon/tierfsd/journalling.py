@@ -20,6 +20,7 @@ _LOOK_SECONDS = 0.5
 _PAUSES = (1.0, 2.0, 5.0, 10.0, 20.0)  # after failures; what waits stays noted
 _CLAIM_SECONDS = 30.0  # between two looks whether the store is still ours
 _FAREWELL_SECONDS = 3.0
+_ANSWER_SECONDS = 10.0  # for the store's first answer after a mount
 
 
 class JournalKeeper:
@@ -75,6 +76,7 @@ class JournalKeeper:
 
     def catch_up(self, cancelled: threading.Event) -> str:
         """Wait until all that has changed by now is in the store; why it is not, if it cannot be."""
+        self._kit.claim_tried.wait(_ANSWER_SECONDS)
         self._tier.drain()
         begun = time.time_ns()
         while not cancelled.is_set() and not self._stopping.is_set():

@@ -118,6 +118,9 @@ def drain(mount: locate.Mount) -> None:
                 done = answer
     if done.stayed:
         at = os.fsencode(mount.mountpoint)
+        for item in done.stayed:
+            if not item.path:
+                raise VolumeError(f"{mount.mountpoint}: {item.reason}: try again, or leave out --wait")
         lines = [(os.fsdecode(os.path.join(at, item.path)), item.reason) for item in done.stayed]
         terminal.complain_all(lines)
         raise VolumeError(
