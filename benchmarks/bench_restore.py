@@ -2,8 +2,8 @@
 
     bench_restore.py [--quick] [--files N]
 
-The store is a directory with the journal of a made-up tree of N files (one in fifty with a hard link, one in ten with an
-attribute) in directories of fifty; their content is not there, as nothing reads it.
+The store is a directory with the journal of a made-up tree of N files (one in fifty with a hard link, one in
+ten with an attribute) in directories of fifty; their content is not there, as nothing reads it.
 """
 
 from __future__ import annotations
@@ -61,16 +61,14 @@ def lines(files: int):
 def make_store(path: Path, files: int) -> int:
     """The journal of such a tree; its size."""
     store = DirectoryStore(str(path), create=True)
-    claim = {"format": 1, "volume": IDENT, "host": "lost", "created": 1.0, "epoch": 1, "nonce": "aa", "taken": 1.0}
+    claim = {"format": 1, "volume": IDENT, "host": "lost", "created": 1.0, "epoch": 1, "nonce": "aa"}
     store.put("volume.json", json.dumps(claim).encode(), len(json.dumps(claim)))
     alive = json.dumps({"host": "lost", "epoch": 1, "mounted": False, "at": 1.0}).encode()
     store.put("alive.json", alive, len(alive))
     total, part, previous, packer = 0, 0, "", None
     for line in lines(files):
         if packer is None:
-            head = manifest.Head(
-                1, "snapshot", IDENT, 1, 0, "chain", previous, NOW, part=part, base="chain"
-            )
+            head = manifest.Head(1, "snapshot", IDENT, 1, 0, "chain", previous, NOW, part=part, base="chain")
             packer = manifest.Packer(head)
         packer.add(line)
         if packer.size > 4 << 20:
@@ -90,7 +88,8 @@ def restore(area: Scratch, files: int) -> None:
     size = make_store(base / "store", files)
     volume = Mounted(base, area.connections, limit=3600)
     environment = {**os.environ, SESSION: session_id, VOLUME: str(base)}
-    argv = [TIERFS, "restore", "--json", "--store", f"file://{base}/store", "--state", base / "state", base / "mnt"]
+    url, state = f"file://{base}/store", base / "state"
+    argv = [TIERFS, "restore", "--json", "--store", url, "--state", state, base / "mnt"]
     begun = time.monotonic()
     done = subprocess.run(argv, capture_output=True, text=True, env=environment, check=False)
     seconds = time.monotonic() - begun
@@ -99,7 +98,8 @@ def restore(area: Scratch, files: int) -> None:
     volume.watch()
     made = json.loads(done.stdout)["files"]
     assert made == files
-    print(f"| {files:,} files | {size / files:.0f} bytes a file | {seconds:.1f} s | {files / seconds:,.0f} files/s |")
+    each = size / files
+    print(f"| {files:,} files | {each:.0f} bytes a file | {seconds:.1f} s | {files / seconds:,.0f} files/s |")
     volume.close()
 
 

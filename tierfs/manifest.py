@@ -37,9 +37,7 @@ MOST_EXTENTS = 2000  # in one line; a file in more pieces is shown without holes
 
 _LEVEL = 3
 _MOST_BYTES = 1 << 30  # of one object, decompressed
-_KEY = re.compile(
-    r"meta/([0-9a-f]{8})-([0-9a-f]{8})-([0-9a-f]{16})\.(segment|snapshot-([0-9]{6}))\.jsonl\.zst"
-)
+_KEY = re.compile(r"meta/([0-9a-f]{8})-([0-9a-f]{8})-([0-9a-f]{16})\.(segment|snapshot-([0-9]{6}))\.jsonl\.zst")
 
 U31 = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
 U32 = Annotated[int, msgspec.Meta(ge=0, lt=(1 << 32) - 1)]

@@ -150,7 +150,7 @@ class Chronicle:
             for line in segment.lines():
                 tree.apply(line)
             self.at = max(self.at, segment.end.at)
-        if tree.root not in tree.inodes:
+        if not isinstance(tree.inodes.get(tree.root), Directory):
             raise VolumeError(f"{self._store.describe()}: its journal has no root directory")
         return tree
 

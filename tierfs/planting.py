@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 from tierfs import manifest
+from tierfs.errors import VolumeError
 from tierfs.manifest import AnyInode, Directory, File, Special, Symlink
 from tierfs.model import EPOCH_SHIFT, Copy, Record, Residency, Stub, new_fid
 from tierfs.namespace import MOST_DEPTH
@@ -105,9 +106,13 @@ class Planter:
     # --- directories --------------------------------------------------------------------------------------
 
     def directories(self) -> list[Place]:
-        """Make all directories, empty and with rights for us only; those above come before those below."""
+        """Make all directories, empty and with rights for us only; those above come before those below.
+
+        Raises VolumeError where there is no root.
+        """
         root = self._names.inodes.get(self._names.root)
-        assert isinstance(root, Directory)
+        if not isinstance(root, Directory):
+            raise VolumeError("the journal has no root directory")
         places = [Place(b"", self._tree.root_ino, 0, b"", root)]
         entered = {root.id}
         depths = [0]

@@ -145,9 +145,7 @@ def restore(
     return report
 
 
-def _plant(
-    home: volume.Volume, names: Namespace, epoch: int, special: bool, progress: Progress
-) -> Outcome:
+def _plant(home: volume.Volume, names: Namespace, epoch: int, special: bool, progress: Progress) -> Outcome:
     os.mkdir(home.path("tree.new"), 0o700)
     index = Index.open(home.path("index"))
     with contextlib.closing(index), contextlib.closing(open_tree(home.path("tree.new"))) as tree:
@@ -244,4 +242,3 @@ def _report(chronicle: Chronicle, owner: ownership.Owner, outcome: Outcome) -> d
 
 def _left(left: Left) -> dict[str, Any]:
     return {"path": os.fsdecode(left.path), "size": left.size, "since": left.since / 1e9}
-

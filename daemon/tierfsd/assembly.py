@@ -54,9 +54,7 @@ class Mover:
             self._tree, self._index, self._store, self._link, self._marks, config, self._make_room
         )
         self._tier.kit.withheld = _WAITING
-        self._journal = JournalKeeper(
-            self._tier, home.identity.volume, self._verify_claim, self._show_life
-        )
+        self._journal = JournalKeeper(self._tier, home.identity.volume, self._verify_claim, self._show_life)
         self._scheduler = Scheduler(self._tier, self._heat, _device_of(home.store_url), home.path("ballast"))
         backend = TierBackend(
             self._tier, self._heat, home, self._watcher,

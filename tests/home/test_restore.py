@@ -143,9 +143,7 @@ def test_a_killed_restore_is_no_volume_and_is_done_again(volume: Make, tmp_path:
     for point in failpoints.RESTORE_POINTS:
         machine = volume(mount=False, store=url)
         argv = ["restore", "--store", url, "--state", machine.state, machine.mountpoint]
-        killed = machine.cli(
-            *argv, check=False, env={**machine.environment, "TIERFS_FAILPOINT": point}
-        )
+        killed = machine.cli(*argv, check=False, env={**machine.environment, "TIERFS_FAILPOINT": point})
         assert killed.returncode == -signal.SIGKILL, (point, killed.stderr)
         if point != failpoints.RESTORE_COMPLETE:
             refused = machine.mount(check=False)
