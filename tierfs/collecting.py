@@ -28,6 +28,7 @@ from tierfs.index import Writer
 from tierfs.kit import Kit
 from tierfs.model import EPOCH_SHIFT, Record, object_key
 from tierfs.past import Buried, Listed, Version
+from tierfs.store.priority import Priority, priority
 
 log = logging.getLogger("mover")
 
@@ -79,7 +80,7 @@ class Collector:
 
         Raises StoreError, VolumeError where the store is not ours any more, IndexError_, OSError.
         """
-        with self._lock:
+        with self._lock, priority(Priority.GARBAGE):
             return self._run(now)
 
     def _run(self, now: bool) -> int:

@@ -150,7 +150,8 @@ class Kit:
     `withheld` says why nothing may be written to the store or removed from it now, "" where it may;
     `claim_tried` is set once the store has been asked for the first time: an order given right after the mount
     waits for that. `still_ours` asks the store whose it is: it raises VolumeError where another machine has
-    taken it, StoreError where that cannot be told.
+    taken it, StoreError where that cannot be told. `fence` does so in a short time or goes by the last answer:
+    before each batch of copies and punches. It raises VolumeError alone.
     """
 
     tree: Tree
@@ -165,6 +166,7 @@ class Kit:
     claim_tried: threading.Event = field(default_factory=threading.Event)
     movements: Movements = field(default_factory=Movements)
     still_ours: Callable[[], None] = lambda: None
+    fence: Callable[[], None] = lambda: None
     in_use: InUse = field(default_factory=InUse)
     claims: Claims = field(default_factory=Claims)
     outcomes: Outcomes = field(default_factory=Outcomes)

@@ -68,10 +68,16 @@ def renew(volume: Volume, store: ObjectStore, epoch: int) -> None:
     Raises as `check`, and VolumeError where another copy of this volume has taken it since.
     """
     etag = _etag(store)
+    found = look(volume, store)
+    _take(volume, store, epoch, etag, found)
+
+
+def look(volume: Volume, store: ObjectStore) -> dict[str, Any]:
+    """What the store says, if this state directory may take it. Raises as `renew`; nothing is written."""
     found = check(volume, store)
     if not _is_ours(volume.state, found):
         raise _taken(store, found)
-    _take(volume, store, epoch, etag, found)
+    return found
 
 
 def take_over(volume: Volume, store: ObjectStore, epoch: int) -> None:
@@ -97,14 +103,17 @@ def _take(volume: Volume, store: ObjectStore, epoch: int, etag: str | None, foun
         raise VolumeError(
             f"{store.describe()}: another machine is taking this volume over: nothing is written to it"
         ) from exc
+    if not store.capabilities.conditional_put and check(volume, store).get("nonce") != fresh:
+        raise VolumeError(
+            f"{store.describe()}: another machine is taking this volume over: nothing is written to it"
+        )
     write_json(path, {"last": fresh, "next": ""})
 
 
 def verify(volume: Volume, store: ObjectStore) -> None:
-    """Make sure that the store is still ours. Raises as `check`, and VolumeError where it was taken over."""
-    found = check(volume, store)
-    if found.get("nonce", "") != _read_note(volume.state).get("last"):
-        raise _taken(store, found)
+    """Make sure that the store is still ours; not while it is being taken (the store and our note of it are two
+    reads). Raises as `check`, and VolumeError where it was taken over."""
+    look(volume, store)
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,8 +173,9 @@ def _now(store: ObjectStore) -> float:
 
 def _taken(store: ObjectStore, found: dict[str, Any]) -> VolumeError:
     return VolumeError(
-        f"{store.describe()}: was taken over by host {found.get('host')!r} on"
-        f" {_day(float(found.get('taken', 0)))}: only one machine may use a volume"
+        f"{store.describe()}: is used by host {found.get('host')!r} since"
+        f" {_minute(float(found.get('taken', 0)))}: only one machine may use a volume: unmount it there,"
+        " or take the store from it with `tierfs mount --force`"
     )
 
 
@@ -198,6 +208,10 @@ def _claim(identity: Identity, epoch: int, nonce: str) -> bytes:
         "taken": time.time(),
     }
     return json.dumps(claim, indent=1).encode()
+
+
+def _minute(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
 
 
 def _day(seconds: float) -> str:

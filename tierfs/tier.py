@@ -26,7 +26,7 @@ from tierfs import wire
 from tierfs.config import VolumeConfig
 from tierfs.copying import CHANGED, Copier, Item
 from tierfs.draining import Drain
-from tierfs.errors import TierError
+from tierfs.errors import TierError, VolumeError
 from tierfs.filling import Filler
 from tierfs.index import Index, Writer
 from tierfs.kit import READ_FLAGS, Kit
@@ -133,6 +133,8 @@ class Tier:
                 for item in batch:
                     item.stay("was cancelled")
                 return
+            if self._is_fenced(batch):
+                return
             self.drain()
             for item in batch:
                 if self._claim(item.ino):
@@ -150,6 +152,16 @@ class Tier:
             for ino in claimed:
                 self.kit.claims.give(ino)
             self._tell(batch, report)
+
+    def _is_fenced(self, batch: list[Item]) -> bool:
+        """Another machine has the store: it may remove what copies here rely on, so nothing leaves any more."""
+        try:
+            self.kit.fence()
+        except VolumeError as error:
+            for item in batch:
+                item.stay(str(error), failed=True)
+            return True
+        return False
 
     def _claim(self, ino: int) -> bool:
         """Claim an inode; one that is only kept open since it was last read is let go of first."""

@@ -22,6 +22,7 @@ from tierfs.tier import Tier
 from tierfs.tree import open_tree
 from tierfsd import checking
 from tierfsd.backend import TierBackend
+from tierfsd.claiming import Fence
 from tierfsd.control_server import ControlServer, Job
 from tierfsd.journalling import JournalKeeper
 from tierfsd.scheduler import Scheduler
@@ -41,6 +42,7 @@ class Mover:
         """`stopping` is set when it shall end. Raises TierError, OSError."""
         self.stopping = stopping
         self._lost = threading.Event()
+        self._claiming = threading.Lock()
         self._home = home
         self._watcher = ConfigWatcher(home.path(FILE_NAME), home.identity.store, self._apply)
         config = self._watcher.current
@@ -54,6 +56,8 @@ class Mover:
             self._tree, self._index, self._store, self._link, self._marks, config, self._make_room
         )
         self._tier.kit.withheld = _WAITING
+        self._tier.kit.still_ours = self._verify_claim
+        self._tier.kit.fence = Fence(self._verify_claim).check
         self._journal = JournalKeeper(self._tier, home.identity.volume, self._verify_claim, self._show_life)
         self._scheduler = Scheduler(self._tier, self._heat, _device_of(home.store_url), home.path("ballast"))
         backend = TierBackend(
@@ -97,7 +101,8 @@ class Mover:
         """Take the store for this mount; until then nothing is written to it. Reading needs no claim."""
         while not self.stopping.is_set():
             try:
-                ownership.renew(self._home, self._store, self._index.session.epoch)
+                with self._claiming:
+                    ownership.renew(self._home, self._store, self._index.session.epoch)
             except VolumeError as error:
                 self._withhold(str(error))
                 log.critical("%s", error)
@@ -115,7 +120,8 @@ class Mover:
     def _verify_claim(self) -> None:
         """Nothing more is written to a store that another machine has taken over. Raises TierError, OSError."""
         try:
-            ownership.verify(self._home, self._store)
+            with self._claiming:
+                ownership.verify(self._home, self._store)
         except VolumeError as error:
             self._withhold(str(error))
             raise

@@ -18,6 +18,7 @@ import sys
 from tierfs import adoption, config, control, launch, ownership, volume
 from tierfs.errors import TierError, UsageError, VolumeError
 from tierfsd import logs
+from tierfsd.claiming import refuse_if_taken
 from tierfsd.supervisor import Plan, Supervisor, notify
 
 log = logging.getLogger("supervisor")
@@ -32,6 +33,7 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--binding", default="auto", choices=("auto", "kernel", "fusepy"))
     parser.add_argument("-o", dest="options", action="append", default=[])
     parser.add_argument("--adopt", action="store_true")
+    parser.add_argument("--force", action="store_true")
     parser.add_argument("--foreground", action="store_true")
     parser.add_argument("--ready-fd", type=int, default=-1)
     return parser.parse_args()
@@ -103,6 +105,7 @@ def _run(arguments: argparse.Namespace, answer: Answer) -> int:
                 _undo(state)
             raise
         volume.check_mountpoint(mountpoint, state)
+        refuse_if_taken(opened, arguments.force)
         logfile = logs.LogFile(opened.path("log/tierfs.log"), 2 if arguments.foreground else None)
         logs.setup(logfile)
         _raise_limits()

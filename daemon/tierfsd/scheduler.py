@@ -125,6 +125,8 @@ class Scheduler:
             notes.append(f"nothing is copied out: {self._kit.withheld}")
         if time.monotonic() < self._paused_until:
             notes.append(self._pause_reason)
+        if not self._kit.store.capabilities.conditional_put:
+            notes.append("the store cannot refuse a second machine: mount this volume on one only")
         if not self._elsewhere:
             notes.append("the store is on the same filesystem as the files: it is no backup and frees nothing")
         return notes

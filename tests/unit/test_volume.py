@@ -5,6 +5,7 @@ import os
 import shutil
 import stat
 import subprocess
+from dataclasses import replace
 
 import pytest
 
@@ -77,7 +78,7 @@ def test_each_mount_takes_the_store_and_a_clone_is_refused(tmp_path, state):
     shutil.copytree(state, clone.state)
     ownership.renew(mine, store, 2)
     ownership.renew(mine, store, 3)
-    with pytest.raises(VolumeError, match="was taken over by host"):
+    with pytest.raises(VolumeError, match=r"is used by host .* since .*--force"):
         ownership.renew(clone, store, 2)
     assert json.loads(store.get("volume.json"))["epoch"] == 3
 
@@ -101,6 +102,49 @@ def test_a_mount_interrupted_while_it_takes_the_store_is_not_a_clone(state, monk
             ownership.renew(mine, store, 2)
         monkeypatch.setattr(ownership, "write_json", real)
         ownership.renew(mine, store, 3)
+
+
+def test_who_takes_over_fences_who_had_it(tmp_path, state):
+    store = MemoryStore()
+    mine = complete(volume.create(state), store)
+    ownership.renew(mine, store, 1)
+    clone = volume.Volume(str(tmp_path / "clone"), mine.identity)
+    shutil.copytree(state, clone.state)
+    ownership.renew(mine, store, 2)
+    ownership.verify(mine, store)
+    ownership.take_over(clone, store, 3)
+    ownership.verify(clone, store)
+    with pytest.raises(VolumeError, match="is used by host"):
+        ownership.verify(mine, store)
+    with pytest.raises(VolumeError, match="is used by host"):
+        ownership.renew(mine, store, 4)
+    ownership.renew(clone, store, 5)
+    assert json.loads(store.get("volume.json"))["epoch"] == 5
+
+
+@pytest.mark.parametrize("conditional", [True, False])
+def test_of_two_that_take_a_store_at_the_same_moment_one_is_refused(tmp_path, state, conditional):
+    """The other one comes between our look and our write."""
+    store = MemoryStore()
+    mine = complete(volume.create(state), store)
+    clone = volume.Volume(str(tmp_path / "clone"), mine.identity)
+    shutil.copytree(state, clone.state)
+    real = store.put_if
+
+    def meanwhile(key, body, etag):
+        store.put_if = real
+        if conditional:
+            ownership.renew(clone, store, 1)
+            return real(key, body, etag)
+        put = store.put(key, body, len(body))
+        ownership.take_over(clone, store, 1)
+        return put
+
+    store.capabilities = replace(store.capabilities, conditional_put=conditional)
+    store.put_if = meanwhile
+    with pytest.raises(VolumeError, match="another machine is taking"):
+        ownership.renew(mine, store, 1)
+    ownership.verify(clone, store)
 
 
 def test_epochs_outlive_the_index(state):

@@ -24,6 +24,7 @@ _END_SECONDS = 120.0
 )
 @click.option("--local-limit", metavar="SIZE", help='Most bytes kept locally, like "20G".')
 @click.option("--binding", type=click.Choice(["auto", "kernel", "fusepy"]), default="auto", show_default=True)
+@click.option("--force", is_flag=True, help="Take the store from another machine that has it.")
 @click.option("--foreground", is_flag=True, help="Stay in the foreground, for service managers.")
 @click.option("-o", "options", metavar="OPTS", multiple=True, help="Mount options, separated by commas.")
 @click.argument("mountpoint", type=click.Path(readable=False))
@@ -32,6 +33,7 @@ def mount(
     state: str | None,
     local_limit: str | None,
     binding: str,
+    force: bool,
     foreground: bool,
     options: tuple[str, ...],
     mountpoint: str,
@@ -46,9 +48,13 @@ def mount(
     where = volume.find_state(real, state)
     clear_dead_mount(real)
     arguments = daemon_arguments(real, where, store, local_limit, binding, options)
+    if force:
+        arguments.append("--force")
     if foreground:
         os.execv(sys.executable, launch.command([*arguments, "--foreground"]))
     launch.launch(arguments, real)
+    if not volume.load(where).identity.conditional_put:
+        terminal.complain(mountpoint, "its store cannot refuse a second machine: mount it on one only")
 
 
 def daemon_arguments(

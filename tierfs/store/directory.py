@@ -254,10 +254,10 @@ class DirectoryStore(ObjectStore):
         if self._marked and not marked:
             os.close(fd)
             raise StoreUnavailableError(f"{self._path} is not the store that it was: is it mounted?")
+        _clean(fd)  # first: other threads use the root as soon as it is known
         # The old descriptor stays open: another thread may be using it, and closed numbers are used again.
-        self._fd, self._identity, self._marked = fd, identity, marked
         self._durable.clear()
-        _clean(fd)
+        self._fd, self._identity, self._marked = fd, identity, marked
         return fd
 
 

@@ -1,0 +1,132 @@
+"""Whether the store is still ours: asked when a volume is mounted, and before each batch of work on the store.
+
+Both ask in a bounded time, and take silence for no change: a volume mounts and works while its store is away.
+What is decided by compare-and-swap stands in ownership.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
+
+from tierfs import ownership, volume
+from tierfs.errors import StoreError, VolumeError
+
+log = logging.getLogger("mover")
+
+_FRESH_SECONDS = 5.0  # an answer is good for so long
+_WAIT_SECONDS = 2.0  # for one, before work goes on with the last
+_MOUNT_SECONDS = 4.0  # for one at mounting: a laptop that is offline shall not wait long
+_FORCE_SECONDS = 30.0
+
+
+class Fence:
+    """`check` before a batch: raises VolumeError once `verify` has, and never anything else."""
+
+    def __init__(self, verify: Callable[[], None], clock: Callable[[], float] = time.monotonic) -> None:
+        """`verify` raises VolumeError where another machine has taken the store, StoreError at its silence."""
+        self._verify = verify
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._asker = ThreadPoolExecutor(1, "fence")
+        self._asking: Future[None] | None = None
+        self._fresh_until = float("-inf")
+        self._lost: VolumeError | None = None
+
+    def check(self) -> None:
+        """Raises VolumeError where the store is another machine's."""
+        if self._lost is None and self._clock() >= self._fresh_until:
+            with self._lock:
+                if self._asking is None or self._asking.done():
+                    self._asking = self._asker.submit(self._ask)
+                asking = self._asking
+            with contextlib.suppress(FutureTimeout):
+                asking.result(_WAIT_SECONDS)
+        if self._lost is not None:
+            raise VolumeError(str(self._lost))
+
+    def _ask(self) -> None:
+        try:
+            self._verify()
+        except VolumeError as error:
+            self._lost = error
+        except (StoreError, OSError) as error:
+            log.debug("whose the store is cannot be told now: %s", error)
+        self._fresh_until = self._clock() + _FRESH_SECONDS
+
+
+def refuse_if_taken(home: volume.Volume, force: bool) -> None:
+    """Before a mount: another machine that has taken the store is named; `force` takes it back.
+
+    In a process of its own, so that no S3 client stays in this one, and one that hangs can be left behind.
+    Raises VolumeError: the store is another's, or (`force`) it did not answer.
+    """
+    reading, writing = os.pipe2(os.O_CLOEXEC)
+    pid = os.fork()
+    if not pid:
+        os.close(reading)
+        _answer(home, force, writing)
+    os.close(writing)
+    try:
+        said = _hear(reading, _FORCE_SECONDS if force else _MOUNT_SECONDS)
+    finally:
+        os.close(reading)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    if said.startswith(b"taken "):
+        raise VolumeError(said[6:].decode(errors="backslashreplace"))
+    if force and said != b"ours":
+        reason = said.decode(errors="backslashreplace") or "it does not answer"
+        raise VolumeError(f"{home.store_url}: the store cannot be taken over now: {reason}")
+
+
+def _hear(fd: int, seconds: float) -> bytes:
+    said = b""
+    deadline = time.monotonic() + seconds
+    while select.select([fd], [], [], max(0.0, deadline - time.monotonic()))[0]:
+        part = os.read(fd, 65536)
+        if not part:
+            return said
+        said += part
+    return b""
+
+
+def _answer(home: volume.Volume, force: bool, fd: int) -> None:
+    """In the child: say whose the store is, and end without ceremony."""
+    said = "it does not answer"
+    try:
+        said = _look(home, force)
+    except VolumeError as exc:
+        said = f"taken {exc}"
+    except Exception as exc:
+        said = str(exc)
+    finally:
+        with contextlib.suppress(OSError):
+            os.write(fd, said.encode(errors="backslashreplace"))
+        sys.stdout.flush()
+        os._exit(0)
+
+
+def _look(home: volume.Volume, force: bool) -> str:
+    from tierfs.store.retry import RetryPolicy
+    from tierfs.store.urls import open_store
+
+    policy = RetryPolicy(deadline=(_FORCE_SECONDS if force else _MOUNT_SECONDS) / 2)
+    store = open_store(home.store_url, capabilities=home.identity.capabilities, foreground=policy)
+    if force:
+        epoch = max(volume.last_epoch(home.state), int(ownership.check(home, store).get("epoch", 0))) + 1
+        volume.keep_epoch(home.state, epoch)
+        ownership.take_over(home, store, epoch)
+    else:
+        ownership.look(home, store)
+    return "ours"

@@ -1,0 +1,99 @@
+"""The fence before each batch, and the look at the store before a mount."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+
+import pytest
+from tierfsd import claiming
+from tierfsd.claiming import Fence, refuse_if_taken
+
+from tierfs import ownership, volume
+from tierfs.errors import StoreUnavailableError, VolumeError
+from tierfs.store.directory import DirectoryStore
+
+
+def test_a_lost_store_is_lost_for_good():
+    answers = [None, VolumeError("another's"), None]
+    now = [0.0]
+
+    def verify():
+        answer = answers.pop(0)
+        if answer:
+            raise answer
+
+    fence = Fence(verify, lambda: now[0])
+    fence.check()
+    fence.check()
+    assert len(answers) == 2, "an answer is good for some seconds"
+    now[0] += 60
+    for _ in range(2):
+        with pytest.raises(VolumeError, match="another's"):
+            fence.check()
+    assert len(answers) == 1
+
+
+def test_silence_changes_nothing(monkeypatch):
+    monkeypatch.setattr(claiming, "_WAIT_SECONDS", 0.05)
+    release = threading.Event()
+
+    def verify():
+        release.wait(20)
+        raise StoreUnavailableError("down")
+
+    fence = Fence(verify)
+    begun = time.monotonic()
+    fence.check()
+    fence.check()
+    assert time.monotonic() - begun < 10
+    release.set()
+    fence.check()
+
+
+@pytest.fixture
+def home(tmp_path):
+    """A volume on a directory store, once mounted, and a clone of it."""
+    state = str(tmp_path / "state")
+    volume.make_state(state)
+    made = volume.create(state, store=f"file://{tmp_path}/store")
+    store = DirectoryStore(str(tmp_path / "store"), create=True)
+    ownership.create(made, store)
+    made = volume.complete(made, store.capabilities)
+    ownership.renew(made, store, 1)
+    clone = volume.Volume(str(tmp_path / "clone"), made.identity)
+    shutil.copytree(state, clone.state)
+    return made, clone, store
+
+
+def test_a_mount_is_refused_where_another_machine_has_the_store(home):
+    made, clone, store = home
+    refuse_if_taken(made, False)
+    refuse_if_taken(clone, False)
+    ownership.renew(made, store, 2)
+    refuse_if_taken(made, False)
+    with pytest.raises(VolumeError, match=r"is used by host .* since"):
+        refuse_if_taken(clone, False)
+    refuse_if_taken(clone, True)
+    refuse_if_taken(clone, False)
+    assert volume.last_epoch(clone.state) == 3 > 2, "above all that the other has used"
+    with pytest.raises(VolumeError, match="is used by host"):
+        refuse_if_taken(made, False)
+
+
+def test_a_store_that_is_away_hinders_no_mount_but_a_takeover(home, tmp_path):
+    made, _, _ = home
+    shutil.move(tmp_path / "store", tmp_path / "away")
+    refuse_if_taken(made, False)
+    with pytest.raises(VolumeError, match=r"cannot be taken over now: .*does not exist"):
+        refuse_if_taken(made, True)
+
+
+def test_a_store_that_hangs_hinders_no_mount(home, monkeypatch):
+    made, _, _ = home
+    monkeypatch.setattr(claiming, "_MOUNT_SECONDS", 0.2)
+    monkeypatch.setattr(claiming, "_look", lambda home, force: time.sleep(60))
+    begun = time.monotonic()
+    refuse_if_taken(made, False)
+    assert time.monotonic() - begun < 20
