@@ -35,11 +35,15 @@ class AgingVolume(Volume):
     def start(self, boot="boot"):
         super().start(boot)
         self.index.commit(lambda w: w.set_surveyed(True)).result()
-        self.collector = Collector(self.tier.kit, self.referenced, lambda: (self.uptime, self.boot))
-        self.needed = set()
+        self.collector = Collector(self.tier.kit, lambda: (self.uptime, self.boot))
+        self.snapshots = 0
+        self.snapshots_fail = False
 
-    def referenced(self, keys):
-        return self.needed & set(keys)
+    def take_snapshot(self):
+        """As snapshots.py notes one that begins and ends now."""
+        self.tier.kit.snapshot_wanted.clear()
+        self.index.commit(lambda w: w.note_snapshot(w.past.beat)).result()
+        self.snapshots += 1
 
     def configure(self, **settings):
         self.config = self.tier.kit.config = replaced(self.config, **settings)
@@ -50,7 +54,10 @@ class AgingVolume(Volume):
 
     def collect(self):
         self.tier.drain()
-        return self.collector.run(now=True)
+        gone = self.collector.run(now=True)
+        if self.tier.kit.snapshot_wanted.is_set() and not self.snapshots_fail:
+            self.take_snapshot()
+        return gone
 
     def objects(self):
         return {info.key for info in self.store.list("data/") if "." not in info.key}

@@ -7,6 +7,10 @@ time (policy/aging.py), so neither a jump of this machine's clock nor one of the
 The list under `gc/` tells whoever takes the volume over what this machine may be about to remove; before each
 batch the store is asked whether it is still ours.
 
+What the last two durable snapshots of the namespace may refer to stays. Nothing is looked up in them: one that
+was begun after a burial does not know the object, so two such ones are waited for, and asked for while garbage
+waits. No snapshot ever knew what was abandoned.
+
 Before a delete the backing filesystem is synced, so that an unlink which a power cut could undo has become
 final, and the file that the object belonged to is looked for once more, by its handle or at its old place.
 """
@@ -40,8 +44,6 @@ _INTERVAL = 3600.0  # seconds between beats
 _ABORT_INTERVAL = 6 * 3600.0
 _EVER = (1 << 63) - 1
 
-Referenced = Callable[[list[str]], set[str]]
-
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
@@ -59,17 +61,10 @@ def _since_boot() -> tuple[float, str]:
 
 
 class Collector:
-    """`referenced` says which of some keys the last durable snapshots of the namespace still need; `since_boot`
-    gives the seconds since the boot of that id."""
+    """`since_boot` gives the seconds since the boot of that id."""
 
-    def __init__(
-        self,
-        kit: Kit,
-        referenced: Referenced = lambda keys: set(),
-        since_boot: Callable[[], tuple[float, str]] = _since_boot,
-    ) -> None:
+    def __init__(self, kit: Kit, since_boot: Callable[[], tuple[float, str]] = _since_boot) -> None:
         self._kit = kit
-        self._referenced = referenced
         self._since_boot = since_boot
         self._next = self._next_abort = 0.0
         self._swept = False
@@ -96,6 +91,7 @@ class Collector:
         self._abort_uploads()
         gone = sum(self._carry_out(listed) for listed in kit.index.lists() if self._is_ripe(listed))
         self._publish()
+        self._ask_for_snapshot()
         return gone
 
     def _has_garbage(self) -> bool:
@@ -125,6 +121,23 @@ class Collector:
 
     def _is_ripe(self, listed: Listed) -> bool:
         return self._kit.index.past.believed - listed.at >= self._kit.config.grace
+
+    @property
+    def _unknown_to_snapshots(self) -> int:
+        """The last beat of which nothing is in the last two snapshots."""
+        return min(self._kit.index.past.snapshots) - 1
+
+    def _ask_for_snapshot(self) -> None:
+        """Often enough that two come before the time of what is kept is over, and only while something is."""
+        index = self._kit.index
+        past = index.past
+        oldest, latest = past.snapshots
+        after = (max(oldest, 0), "")
+        if not index.tombstones(_EVER, after, 1):
+            return
+        taken = next((at for _, at in index.beats(latest, 1)), past.believed) if latest >= 0 else 0.0
+        if latest < 0 or past.believed - taken >= self._keep / 3:
+            self._kit.snapshot_wanted.set()
 
     # --- first phase --------------------------------------------------------------------------------------
 
@@ -181,7 +194,7 @@ class Collector:
             index.commit(lambda w: w.drop_list(listed.number)).result()
             return 0
         self._kit.tree.sync()
-        tombs = min(listed.tombs, self._older_than(self._keep))
+        tombs = min(listed.tombs, self._older_than(self._keep), self._unknown_to_snapshots)
         gone = 0
         for rows in _pages(lambda after: index.tombstones(tombs, after, _BATCH), None):
             gone += self._collect(rows, self._judge_tomb, Writer.drop_tombstone)
@@ -225,11 +238,10 @@ class Collector:
     ) -> int:
         kit = self._kit
         kit.still_ours()
-        needed = self._referenced([key for _, key in rows])
         gone: list[Buried] = []
         back: list[Buried] = []
         for beat, key in rows:
-            verdict = None if key in needed or key in kit.in_use or not self._is_ours(key) else judge(beat, key)
+            verdict = None if key in kit.in_use or not self._is_ours(key) else judge(beat, key)
             if verdict is not None:
                 (gone if verdict else back).append((beat, key))
         if gone:
@@ -259,6 +271,8 @@ class Collector:
             return False
         tree = self._kit.tree
         handle = self._kit.index.tombstone_handle(beat, key)
+        if not handle:
+            return True
         try:
             fd = tree.open_handle(handle, os.O_PATH) if tree.privileged else self._at_old_place(key)
         except OSError:
@@ -321,15 +335,15 @@ class Collector:
         """What will be removed and when, oldest first. Raises IndexError_, StoreError."""
         index = self._kit.index
         for rows in _pages(lambda after: index.tombstones(_EVER, after, _BATCH), None):
-            needed = self._referenced([key for _, key in rows])
             for beat, key in rows:
                 version = index.version(key)
-                if version is None:
-                    continue
-                how = "deleted" if version.deleted else "superseded"
-                snapshot = ", still in a snapshot" if key in needed else ""
-                reason = f"{how} version of {os.fsdecode(version.path)!r}{snapshot}"
-                yield Candidate(key, version.size, reason, self._may_go(beat, self._keep))
+                size, reason = None, "found in the store; nothing refers to it"
+                if version is not None:
+                    how = "deleted" if version.deleted else "superseded"
+                    size, reason = version.size, f"{how} version of {os.fsdecode(version.path)!r}"
+                if beat > self._unknown_to_snapshots:
+                    reason += ", perhaps still in a snapshot"
+                yield Candidate(key, size, reason, self._may_go(beat, self._keep))
         for rows in _pages(lambda after: index.orphans(_EVER, after, _BATCH), None):
             for beat, key in rows:
                 may_go = self._may_go(beat, self._kit.config.grace)

@@ -151,7 +151,8 @@ class Kit:
     `claim_tried` is set once the store has been asked for the first time: an order given right after the mount
     waits for that. `still_ours` asks the store whose it is: it raises VolumeError where another machine has
     taken it, StoreError where that cannot be told. `fence` does so in a short time or goes by the last answer:
-    before each batch of copies and punches. It raises VolumeError alone.
+    before each batch of copies and punches. It raises VolumeError alone. `snapshot_wanted` is set while garbage
+    waits for a snapshot of the namespace in which it is not.
     """
 
     tree: Tree
@@ -167,6 +168,7 @@ class Kit:
     movements: Movements = field(default_factory=Movements)
     still_ours: Callable[[], None] = lambda: None
     fence: Callable[[], None] = lambda: None
+    snapshot_wanted: threading.Event = field(default_factory=threading.Event)
     in_use: InUse = field(default_factory=InUse)
     claims: Claims = field(default_factory=Claims)
     outcomes: Outcomes = field(default_factory=Outcomes)

@@ -1,7 +1,7 @@
 """What the index knows of the past: copies that a file has no more, and objects that nothing may ever refer to.
 
     table    key                               value       written by          resolved (removed) by
-    tombs    beat, object key                  handle      `end`               collection; return of the file
+    tombs    beat, object key                  handle      `end`, `bury_found` collection; return of the file
     versions file id, generation, tag          Version     `end`               with its tombstone
     places   path (cut), that key              (empty)     `end`               with its tombstone
     orphans  beat, object key                  (empty)     `abandon`           collection
@@ -111,7 +111,8 @@ class Ending(msgspec.Struct, frozen=True):
 
 
 class Garbage(msgspec.Struct):
-    """Part of the meta value: the last beat's number and clock, and the inode number of the tree's root."""
+    """Part of the meta value: the last beat's number and clock, the inode number of the tree's root, and the
+    beats before which the last two durable snapshots of the namespace were begun."""
 
     beat: int = 0
     believed: float = 0.0
@@ -119,6 +120,7 @@ class Garbage(msgspec.Struct):
     uptime: float = 0.0
     boot: str = ""
     root: int = 0
+    snapshots: tuple[int, int] = (-1, -1)
 
     @property
     def clock(self) -> Clock:
@@ -215,9 +217,13 @@ class PastWriter:
         self._txn.delete(key.encode(), db=self._db["intents"])
 
     def abandon(self, key: str) -> None:
-        """Nothing will refer to this object, if it is there at all."""
+        """Nothing has ever referred to this object, or will, if it is there at all."""
         self._txn.delete(key.encode(), db=self._db["intents"])
         self._txn.put(U64.pack(self.past.beat) + key.encode(), b"", db=self._db["orphans"])
+
+    def bury_found(self, key: str) -> None:
+        """An object in the store that nothing refers to: of a former index, perhaps. Kept as versions are."""
+        self._txn.put(U64.pack(self.past.beat) + key.encode(), b"", db=self._db["tombs"])
 
     def abandon_all(self) -> None:
         """What a mover that was killed was putting. Before this one puts anything."""
@@ -245,6 +251,10 @@ class PastWriter:
         with self._txn.cursor(db=self._db["beats"]) as cursor:
             while cursor.first() and U64.unpack(cursor.key())[0] < before:
                 cursor.delete()
+
+    def note_snapshot(self, beat: int) -> None:
+        """A snapshot of the namespace is durable; it was begun when this was the last beat."""
+        self.past.snapshots = (self.past.snapshots[1], beat)
 
     def put_list(self, listed: Listed) -> None:
         """A list has been published."""

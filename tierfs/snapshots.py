@@ -61,7 +61,9 @@ class Snapshots:
         chain = index.chain()
         if chain is None or not noting or chain.unclean != unclean or self._journal.lost_track:
             return True
-        return chain.written > max(chain.snapshot, _LEAST) or chain.segments >= _MOST_SEGMENTS
+        if chain.written > max(chain.snapshot, _LEAST) or chain.segments >= _MOST_SEGMENTS:
+            return True
+        return self._kit.snapshot_wanted.is_set()
 
     def take(self) -> bool:
         """Walk and write; False where it was stopped or overtaken.
@@ -70,7 +72,8 @@ class Snapshots:
         """
         begun = time.monotonic()
         self._journal.lost_track = False
-        base, unclean = self._kit.index.commit(self._begin).result()
+        self._kit.snapshot_wanted.clear()
+        base, unclean, beat = self._kit.index.commit(self._begin).result()
         failpoints.hit(failpoints.SNAPSHOT_BEGUN)
         parts = _Parts(self._journal, base)
         for told in self._walk():
@@ -90,6 +93,7 @@ class Snapshots:
             w.set_chain(
                 msgspec.structs.replace(chain, written=0, segments=0, snapshot=parts.size, unclean=unclean)
             )
+            w.note_snapshot(beat)
             return True
 
         kept = bool(self._kit.index.commit(commit).result())
@@ -98,14 +102,14 @@ class Snapshots:
         log.info("snapshot of %d inodes: %d bytes in %.1f s", parts.lines, parts.size, seconds)
         return kept
 
-    def _begin(self, w: Writer) -> tuple[Chain, int]:
+    def _begin(self, w: Writer) -> tuple[Chain, int, int]:
         if not w.meta.noting:
             w.begin_notes(True)
         chain = w.get_chain()
         if chain is None:
             chain = new_chain(self._journal.epoch)
             w.set_chain(chain)
-        return chain, w.meta.unclean
+        return chain, w.meta.unclean, w.past.beat
 
     # --- the walk -----------------------------------------------------------------------------------------
 

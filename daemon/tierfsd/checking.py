@@ -95,7 +95,7 @@ def _orphans(tier: Tier, repair: bool, referred: set[str]) -> Iterator[Found]:
         repaired = False
         if repair:
             # Never removed for being in a listing: it may be younger than the look at the tree.
-            kit.index.commit(partial(_abandon, key)).result()
+            kit.index.commit(partial(_bury, key)).result()
             repaired = True
         yield Found(f"nothing refers to this object: {info.key}", b"", repaired)
 
@@ -107,9 +107,9 @@ def _expected(tier: Tier) -> set[str]:
     return {key for _, key in buried} | set(index.intents())
 
 
-def _abandon(key: str, w: Writer) -> None:
+def _bury(key: str, w: Writer) -> None:
     if not w.intended(key):
-        w.abandon(key)
+        w.bury_found(key)
 
 
 def _is_referred(tier: Tier, key: str) -> bool:

@@ -34,7 +34,7 @@ def open_volume(base: str, day: float) -> Volume:
     store.day = 1000 + day
     volume = Volume(base, store, keep_versions=3 * DAY, grace=DAY, chunk_size=64 * 1024)
     volume.index.commit(lambda w: w.set_surveyed(True)).result()
-    volume.collector = Collector(volume.tier.kit, since_boot=lambda: ((1 + day) * DAY, "boot"))
+    volume.collector = Collector(volume.tier.kit, lambda: ((1 + day) * DAY, "boot"))
     return volume
 
 
@@ -59,6 +59,7 @@ def main() -> None:
         copy_out(volume, "b")
         volume.tier.drain()
     volume.collector.run(now=True)
+    volume.index.commit(lambda w: w.note_snapshot(w.past.beat)).result()
     volume.stop()
 
 

@@ -178,11 +178,27 @@ def test_the_owner_is_asked_before_each_batch(volume, monkeypatch):
 def test_what_a_snapshot_needs_stays_until_it_does_not(volume):
     key = volume.write("a", b"one" * 1000)
     volume.server.unlink(volume.path("a"))
-    volume.needed = {key}
-    volume.collect()
+    volume.snapshots_fail = True
+    volume.take_snapshot()  # before the look that the age begins with: it may know the file
     assert days(volume, 60) == 0 and volume.objects() == {key}
-    volume.needed = set()
+    volume.take_snapshot()
+    assert days(volume, 1) == 0, "the last but one is still from before"
+    volume.take_snapshot()
     assert days(volume, 1) == 1
+
+
+def test_snapshots_are_asked_for_while_garbage_waits_and_not_too_often(volume):
+    days(volume, 20)
+    assert volume.snapshots == 0
+    for day in range(60):
+        volume.write("a", b"%d" % day * 100)
+        days(volume, 1)
+    assert 5 <= volume.snapshots <= 8
+    assert len(volume.objects()) <= 33
+    days(volume, 40)
+    before = volume.snapshots
+    days(volume, 100)
+    assert volume.snapshots == before and len(volume.objects()) == 1
 
 
 def test_what_is_being_read_stays(volume):
@@ -240,6 +256,17 @@ def test_what_a_record_refers_to_stays_whatever_was_noted_of_it(volume):
     volume.collect()
     assert days(volume, 40) == 0 and volume.objects() == {key}
     assert volume.index.orphans(1 << 62) == [] and volume.index.tombstones(1 << 62) == []
+
+
+def test_what_a_check_has_found_is_kept_as_versions_are(volume):
+    strange = f"data/ab/{'ab' * 16}/{1:012x}-{'cd' * 8}"
+    volume.store.put(strange, b"x", 1)
+    volume.index.commit(lambda w: w.bury_found(strange)).result()
+    volume.collect()
+    (candidate,) = volume.collector.plan()
+    assert candidate.key == strange and "found in the store" in candidate.reason
+    assert days(volume, 29) == 0 and volume.objects() == {strange}
+    assert days(volume, 2) == 1
 
 
 def test_an_upload_that_became_no_copy_goes_after_the_grace(volume):
