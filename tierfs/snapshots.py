@@ -29,7 +29,7 @@ from tierfs.places import Places, join
 log = logging.getLogger("journal")
 
 PART = 4 << 20  # compressed bytes
-KEEP_SECONDS = 30 * 86400.0  # what is older than that, and older than two whole snapshots, is removed
+PART_LINES = 100_000
 _LEAST = 1 << 20  # bytes of segments that are worth a snapshot
 _MOST_SEGMENTS = 5000  # that a reader has to follow
 _LOOK = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -172,12 +172,13 @@ class Snapshots:
     # --- what is no longer needed -------------------------------------------------------------------------
 
     def prune(self) -> int:
-        """Remove what precedes the last snapshot older than KEEP_SECONDS, keeping two of them at least.
+        """Remove what precedes the last snapshot older than `keep_versions`, keeping two of them at least.
 
         Returns how many objects went. Raises StoreError."""
-        store = self._kit.store
+        store, config = self._kit.store, self._kit.config
         if self._kit.withheld:
             return 0
+        keep = max(config.keep_versions, config.grace)
         infos = [(key, info) for info in store.list(manifest.PREFIX) if (key := manifest.Key.parse(info.key))]
         now = max((info.modified for _, info in infos), default=0.0)  # by the store's own clock
         whole = sorted({(key.epoch, key.sequence) for key, info in infos if self._is_end(key)})
@@ -185,7 +186,7 @@ class Snapshots:
             {
                 (key.epoch, key.sequence)
                 for key, info in infos
-                if (key.epoch, key.sequence) in whole and key.part >= 0 and now - info.modified > KEEP_SECONDS
+                if (key.epoch, key.sequence) in whole and key.part >= 0 and now - info.modified > keep
             }
         )
         if len(whole) < 3 or not old:
@@ -232,7 +233,7 @@ class _Parts:
         """One more line; True when a part has gone."""
         self._packer.add(told)
         self.lines += 1
-        if self._packer.size < PART:
+        if self._packer.size < PART and self._packer.lines < PART_LINES:
             return False
         self._put(self._packer.finish(time.time_ns()))
         self._packer = self._begin()

@@ -58,7 +58,7 @@ class Mover:
         self._tier.kit.withheld = _WAITING
         self._tier.kit.still_ours = self._verify_claim
         self._tier.kit.fence = Fence(self._verify_claim).check
-        self._journal = JournalKeeper(self._tier, home.identity.volume, self._verify_claim, self._show_life)
+        self._journal = JournalKeeper(self._tier, home.identity.volume, self._show_life)
         self._scheduler = Scheduler(self._tier, self._heat, _device_of(home.store_url), home.path("ballast"))
         backend = TierBackend(
             self._tier, self._heat, home, self._watcher,

@@ -26,14 +26,10 @@ _ANSWER_SECONDS = 10.0  # for the store's first answer after a mount
 class JournalKeeper:
     """Start with `start`, end with `stop`. What is not in the store when it ends is written by the next one."""
 
-    def __init__(
-        self, tier: Tier, volume: str, verify: Callable[[], None], show_life: Callable[[bool], None]
-    ) -> None:
-        """`verify` raises VolumeError where another machine has taken the store; `show_life` tells such ones
-        that it is in use (True), or no more."""
+    def __init__(self, tier: Tier, volume: str, show_life: Callable[[bool], None]) -> None:
+        """`show_life` tells other machines that the store is in use (True), or no more."""
         self._tier = tier
         self._kit = tier.kit
-        self._verify = verify
         self._show_life = show_life
         self._next_sign = 0.0
         self._stopping = threading.Event()
@@ -140,5 +136,5 @@ class JournalKeeper:
     def _check_claim(self) -> None:
         now = time.monotonic()
         if now - self._verified >= _CLAIM_SECONDS:
-            self._verify()
+            self._kit.still_ours()
             self._verified = now

@@ -8,10 +8,11 @@ import stat
 import tempfile
 import time
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from journals import ROOT, Journalled
+from journals import ROOT, Journalled, as_told
 
 from tierfs import journal as journal_module
 from tierfs import manifest, namespace
@@ -129,7 +130,7 @@ OPERATIONS = st.lists(
 )  # fmt: skip
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(OPERATIONS)
 def test_whatever_is_done_the_journal_tells_what_is_there(operations):
     with tempfile.TemporaryDirectory(prefix="tierfs-journal-") as base:
@@ -390,17 +391,18 @@ def test_what_unpacks_to_too_much_is_refused(monkeypatch):
         manifest.unpack(manifest.Key(1, 1, "ab" * 8), zstandard.compress(bytes(8 << 20)))
 
 
-def test_old_snapshots_go(begun, monkeypatch):
-    from tierfs import snapshots
-
+def test_old_snapshots_go(begun):
     for number in range(4):
         many_segments(begun, 1)
         begun.run("unlink", *begun.above("f0"))
         begun.snapshots.take()
         if number == 1:
             assert begun.snapshots.prune() == 0, "nothing is old"
-    monkeypatch.setattr(snapshots, "KEEP_SECONDS", -1.0)
+    before = time.time_ns()
+    kit = begun.volume.tier.kit
+    kit.config = msgspec.structs.replace(kit.config, keep_versions=0.0, grace=0.0)
     assert begun.snapshots.prune() > 0
     whole = [info.key for info in begun.volume.store.list("meta/") if ".snapshot" in info.key]
     assert len(whole) == 2
     assert begun.told() == begun.there()
+    assert as_told(begun.read_journal(before)) == begun.there()
