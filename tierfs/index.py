@@ -330,7 +330,9 @@ class Index(PastReader):
         """
         with self.write() as writer:
             meta = writer.meta
-            meta.unclean += not meta.clean
+            # An epoch that this index has not had: the store was another machine's meanwhile, and so is the
+            # newest snapshot of the namespace in it.
+            meta.unclean += not meta.clean or floor > meta.epoch
             if not meta.clean and meta.boot != boot:
                 meta.custody += 1
             meta.epoch, meta.boot, meta.clean = max(meta.epoch, floor) + 1, boot, False

@@ -196,6 +196,16 @@ def test_after_a_session_that_ended_without_order_the_tree_is_walked(begun):
     assert begun.told() == begun.there()
 
 
+def test_after_the_store_was_another_machines_the_tree_is_walked(begun):
+    index, epoch = begun.volume.index, begun.volume.session.epoch
+    index.end_session()
+    index.begin_session("boot", epoch)
+    assert not begun.snapshots.due
+    index.end_session()
+    index.begin_session("boot", epoch + 7)
+    assert begun.snapshots.due
+
+
 def test_what_changes_during_a_snapshot_is_not_lost(begun):
     """A directory moves from where the walk has not been to where it has, and its files with it."""
     begun.mkdir("a")
