@@ -28,6 +28,7 @@ from common import (
     scratch,
     store_server,
     table,
+    warm_memory,
 )
 
 RTT = 20.0  # ms
@@ -79,6 +80,7 @@ def cold(mount: Any, work: Callable[[], float]) -> float:
     mount.start()
     try:
         mount.path("warm").read_bytes()
+        warm_memory()
         return work()
     finally:
         mount.stop()
@@ -150,6 +152,7 @@ def bare(server: Any, endpoint: str, size: int, count: int) -> list[float]:
     places = random.Random(5)
     at_random = median([milliseconds("big", places.randrange(size // MIB) * MIB, 4096) for _ in range(5)])
     piece = 8 * MIB
+    warm_memory()
     began = time.perf_counter()
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(lambda start: milliseconds("big", start, piece), range(0, size, piece)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import mmap
 import os
 import statistics
 import subprocess
@@ -19,7 +20,7 @@ from harness import Scratch, Volume, scratch
 
 __all__ = [
     "MIB", "Scratch", "Volume", "affinity", "arguments", "build_load", "drop_caches", "forms", "load", "median",
-    "new_volume", "scratch", "store_server", "table", "timed",
+    "new_volume", "scratch", "store_server", "table", "timed", "warm_memory",
 ]  # fmt: skip
 
 MIB = 1 << 20
@@ -66,13 +67,18 @@ def new_volume(area: Scratch, mount: bool = True, **options: Any) -> Iterator[Vo
 
 @contextlib.contextmanager
 def store_server(area: Scratch, names: Sequence[str] = ("versitygw", "rclone")) -> Iterator[Any]:
-    """The first of these S3 servers that can be had here."""
+    """The first of these S3 servers that can be had here. It keeps its objects in memory: its disk is not ours,
+    nor do its files leave the cache when ours is dropped."""
     import s3servers
 
     for name in names:
         with contextlib.ExitStack() as stack:
+            place = area.path / f"s3-{next(_numbers)}"
+            place.mkdir()
+            subprocess.run(["mount", "-t", "tmpfs", "tierfs-bench", place], check=True)
+            stack.callback(subprocess.run, ["umount", "-l", place], check=True)
             try:
-                server = stack.enter_context(s3servers.SERVERS[name](area.path / f"s3-{next(_numbers)}"))
+                server = stack.enter_context(s3servers.SERVERS[name](place))
             except s3servers.Unavailable as exc:
                 print(f"({name}: {exc})")
                 continue
@@ -94,6 +100,13 @@ def load(program: Path, mode: str, path: Path | str, size: int, count: int) -> l
     argv = [str(program), mode, str(path), str(size), str(count)]
     done = subprocess.run(argv, check=True, capture_output=True, text=True, timeout=600)
     return [float(word) for word in done.stdout.split()]
+
+
+def warm_memory(size: int = 4 << 30) -> None:
+    """Touch free memory once. A virtual machine may have given it back to its host, and to get a page again
+    costs more than to copy it: whoever runs first would pay for all."""
+    with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE):
+        pass
 
 
 def drop_caches() -> None:

@@ -74,7 +74,7 @@ class Appearance:
         return record is not None and record.residency is Residency.PARTIAL
 
     def digest_of(self, st: os.stat_result, opath: int) -> bytes | None:
-        """`sha256:<hex>` of the content (`sha256-64k:` of the list of leaf digests in a large file).
+        """`sha256:<hex>` of the content (`blake3-64k:` of the list of leaf digests in a large file).
 
         None where no proven copy of the present content is known.
         """
@@ -89,7 +89,7 @@ class Appearance:
             if copy.mtime != st.st_mtime_ns or st.st_ctime_ns not in (copy.ctime, record.left_ctime):
                 return None
             digest, large = copy.digest, copy.size > 1 << copy.chunk_shift
-        return (b"sha256-64k:" if large else b"sha256:") + digest.hex().encode()
+        return (b"blake3-64k:" if large else b"sha256:") + digest.hex().encode()
 
     def record(self, ino: int) -> Record | None:
         """The index's record; None where it has none or it is damaged."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from tierfs.digests import Extents
 from tierfs.errors import ForeignStubError
 from tierfs.model import LEAF, Copy, Record, Stub, leaf_count
+from tierfs.store.base import Body
 from tierfs.tree import Tree, pwrite_all
 
 _PAGE = 4096
@@ -148,7 +149,7 @@ class Arrival:
 
     # --- writing, under the lock --------------------------------------------------------------------------
 
-    def fill(self, tree: Tree, start: int, data: bytes) -> None:
+    def fill(self, tree: Tree, start: int, data: Body) -> None:
         """Write checked content; times stay as shown. Raises ForeignStubError, OSError."""
         self.compare(start, data)
         self.notice(os.fstat(self.fd))
@@ -171,7 +172,7 @@ class Arrival:
         st = os.fstat(self.fd)
         self.shown.own_mtime, self.shown.own_ctime = st.st_mtime_ns, st.st_ctime_ns
 
-    def compare(self, start: int, data: bytes) -> None:
+    def compare(self, start: int, data: Body) -> None:
         """Data that is there already must be ours: each page is zeros or equal. Raises ForeignStubError."""
         end = start + len(data)
         for low, high in self.suspect:
@@ -185,7 +186,7 @@ class Arrival:
                         f"inode {self.ino}: holds data at {at} that is not its copy's: nothing is overwritten"
                     )
 
-    def _to_write(self, start: int, data: bytes) -> Extents:
+    def _to_write(self, start: int, data: Body) -> Extents:
         end = start + len(data)
         if self.extents is not None:
             clipped = ((max(low, start), min(high, end)) for low, high in self.extents)

@@ -1,26 +1,28 @@
 """Digests of content and the side object that carries them: leaves, extents, and how both are written down.
 
-A file of one chunk has the SHA-256 of its bytes. A larger one has one for each leaf of 64 KiB, and that of
-their concatenation stands for the whole. `<key>.leaves` holds them with the extents of sparse files: zstd of
-a line of JSON and the raw digests.
+A file of one chunk has the SHA-256 of its bytes. A larger one has the BLAKE3 of each leaf of 64 KiB, and the
+SHA-256 of their concatenation stands for the whole. `<key>.leaves` holds them with the extents of sparse files:
+zstd of a line of JSON and the raw digests.
+
+BLAKE3 because leaves are hashed while a reader waits, and all of a volume after a power cut: 5.8 GiB a second
+of one CPU where SHA-256 (with the instructions made for it) does 1.3.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from concurrent.futures import ThreadPoolExecutor
 
 import zstandard
+from blake3 import blake3
 
 from tierfs.errors import ObjectCorruptError
 from tierfs.model import LEAF, leaf_count
 
 SIDE_SUFFIX = ".leaves"
-_FORMAT = 1
+_FORMAT = 2
 _DIGEST = 32
 _MOST_SIDE = 1 << 30  # decompressed bytes of a side object; 2 TB of content
-_hashers = ThreadPoolExecutor(2, "hash")
 
 Extents = list[tuple[int, int]]
 
@@ -31,18 +33,9 @@ def sha256(data: bytes | memoryview) -> bytes:
 
 
 def leaf_digests(data: bytes | memoryview) -> bytes:
-    """The concatenated digests of the leaves of a piece that starts at a leaf, hashed in two threads."""
+    """The concatenated digests of the leaves of a piece that starts at a leaf."""
     view = memoryview(data)
-    if len(view) <= 4 * LEAF:
-        return _leaves(view)
-    middle = leaf_count(len(view)) // 2 * LEAF
-    first = _hashers.submit(_leaves, view[:middle])
-    second = _leaves(view[middle:])
-    return first.result() + second
-
-
-def _leaves(view: memoryview) -> bytes:
-    return b"".join(sha256(view[at : at + LEAF]) for at in range(0, len(view), LEAF))
+    return b"".join([blake3(view[at : at + LEAF]).digest() for at in range(0, len(view), LEAF)])
 
 
 def pack_side(size: int, extents: Extents, digests: bytes) -> bytes:
@@ -51,7 +44,7 @@ def pack_side(size: int, extents: Extents, digests: bytes) -> bytes:
     return zstandard.ZstdCompressor(level=3).compress(head.encode() + b"\n" + digests)
 
 
-def unpack_side(raw: bytes, size: int, digest: bytes) -> tuple[bytes, Extents]:
+def unpack_side(raw: bytes | memoryview, size: int, digest: bytes) -> tuple[bytes, Extents]:
     """(digests, extents) of a large file's side object. Raises ObjectCorruptError unless they are its."""
     try:
         data = zstandard.ZstdDecompressor().decompress(raw, max_output_size=_MOST_SIDE)

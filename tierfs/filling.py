@@ -25,6 +25,7 @@ from tierfs.errors import BusyError, ForeignStubError, ObjectCorruptError, TierE
 from tierfs.kit import Kit
 from tierfs.model import LEAF
 from tierfs.opening import AlreadyResident, Opener, note_pending
+from tierfs.store.base import Body
 from tierfs.transfer import Urgency
 
 log = logging.getLogger("mover")
@@ -244,10 +245,10 @@ class Filler:
                 arrival.landed(piece, MISSING)
         self._continue(arrival)
 
-    def _get(self, arrival: Arrival, piece: Range, request: Request) -> bytes | None:
+    def _get(self, arrival: Arrival, piece: Range, request: Request) -> Body | None:
         """The checked bytes; None where nobody wants them any more. Raises TierError."""
 
-        def get() -> bytes | None:
+        def get() -> Body | None:
             with arrival.lock:
                 if not arrival.wanted(piece):
                     return None
@@ -258,7 +259,7 @@ class Filler:
 
         return self._opener.patiently(get, request)
 
-    def _check(self, arrival: Arrival, piece: Range, data: bytes) -> None:
+    def _check(self, arrival: Arrival, piece: Range, data: Body) -> None:
         if arrival.small:
             good = len(data) == arrival.size and sha256(data) == arrival.stub.digest
         else:
@@ -268,7 +269,7 @@ class Filler:
         if not good:
             raise ObjectCorruptError(f"{arrival.stub.key}: bytes at {piece.start} do not match their digest")
 
-    def _write(self, arrival: Arrival, piece: Range, data: bytes) -> bool:
+    def _write(self, arrival: Arrival, piece: Range, data: Body) -> bool:
         if not self._kit.has_room(len(data)):
             self._make_room(len(data), False)
             if not self._kit.has_room(len(data)):
@@ -281,7 +282,7 @@ class Filler:
         self._make_room(len(data), True)
         return self._fill(arrival, piece, data)
 
-    def _fill(self, arrival: Arrival, piece: Range, data: bytes) -> bool:
+    def _fill(self, arrival: Arrival, piece: Range, data: Body) -> bool:
         if arrival.noted is not None:
             # An index that cannot be written must not keep content away: then a crash may move times.
             futures.wait([arrival.noted])

@@ -270,12 +270,12 @@ class Opened(NamedTuple):
             raise ObjectCorruptError(f"{self.key}: holds what is no line of a journal: {exc}") from exc
 
 
-def digest_of(data: bytes) -> str:
+def digest_of(data: bytes | memoryview) -> str:
     """How the object behind it names this one."""
     return hashlib.sha256(data).hexdigest()
 
 
-def unpack(key: Key, data: bytes) -> Opened:
+def unpack(key: Key, data: bytes | memoryview) -> Opened:
     """Open an object; its lines are not decoded yet. Raises ObjectCorruptError unless it is whole and what its
     key says."""
     try:
@@ -295,7 +295,7 @@ def unpack(key: Key, data: bytes) -> Opened:
     return Opened(key, head, end, digest_of(data), body)
 
 
-def _inflate(data: bytes) -> bytes:
+def _inflate(data: bytes | memoryview) -> bytes:
     """In pieces, since a few bytes may unpack to any number. Raises EOFError where they are too many."""
     parts, size = [], 0
     with zstandard.ZstdDecompressor(max_window_size=1 << 27).stream_reader(data) as reader:

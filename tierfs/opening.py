@@ -18,7 +18,7 @@ from functools import partial
 from typing import TypeVar
 
 from tierfs.arrivals import HERE, Arrival, Request, leaves_from_bits, outside, shown_times
-from tierfs.digests import SIDE_SUFFIX, Extents, sha256, unpack_side
+from tierfs.digests import SIDE_SUFFIX, Extents, leaf_digests, sha256, unpack_side
 from tierfs.errors import (
     BusyError,
     FetchTimeoutError,
@@ -131,14 +131,14 @@ class Opener:
                 arrival.leaves[:] = bytes([HERE]) * len(arrival.leaves)
             return
         touched = {leaf for low, high in arrival.suspect for leaf in range(low // LEAF, -(-high // LEAF))}
-        zeros = sha256(bytes(LEAF))
+        zeros = leaf_digests(bytes(LEAF))
         sparse = zeros in arrival.digests
         for leaf in range(len(arrival.leaves)) if sparse else sorted(touched):
             wanted = arrival.digests[leaf * 32 : leaf * 32 + 32]
             if arrival.leaves[leaf] == HERE or (leaf not in touched and wanted != zeros):
                 continue
             length = min(LEAF, arrival.size - leaf * LEAF)
-            if leaf not in touched or sha256(read_exactly(arrival.fd, leaf * LEAF, length)) == wanted:
+            if leaf not in touched or leaf_digests(read_exactly(arrival.fd, leaf * LEAF, length)) == wanted:
                 arrival.leaves[leaf] = HERE
 
     def _take_over(self, arrival: Arrival) -> None:

@@ -44,7 +44,7 @@ def check(volume: Volume, store: ObjectStore) -> dict[str, Any]:
     is mounted there, or the bucket is a wrong one.
     """
     try:
-        raw = store.get(STORE_KEY)
+        raw = bytes(store.get(STORE_KEY))
     except ObjectMissingError as exc:
         raise StoreUnavailableError(
             f"{store.describe()}: holds no {STORE_KEY}: it is not this volume's store, or is not mounted"
@@ -141,7 +141,7 @@ def owner(store: ObjectStore, state: str) -> Owner:
     """Who has this store; `state` is a directory that may have been its. Raises StoreError, and VolumeError
     where there is no volume in it."""
     try:
-        claim = json.loads(store.get(STORE_KEY))
+        claim = json.loads(bytes(store.get(STORE_KEY)))
         ident, host, epoch = str(claim["volume"]), str(claim.get("host")), int(claim.get("epoch", 0))
         created = float(claim["created"])
         if len(bytes.fromhex(ident)) != 16 or not 0 <= epoch < 1 << 20:
@@ -152,7 +152,7 @@ def owner(store: ObjectStore, state: str) -> Owner:
         raise VolumeError(f"{store.describe()}: its {STORE_KEY} is not ours: correct the URL") from exc
     seen, mounted = store.head(STORE_KEY).modified, True
     try:
-        life = json.loads(store.get(ALIVE_KEY))
+        life = json.loads(bytes(store.get(ALIVE_KEY)))
         if int(life["epoch"]) == epoch:
             mounted, seen = bool(life["mounted"]), max(seen, store.head(ALIVE_KEY).modified)
     except (ObjectMissingError, ValueError, TypeError, KeyError):

@@ -15,6 +15,7 @@ from tierfs.errors import ObjectCorruptError, ObjectMissingError, PathError
 from tierfs.kit import Kit
 from tierfs.model import LEAF, Copy, Record, leaf_count, object_key
 from tierfs.past import Version
+from tierfs.store.base import Body
 
 _PIECE = 4 << 20
 _NEVER = (1 << 63) - 1
@@ -122,7 +123,7 @@ def choose(found: Iterable[Kept], generation: int | None, when: int | None) -> K
     return fitting[0]
 
 
-def content(kit: Kit, kept: Kept) -> Iterator[tuple[int, bytes]]:
+def content(kit: Kit, kept: Kept) -> Iterator[tuple[int, Body]]:
     """(offset, bytes) of all data, checked; holes are left out. Raises StoreError: missing, corrupt, down."""
     with kit.in_use.holding(kept.key):
         if kept.size <= 1 << kept.chunk_shift:

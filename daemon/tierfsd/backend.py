@@ -14,6 +14,7 @@ from tierfs.copying import Item
 from tierfs.errors import StoreUnavailableError, TierError
 from tierfs.heat_index import HeatIndex
 from tierfs.model import Record, Residency, object_key
+from tierfs.store.base import Body
 from tierfs.tier import Tier
 from tierfs.versions import Kept, beneath, content, of_path
 from tierfsd.control_server import Job
@@ -232,7 +233,7 @@ class TierBackend:
         """Seconds since the epoch; None: as long as its file has it."""
         return self._collector.kept_until(kept.version) if kept.version is not None else None
 
-    def content(self, kept: Kept) -> Iterator[tuple[int, bytes]]:
+    def content(self, kept: Kept) -> Iterator[tuple[int, Body]]:
         """(offset, bytes) of its data, checked."""
         return content(self._kit, kept)
 

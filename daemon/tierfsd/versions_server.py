@@ -16,6 +16,7 @@ from typing import Protocol
 
 from tierfs import control
 from tierfs.errors import NotPermittedError, PathError
+from tierfs.store.base import Body
 from tierfs.versions import Kept, choose
 from tierfsd.credentials import Peer
 from tierfsd.reach import Reach
@@ -35,7 +36,7 @@ class VersionBackend(Protocol):
     def kept_until(self, kept: Kept) -> float | None:
         """Seconds since the epoch; None: as long as its file has it."""
 
-    def content(self, kept: Kept) -> Iterator[tuple[int, bytes]]:
+    def content(self, kept: Kept) -> Iterator[tuple[int, Body]]:
         """(offset, bytes) of its data, checked."""
 
 
@@ -65,7 +66,7 @@ class VersionRequests:
         sock.settimeout(_PATIENCE)
         control.send(sock, self._answer(kept))
         for offset, data in self._backend.content(kept):
-            control.send(sock, control.Content(offset, data))
+            control.send(sock, control.Content(offset, bytes(data)))
         return control.Done(1)
 
     def _find(self, peer: Peer, path: bytes) -> tuple[Iterable[Kept], bool, bool]:

@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+Body = bytes | memoryview
+
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
@@ -58,8 +60,8 @@ class ObjectStore(ABC):
         """
 
     @abstractmethod
-    def get(self, key: str, start: int = 0, length: int | None = None) -> bytes:
-        """Bytes [start, start + length), all of them.
+    def get(self, key: str, start: int = 0, length: int | None = None) -> Body:
+        """Bytes [start, start + length), all of them; a view where the client's own buffer can be handed on.
 
         Raises ObjectMissingError; ObjectCorruptError if short.
         """

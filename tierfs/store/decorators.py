@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
-from tierfs.store.base import ObjectInfo, ObjectStore, Put
+from tierfs.store.base import Body, ObjectInfo, ObjectStore, Put
 
 
 class Decorator(ObjectStore):
@@ -20,7 +20,7 @@ class Decorator(ObjectStore):
     def put_if(self, key: str, body: bytes, etag: str | None) -> Put:
         return self.inner.put_if(key, body, etag)
 
-    def get(self, key: str, start: int = 0, length: int | None = None) -> bytes:
+    def get(self, key: str, start: int = 0, length: int | None = None) -> Body:
         return self.inner.get(key, start, length)
 
     def stream(self, key: str, start: int = 0, length: int | None = None) -> Iterator[bytes]:

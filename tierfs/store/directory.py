@@ -28,7 +28,7 @@ from tierfs.errors import (
     StoreUnavailableError,
     UsageError,
 )
-from tierfs.store.base import Capabilities, ObjectInfo, ObjectStore, Put
+from tierfs.store.base import Body, Capabilities, ObjectInfo, ObjectStore, Put
 from tierfs.store.disk_errors import DiskErrors
 from tierfs.store.groupsync import GroupSync
 from tierfs.store.keys import check_key, check_prefix, check_range, exactly, too_short
@@ -128,7 +128,7 @@ class DirectoryStore(ObjectStore):
             os.mkdir(directory, 0o700, dir_fd=root)
         return [directory, above, *changed]
 
-    def get(self, key: str, start: int = 0, length: int | None = None) -> bytes:
+    def get(self, key: str, start: int = 0, length: int | None = None) -> Body:
         return b"".join(self._pieces(key, start, length, _READ_AT_ONCE))
 
     def stream(self, key: str, start: int = 0, length: int | None = None) -> Iterator[bytes]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from tierfs.errors import ObjectCorruptError, StoreUnavailableError, TierError
-from tierfs.store.base import ObjectInfo, ObjectStore, Put
+from tierfs.store.base import Body, ObjectInfo, ObjectStore, Put
 from tierfs.store.decorators import Decorator
 
 T = TypeVar("T")
@@ -79,12 +79,12 @@ class FaultyStore(Decorator):
     def put_if(self, key: str, body: bytes, etag: str | None) -> Put:
         return self._do("put_if", key, lambda: self.inner.put_if(key, body, etag))
 
-    def get(self, key: str, start: int = 0, length: int | None = None) -> bytes:
+    def get(self, key: str, start: int = 0, length: int | None = None) -> Body:
         fault = self._strike("get", key)
         if fault and fault.kind is Kind.SHORT:
             raise ObjectCorruptError(f"injected: {key} is shorter than recorded")
         data = self.inner.get(key, start, length)
-        return self._after(fault, _flip(data) if fault and fault.kind is Kind.FLIP else data)
+        return self._after(fault, _flip(bytes(data)) if fault and fault.kind is Kind.FLIP else data)
 
     def stream(self, key: str, start: int = 0, length: int | None = None) -> Iterator[bytes]:
         fault = self._strike("stream", key)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 
 from tierfs.errors import ObjectMissingError, PreconditionError
-from tierfs.store.base import Capabilities, ObjectInfo, ObjectStore, Put
+from tierfs.store.base import Body, Capabilities, ObjectInfo, ObjectStore, Put
 from tierfs.store.keys import check_key, check_prefix, check_range, too_short, whole
 
 _PIECE = 2 * 1024 * 1024
@@ -44,7 +44,7 @@ class MemoryStore(ObjectStore):
         self._objects[key] = (data, ObjectInfo(key, len(data), etag, time.time()))
         return Put(etag, self.capabilities.checks_sha256)
 
-    def get(self, key: str, start: int = 0, length: int | None = None) -> bytes:
+    def get(self, key: str, start: int = 0, length: int | None = None) -> Body:
         check_range(start, length)
         data, _ = self._find(key)
         end = len(data) if length is None else start + length
@@ -53,7 +53,7 @@ class MemoryStore(ObjectStore):
         return data[start:end]
 
     def stream(self, key: str, start: int = 0, length: int | None = None) -> Iterator[bytes]:
-        data = self.get(key, start, length)
+        data = bytes(self.get(key, start, length))
         for offset in range(0, len(data), _PIECE):
             yield data[offset : offset + _PIECE]
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from tierfs.errors import ObjectMissingError, PreconditionError, StoreUnavailableError
-from tierfs.store.base import ObjectInfo, ObjectStore, Put
+from tierfs.store.base import Body, ObjectInfo, ObjectStore, Put
 from tierfs.store.decorators import Decorator
 from tierfs.store.priority import Priority, current_priority
 
@@ -111,7 +111,7 @@ class RetryingStore(Decorator):
         except ObjectMissingError:
             return None
 
-    def get(self, key: str, start: int = 0, length: int | None = None) -> bytes:
+    def get(self, key: str, start: int = 0, length: int | None = None) -> Body:
         return self._try(Priority.FOREGROUND, lambda: self.inner.get(key, start, length))
 
     def stream(self, key: str, start: int = 0, length: int | None = None) -> Iterator[bytes]:

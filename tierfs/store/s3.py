@@ -25,7 +25,7 @@ from tierfs.errors import (
     StoreDeniedError,
     StoreUnavailableError,
 )
-from tierfs.store.base import Capabilities, ObjectInfo, ObjectStore, Put
+from tierfs.store.base import Body, Capabilities, ObjectInfo, ObjectStore, Put
 from tierfs.store.keys import check_key, check_prefix, check_range, is_key, too_short
 from tierfs.store.s3_boto import BotoData, sha256_base64
 from tierfs.store.s3_credentials import Credentials
@@ -121,7 +121,7 @@ class S3Store(ObjectStore):
             raise PreconditionError(f"{self._place}: {key} is not the expected version")
         return self.put(key, body, len(body))
 
-    def get(self, key: str, start: int = 0, length: int | None = None) -> bytes:
+    def get(self, key: str, start: int = 0, length: int | None = None) -> Body:
         check_range(start, length)
         full = self._full(key)
         if length == 0:

@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from tierfs.errors import StoreDeniedError, StoreUnavailableError
-from tierfs.store.base import ObjectInfo, Put
+from tierfs.store.base import Body, ObjectInfo, Put
 from tierfs.store.keys import exactly, too_short, whole
 from tierfs.store.s3_obstore import ONE_REQUEST, PIECE, part_size
 
@@ -78,7 +78,7 @@ class BotoData:
         answer = self._client.upload_part(**target, PartNumber=number, Body=body, **checksum)
         return {"PartNumber": number, "ETag": _field(answer, "ETag"), **checksum}
 
-    def get(self, key: str, start: int, length: int | None) -> bytes:
+    def get(self, key: str, start: int, length: int | None) -> Body:
         return b"".join(self.stream(key, start, length))
 
     def stream(self, key: str, start: int, length: int | None) -> Iterator[bytes]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from typing import Any, Protocol
 
-from tierfs.store.base import ObjectInfo, Put
+from tierfs.store.base import Body, ObjectInfo, Put
 from tierfs.store.keys import exactly, too_short, whole
 
 PIECE = 2 * 1024 * 1024
@@ -24,7 +24,7 @@ class Data(Protocol):
 
     def put_if(self, key: str, body: bytes, etag: str | None) -> Put: ...
 
-    def get(self, key: str, start: int, length: int | None) -> bytes: ...
+    def get(self, key: str, start: int, length: int | None) -> Body: ...
 
     def stream(self, key: str, start: int, length: int | None) -> Iterator[bytes]: ...
 
@@ -70,10 +70,10 @@ class ObstoreData:
         result = self._quick.put(key, body, mode=mode)
         return Put(result["e_tag"] or "", self._verified)
 
-    def get(self, key: str, start: int, length: int | None) -> bytes:
+    def get(self, key: str, start: int, length: int | None) -> Body:
         if length is None:
             return b"".join(self.stream(key, start, None)) if start else bytes(self._quick.get(key).bytes())
-        data = bytes(self._quick.get_range(key, start=start, length=length))
+        data = memoryview(self._quick.get_range(key, start=start, length=length))
         if len(data) != length:
             raise too_short(key, start, length, len(data))
         return data

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from tierfs.errors import StoreThrottledError
-from tierfs.store.base import ObjectInfo, ObjectStore, Put
+from tierfs.store.base import Body, ObjectInfo, ObjectStore, Put
 from tierfs.store.decorators import Decorator
 from tierfs.store.priority import Priority, current_priority
 
@@ -41,7 +41,7 @@ class ThrottledStore(Decorator):
         with self.gate.request(Priority.FOREGROUND):
             return self.inner.put_if(key, body, etag)
 
-    def get(self, key: str, start: int = 0, length: int | None = None) -> bytes:
+    def get(self, key: str, start: int = 0, length: int | None = None) -> Body:
         with self.gate.request(Priority.FOREGROUND):
             return self.inner.get(key, start, length)
 
