@@ -132,7 +132,7 @@ def restore(
     progress("reading the journal", 0, 0)
     chronicle = Chronicle(store, owner.volume)
     names = chronicle.read()
-    outcome = _plant(home, names, epoch, special, progress)
+    outcome = plant(home, names, epoch, special, progress)
     report = _report(chronicle, owner, outcome)
     volume.write_json(home.path(REPORT), report)
     failpoints.hit(failpoints.RESTORE_PLANTED)
@@ -145,7 +145,8 @@ def restore(
     return report
 
 
-def _plant(home: volume.Volume, names: Namespace, epoch: int, special: bool, progress: Progress) -> Outcome:
+def plant(home: volume.Volume, names: Namespace, epoch: int, special: bool, progress: Progress) -> Outcome:
+    """Make `tree.new` and the index. Raises VolumeError, IndexError_, OSError."""
     os.mkdir(home.path("tree.new"), 0o700)
     index = Index.open(home.path("index"))
     with contextlib.closing(index), contextlib.closing(open_tree(home.path("tree.new"))) as tree:

@@ -43,6 +43,7 @@ class Identity:
     partial_content: bool = False
     checks_sha256: bool = False
     client: str = ""
+    view: bool = False  # read-only, of another volume's store, and removed when it is unmounted
 
     @property
     def capabilities(self) -> Capabilities:
@@ -254,7 +255,7 @@ def make_tree(volume: Volume, like: os.stat_result) -> None:
     sync_directory(volume.state)
 
 
-def complete(volume: Volume, abilities: Capabilities) -> Volume:
+def complete(volume: Volume, abilities: Capabilities, *, view: bool = False) -> Volume:
     """Note that the store is ours and what its server can do: the volume exists now. Raises OSError."""
     identity = replace(
         volume.identity,
@@ -263,6 +264,7 @@ def complete(volume: Volume, abilities: Capabilities) -> Volume:
         partial_content=abilities.partial_content,
         checks_sha256=abilities.checks_sha256,
         client=abilities.client,
+        view=view,
     )
     write_json(volume.path("volume.json"), asdict(identity))
     return Volume(volume.state, identity)

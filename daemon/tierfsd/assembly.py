@@ -16,6 +16,7 @@ from tierfs.heat_index import HeatIndex
 from tierfs.index import Index
 from tierfs.serverlink import ServerLink
 from tierfs.store.base import ObjectStore
+from tierfs.store.decorators import ReadOnlyStore
 from tierfs.store.retry import RetryPolicy
 from tierfs.store.urls import open_store
 from tierfs.tier import Tier
@@ -99,6 +100,10 @@ class Mover:
 
     def _claim(self) -> None:
         """Take the store for this mount; until then nothing is written to it. Reading needs no claim."""
+        if self._home.identity.view:
+            self._tier.kit.withheld = "this is a view of the past"
+            self._tier.kit.claim_tried.set()
+            return
         while not self.stopping.is_set():
             try:
                 with self._claiming:
@@ -119,6 +124,8 @@ class Mover:
 
     def _verify_claim(self) -> None:
         """Nothing more is written to a store that another machine has taken over. Raises TierError, OSError."""
+        if self._home.identity.view:
+            return
         try:
             with self._claiming:
                 ownership.verify(self._home, self._store)
@@ -178,12 +185,13 @@ def _open_store(home: volume.Volume, config: VolumeConfig) -> ObjectStore:
         url += ("&" if "?" in url else "?") + f"storage_class={config.storage_class}"
     # A request must have given up before its readers do, so that they hear the reason.
     foreground = RetryPolicy(deadline=max(1.0, config.fetch_timeout * 0.75))
-    return open_store(
+    opened = open_store(
         url,
         capabilities=home.identity.capabilities,
         foreground=foreground,
         concurrency=config.uploads + config.fetches,
     )
+    return ReadOnlyStore(opened) if home.identity.view else opened
 
 
 def _device_of(url: str) -> int | None:

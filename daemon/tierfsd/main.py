@@ -105,13 +105,18 @@ def _run(arguments: argparse.Namespace, answer: Answer) -> int:
                 _undo(state)
             raise
         volume.check_mountpoint(mountpoint, state)
-        refuse_if_taken(opened, arguments.force)
+        view = opened.identity.view
+        if view:
+            stack.callback(shutil.rmtree, state, ignore_errors=True)
+        else:
+            refuse_if_taken(opened, arguments.force)
         logfile = logs.LogFile(opened.path("log/tierfs.log"), 2 if arguments.foreground else None)
         logs.setup(logfile)
         _raise_limits()
         listener = _listen(opened)
         stack.callback(_stop_listening, listener)
         options = [part for given in arguments.options for part in given.split(",") if part]
+        options += ["ro"] if view else []
         plan = Plan(opened, mountpoint, arguments.binding, options)
         supervisor = Supervisor(plan, lock, listener, logfile)
         supervisor.start()

@@ -16,7 +16,7 @@ LAYERS = [
     {"index", "heat_index", "tree", "syscalls", "store", "waits"},
     {"transfer", "volume", "ownership", "namespace"},
     {"tier", "recovery", "gate"},
-    {"vfs", "control", "adoption", "launch", "restoring"},
+    {"vfs", "control", "adoption", "launch", "restoring", "viewing"},
     {"fuse", "cli", "commands", "terminal"},
     {"tierfsd"},
 ]
@@ -30,6 +30,7 @@ FAMILIES = [
     {"cli", "commands", "terminal"},
     {"control", "locate"},
     {"tier", "recovery"},
+    {"restoring", "viewing"},
 ]
 # Parts of a larger module that were split off share its place.
 PARTS_OF = {

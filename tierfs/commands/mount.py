@@ -24,6 +24,7 @@ _END_SECONDS = 120.0
 )
 @click.option("--local-limit", metavar="SIZE", help='Most bytes kept locally, like "20G".')
 @click.option("--binding", type=click.Choice(["auto", "kernel", "fusepy"]), default="auto", show_default=True)
+@click.option("--at", metavar="WHEN", help="A read-only view of the volume in --store as of then.")
 @click.option("--force", is_flag=True, help="Take the store from another machine that has it.")
 @click.option("--foreground", is_flag=True, help="Stay in the foreground, for service managers.")
 @click.option("-o", "options", metavar="OPTS", multiple=True, help="Mount options, separated by commas.")
@@ -33,20 +34,31 @@ def mount(
     state: str | None,
     local_limit: str | None,
     binding: str,
+    at: str | None,
     force: bool,
     foreground: bool,
     options: tuple[str, ...],
     mountpoint: str,
 ) -> None:
-    """Mount the volume of MOUNTPOINT there, creating it where there is none."""
+    """Mount the volume of MOUNTPOINT there, creating it where there is none.
+
+    WHEN is a date and time like 2026-11-20T14:30, or like "2 days ago".
+    """
     if local_limit is not None and local_limit != "none":
         try:
             config.parse_size(local_limit)
         except ValueError as exc:
             raise UsageError(f"--local-limit: {exc}") from exc
     real = os.path.realpath(mountpoint)
-    where = volume.find_state(real, state)
     clear_dead_mount(real)
+    if at is not None:
+        from tierfs.commands.view import mount_view
+
+        if store is None or state is not None or local_limit is not None or force:
+            raise UsageError("--at needs --store, and goes without --state, --local-limit and --force")
+        mount_view(store, at, binding, foreground, options, real)
+        return
+    where = volume.find_state(real, state)
     arguments = daemon_arguments(real, where, store, local_limit, binding, options)
     if force:
         arguments.append("--force")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
+from tierfs.errors import StoreDeniedError
 from tierfs.store.base import Body, ObjectInfo, ObjectStore, Put
 
 
@@ -43,6 +44,25 @@ class Decorator(ObjectStore):
 
     def close(self) -> None:
         self.inner.close()
+
+
+class ReadOnlyStore(Decorator):
+    """Whatever asks for a change is told that there is none to be made."""
+
+    def put(self, key: str, body: bytes | Iterable[bytes], size: int) -> Put:
+        raise self._refused()
+
+    def put_if(self, key: str, body: bytes, etag: str | None) -> Put:
+        raise self._refused()
+
+    def delete(self, keys: Sequence[str]) -> None:
+        raise self._refused()
+
+    def abort_uploads(self, prefix: str, before: float, keep: Collection[str]) -> int:
+        raise self._refused()
+
+    def _refused(self) -> StoreDeniedError:
+        return StoreDeniedError(f"{self.describe()}: a view of the past writes nothing")
 
 
 def innermost(store: ObjectStore) -> ObjectStore:

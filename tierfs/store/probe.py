@@ -30,6 +30,28 @@ def probe(store: ObjectStore) -> Capabilities:
     return _probe_s3(inner)  # type: ignore[arg-type]
 
 
+def look(store: ObjectStore, key: str) -> Capabilities:
+    """What can be told of a store without writing to it, by reading an object that is there: the client to use.
+
+    Raises the store's errors.
+    """
+    inner = innermost(store)
+    if not hasattr(inner, "with_capabilities"):
+        return inner.capabilities
+    whole = store.get(key)
+    for client in ("obstore", "boto3"):
+        trial: S3Store = inner.with_capabilities(Capabilities(client=client))
+        try:
+            if trial.get(key, 1, len(whole) - 2) == whole[1:-1]:
+                return Capabilities(partial_content=client == "obstore", client=client)
+        except (StoreDeniedError, ObjectCorruptError):
+            if client == "boto3":
+                raise
+        finally:
+            trial.close()
+    raise StoreUnavailableError(f"{store.describe()}: the server does not read what is asked for")
+
+
 def _probe_s3(store: S3Store) -> Capabilities:
     key = f"probe/{secrets.token_hex(8)}"
     client = _client_that_reads_ranges(store, key)
