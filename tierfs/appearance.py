@@ -6,12 +6,14 @@ import logging
 import os
 
 from tierfs.errors import IndexError_
-from tierfs.handles import Inode, Shown, ShownStat
+from tierfs.handles import Inode, Shown, ShownStat, ShownTimes
 from tierfs.index import Index
 from tierfs.model import Record, Residency, Stub
 from tierfs.tree import Tree
 
 log = logging.getLogger("gate")
+
+_LATE_SECONDS = 60.0  # the mover commits what has arrived every 2 s
 
 
 class Appearance:
@@ -25,6 +27,25 @@ class Appearance:
         self._index = index
         self._inodes = inodes
         self._recent = recent
+        # What a file showed whose content has come in part, until the index knows the times that this has left.
+        self._late: dict[int, tuple[ShownTimes, float]] = {}
+
+    def left(self, inode: Inode, now: float) -> None:
+        """The state of this inode, which is still a stub, is about to be dropped."""
+        if inode.shown is not None and os.fstat(inode.opath).st_nlink:
+            self._late[inode.ino] = inode.shown, now + _LATE_SECONDS
+
+    def changed(self, ino: int) -> None:
+        """Somebody has changed it: from now on it shows its own times."""
+        self._late.pop(ino, None)
+
+    def tick(self, now: float) -> None:
+        """Forget what the index must know by now."""
+        while self._late:
+            ino, (_, until) = next(iter(self._late.items()))
+            if until > now:
+                return
+            del self._late[ino]
 
     def shown(self, st: os.stat_result, opath: int | None = None) -> Shown:
         """What a stat of this regular file shows."""
@@ -33,6 +54,9 @@ class Appearance:
             times = inode.shown
             return ShownStat(st, times.mtime, times.ctime, times.blocks)
         record = self.record(st.st_ino)
+        late = self._late.get(st.st_ino)
+        if late is not None and (record is None or record.left_ctime != st.st_ctime_ns):
+            return ShownStat(st, late[0].mtime, late[0].ctime, late[0].blocks)
         if record is None or record.copy is None:
             return st
         stub = record.residency is not Residency.RESIDENT and record.size == st.st_size

@@ -198,6 +198,7 @@ class Status(Frame, frozen=True):
     verifying: int = 0
     journal_behind_seconds: float = 0.0
     notes: list[str] = []
+    binding: dict[str, str] = {}  # name and reason
 
 
 class Progress(Frame, frozen=True):

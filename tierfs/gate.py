@@ -208,6 +208,8 @@ class Gate:
             return
         if self._inodes.get(inode.ino) is inode:
             del self._inodes[inode.ino]
+            if inode.content is not None:
+                self.appearance.left(inode, time.monotonic())
         self._inflow.untrack(inode.ino)
         if inode.opath >= 0 and inode.opath != opath:
             os.close(inode.opath)
@@ -356,6 +358,7 @@ class Gate:
 
     def after_change(self, ino: int, st: os.stat_result, mtime_set: bool = False) -> None:
         """Call after it: `st` is fresh; `mtime_set` where the caller set the modification time."""
+        self.appearance.changed(ino)
         inode = self._inodes.get(ino)
         if inode is None or inode.shown is None:
             return
@@ -405,6 +408,7 @@ class Gate:
     def gone(self, st: os.stat_result, handle: bytes, parent: int, name: bytes) -> None:
         """The last name of a regular file, this one, is gone; `st` is from before or from the open file."""
         who = st.st_uid << MODE_BITS | st.st_mode
+        self.appearance.changed(st.st_ino)
         self._append(Mark.GONE, st.st_ino, parent=parent, a=who, b=st.st_gid, handle=handle, name=name)
 
     def _mark_write(self, inode: Inode) -> None:
@@ -417,6 +421,7 @@ class Gate:
         # Not before: on a full disk there may be no room for the mark, and the next writer must try again.
         inode.marked = True
         inode.shown = None
+        self.appearance.changed(inode.ino)
         if inode.ino in self._seals:
             self._seals.discard(inode.ino)
             self._outbox.post(wire.SealBroken([inode.ino]))
@@ -634,6 +639,7 @@ class Gate:
         self._outbox.flush()
         self._inflow.expire(now)
         self._room.look(now)
+        self.appearance.tick(now)
         if now >= self._next_poke:
             self._next_poke = now + POKE_SECONDS
             self._reserve()

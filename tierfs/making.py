@@ -28,6 +28,18 @@ class Caller(NamedTuple):
     groups: tuple[int, ...] | None = None
 
 
+def in_group(caller: Caller, gid: int) -> bool:
+    """Whether the caller is a member; who cannot be asked (ended, in another pid namespace) is none."""
+    if caller.groups is not None or caller.gid == gid:
+        return caller.gid == gid or gid in (caller.groups or ())
+    try:
+        with open(f"/proc/{caller.pid}/status", "rb") as file:
+            groups = next((line for line in file if line.startswith(b"Groups:")), b"Groups:")
+    except OSError:
+        return False
+    return gid in map(int, groups.split()[1:])
+
+
 class Maker:
     """Makes one file at a time; what cannot be given to its owner is removed again. Calls raise OSError."""
 

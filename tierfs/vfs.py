@@ -18,7 +18,7 @@ from tierfs import syscalls
 from tierfs.dirs import Directories
 from tierfs.gate import Gate
 from tierfs.handles import Handle, Shown
-from tierfs.making import Caller, Maker
+from tierfs.making import Caller, Maker, in_group
 from tierfs.names import Names
 from tierfs.nodes import ROOT, GoneStat, Node, NodeTable
 from tierfs.openfiles import OpenFiles
@@ -163,6 +163,8 @@ class Vfs:
             path = fd_path(opath)
             if uid is not None or gid is not None:
                 os.chown(path, -1 if uid is None else uid, -1 if gid is None else gid)
+                if caller is not None and mode is None:
+                    self._drop_set_gid_of_stranger(path, st, caller)
             if mode is not None:
                 os.chmod(path, stat.S_IMODE(mode))
             elif kill_suidgid or (size is not None and caller is not None and caller.uid != 0):
@@ -179,6 +181,15 @@ class Vfs:
         finally:
             os.close(opath)
         return self._attr(st)
+
+    def _drop_set_gid_of_stranger(self, path: str, before: os.stat_result, caller: Caller) -> None:
+        """A change of owner drops set-group-id also without group execution, unless a member of the group asks.
+
+        The kernel beneath sees us in the caller's place.
+        """
+        lone = before.st_mode & (stat.S_ISGID | stat.S_IXGRP) == stat.S_ISGID
+        if lone and stat.S_ISREG(before.st_mode) and caller.uid != 0 and not in_group(caller, before.st_gid):
+            os.chmod(path, stat.S_IMODE(os.stat(path).st_mode) & ~stat.S_ISGID)
 
     def _reach(self, node: Node, handle: Handle | None) -> tuple[int, os.stat_result]:
         if handle is None:

@@ -88,6 +88,7 @@ class TierBackend:
             verifying=self._verifying(),
             journal_behind_seconds=self._journal.behind,
             notes=self._all_notes(),
+            binding=runtime.get("binding", {}),
         )
 
     def _all_notes(self) -> list[str]:

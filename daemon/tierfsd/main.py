@@ -17,6 +17,7 @@ import sys
 
 from tierfs import adoption, config, control, launch, ownership, volume
 from tierfs.errors import TierError, UsageError, VolumeError
+from tierfs.fuse import choice
 from tierfsd import logs
 from tierfsd.claiming import refuse_if_taken
 from tierfsd.supervisor import Plan, Supervisor, notify
@@ -117,7 +118,9 @@ def _run(arguments: argparse.Namespace, answer: Answer) -> int:
         stack.callback(_stop_listening, listener)
         options = [part for given in arguments.options for part in given.split(",") if part]
         options += ["ro"] if view else []
-        plan = Plan(opened, mountpoint, arguments.binding, options)
+        chosen = choice.choose(arguments.binding)
+        log.info("binding %s: %s", *chosen)
+        plan = Plan(opened, mountpoint, chosen, options)
         supervisor = Supervisor(plan, lock, listener, logfile)
         supervisor.start()
         log.info("volume %s is mounted at %s", opened.identity.volume[:8], mountpoint)

@@ -23,6 +23,7 @@ from types import FrameType
 from tierfs import channel, control, locate, volume, wire
 from tierfs.errors import IndexError_, TierError, VolumeError
 from tierfs.fuse import mounting
+from tierfs.fuse.choice import Choice
 from tierfs.index import Index
 from tierfsd.children import Child
 from tierfsd.logs import LogFile
@@ -42,7 +43,7 @@ class Plan:
 
     volume: volume.Volume
     mountpoint: str
-    binding: str = "auto"
+    binding: Choice
     options: list[str] = field(default_factory=list)
 
 
@@ -57,7 +58,7 @@ class Supervisor:
         self._selector = selectors.DefaultSelector()
         self._log_read, self._log_write = os.pipe()
         self._log_rest = b""
-        module = "tierfsd.portable_server" if plan.binding == "fusepy" else "tierfsd.mount_server"
+        module = "tierfsd.portable_server" if plan.binding.name == "fusepy" else "tierfsd.mount_server"
         self._server = Child("server", module, self._log_write)
         self._mover = Child("mover", "tierfsd.mover", self._log_write)
         self._channel: channel.Channel | None = None
@@ -107,7 +108,7 @@ class Supervisor:
         plan, identity = self._plan, self._plan.volume.identity
         arguments: dict[str, object] = {"state": plan.volume.state, "channel-fd": channel_fd, "epoch": epoch}
         inherited = [channel_fd, self._lock_fd]
-        if plan.binding == "fusepy":
+        if plan.binding.name == "fusepy":
             arguments |= {"mountpoint": plan.mountpoint, "volume": identity.volume}
             arguments["options"] = ",".join(plan.options)
             self._server.start(arguments, inherited)
@@ -157,6 +158,7 @@ class Supervisor:
             self._plan.volume.state,
             {
                 "mountpoint": self._plan.mountpoint,
+                "binding": self._plan.binding._asdict(),
                 "pids": {"supervisor": os.getpid(), "server": self._server.pid, "mover": self._mover.pid},
                 "mover_deaths": self._mover.total_deaths,
                 "server_deaths": self._server.total_deaths,

@@ -88,6 +88,22 @@ def test_times_set_while_a_range_is_written_are_kept(volume, cold, monkeypatch):
     assert times(volume)[0] == 777
 
 
+def test_times_do_not_move_when_a_part_is_read_and_the_file_closed(volume, cold):
+    """Before the index knows what the arrival of that part has done to the inode's own times."""
+    before = times(volume)
+    for offset in (3 * MIB, 0, 5 * MIB):
+        volume.server.read(volume.path("big"), offset, 100)
+        assert times(volume) == before
+    with volume.server.lock:
+        os.chmod(volume.path("big"), 0o600)
+        st = os.stat(volume.path("big"))
+        volume.server.gate.after_change(st.st_ino, st)
+    assert times(volume) == (before[0], st.st_ctime_ns)
+    volume.server.read(volume.path("big"))
+    volume.settle("big")
+    assert times(volume) == (before[0], st.st_ctime_ns)
+
+
 def partial_blocks(volume):
     return os.stat(volume.path("big")).st_blocks * 512
 

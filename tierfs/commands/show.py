@@ -105,6 +105,8 @@ def _print_volume(document: dict[str, Any]) -> None:
         ("rates", f"up {size(int(document['upload_rate']))}/s, down {size(int(document['fetch_rate']))}/s"),
         ("pids", ", ".join(f"{name} {pid}" for name, pid in document["pids"].items())),
     ]
+    if document["binding"]:
+        lines.append(("binding", "{name}: {reason}".format(**document["binding"])))
     if document["journal_behind_seconds"]:
         lines.append(("journal", f"{terminal.age(document['journal_behind_seconds'])} behind"))
     if document["verifying"]:

@@ -79,6 +79,7 @@ class Feature(IntEnum):
     ATOMIC_O_TRUNC = 3
     BIG_WRITES = 5
     DONT_MASK = 6
+    AUTO_INVAL_DATA = 12  # cached pages go when size or time have changed beneath: edits behind the mount
     DO_READDIRPLUS = 13
     READDIRPLUS_AUTO = 14
     ASYNC_DIO = 15

@@ -1,0 +1,41 @@
+"""Which binding serves a mount, and why: the kernel's own protocol where it is spoken, libfuse 2 elsewhere."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from ctypes.util import find_library
+from typing import NamedTuple
+
+_OLDEST = (5, 13)  # the first Linux that speaks FUSE 7.33
+_DEVICE = "/dev/fuse"
+
+
+class Choice(NamedTuple):
+    """A binding (`kernel` or `fusepy`) and a person's reason for it."""
+
+    name: str
+    reason: str
+
+
+def choose(asked: str) -> Choice:
+    """The binding for `--binding` ASKED (auto, kernel or fusepy)."""
+    if asked != "auto":
+        return Choice(asked, "asked for with --binding")
+    problem = _kernel_problem(sys.platform, os.uname().release, os.path.exists(_DEVICE))
+    if not problem:
+        return Choice("kernel", f"Linux {os.uname().release} speaks FUSE 7.33 or later")
+    if find_library("fuse") is None:
+        return Choice("kernel", f"{problem}, and there is no libfuse 2 either")
+    return Choice("fusepy", problem)
+
+
+def _kernel_problem(platform: str, release: str, device: bool) -> str:
+    """Why the kernel's protocol cannot be spoken here; "" where it can."""
+    if platform != "linux":
+        return f"{platform} has no FUSE protocol of Linux's"
+    version = re.match(r"(\d+)\.(\d+)", release)
+    if version and (int(version[1]), int(version[2])) < _OLDEST:
+        return f"Linux {release} is older than {_OLDEST[0]}.{_OLDEST[1]}"
+    return "" if device else f"there is no {_DEVICE}"
