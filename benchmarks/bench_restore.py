@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import json
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -99,7 +100,11 @@ def restore(area: Scratch, files: int) -> None:
     made = json.loads(done.stdout)["files"]
     assert made == files
     each = size / files
-    print(f"| {files:,} files | {each:.0f} bytes a file | {seconds:.1f} s | {files / seconds:,.0f} files/s |")
+    memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+    print(
+        f"| {files:,} files | {each:.0f} bytes a file in the store | {seconds:.1f} s | {files / seconds:,.0f} files/s"
+        f" | {memory:.0f} MiB at most |"
+    )
     volume.close()
 
 

@@ -113,6 +113,7 @@ def apply(w: Writer, entry: Entry, now: int) -> None:
             if record is not None and record.handle == entry.handle:
                 forget(w, record, _ending(entry, now))
             w.drop_pin(entry.ino)
+            w.note(entry.parent, entry.name)
         case Mark.NAMED:
             record = w.get(entry.ino)
             if record is not None:

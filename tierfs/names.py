@@ -52,6 +52,11 @@ class _Going:
         elif self._watch >= 0:
             self._gate.after_change(self._st.st_ino, os.fstat(self._watch))
 
+    @property
+    def told(self) -> bool:
+        """The mark of its end names its place."""
+        return bool(self._handle)
+
     def close(self) -> None:
         """Removed or not, done."""
         if self._watch >= 0:
@@ -84,7 +89,8 @@ class Names:
             going.gone()
         finally:
             going.close()
-        self._gate.entry(directory.ino, name)
+        if not going.told:
+            self._gate.entry(directory.ino, name)
 
     def rmdir(self, parent: int, name: bytes) -> None:
         """Remove an empty directory. Raises OSError."""

@@ -181,26 +181,23 @@ class Snapshots:
         keep = max(config.keep_versions, config.grace)
         infos = [(key, info) for info in store.list(manifest.PREFIX) if (key := manifest.Key.parse(info.key))]
         now = max((info.modified for _, info in infos), default=0.0)  # by the store's own clock
-        whole = sorted({(key.epoch, key.sequence) for key, info in infos if self._is_end(key)})
-        old = sorted(
-            {
-                (key.epoch, key.sequence)
-                for key, info in infos
-                if (key.epoch, key.sequence) in whole and key.part >= 0 and now - info.modified > keep
-            }
-        )
+        lasts = {
+            key[:3]: (key, info.modified)
+            for key, info in sorted(infos, key=lambda item: item[0])
+            if key.part >= 0
+        }
+        whole = [(key[:2], modified) for key, modified in lasts.values() if self._is_end(key)]
+        old = [place for place, modified in whole if now - modified > keep]
         if len(whole) < 3 or not old:
             return 0
-        before = min(old[-1], whole[-2])
+        before = min(max(old), sorted(place for place, _ in whole)[-2])
         gone = [str(key) for key, _ in infos if (key.epoch, key.sequence) < before]
         if gone:
             store.delete(gone)
         return len(gone)
 
     def _is_end(self, key: manifest.Key) -> bool:
-        """The last part of a snapshot."""
-        if key.part < 0:
-            return False
+        """The last part of a whole snapshot."""
         try:
             return manifest.unpack(key, self._kit.store.get(str(key))).end.last
         except (ObjectMissingError, ObjectCorruptError):
