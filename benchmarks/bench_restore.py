@@ -102,8 +102,8 @@ def restore(area: Scratch, files: int) -> None:
     each = size / files
     memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
     print(
-        f"| {files:,} files | {each:.0f} bytes a file in the store | {seconds:.1f} s | {files / seconds:,.0f} files/s"
-        f" | {memory:.0f} MiB at most |"
+        f"| {files:,} files | {each:.0f} bytes a file in the store | {seconds:.1f} s"
+        f" | {files / seconds:,.0f} files/s | {memory:.0f} MiB at most |"
     )
     volume.close()
 

@@ -101,6 +101,7 @@ class Planter:
         self._special = special
         self._uid = os.geteuid()
         self._several = _several(names)
+        self._foreign = False
         self.outcome = Outcome()
 
     # --- directories --------------------------------------------------------------------------------------
@@ -268,6 +269,9 @@ class Planter:
         place, mode = fd_path(fd), inode.mode
         if self._uid == 0:
             os.chown(place, inode.uid, inode.gid)
+        elif inode.uid != self._uid and not self._foreign:
+            self._foreign = True
+            self._refuse(path, "and others belonged to another user: only root can give them back")
         for text, value in (inode.xattrs or {}).items():
             self._set_xattr(place, path, text, value)
         if inode.pinned and stat.S_IFMT(kind) in (stat.S_IFREG, stat.S_IFDIR):
@@ -288,7 +292,8 @@ class Planter:
         try:
             os.setxattr(place, name, base64.b64decode(value, validate=True))
         except (OSError, ValueError) as error:
-            self._refuse(path, f"comes back without its attribute {name!r}: {error}")
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            self._refuse(path, f"comes back without its attribute {name!r}: {reason}")
 
     # --- what is refused ----------------------------------------------------------------------------------
 

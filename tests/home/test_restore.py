@@ -7,6 +7,8 @@ import os
 import shutil
 import signal
 import stat
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +16,7 @@ from pathlib import Path
 import pytest
 import s3servers
 import workload
+import zstandard
 from harness import Volume
 from workload import Entry
 
@@ -152,6 +155,28 @@ def test_a_killed_restore_is_no_volume_and_is_done_again(volume: Make, tmp_path:
         same(before, workload.survey(machine.mountpoint))
         assert not (machine.state / "restoring.json").exists()
         machine.umount("--wait")
+
+
+@pytest.mark.usefixtures("tiers")
+def test_any_client_can_rescue_the_files(volume: Make, tmp_path: Path) -> None:
+    """With what the README says, and nothing of TierFS."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    (tmp_path / "rescue.py").write_text(readme[readme.index("# rescue.py") :].split("```")[0])
+    home = volume(store=f"file://{tmp_path}/store")
+    home.configure(journal="0.2s")
+    workload.odds(home.mountpoint / "odds")
+    settled(home)
+    (home.mountpoint / "odds" / "plain").rename(home.mountpoint / "renamed")
+    (home.mountpoint / "large").write_bytes(os.urandom(5 << 20))
+    before = workload.survey(home.mountpoint)
+    home.umount("--wait")
+    objects = sorted((tmp_path / "store" / "meta").iterdir())
+    lines = b"".join(zstandard.ZstdDecompressor().decompressobj().decompress(at.read_bytes()) for at in objects)
+    argv = [sys.executable, tmp_path / "rescue.py", tmp_path / "rescued"]
+    subprocess.run(argv, input=lines, check=True, cwd=tmp_path / "store")
+    after = workload.survey(tmp_path / "rescued")
+    files = {name: entry.content for name, entry in before.items() if stat.S_ISREG(entry.mode)}
+    assert {name: entry.content for name, entry in after.items() if stat.S_ISREG(entry.mode)} == files
 
 
 @pytest.mark.usefixtures("tiers")
