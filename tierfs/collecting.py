@@ -24,6 +24,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from tierfs import failpoints
 from tierfs.digests import SIDE_SUFFIX
@@ -269,6 +270,8 @@ class Collector:
         """True: nothing refers to this object. False: something does. None: that is not final yet."""
         if self._is_referred(key):
             return False
+        if self._has_twin(key):
+            return None
         tree = self._kit.tree
         handle = self._kit.index.tombstone_handle(beat, key)
         if not handle:
@@ -287,6 +290,28 @@ class Collector:
             return None
         finally:
             os.close(fd)
+
+    def _has_twin(self, key: str) -> bool:
+        """A stub that was copied behind the mount lives on: two walks of the tree have looked for such."""
+        tree, index = self._kit.tree, self._kit.index
+        for handle in index.twins(key):
+            if not tree.privileged:
+                return True  # nothing is opened by handle
+            try:
+                fd = tree.open_handle(handle, os.O_PATH)
+            except OSError:
+                index.commit(partial(_drop_twin, key, handle))
+                continue
+            try:
+                stub = tree.read_stub(fd)
+            except TierError:
+                return True
+            finally:
+                os.close(fd)
+            if stub is not None and stub.key == key:
+                return True
+            index.commit(partial(_drop_twin, key, handle))
+        return False
 
     def _at_old_place(self, key: str) -> int:
         """Whatever is there, O_PATH: without privileges nothing is opened by handle. Raises OSError."""
@@ -348,6 +373,10 @@ class Collector:
             for beat, key in rows:
                 may_go = self._may_go(beat, self._kit.config.grace)
                 yield Candidate(key, None, "upload that became no copy", may_go)
+
+
+def _drop_twin(key: str, handle: bytes, w: Writer) -> None:
+    w.drop_twin(key, handle)
 
 
 def _pages(

@@ -333,6 +333,8 @@ class Index(PastReader):
             # An epoch that this index has not had: the store was another machine's meanwhile, and so is the
             # newest snapshot of the namespace in it.
             meta.unclean += not meta.clean or floor > meta.epoch
+            if floor > meta.epoch:
+                writer.taken_over()
             if not meta.clean and meta.boot != boot:
                 meta.custody += 1
             meta.epoch, meta.boot, meta.clean = max(meta.epoch, floor) + 1, boot, False

@@ -7,10 +7,13 @@ import errno
 import logging
 import os
 import stat
+from functools import partial
 
 from tierfs import manifest
+from tierfs.errors import ForeignStubError
+from tierfs.index import Writer
 from tierfs.kit import Kit
-from tierfs.model import Record
+from tierfs.model import Copy, Record
 from tierfs.tree import fd_path
 
 log = logging.getLogger("journal")
@@ -51,6 +54,9 @@ def line(
 def _file(kit: Kit, fd: int, st: os.stat_result, handle: bytes, base: dict[str, object]) -> manifest.File:
     record = kit.index.get(st.st_ino)
     if record is None or record.handle != handle:
+        twin = _twin(kit, fd, st, handle)
+        if twin is not None:
+            return manifest.File(**base, size=st.st_size, blocks=st.st_blocks, **twin)  # type: ignore[arg-type]
         # Not yet in the index: dirty, and not known since when.
         return manifest.File(**base, size=st.st_size, blocks=st.st_blocks, since=st.st_mtime_ns or 1)  # type: ignore[arg-type]
     base["mtime"], base["ctime"] = _shown(record, st)
@@ -70,6 +76,25 @@ def _file(kit: Kit, fd: int, st: os.stat_result, handle: bytes, base: dict[str, 
         since=kit.index.dirty_since(st.st_ino) if record.dirty else 0,
         extents=extents,
     )
+
+
+def _twin(kit: Kit, fd: int, st: os.stat_result, handle: bytes) -> dict[str, object] | None:
+    """A stub without a record, copied behind the mount: another file's object is its content, and must stay."""
+    try:
+        stub = kit.tree.read_stub(fd)
+    except ForeignStubError:
+        return None
+    if stub is None:
+        return None
+    kit.index.commit(partial(_note_twin, stub.key, handle))
+    copy = Copy(
+        stub.generation, stub.tag, stub.digest, st.st_size, st.st_mtime_ns, st.st_ctime_ns, 0, stub.chunk_shift
+    )
+    return {"fid": stub.fid.hex(), "generation": stub.generation, "copy": manifest.CopyLine.of(copy)}
+
+
+def _note_twin(key: str, handle: bytes, w: Writer) -> None:
+    w.note_twin(key, handle)
 
 
 def _shown(record: Record, st: os.stat_result) -> tuple[int, int]:

@@ -6,12 +6,14 @@
     places   path (cut), that key              (empty)     `end`               with its tombstone
     orphans  beat, object key                  (empty)     `abandon`           collection
     intents  object key                        (empty)     copying, before PUT the copy's commit; `abandon`
+    twins    object key, file handle           (empty)     looks at the tree   collection, once it is none
     beats    number                            believed s  collection          once no tombstone is older
     lists    number of the beat it was made in Listed      collection          once all on it is gone
 
 A *beat* is one look at the store's own date (policy/aging.py). What is buried carries the number of the last
 beat before; it is as old as the first beat after that. Numbers only grow, so that a published list (all up to
-some beat) never gets longer afterwards.
+some beat) never gets longer afterwards. A *twin* is a stub without a record of its own: a backing file that
+was copied with its attributes behind the mount. Its object is another file's.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ _PATH_MOST = 440  # bytes; LMDB's keys have at most 511
 _DEPTH = 4096
 _KEY_SIZE = 16 + 8 + 8
 Buried = tuple[int, str]  # the beat before, the object's key
-PAST_TABLES = ("tombs", "versions", "places", "orphans", "intents", "beats", "lists")
+PAST_TABLES = ("tombs", "versions", "places", "orphans", "intents", "twins", "beats", "lists")
 
 
 def summed(value: bytes) -> bytes:
@@ -227,14 +229,32 @@ class PastWriter:
 
     def abandon_all(self) -> None:
         """What a mover that was killed was putting. Before this one puts anything."""
-        with self._txn.cursor(db=self._db["intents"]) as cursor:
-            keys = [bytes(key).decode() for key in cursor.iternext(values=False)]
-        for key in keys:
+        for key in self._intended():
             self.abandon(key)
 
     def drop_orphan(self, beat: int, key: str) -> None:
         """That object is gone from the store."""
         self._txn.delete(U64.pack(beat) + key.encode(), db=self._db["orphans"])
+
+    def taken_over(self) -> None:
+        """Others have had the store since this index was last used (a machine that was rolled back has taken it
+        by force): what was being put may be a file's by now, and the last snapshots are not ours."""
+        self.past.snapshots = (-1, -1)
+        for key in self._intended():
+            self._txn.delete(key.encode(), db=self._db["intents"])
+            self.bury_found(key)
+
+    def _intended(self) -> list[str]:
+        with self._txn.cursor(db=self._db["intents"]) as cursor:
+            return [bytes(key).decode() for key in cursor.iternext(values=False)]
+
+    def note_twin(self, key: str, handle: bytes) -> None:
+        """The file with this handle is a stub of that object, and has no record."""
+        self._txn.put(key.encode() + b"\0" + handle, b"", db=self._db["twins"])
+
+    def drop_twin(self, key: str, handle: bytes) -> None:
+        """It is none any more."""
+        self._txn.delete(key.encode() + b"\0" + handle, db=self._db["twins"])
 
     def beat(self, clock: Clock) -> int:
         """The next beat, at this time; its number."""
@@ -304,6 +324,11 @@ class PastReader:
     def tombstone_handle(self, beat: int, key: str) -> bytes:
         """The file handle that a buried object's file had."""
         return self._get("tombs", U64.pack(beat) + key.encode()) or b""
+
+    def twins(self, key: str) -> list[bytes]:
+        """The handles of files that were seen as stubs of this object, without a record."""
+        prefix = key.encode() + b"\0"
+        return [found[len(prefix) :] for found, _ in self._walk("twins", prefix)]
 
     def intents(self) -> list[str]:
         """The keys that are being put."""

@@ -137,3 +137,28 @@ def test_credentials_are_read_again_when_their_file_changes(
     os.utime(path, ns=(1, 1))
     assert store.put("a", b"x", 1).etag
     store.close()
+
+
+@every_server
+def test_uploads_that_were_cut_short_are_given_up_once_they_are_old(kind: str, s3_server) -> None:
+    server = s3_server(kind)
+    store = S3Store(S3Settings(server.bucket, "cut", server.endpoint), Capabilities(client="boto3"))
+    admin, bucket = store.admin(), server.bucket
+    names = ("data/old", "data/running", "other/theirs")
+    uploads = {
+        name: admin.create_multipart_upload(Bucket=bucket, Key=f"cut/{name}")["UploadId"] for name in names
+    }
+    for name, upload in uploads.items():
+        target = {"Bucket": bucket, "Key": f"cut/{name}", "UploadId": upload}
+        admin.upload_part(**target, PartNumber=1, Body=b"x" * 1000)
+
+    def left() -> set[str]:
+        listed = admin.list_multipart_uploads(Bucket=bucket, Prefix="cut/").get("Uploads", ())
+        return {upload["Key"] for upload in listed}
+
+    if not left():
+        pytest.skip("this server does not list uploads in parts")
+    assert store.abort_uploads("data/", 1000.0, set()) == 0
+    assert store.abort_uploads("data/", 1e11, {"data/running"}) == 1
+    assert left() == {"cut/data/running", "cut/other/theirs"}
+    store.close()

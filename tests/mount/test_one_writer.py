@@ -137,9 +137,13 @@ def test_a_clone_is_refused_and_a_takeover_fences_the_first(machines: Machines) 
 
     there.mount("--force")
     there.demote(new_file(there, machines.enter, "theirs"))
-    stays = new_file(here, None, "fourth")
-    time.sleep(5)  # an answer that the store is ours is believed for so long
-    done = here.cli("demote", "--wait", stays, check=False)
+    deadline = time.monotonic() + 60  # an answer that the store is ours is believed for some seconds
+    for number in range(10_000):
+        stays = new_file(here, None, f"later{number}")
+        done = here.cli("demote", "--wait", stays, check=False)
+        if done.returncode or time.monotonic() > deadline:
+            break
+        time.sleep(0.2)
     assert done.returncode == 1 and "'other-machine'" in done.stderr, done.stderr
     assert here.tier(stays) == "resident"
     assert notes_say(here, "nothing is copied out") and "--force" in notes(here)
@@ -152,7 +156,7 @@ def test_a_clone_is_refused_and_a_takeover_fences_the_first(machines: Machines) 
     here.umount()
     assert "'other-machine'" in here.mount(check=False).stderr
     here.mount("--force")
-    here.demote(here.mountpoint / "fourth")
+    here.demote(stays)
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,19 @@ def test_overwritten_deleted_and_brought_back(shared: Volume, work: Path) -> Non
     assert sorted(os.listdir(work)) == ["one", "thesis"]
 
 
+def test_a_file_saved_as_editors_do_it(shared: Volume, work: Path) -> None:
+    path, new = work / "letter", work / ".letter.new"
+    save(shared, path, "dear\n" * 900)
+    new.write_text("dearest\n" * 900)
+    new.replace(path)
+    shared.demote(path)
+    versions = kept(shared, path)
+    assert [version["state"] for version in versions] == ["deleted", "current"]
+    assert {version["path"] for version in versions} == {str(path)}
+    shared.cli("restore-version", f"{path}@{versions[0]['generation']}", work / "before")
+    assert (work / "before").read_text() == "dear\n" * 900
+
+
 def test_as_of_a_moment(shared: Volume, work: Path) -> None:
     path = work / "diary"
     save(shared, path, "monday\n" * 500)

@@ -10,6 +10,7 @@ import pytest
 from dating import DAY, AgingVolume
 
 from tierfs.errors import StoreUnavailableError, VolumeError
+from tierfs.looking import line
 from tierfs.past import Ending
 from tierfs.policy.aging import Clock
 
@@ -234,6 +235,44 @@ def test_a_stub_whose_unlink_was_undone_keeps_its_object(volume):
     volume.collect()
     assert days(volume, 40) == 0
     assert volume.objects() == {key} and volume.index.tombstones(1 << 62) == []
+
+
+def test_a_stub_copied_behind_the_mount_keeps_the_object_of_a_deleted_file(volume):
+    """Both walks of the two snapshots see it, whenever it was made."""
+    volume.write("a", b"one" * 1000)
+    volume.demote("a")
+    stub = volume.stub("a")
+    with open(volume.path("twin"), "wb") as file:
+        file.truncate(3000)
+        volume.tree.write_stub(file.fileno(), stub)
+    volume.server.unlink(volume.path("a"))
+    volume.collect()
+    fd = os.open(volume.path("twin"), os.O_PATH)
+    try:
+        told = line(volume.tier.kit, fd, os.fstat(fd), volume.tree.handle_of(fd))
+    finally:
+        os.close(fd)
+    assert told.copy is not None and not told.dirty
+    assert days(volume, 40) == 0 and volume.objects() == {stub.key}
+    assert volume.server.read(volume.path("twin")) == b"one" * 1000
+    volume.settle("twin")
+    days(volume, 1)
+    assert volume.index.twins(stub.key) == [] or volume.record("twin").copy is not None
+
+
+def test_what_was_being_put_by_an_index_older_than_its_store_may_be_anothers(volume):
+    """A machine rolled back to an old image takes the store by force: the upload was finished long since."""
+    key = volume.write("a", b"one" * 1000)
+    record = volume.record("a")
+    volume.index.commit(lambda w: (w.delete(record.ino), w.intend(key))).result()
+    volume.take_snapshot()
+    epoch = volume.index.session.epoch
+    volume.index.begin_session("boot", epoch + 3)
+    assert volume.index.intents() == [] and volume.index.orphans(1 << 62) == []
+    assert volume.index.past.snapshots == (-1, -1)
+    volume.index.commit(lambda w: w.set_surveyed(True)).result()
+    volume.collect()
+    assert days(volume, 29) == 0 and volume.objects() == {key}
 
 
 def test_a_version_that_is_the_files_again_is_none(volume):
