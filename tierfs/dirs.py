@@ -79,6 +79,9 @@ class Directories:
         self._listings: dict[int, Listing] = {}
         self._next = 0
 
+    def __len__(self) -> int:
+        return len(self._listings)
+
     def close(self) -> None:
         """Close all."""
         for listing in self._listings.values():

@@ -634,6 +634,16 @@ class Gate:
         except OSError as error:
             log.warning("no room for the next part of the mark log: %s", error)
 
+    def holds(self) -> dict[str, int]:
+        """How many inodes have a state here, in passthrough or guarded, and how many are sealed."""
+        inodes = self._inodes.values()
+        return {
+            "inodes": len(inodes),
+            "passthrough": sum(bool(inode.backing_id) for inode in inodes),
+            "guarded": sum(inode.guard is not None for inode in inodes),
+            "sealed": len(self._seals),
+        }
+
     def tick(self, now: float) -> float:
         """Deadlines, heat and the mover's waking. Returns after how many seconds to be called again."""
         self._outbox.flush()

@@ -104,6 +104,10 @@ class Vfs:
         self.dirs.close()
         self.nodes.close()
 
+    def holds(self) -> dict[str, int]:
+        """How many nodes, open files and open directories there are."""
+        return {"nodes": len(self.nodes), "files": len(self.files), "directories": len(self.dirs)}
+
     # --- nodes and attributes -----------------------------------------------------------------------------
 
     def _attr(self, st: os.stat_result) -> Attr:

@@ -74,8 +74,12 @@ class HeatReader:
 class Server:
     """The event loop of one mount: the kernel first, then the mover, then the supervisor."""
 
-    def __init__(self, session: Session, gate: Gate, supervisor: channel.Channel, stop_fd: int) -> None:
-        """`stop_fd` becomes readable when the process is told to end."""
+    def __init__(
+        self, session: Session, vfs: Vfs, gate: Gate, supervisor: channel.Channel, signal_fd: int
+    ) -> None:
+        """From `signal_fd` the numbers of signals can be read: SIGTERM ends it, SIGUSR1 logs what it holds."""
+        self._vfs = vfs
+        self._signal_fd = signal_fd
         self._session = session
         self._gate = gate
         self._supervisor = supervisor
@@ -89,7 +93,7 @@ class Server:
         supervisor.sock.setblocking(False)
         self._watch(session.fileno(), lambda: None)
         self._watch(supervisor.fileno(), self._hear_supervisor)
-        self._watch(stop_fd, self._stop)
+        self._watch(signal_fd, self._signalled)
 
     def _watch(self, fd: int, handler: Callable[[], None]) -> None:
         self._handlers[fd] = handler
@@ -147,6 +151,14 @@ class Server:
         except OSError as error:
             log.warning("the supervisor does not listen: %s", error)
 
+    def _signalled(self) -> None:
+        numbers = os.read(self._signal_fd, 64)
+        if signal.SIGUSR1 in numbers:
+            held = {**self._vfs.holds(), **self._gate.holds()}
+            log.info("holds %s", ", ".join(f"{count} {name}" for name, count in held.items()))
+        if signal.SIGTERM in numbers:
+            self._stop()
+
     def _stop(self) -> None:
         self._stopping = True
 
@@ -190,11 +202,12 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _stop_signal() -> int:
-    """A descriptor that becomes readable on SIGTERM. Ctrl-C at a terminal is the supervisor's business."""
+def _signals() -> int:
+    """A descriptor to read SIGTERM and SIGUSR1 from. Ctrl-C at a terminal is the supervisor's business."""
     reading, writing = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    signal.signal(signal.SIGTERM, lambda _number, _frame: None)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda _number, _frame: None)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     return reading
@@ -226,7 +239,7 @@ def _serve(arguments: argparse.Namespace, tree: Tree, index: Index, stack: conte
         return
     stack.callback(os.close, fuse_fd)
     session = Session(fuse_fd, vfs, passthrough=tree.privileged, spinner=Spinner())
-    server = Server(session, gate, supervisor, _stop_signal())
+    server = Server(session, vfs, gate, supervisor, _signals())
     # Not SCHED_BATCH, although it serves a few per cent more: behind programs that compute, such a process
     # waits for their time slices, and a stat takes 0.3 ms on average instead of 0.03 to 0.15.
     # What exists now stays: it need not be looked at in each collection.
