@@ -32,11 +32,16 @@ BODY = 4096  # bytes of a record: it spans pages unless it is written whole
 EXPECTED = {errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.ELOOP}
 
 
+def pause(number: int) -> None:
+    """Leave the files shut for a moment, so that they can be demoted, now and then a longer one."""
+    time.sleep(0.1 if number % 16 == 0 else 0.002)
+
+
 class Names:
     """Makes, links, renames and removes the same few names in the same few directories."""
 
     def __init__(self, place: Path, seed: int) -> None:
-        self.place, self.draw = place, random.Random(seed)
+        self.place, self.draw, self.done = place, random.Random(seed), 0
 
     def path(self) -> Path:
         return self.place / self.draw.choice("abc") / self.draw.choice(NAMES)
@@ -53,9 +58,12 @@ class Names:
         try:
             call(*args)
         except OSError as error:
+            # A name that is a directory has only one.
             directory = call is os.link and error.errno == errno.EPERM
             if error.errno not in EXPECTED and not directory:
                 raise
+        self.done += 1
+        pause(self.done)
 
     def write(self, path: Path) -> None:
         """Every file holds one letter, whoever writes it."""
@@ -82,7 +90,7 @@ class Appends:
             assert os.write(fd, record) == BODY
             self.done += 1
         os.close(fd)
-        time.sleep(0.002)
+        pause(self.done // 5)
 
 
 class Counts:
@@ -99,6 +107,7 @@ class Counts:
         os.pwrite(fd, b"%020d" % (value + 1), 0)
         os.close(fd)
         self.done += 1
+        pause(self.done)
 
 
 class Moves:
@@ -129,7 +138,7 @@ def work(place: Path, role: str, seed: int, seconds: float) -> None:
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         worker.step()
-    print(getattr(worker, "done", 0))
+    print(worker.done)
 
 
 def counters(mounted: Volume) -> dict[str, int]:
@@ -192,7 +201,7 @@ def storm(mounted: Volume, seconds: float, seed: int) -> None:
         (found,) = (place / f"top-{seed + number}").glob("*/y/file")
         assert found.read_bytes() == b"".join(b"%08d" % each for each in range(done))
     assert not mounted.status()["errors"], mounted.status()["errors"]
-    assert len(mounted.objects()) > len(NAMES), "nothing was copied out while files were in use"
+    assert len(mounted.objects()) > 3, "nothing was copied out while files were in use"
     # Locks are given up and files closed: nothing may be left but what the kernel still caches.
     most = {"files": before["files"], "inodes": before["inodes"] + 2, "fds": before["fds"] + 24}
     after = settled(mounted, most)
@@ -202,10 +211,11 @@ def storm(mounted: Volume, seconds: float, seed: int) -> None:
 
 
 def _move(mounted: Volume, stop: threading.Event) -> None:
-    turn = 0
+    turn, place = 0, mounted.mountpoint / "shared"
     while not stop.is_set():
+        own = [path for path in (place / "log", place / "counter") if path.exists()]
         turn += 1
-        mounted.order("fetch" if turn % 3 == 0 else "demote")
+        mounted.order("fetch" if turn % 8 == 0 else "demote", *(own if turn % 4 else ()))
 
 
 def _check_log(path: Path, written: dict[int, int]) -> None:
