@@ -215,6 +215,10 @@ class Index(PastReader):
         """Inodes whose punch was under way."""
         return [U64.unpack(key)[0] for key, _ in self._scan("pending", b"", 1 << 20)]
 
+    def is_pending(self, ino: int) -> bool:
+        """Our own work is moving this inode's blocks and times. Raises IndexError_."""
+        return self._get("pending", U64.pack(ino)) is not None
+
     def pins(self) -> list[tuple[int, int, bytes]]:
         """(inode, parent, name) of everything pinned itself. Raises IndexError_."""
         return [(U64.unpack(key)[0], *place("pin", raw)) for key, raw in self._scan("pins", b"", 1 << 20)]

@@ -24,7 +24,7 @@ from tierfs import failpoints, manifest
 from tierfs.errors import BusyError, TierError
 from tierfs.index import Chain, Note, Writer
 from tierfs.kit import Kit
-from tierfs.looking import line
+from tierfs.looking import is_settled, line
 from tierfs.places import Places
 
 log = logging.getLogger("journal")
@@ -138,8 +138,7 @@ class Journal:
             self._look_at(segment, fresh, final=turn == _ROUNDS - 1)
             if turn < _ROUNDS - 1:
                 # Whatever the server had done when it answers has its mark in the log.
-                with self._kit.server.guard([], 0):
-                    pass
+                self._kit.server.await_marks()
                 self._drain()
                 notes = self._kit.index.notes()
 
@@ -162,7 +161,7 @@ class Journal:
                         stack.callback(os.close, fd)
                         ident = self._tell(segment, fd)
                 if fd >= 0:
-                    present = self._look_at_name(segment, fd, ident, note.name, final)
+                    present = self._look_at_name(segment, fd, directory, ident, note.name, final)
                     if not present and final:
                         segment.left.add(key)
                 elif self._is_somewhere(directory):
@@ -174,7 +173,10 @@ class Journal:
         segment.packer.add(told)
         return told.id
 
-    def _look_at_name(self, segment: _Segment, dirfd: int, ident: str, name: bytes, final: bool) -> bool:
+    def _look_at_name(
+        self, segment: _Segment, dirfd: int, directory: int, ident: str, name: bytes, final: bool
+    ) -> bool:
+        """False where there is nothing of this name."""
         try:
             fd = os.open(name, _LOOK, dir_fd=dirfd)
         except FileNotFoundError:
@@ -183,7 +185,10 @@ class Journal:
             return False
         try:
             st = os.fstat(fd)
-            segment.packer.add(line(self._kit, fd, st, self._kit.tree.handle_of(fd), ident, name))
+            told = line(self._kit, fd, st, self._kit.tree.handle_of(fd), ident, name)
+            segment.packer.add(told)
+            if not is_settled(self._kit, told, st.st_ino):
+                segment.left.add((directory, name))
         finally:
             os.close(fd)
         return True
@@ -204,7 +209,10 @@ class Journal:
             log.debug("inode %d is not looked at: %s", ino, error)  # its names have notes of their own
             return
         try:
-            segment.packer.add(line(self._kit, fd, os.fstat(fd), record.handle))
+            told = line(self._kit, fd, os.fstat(fd), record.handle)
+            segment.packer.add(told)
+            if not is_settled(self._kit, told, ino):
+                segment.left.add((ino, b""))
         finally:
             os.close(fd)
 

@@ -51,15 +51,26 @@ def line(
     return manifest.Special(**base, kind=_KINDS[kind], rdev=st.st_rdev)  # type: ignore[arg-type]
 
 
+def is_settled(kit: Kit, told: manifest.AnyInode, ino: int) -> bool:
+    """The line is not one of a moment in which a demotion or a fetch was moving the file's times."""
+    if not isinstance(told, manifest.File) or told.copy is None:
+        return True
+    record = kit.index.get(ino)
+    if record is None or record.copy is None:
+        return True  # which has a note
+    return not kit.index.is_pending(ino) and manifest.CopyLine.of(record.copy) == told.copy
+
+
 def _file(kit: Kit, fd: int, st: os.stat_result, handle: bytes, base: dict[str, object]) -> manifest.File:
-    record = kit.index.get(st.st_ino)
+    record, moving = kit.index.get(st.st_ino), kit.index.is_pending(st.st_ino)
+    st = os.fstat(fd)
     if record is None or record.handle != handle:
         twin = _twin(kit, fd, st, handle)
         if twin is not None:
             return manifest.File(**base, size=st.st_size, blocks=st.st_blocks, **twin)  # type: ignore[arg-type]
         # Not yet in the index: dirty, and not known since when.
         return manifest.File(**base, size=st.st_size, blocks=st.st_blocks, since=st.st_mtime_ns or 1)  # type: ignore[arg-type]
-    base["mtime"], base["ctime"] = _shown(record, st)
+    base["mtime"], base["ctime"] = _shown(record, st, moving)
     copy, extents = None, None
     if record.copy is not None:
         copy = manifest.CopyLine.of(record.copy)
@@ -97,9 +108,9 @@ def _note_twin(key: str, handle: bytes, w: Writer) -> None:
     w.note_twin(key, handle)
 
 
-def _shown(record: Record, st: os.stat_result) -> tuple[int, int]:
-    """The times that the mount shows."""
-    if record.copy is not None and record.left_ctime == st.st_ctime_ns:
+def _shown(record: Record, st: os.stat_result, moving: bool) -> tuple[int, int]:
+    """The times that the mount shows; `moving`: while our own work moves those of the inode."""
+    if record.copy is not None and (moving or record.left_ctime == st.st_ctime_ns):
         return record.copy.mtime, record.copy.ctime
     return st.st_mtime_ns, st.st_ctime_ns
 

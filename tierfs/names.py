@@ -51,6 +51,7 @@ class _Going:
             self._gate.gone(self._st, self._handle, *self._place)
         elif self._watch >= 0:
             self._gate.after_change(self._st.st_ino, os.fstat(self._watch))
+            self._gate.attributes(self._st, *self._place)  # one link less moves its ctime
 
     @property
     def told(self) -> bool:

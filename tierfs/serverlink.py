@@ -116,6 +116,18 @@ class ServerLink:
             if granted and not self._lost:
                 self.send(wire.GuardEnd(sorted(granted)))
 
+    def await_marks(self) -> None:
+        """Return when what the server had done by now has its marks in the log: at once where it has ended.
+
+        Raises BusyError.
+        """
+        try:
+            with self.guard([], 0):
+                pass
+        except BusyError:
+            if not self._lost:
+                raise
+
     def _unguard(self, inos: Iterable[int]) -> None:
         with self._lock:
             for ino in inos:

@@ -23,7 +23,7 @@ from tierfs.errors import ObjectCorruptError, ObjectMissingError
 from tierfs.index import Chain, Writer
 from tierfs.journal import Journal, new_chain
 from tierfs.kit import Kit
-from tierfs.looking import line
+from tierfs.looking import is_settled, line
 from tierfs.places import Places, join
 
 log = logging.getLogger("journal")
@@ -165,7 +165,10 @@ class Snapshots:
             if st.st_dev != self._kit.tree.device and stat.S_ISDIR(st.st_mode):
                 return None  # something is mounted there
             handle = self._kit.tree.handle_of(fd)
-            return line(self._kit, fd, st, handle, ident, name), st.st_ino, handle
+            told = line(self._kit, fd, st, handle, ident, name)
+            if not is_settled(self._kit, told, st.st_ino):
+                self._kit.index.commit(lambda w: w.note(st.st_ino)).result()
+            return told, st.st_ino, handle
         finally:
             os.close(fd)
 

@@ -24,7 +24,7 @@ _ANSWER_SECONDS = 10.0  # for the store's first answer after a mount
 
 
 class JournalKeeper:
-    """Start with `start`, end with `stop`. What is not in the store when it ends is written by the next one."""
+    """Start with `start`, end with `stop`. What is not in the store by then is written by the next one."""
 
     def __init__(self, tier: Tier, volume: str, show_life: Callable[[bool], None]) -> None:
         """`show_life` tells other machines that the store is in use (True), or no more."""
@@ -54,14 +54,18 @@ class JournalKeeper:
         with self._turn:
             self._turn.notify_all()
         self._thread.join()
-        if self._next_sign and not self._kit.withheld:
-            # So that another machine need not wait before it takes the volume; not worth a long wait here.
+        if self._next_sign and not self._kit.withheld and not self._failures:
+            # So that no machine lost in the night takes the evening's last changes with it, and another one
+            # need not wait before it takes the volume; neither is worth a long wait here.
             farewell = threading.Thread(target=self._say_farewell, daemon=True)
             farewell.start()
             farewell.join(_FAREWELL_SECONDS)
 
     def _say_farewell(self) -> None:
         with contextlib.suppress(TierError, OSError):
+            noting, _ = self._kit.index.noting()
+            if noting:
+                self.journal.flush()
             self._show_life(False)
 
     @property
@@ -135,6 +139,6 @@ class JournalKeeper:
 
     def _check_claim(self) -> None:
         now = time.monotonic()
-        if now - self._verified >= _CLAIM_SECONDS:
+        if self._failures or now - self._verified >= _CLAIM_SECONDS:
             self._kit.still_ours()
             self._verified = now

@@ -86,6 +86,30 @@ def journal_copy(record):
     return manifest.CopyLine.of(record.copy).copy()
 
 
+def test_times_that_our_own_work_moves_are_not_told(begun):
+    """In the midst of a punch or a fetch: the shown ones are told, and it is looked at again."""
+    begun.write("f", b"x" * 5000)
+    begun.run("setattr", begun.node("f"), mtime_ns=1_000_000_007)
+    assert begun.volume.demote("f")[0].demoted
+    begun.journal.flush()
+    index, path = begun.volume.index, begun.volume.path("f")
+    record = begun.volume.record("f")
+    index.commit(lambda w: (w.put_pending(record.ino), w.note(record.ino))).result()
+    os.utime(path, ns=(0, 99))
+    begun.journal.flush()
+    assert begun.read_journal().find(b"f").mtime == 1_000_000_007
+    assert begun.read_journal().find(b"f").ctime == record.copy.ctime
+    assert index.note_count() == 1, "it is looked at again"
+    begun.snapshots.take()
+    assert begun.read_journal().find(b"f").mtime == 1_000_000_007
+    assert index.note_count() == 1
+    os.utime(path, ns=(0, 1_000_000_007))
+    index.commit(lambda w: w.drop_pending(record.ino)).result()
+    begun.journal.flush()
+    assert index.note_count() == 0
+    assert begun.told() == begun.there()
+
+
 def test_holes_are_told(begun):
     path = begun.volume.path("sparse")
     begun.write("sparse", b"a" * 4096)

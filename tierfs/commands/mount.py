@@ -44,11 +44,7 @@ def mount(
 
     WHEN is a date and time like 2026-11-20T14:30, or like "2 days ago".
     """
-    if local_limit is not None and local_limit != "none":
-        try:
-            config.parse_size(local_limit)
-        except ValueError as exc:
-            raise UsageError(f"--local-limit: {exc}") from exc
+    check_limit(local_limit)
     real = os.path.realpath(mountpoint)
     clear_dead_mount(real)
     if at is not None:
@@ -67,6 +63,15 @@ def mount(
     launch.launch(arguments, real)
     if not volume.load(where).identity.conditional_put:
         terminal.complain(mountpoint, "its store cannot refuse a second machine: mount it on one only")
+
+
+def check_limit(local_limit: str | None) -> None:
+    """Raises UsageError for what is no size."""
+    if local_limit is not None and local_limit != "none":
+        try:
+            config.parse_size(local_limit)
+        except ValueError as exc:
+            raise UsageError(f"--local-limit: {exc}") from exc
 
 
 def daemon_arguments(

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from tierfs import launch, restoring, terminal, volume
-from tierfs.commands.mount import daemon_arguments
+from tierfs.commands.mount import check_limit, daemon_arguments
 from tierfs.errors import VolumeError
 
 _SHOWN = 20  # lines of each kind; all are in the state directory
@@ -22,6 +22,7 @@ _SHOWN = 20  # lines of each kind; all are in the state directory
 @click.option(
     "--state", metavar="DIR", type=click.Path(readable=False), help="Where the volume keeps its local data."
 )
+@click.option("--local-limit", metavar="SIZE", help='Most bytes kept locally, like "20G".')
 @click.option("--force", is_flag=True, help="Take the store from a machine that still seems to use it.")
 @click.option("--no-special", is_flag=True, help="Without devices, set-id bits and file capabilities.")
 @click.option("-o", "options", metavar="OPTS", multiple=True, help="Mount options, separated by commas.")
@@ -30,6 +31,7 @@ _SHOWN = 20  # lines of each kind; all are in the state directory
 def restore(
     store: str,
     state: str | None,
+    local_limit: str | None,
     force: bool,
     no_special: bool,
     options: tuple[str, ...],
@@ -43,6 +45,7 @@ def restore(
     from tierfs.store.urls import check_url
 
     check_url(store)
+    check_limit(local_limit)
     real = os.path.realpath(directory)
     where = os.path.realpath(state) if state else os.path.realpath(volume.default_state(real))
     if os.path.lexists(real):
@@ -50,7 +53,7 @@ def restore(
     report = _read_report(where) if restoring.is_done(where) else _carry_out(store, where, force, no_special)
     with contextlib.suppress(FileExistsError):
         os.mkdir(real)
-    launch.launch(daemon_arguments(real, where, options=options), real)
+    launch.launch(daemon_arguments(real, where, local_limit=local_limit, options=options), real)
     if as_json:
         terminal.print_json({"mountpoint": real, "state": where, **report})
     else:
