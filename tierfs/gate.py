@@ -647,7 +647,8 @@ class Gate:
     def tick(self, now: float) -> float:
         """Deadlines, heat and the mover's waking. Returns after how many seconds to be called again."""
         self._outbox.flush()
-        self._inflow.expire(now)
+        for ino in self._inflow.expire(now):
+            self._leave_if_idle(ino)
         self._room.look(now)
         self.appearance.tick(now)
         if now >= self._next_poke:

@@ -202,9 +202,12 @@ class Inflow:
             self._ask(ino, *gap, whole=False, ahead=True)
 
     def busy(self, ino: int) -> bool:
-        """The mover may still touch this file's blocks."""
+        """The mover may still touch this file's blocks, or somebody waits for them."""
         entry = self._contents.get(ino)
-        return entry is not None and bool(entry[0].flights or entry[0].settling)
+        if entry is None:
+            return False
+        content = entry[0]
+        return bool(content.flights or content.settling) or any(wait.wanted for wait in content.timed)
 
     def _timed_wait(self, content: Content) -> Wait:
         wait = Wait(time.monotonic() + self.fetch_timeout)
@@ -332,8 +335,9 @@ class Inflow:
         """Somebody waits with a deadline."""
         return bool(self._timed)
 
-    def expire(self, now: float) -> None:
-        """Let the waits fail whose deadline has passed."""
+    def expire(self, now: float) -> list[int]:
+        """Let the waits fail whose deadline has passed; the inodes that nobody may wait for any more."""
+        late = [ino for ino, (content, _) in self._contents.items() if _has_expired(content, now)]
         for wait in [w for w in self._timed if w.deadline is not None and w.deadline <= now]:
             reason = f"no content within {self.fetch_timeout:g} s"
             log.warning("a read gave up: %s", reason)
@@ -344,6 +348,7 @@ class Inflow:
             content.waits = [entry for entry in content.waits if not entry[2].done]
             if not content.closing:
                 self._ask_again(ino, content)
+        return late
 
     def void(self, ino: int) -> None:
         """The content was truncated away: those who wait for it look again and find an empty file."""
@@ -352,3 +357,7 @@ class Inflow:
         content.settled.fire()
         for _, _, wait in waits:
             wait.fire()
+
+
+def _has_expired(content: Content, now: float) -> bool:
+    return any(wait.deadline is not None and wait.deadline <= now for wait in content.timed)

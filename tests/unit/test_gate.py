@@ -419,7 +419,7 @@ def test_a_file_that_cannot_be_marked_leaves_nothing_behind(world, monkeypatch):
     monkeypatch.setattr(world.gate.marks, "append", refuse(errno.ENOSPC))
     with pytest.raises(OSError, match="No space"):
         create(world)
-    assert descriptors() == before
+    assert descriptors() <= before
     assert not world.gate._inodes
 
 

@@ -61,6 +61,43 @@ def times(volume):
     return shown.st_mtime_ns, shown.st_ctime_ns
 
 
+def test_whoever_waits_for_content_that_is_cut_away_goes_on(volume, cold):
+    """A truncation to nothing has the flights cancelled that one to some bytes waits for, and overtakes it."""
+    volume.store.hold.clear()
+    path, gate = volume.path("big"), volume.server.gate
+    parent, outcome = os.stat(volume.root).st_ino, []
+
+    def shorten():
+        opath = os.open(path, os.O_PATH)
+        try:
+            gate.truncate(opath, os.fstat(opath), 10, parent, b"big")
+        finally:
+            os.close(opath)
+
+    def in_time():
+        began = time.monotonic()
+        volume.server.run(shorten)
+        outcome.append(time.monotonic() - began)
+
+    waiting = threading.Thread(target=in_time)
+    waiting.start()
+    until = time.monotonic() + 10
+    while not volume.store.ranges:
+        assert time.monotonic() < until
+        time.sleep(0.002)
+    cut = threading.Thread(
+        target=lambda: volume.server.release(volume.server.open(path, os.O_WRONLY | os.O_TRUNC))
+    )
+    cut.start()
+    volume.store.hold.set()
+    cut.join(10)
+    waiting.join(10)
+    assert outcome, "it waits for what nobody brings"
+    assert volume.server.read(path) == bytes(10)
+    assert os.stat(path).st_size == 10
+    assert not gate._inodes
+
+
 def test_times_set_while_a_range_is_written_are_kept(volume, cold, monkeypatch):
     """The write of a range takes the times back to what it found: what is set in between must not get lost."""
     path, set_mtime, done = volume.path("big"), volume.tree.set_mtime, []
