@@ -28,7 +28,7 @@ from functools import partial
 
 from tierfs import failpoints
 from tierfs.digests import SIDE_SUFFIX
-from tierfs.errors import ObjectMissingError, StoreError, TierError
+from tierfs.errors import BusyError, ObjectMissingError, StoreError, TierError
 from tierfs.index import Writer
 from tierfs.kit import Kit
 from tierfs.model import EPOCH_SHIFT, Record, object_key
@@ -70,6 +70,11 @@ class Collector:
         self._next = self._next_abort = 0.0
         self._swept = False
         self._lock = threading.Lock()  # one run at a time
+        self._stopping = threading.Event()
+
+    def stop(self) -> None:
+        """Begin nothing more, and end after what is under way."""
+        self._stopping.set()
 
     def run(self, now: bool = False) -> int:
         """Remove what may go; how many objects went. Without `now` only as often as it makes sense.
@@ -81,7 +86,7 @@ class Collector:
 
     def _run(self, now: bool) -> int:
         kit = self._kit
-        if kit.withheld or not kit.index.surveyed or not self._has_garbage():
+        if self._stopping.is_set() or kit.withheld or not kit.index.surveyed or not self._has_garbage():
             return 0
         if not now and time.monotonic() < self._next:
             return 0
@@ -238,6 +243,8 @@ class Collector:
         drop: Callable[[Writer, int, str], None],
     ) -> int:
         kit = self._kit
+        if self._stopping.is_set():
+            raise BusyError("the daemon is stopping")
         kit.still_ours()
         gone: list[Buried] = []
         back: list[Buried] = []

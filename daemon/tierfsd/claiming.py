@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 
 from tierfs import ownership, volume
@@ -37,7 +37,6 @@ class Fence:
         self._verify = verify
         self._clock = clock
         self._lock = threading.Lock()
-        self._asker = ThreadPoolExecutor(1, "fence")
         self._asking: Future[None] | None = None
         self._fresh_until = float("-inf")
         self._lost: VolumeError | None = None
@@ -47,21 +46,25 @@ class Fence:
         if self._lost is None and self._clock() >= self._fresh_until:
             with self._lock:
                 if self._asking is None or self._asking.done():
-                    self._asking = self._asker.submit(self._ask)
+                    self._asking = Future()
+                    # Not of a pool: the process would wait for it at its end.
+                    threading.Thread(target=self._ask, args=(self._asking,), name="fence", daemon=True).start()
                 asking = self._asking
             with contextlib.suppress(FutureTimeout):
                 asking.result(_WAIT_SECONDS)
         if self._lost is not None:
             raise VolumeError(str(self._lost))
 
-    def _ask(self) -> None:
+    def _ask(self, asking: Future[None]) -> None:
         try:
             self._verify()
         except VolumeError as error:
             self._lost = error
         except (StoreError, OSError) as error:
             log.debug("whose the store is cannot be told now: %s", error)
-        self._fresh_until = self._clock() + _FRESH_SECONDS
+        finally:
+            self._fresh_until = self._clock() + _FRESH_SECONDS
+            asking.set_result(None)
 
 
 def refuse_if_taken(home: volume.Volume, force: bool) -> None:

@@ -29,6 +29,7 @@ _HEAT_SECONDS = 5.0
 _URGENT_ROOM = 512 << 20  # bytes to free when writers wait, on a small filesystem less
 _LEAST_ROOM = 4 << 20  # bytes; eviction for one small read after the other would be slow
 _GARBAGE_SECONDS = 60.0
+_GARBAGE_END_SECONDS = 5.0  # whatever it is doing: it may be cut short anywhere
 _REPLICATE_BATCH = 256
 _EVICT_BATCH = 64
 _STAY_SECONDS = 30.0  # a file that could not go is left alone so long
@@ -67,18 +68,22 @@ class Scheduler:
             threading.Thread(target=self._rounds, name="scheduler", daemon=True),
             threading.Thread(target=self._look_through, name="survey", daemon=True),
         ]
+        self._garbage = threading.Thread(target=self._collect, name="garbage", daemon=True)
 
     def start(self) -> None:
         """Work in threads of its own."""
         for thread in self._threads:
             thread.start()
+        self._garbage.start()
 
     def stop(self) -> None:
         """End after what is under way."""
         self._stopping.set()
         self._wake.set()
+        self.collector.stop()
         for thread in self._threads:
             thread.join()
+        self._garbage.join(_GARBAGE_END_SECONDS)
         try:
             self._tier.drain()
         except (TierError, OSError) as error:
@@ -134,7 +139,7 @@ class Scheduler:
     # --- rounds -------------------------------------------------------------------------------------------
 
     def _rounds(self) -> None:
-        next_heat = next_garbage = 0.0
+        next_heat = 0.0
         while not self._stopping.is_set():
             try:
                 now = time.monotonic()
@@ -148,15 +153,23 @@ class Scheduler:
                 self._ballast.restore(self._kit.config.min_free)
                 self._replicate()
                 self._fetch_pinned()
-                if now >= next_garbage:
-                    next_garbage = now + min(_GARBAGE_SECONDS, max(1.0, self._kit.config.grace / 2))
-                    self.collector.run()
             except (TierError, OSError) as error:
                 if not self._stopping.is_set():
                     self._kit.troubles.note(str(error))
             except Exception:
                 log.exception("a round failed")
             self._wait()
+
+    def _collect(self) -> None:
+        """In a thread of its own: a store that hangs keeps no writer waiting for space."""
+        while not self._stopping.wait(min(_GARBAGE_SECONDS, max(1.0, self._kit.config.grace / 4))):
+            try:
+                self.collector.run()
+            except (TierError, OSError) as error:
+                if not self._stopping.is_set():
+                    self._kit.troubles.note(f"what nothing refers to cannot be removed: {error}")
+            except Exception:
+                log.exception("a collection failed")
 
     def _wait(self) -> None:
         """Until the next round. Meanwhile space is watched closely: a fast writer fills a disk in no time."""
