@@ -259,12 +259,12 @@ class Opened(NamedTuple):
     head: Head
     end: End
     digest: str
-    body: bytes
+    data: bytes | memoryview  # compressed: a large tree's many parts are kept until all are known to be whole
 
     def lines(self) -> Iterator[Change]:
         """The lines between head and end, in order. Raises ObjectCorruptError for what is no line."""
         try:
-            for line in self.body.split(b"\n") if self.body else ():
+            for line in _body(self.data)[1].split(b"\n") if self.end.lines else ():
                 yield _lines.decode(line)
         except msgspec.MsgspecError as exc:
             raise ObjectCorruptError(f"{self.key}: holds what is no line of a journal: {exc}") from exc
@@ -279,9 +279,7 @@ def unpack(key: Key, data: bytes | memoryview) -> Opened:
     """Open an object; its lines are not decoded yet. Raises ObjectCorruptError unless it is whole and what its
     key says."""
     try:
-        plain = _inflate(data)
-        first, _, rest = plain.partition(b"\n")
-        body, _, final = rest.rstrip(b"\n").rpartition(b"\n")
+        first, body, final = _body(data)
         head, end = _heads.decode(first), _ends.decode(final)
     except (zstandard.ZstdError, msgspec.MsgspecError, EOFError) as exc:
         raise ObjectCorruptError(f"{key}: is damaged: {exc}") from exc
@@ -292,7 +290,14 @@ def unpack(key: Key, data: bytes | memoryview) -> Opened:
         raise ObjectCorruptError(f"{key}: is another object than its name says")
     if (body.count(b"\n") + 1 if body else 0) != end.lines:
         raise ObjectCorruptError(f"{key}: does not have the {end.lines} lines that it should")
-    return Opened(key, head, end, digest_of(data), body)
+    return Opened(key, head, end, digest_of(data), data)
+
+
+def _body(data: bytes | memoryview) -> tuple[bytes, bytes, bytes]:
+    """(first line, those between, last line). Raises as `_inflate`."""
+    first, _, rest = _inflate(data).rstrip(b"\n").partition(b"\n")
+    body, _, final = rest.rpartition(b"\n")
+    return first, body, final
 
 
 def _inflate(data: bytes | memoryview) -> bytes:

@@ -25,6 +25,7 @@ from tierfs.store.base import ObjectStore
 log = logging.getLogger("journal")
 
 _AT_ONCE = 16
+_PARTS_AT_ONCE = 4  # each is some 30 MiB while it is looked at
 MOST_DEPTH = 2000  # directories below each other
 
 
@@ -181,7 +182,7 @@ class Chronicle:
             if last is not None and last.end.last:
                 self._trouble(f"{keys[-1]}: parts of this snapshot are missing")
             return None
-        parts = [*self._open_many(keys[:-1]), last]
+        parts = [*self._open_many(keys[:-1], _PARTS_AT_ONCE), last]
         previous = ""
         for part in parts:
             if part is None or part.head.previous != previous:
@@ -228,8 +229,8 @@ class Chronicle:
 
     # --- objects ------------------------------------------------------------------------------------------
 
-    def _open_many(self, keys: list[Key]) -> Iterator[Opened | None]:
-        with ThreadPoolExecutor(_AT_ONCE, "meta") as pool:
+    def _open_many(self, keys: list[Key], at_once: int = _AT_ONCE) -> Iterator[Opened | None]:
+        with ThreadPoolExecutor(at_once, "meta") as pool:
             yield from pool.map(self._open, keys)
 
     def _open(self, key: Key) -> Opened | None:

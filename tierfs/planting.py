@@ -262,7 +262,9 @@ class Planter:
             return copy
         if copy.size != file.size:
             raise ValueError(f"is {file.size} bytes long, its copy {copy.size}")
-        return replace(copy, mtime=file.mtime, ctime=file.ctime)
+        return Copy(
+            copy.generation, copy.tag, copy.digest, copy.size, file.mtime, file.ctime, 0, copy.chunk_shift
+        )
 
     def _dress(self, fd: int, path: bytes, inode: AnyInode, kind: int, mtime: int | None = None) -> None:
         """Owner, attributes, mode, times, in this order: a new owner takes capabilities and set-id away."""
