@@ -174,8 +174,9 @@ def _now(store: ObjectStore) -> float:
 def _taken(store: ObjectStore, found: dict[str, Any]) -> VolumeError:
     return VolumeError(
         f"{store.describe()}: is used by host {found.get('host')!r} since"
-        f" {_minute(float(found.get('taken', 0)))}: only one machine may use a volume: unmount it there,"
-        " or take the store from it with `tierfs mount --force`"
+        f" {_minute(float(found.get('taken', 0)))}: only one machine may use a volume: unmount it there, or if"
+        " that machine is gone, bring the volume back with `tierfs restore`, or go on with what is here by"
+        " `tierfs mount --force`"
     )
 
 

@@ -86,7 +86,7 @@ class TierBackend:
             upload_rate=self._kit.uploaded.per_second(),
             fetch_rate=self._kit.fetched.per_second(),
             verifying=self._verifying(),
-            journal_behind_seconds=self._journal.behind,
+            journal_behind_seconds=0.0 if self._home.identity.view else self._journal.behind,
             notes=self._all_notes(),
             binding=runtime.get("binding", {}),
         )
@@ -182,6 +182,8 @@ class TierBackend:
 
     def drain(self, job: Job) -> control.Done:
         """Copy out all that is dirty, young or not; what is open is named when it stays so."""
+        if self._home.identity.view:
+            return control.Done()  # nothing of it is for the store
         while not self._kit.index.surveyed or self._verifying():
             if job.cancelled.wait(0.2):
                 return control.Done()

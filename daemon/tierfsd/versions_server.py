@@ -50,9 +50,9 @@ class VersionRequests:
     def send_list(self, sock: socket.socket, peer: Peer, path: bytes) -> control.Done:
         """Versions of a file, and beneath a directory. Raises PathError, NotPermittedError, OSError."""
         found, exists, directory = self._find(peer, path)
-        beneath = self._backend.versions_beneath(path) if directory or not exists else ()
+        beneath = self._beneath(peer, path) if directory or not exists else ()
         count = 0
-        for kept in chain(found, (kept for kept in beneath if _permits(peer, kept, False))):
+        for kept in chain(found, beneath):
             control.send(sock, self._answer(kept))
             count += 1
         if not count and not exists:
@@ -61,7 +61,12 @@ class VersionRequests:
 
     def read(self, sock: socket.socket, peer: Peer, request: control.ReadVersion) -> control.Done:
         """Send one version with its content. Raises PathError, NotPermittedError, StoreError, OSError."""
-        found, _, _ = self._find(peer, request.path)
+        found, exists, directory = self._find(peer, request.path)
+        if not found and (directory or (not exists and any(self._beneath(peer, request.path)))):
+            raise PathError(
+                f"{os.fsdecode(request.path)!r}: is a directory: name a file in it, or see all of it with"
+                " `tierfs mount --at`"
+            )
         kept = choose(found, request.generation, request.when)
         sock.settimeout(_PATIENCE)
         control.send(sock, self._answer(kept))
@@ -83,6 +88,10 @@ class VersionRequests:
         if found and not allowed:
             raise NotPermittedError(f"{os.fsdecode(path)!r}: you may not read what was there")
         return allowed, exists, directory
+
+    def _beneath(self, peer: Peer, path: bytes) -> Iterator[Kept]:
+        """What the peer may see of what ended beneath a directory."""
+        return (kept for kept in self._backend.versions_beneath(path) if _permits(peer, kept, False))
 
     def _answer(self, kept: Kept) -> control.Version:
         return control.Version(

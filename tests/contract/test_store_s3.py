@@ -9,7 +9,8 @@ from kinds import S3_KINDS
 
 from tierfs.errors import BucketMissingError, StoreDeniedError, TierError
 from tierfs.store.base import Capabilities
-from tierfs.store.decorators import innermost
+from tierfs.store.decorators import ReadOnlyStore, innermost
+from tierfs.store.probe import look
 from tierfs.store.s3 import S3Settings, S3Store
 from tierfs.store.urls import open_store
 
@@ -162,3 +163,24 @@ def test_uploads_that_were_cut_short_are_given_up_once_they_are_old(kind: str, s
     assert store.abort_uploads("data/", 1e11, {"data/running"}) == 1
     assert left() == {"cut/data/running", "cut/other/theirs"}
     store.close()
+
+
+@every_server
+def test_what_can_be_told_of_a_store_without_writing(kind: str, stores) -> None:
+    store = stores(kind)
+    store.put("told", b"something to read", 17)
+    before = {info.key: info.etag for info in store.list("")}
+    reading = ReadOnlyStore(store)
+    seen = look(reading, "told")
+    assert (seen.client, seen.partial_content) == (SEEN[kind].client, SEEN[kind].partial_content)
+    for change in (
+        lambda: reading.put("told", b"x", 1),
+        lambda: reading.put_if("other", b"x", None),
+        lambda: reading.delete(["told"]),
+        lambda: reading.abort_uploads("data/", 1e11, ()),
+    ):
+        with pytest.raises(StoreDeniedError, match="writes nothing"):
+            change()
+    assert bytes(reading.get("told")) == b"something to read"
+    assert {info.key: info.etag for info in store.list("")} == before
+    store.delete(["told"])

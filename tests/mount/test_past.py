@@ -94,6 +94,8 @@ def test_a_deleted_directory_and_what_lay_in_it(shared: Volume, work: Path) -> N
     assert [version["path"] for version in found] == [str(deep / "a.c"), str(deep / "b.c")]
     done = shared.cli("restore-version", f"{deep / 'a.c'}@{found[0]['generation']}", check=False)
     assert done.returncode == 1 and "make it, or give another place" in done.stderr
+    done = shared.cli("restore-version", f"{work / 'project'}@0 seconds ago", work / "all", check=False)
+    assert done.returncode == 1 and "is a directory: name a file in it" in done.stderr
     deep.mkdir(parents=True)
     shared.cli("restore-version", f"{deep / 'a.c'}@{found[0]['generation']}")
     assert (deep / "a.c").read_text() == "a.c" * 5000

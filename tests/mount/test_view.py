@@ -121,7 +121,7 @@ def test_the_tree_as_it_was(volumes: tuple[Volume, Volume]) -> None:
     changed = {key for key, what in before.items() if stored(first).get(key) != what}
     assert changed <= {"volume.json"}, "the volume's own new mount"
     before = stored(first)
-    view.umount()
+    view.umount("--wait")
     assert stored(first) == before, "nothing is written for a view"
     assert views() == before_views, "its state goes with it"
 
