@@ -54,10 +54,17 @@ def volume(area: Scratch) -> Iterator[Callable[..., Volume]]:
         yield make
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A module that names BINDINGS has its shared volume on each of them."""
+    bindings = getattr(metafunc.module, "BINDINGS", None)
+    if bindings and "shared" in metafunc.fixturenames and not PLAIN:
+        metafunc.parametrize("shared", bindings, indirect=True, scope="module")
+
+
 @pytest.fixture(scope="module")
-def shared(area: Scratch) -> Iterator[Volume]:
+def shared(request: pytest.FixtureRequest, area: Scratch) -> Iterator[Volume]:
     """One mounted volume for all tests of a module, each of which keeps to a directory of its own."""
-    made = _new(area, limit=500)
+    made = _new(area, limit=500, options=("--binding", getattr(request, "param", "auto")))
     try:
         made.mount()
         yield made

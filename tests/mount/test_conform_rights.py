@@ -208,6 +208,16 @@ def test_access_acl_and_mode_are_one(place: Place, file: Path) -> None:
     denied(BOB, errno.EACCES, os.open, file, os.O_WRONLY)
 
 
+def test_acls_are_refused_where_they_would_not_be_kept(place: Place, file: Path) -> None:
+    if place.binding != "fusepy":
+        pytest.skip("they are kept here")
+    done = subprocess.run(["setfacl", "-m", f"u:{BOB}:rw", file], capture_output=True, text=True, check=False)
+    assert done.returncode
+    assert "not supported" in done.stderr
+    assert mode(file) == 0o640
+    assert not [name for name in os.listxattr(file) if "acl" in name]
+
+
 def test_execution_asks_for_permission(place: Place) -> None:
     program = place / "program"
     program.write_text("#!/bin/sh\nexit 0\n")

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from harness import Volume, kill, wait_gone
 
+BINDINGS = ("kernel", "fusepy")
 pytestmark = pytest.mark.usefixtures("tiers")
 CONTENT = os.urandom(20_000)
 

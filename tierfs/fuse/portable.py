@@ -1,9 +1,9 @@
 """The portable binding: fusepy (libfuse 2, or macFUSE) over the same vfs.
 
 What libfuse 2's high level cannot express is missing here: passthrough, invalidation, rename flags, O_TMPFILE,
-SEEK_HOLE, copy_file_range, interrupts, the groups of a creating process. It knows a file by its path: each hard
-link is an inode of its own to the kernel, so attributes are never cached, and a file that is removed while it
-is open gets a hidden name until it is closed, so that it can still be asked for its attributes.
+SEEK_HOLE, copy_file_range, ACLs, interrupts, the groups of a creating process. It knows a file by its path:
+each hard link is an inode of its own to the kernel, so attributes are never cached, and a file that is removed
+while it is open gets a hidden name until it is closed, so that it can still be asked for its attributes.
 
 Each call runs in a thread of libfuse's; one lock makes vfs and gate single-threaded, and is let go while a call
 waits for content or for a slow local system call.
@@ -35,6 +35,7 @@ from tierfs.waits import Blocked, Slow, Wait
 log = logging.getLogger("fusepy")
 
 ENCODING = "latin-1"
+_ACL = "system.posix_acl_"
 _SHOWN = (
     "st_ino", "st_size", "st_blocks", "st_mode", "st_nlink", "st_uid", "st_gid", "st_rdev", "st_blksize",
 )  # fmt: skip
@@ -286,20 +287,30 @@ class Portable(fuse.Operations):  # type: ignore[misc]
 
     # --- extended attributes ------------------------------------------------------------------------------
 
+    @staticmethod
+    def _refuse_acl(name: str) -> None:
+        """Nobody would keep them: this kernel looks at modes only, and an ACL's mask stands in the group's."""
+        if name.startswith(_ACL):
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
     def getxattr(self, path: str, name: str, position: int = 0) -> bytes:
+        self._refuse_acl(name)
         with self._node(path) as node:
             return self._vfs.getxattr(node, name.encode(ENCODING))
 
     def setxattr(self, path: str, name: str, value: bytes, options: int, position: int = 0) -> int:
+        self._refuse_acl(name)
         with self._node(path) as node:
             self._vfs.setxattr(node, name.encode(ENCODING), value, options, self._caller())
         return 0
 
     def listxattr(self, path: str) -> list[str]:
         with self._node(path) as node:
-            return [n.decode(ENCODING) for n in self._vfs.listxattr(node).split(b"\0") if n]
+            names = [n.decode(ENCODING) for n in self._vfs.listxattr(node).split(b"\0") if n]
+        return [name for name in names if not name.startswith(_ACL)]
 
     def removexattr(self, path: str, name: str) -> int:
+        self._refuse_acl(name)
         with self._node(path) as node:
             self._vfs.removexattr(node, name.encode(ENCODING), self._caller())
         return 0
