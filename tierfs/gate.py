@@ -520,8 +520,6 @@ class Gate:
             case wire.Bring():
                 for ino, fd in zip(message.inos, fds, strict=True):
                     self._bring(ino, fd)
-            case wire.Changed():
-                pass
 
     def _bring(self, ino: int, fd: int) -> None:
         """Ask for a stub's content though nobody opens it. One that cannot be entered now is left alone: the

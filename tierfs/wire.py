@@ -179,12 +179,6 @@ class Bring(Message, frozen=True):
     inos: list[int]
 
 
-class Changed(Message, frozen=True):
-    """Attributes of these inodes changed beneath: drop what is cached."""
-
-    inos: list[int]
-
-
 class Limits(Message, frozen=True):
     """Settings the server needs; sent on start and after a reload. Times in seconds."""
 
@@ -196,7 +190,7 @@ ToMover = (
     Fetch | CancelFetch | SealAnswer | SealBroken | GuardAnswer | GuardBreak | Touches | Poke
 )
 ToServer = (
-    Hello | Drained | Filled | FetchEnd | Settled | Seal | Unseal | Guard | GuardEnd | Bring | Changed | Limits
+    Hello | Drained | Filled | FetchEnd | Settled | Seal | Unseal | Guard | GuardEnd | Bring | Limits
 )
 
 _encoder = msgspec.msgpack.Encoder()

@@ -27,6 +27,7 @@ from tierfs.marks import MarkWriter
 from tierfs.tree import open_tree
 from tierfs.vfs import Vfs
 from tierfsd import logs
+from tierfsd.mount_server import Evictable, HeatReader
 
 log = logging.getLogger("server")
 
@@ -156,7 +157,7 @@ def _serve(arguments: argparse.Namespace, stack: contextlib.ExitStack) -> None:
     marks = MarkWriter(marks_fd, index.log_position() or 0)
     stack.callback(marks.close)
     gate = Gate(tree, index, marks, arguments.epoch)
-    vfs = Vfs(tree, gate, lambda: 0)
+    vfs = Vfs(tree, gate, Evictable(index), HeatReader(os.path.join(arguments.state, "heat")))
     stack.callback(vfs.close)
     lock = threading.RLock()
     supervisor = channel.Channel(socket.socket(fileno=arguments.channel_fd), server=True)

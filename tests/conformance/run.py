@@ -64,7 +64,7 @@ def _fsx_moving(operations: int, length: int, seed: int) -> Suite:
 
 def all_suites(quick: bool) -> dict[str, Suite]:
     """By name, each to be run in an empty directory."""
-    many, some = (5_000, 1_000) if quick else (100_000, 5_000)
+    many, some = (5_000, 1_000) if quick else (30_000, 3_000)
     found: dict[str, Suite] = {
         "pjdfstest": lambda place, work, _: suites.pjdfstest(place, work, SECONDS),
         "fsx, 256 KiB": _fsx(many, 256 << 10, 1),
