@@ -1,4 +1,8 @@
-"""How records stand in the index: a version byte, a CRC-32 of the rest, then fixed fields, handle and name."""
+"""How records stand in the index: a version byte, a CRC-32, then fixed fields, handle and name.
+
+The CRC is of the inode number and the rest, so that a record under a flipped key is no record of that inode
+(version 2; a record of version 1 has the CRC of the rest alone, and is read).
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,8 @@ import zlib
 from tierfs.errors import IndexError_
 from tierfs.model import Copy, Record, Residency
 
-_VERSION = 1
+_VERSION = 2
+_KEYLESS = 1
 _HEAD = struct.Struct("<BI")
 # flags, file id, generation, size, blocks, local, parent, left ctime, lengths of handle and name
 _BODY = struct.Struct("<B16s6sQIQQqBB")
@@ -34,7 +39,7 @@ def pack_record(record: Record) -> bytes:
     if record.copy is not None:
         body += _pack_copy(record.copy)
     body += record.handle + record.name
-    return _HEAD.pack(_VERSION, zlib.crc32(body)) + body
+    return _HEAD.pack(_VERSION, _sum(record.ino, body)) + body
 
 
 def _pack_copy(copy: Copy) -> bytes:
@@ -68,11 +73,15 @@ def unpack_record(ino: int, raw: bytes) -> Record:
     return Record(ino, handle, fid, number, residency, size, blocks, local, parent, name, copy, left)
 
 
+def _sum(ino: int, body: bytes) -> int:
+    return zlib.crc32(body, zlib.crc32(ino.to_bytes(8, "big")))
+
+
 def _checked(ino: int, raw: bytes) -> bytes:
-    if len(raw) < _HEAD.size + _BODY.size or raw[0] != _VERSION:
+    if len(raw) < _HEAD.size + _BODY.size or raw[0] not in (_KEYLESS, _VERSION):
         raise IndexError_(f"the index's record of inode {ino} is of another version: `tierfs check --repair`")
     _, crc = _HEAD.unpack_from(raw)
     body = raw[_HEAD.size :]
-    if zlib.crc32(body) != crc:
+    if crc != (zlib.crc32(body) if raw[0] == _KEYLESS else _sum(ino, body)):
         raise IndexError_(f"the index's record of inode {ino} is damaged: run `tierfs check --repair`")
     return body

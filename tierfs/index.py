@@ -36,7 +36,7 @@ import msgspec
 from tierfs.codec import unpack_record
 from tierfs.datafile import check_size, keep_length
 from tierfs.errors import IndexError_
-from tierfs.index_writer import FORMAT, U64X2, Chain, Leaves, Meta, Note, Totals, Writer
+from tierfs.index_writer import FORMAT, U64X2, Chain, Leaves, Meta, Note, Totals, Writer, whole
 from tierfs.model import Record
 from tierfs.past import PAST_TABLES, U64, Garbage, PastReader, checked, place
 
@@ -129,26 +129,29 @@ class Index(PastReader):
         return IndexError_(f"{self.path}: the index cannot be read: {error}")
 
     def get(self, ino: int) -> Record | None:
-        """The record of an inode. Raises IndexError_."""
+        """The record of an inode; a damaged one is none (see `whole`). Raises IndexError_."""
         raw = self._get("files", U64.pack(ino))
-        return None if raw is None else unpack_record(ino, raw)
+        return None if raw is None else whole(unpack_record, ino, raw)
 
     def get_by_fid(self, fid: bytes) -> Record | None:
-        """The record of a file id. Raises IndexError_."""
-        raw = self._get("fids", fid)
-        return None if raw is None else self.get(U64.unpack(raw)[0])
+        """The record of a file id. Raises IndexError_, also where it is damaged: garbage is what has none."""
+        at = self._get("fids", fid)
+        raw = self._get("files", at) if at is not None else None
+        return None if raw is None or at is None else unpack_record(U64.unpack(at)[0], raw)
 
     def get_bits(self, ino: int) -> bytes | None:
         """The leaf bitmap of a partial file. Raises IndexError_."""
         raw = self._get("bits", U64.pack(ino))
-        return None if raw is None else checked(f"bitmap of inode {ino}", raw)
+        return None if raw is None else whole(checked, f"bitmap of inode {ino}", raw)
 
     def get_leaves(self, fid: bytes, generation: int) -> Leaves | None:
         """Digests and extents of one copy. Raises IndexError_."""
         raw = self._get("leaves", fid + U64.pack(generation))
         if raw is None:
             return None
-        body = checked(f"digests of file {fid.hex()}", raw)
+        body = whole(checked, f"digests of file {fid.hex()}", raw)
+        if body is None:
+            return None
         count = struct.unpack_from("<I", body)[0]
         extents = [struct.unpack_from("<QQ", body, 4 + 16 * i) for i in range(count)]
         return Leaves(body[4 + 16 * count :], [(start, end) for start, end in extents])
@@ -156,7 +159,7 @@ class Index(PastReader):
     def get_dir(self, ino: int) -> tuple[int, bytes] | None:
         """Parent and name under which a directory was last seen. Raises IndexError_."""
         raw = self._get("dirs", U64.pack(ino))
-        return None if raw is None else place(f"directory {ino}", raw)
+        return None if raw is None else whole(place, f"directory {ino}", raw)
 
     def read_meta(self, txn: Any) -> Meta:
         """The meta value as this transaction sees it. Raises IndexError_."""
@@ -221,12 +224,15 @@ class Index(PastReader):
 
     def pins(self) -> list[tuple[int, int, bytes]]:
         """(inode, parent, name) of everything pinned itself. Raises IndexError_."""
-        return [(U64.unpack(key)[0], *place("pin", raw)) for key, raw in self._scan("pins", b"", 1 << 20)]
+        rows = [(U64.unpack(key)[0], whole(place, "pin", raw)) for key, raw in self._scan("pins", b"", 1 << 20)]
+        return [(ino, *found) for ino, found in rows if found is not None]
 
     def records(self, start: int = 0, limit: int = 1000) -> Iterator[Record]:
         """Records from inode `start` on, in order: for checks and background sweeps. Raises IndexError_."""
         for key, raw in self._scan("files", U64.pack(start), limit):
-            yield unpack_record(U64.unpack(key)[0], raw)
+            record = whole(unpack_record, U64.unpack(key)[0], raw)
+            if record is not None:
+                yield record
 
     def notes(self) -> list[Note]:
         """All that the namespace journal has yet to look at, as of one moment. Raises IndexError_."""
@@ -258,7 +264,8 @@ class Index(PastReader):
     def dirty_since(self, ino: int) -> int:
         """Since when (ns) a file is dirty; 0 where it is not. Raises IndexError_."""
         raw = self._get("dirty", U64.pack(ino))
-        return 0 if raw is None else int(U64.unpack(checked("dirty queue", raw))[0])
+        since = None if raw is None else whole(checked, "dirty queue", raw)
+        return 0 if since is None else int(U64.unpack(since)[0])
 
     # --- writing ------------------------------------------------------------------------------------------
 

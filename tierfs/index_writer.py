@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
@@ -20,6 +20,7 @@ from tierfs.past import U64, Garbage, PastWriter, checked, summed
 
 log = logging.getLogger("index")
 
+R = TypeVar("R")
 FORMAT = 1
 U64X2 = struct.Struct(">QQ")
 
@@ -91,6 +92,19 @@ class Note(NamedTuple):
     serial: int
 
 
+def whole(read: Callable[[Any, bytes], R], what: Any, raw: bytes) -> R | None:
+    """A value as `read` finds it; None where it is damaged: what is not known is found out anew.
+
+    Without its record a file is not punched, its stub attribute says what to read, and the next look through
+    the tree or `tierfs check --repair` makes a record. Bitmaps and places are hints, digests are fetched again.
+    """
+    try:
+        return read(what, raw)
+    except (IndexError_, struct.error, ValueError) as error:
+        log.error("%s", error)
+        return None
+
+
 def _told(record: Record) -> tuple[object, ...]:
     """What the journal tells of a record."""
     copy = record.copy
@@ -138,13 +152,16 @@ class Writer(PastWriter):
             self._totals[at] = max(0, self._totals[at] + sign * value)
 
     def get(self, ino: int) -> Record | None:
-        """The record of an inode. Raises IndexError_."""
+        """The record of an inode; a damaged one is none, and the next mount looks through the tree."""
         raw = self._txn.get(U64.pack(ino), db=self._db["files"])
-        return None if raw is None else unpack_record(ino, raw)
+        record = None if raw is None else whole(unpack_record, ino, raw)
+        if raw is not None and record is None:
+            self.meta.surveyed = False
+        return record
 
     def put(self, record: Record) -> None:
         """Set a record; totals, the dirty queue and the file id's entry follow. Raises TransitionError."""
-        before = self._before(record.ino)
+        before = self.get(record.ino)
         transitions.check(before, record)
         if before is not None:
             self._count(before, -1)
@@ -166,14 +183,6 @@ class Writer(PastWriter):
         if self._txn.get(record.fid, db=self._db["fids"]) == U64.pack(record.ino):
             self._txn.delete(record.fid, db=self._db["fids"])
 
-    def _before(self, ino: int) -> Record | None:
-        try:
-            return self.get(ino)
-        except IndexError_ as error:
-            # A damaged record is replaced by what is known now; totals are put right by a check.
-            log.error("replacing a damaged record: %s", error)
-            return None
-
     def _queue(self, record: Record, before: Record | None) -> None:
         """Keep the dirty queue: a file stands in it since its content was last seen to change."""
         changed = before is None or (before.generation, before.size) != (record.generation, record.size)
@@ -184,6 +193,28 @@ class Writer(PastWriter):
             since = time.time_ns()
             self._txn.put(U64.pack(record.ino), summed(U64.pack(since)), db=self._db["dirty"])
             self._txn.put(U64X2.pack(since, record.ino), b"", db=self._db["quiet"])
+
+    def recount(self, repair: bool) -> tuple[Totals, Totals, int]:
+        """The sums as kept, as counted over all records now, and how many records are damaged.
+
+        `repair`: the sums become the counted ones, and what is damaged is dropped.
+        """
+        kept, damaged = Totals(*self._totals), []
+        self._totals = [0] * len(self._totals)
+        with self._txn.cursor(db=self._db["files"]) as cursor:
+            for key, raw in cursor:
+                record = whole(unpack_record, U64.unpack(key)[0], raw)
+                if record is None:
+                    damaged.append(bytes(key))
+                else:
+                    self._count(record, 1)
+        counted = Totals(*self._totals)
+        if not repair:
+            self._totals = [getattr(kept, name) for name in Totals.__slots__]
+            return kept, counted, len(damaged)
+        for key in damaged:
+            self._txn.delete(key, db=self._db["files"])
+        return kept, counted, len(damaged)
 
     def touch_dirty(self, ino: int) -> None:
         """The file was closed only now: its quiet time begins again."""
@@ -196,7 +227,8 @@ class Writer(PastWriter):
 
     def _dirty_since(self, ino: int) -> int | None:
         raw = self._txn.get(U64.pack(ino), db=self._db["dirty"])
-        return None if raw is None else int(U64.unpack(checked("dirty queue", raw))[0])
+        since = None if raw is None else whole(checked, "dirty queue", raw)
+        return None if since is None else int(U64.unpack(since)[0])
 
     def _unqueue(self, ino: int) -> None:
         since = self._dirty_since(ino)
@@ -206,7 +238,7 @@ class Writer(PastWriter):
 
     def delete(self, ino: int) -> None:
         """Forget an inode; what is in the store is another matter (`bury`)."""
-        before = self._before(ino)
+        before = self.get(ino)
         key = U64.pack(ino)
         if before is not None:
             self._count(before, -1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import stat
 import threading
@@ -13,13 +14,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from tierfs.config import VolumeConfig
-from tierfs.errors import BusyError
+from tierfs.errors import BusyError, IndexError_
 from tierfs.index import Index
 from tierfs.model import Copy, Record
 from tierfs.serverlink import ServerLink
 from tierfs.store.base import ObjectStore
 from tierfs.transfer import Pool, Rate, Troubles
 from tierfs.tree import Tree, fd_path
+
+log = logging.getLogger("tier")
 
 # What fetches leave to the index: a share of the filesystem, at most so many bytes. ext4 counts up to 4096
 # clusters as free that it gives to nobody, hence twice that.
@@ -180,6 +183,14 @@ class Kit:
     def chunk_shift(self) -> int:
         """Log2 of the chunk size for new copies."""
         return self.config.chunk_size.bit_length() - 1
+
+    def holder(self, fid: bytes) -> Record | None:
+        """The record of a file id; a damaged one is none. Not for garbage: what has no record may go."""
+        try:
+            return self.index.get_by_fid(fid)
+        except IndexError_ as error:
+            log.error("%s", error)
+            return None
 
     def has_room(self, count: int) -> bool:
         """So many bytes of content fit on the local disk, and the index can still grow: without that nothing

@@ -18,11 +18,13 @@ from tierfs.errors import ObjectCorruptError, ObjectMissingError, TierError
 from tierfs.index import Writer
 from tierfs.kit import WRITE_FLAGS, Kit, read_exactly
 from tierfs.model import Copy, Record, Residency, Stub, object_key
+from tierfs.survey import fresh_record
 from tierfs.tier import Tier
 
 log = logging.getLogger("recovery")
 
 _PIECE = 8 << 20
+_CLAIM_SECONDS = 5.0  # a fetch that is just settling
 
 
 # --- demotions and fetches that were cut short ------------------------------------------------------------
@@ -164,7 +166,7 @@ def check_record(case: Case) -> Iterator[Found]:
     """Every regular file has a record, and it says what the stub attribute says."""
     record = case.record
     if record is None:
-        yield Found("has no record in the index (a look through the tree makes one)", case.path)
+        yield Found("has no record in the index, or a damaged one", case.path, case.repair and _record(case))
         return
     resident = record.residency is Residency.RESIDENT
     if (case.stub is None) == resident:
@@ -174,6 +176,8 @@ def check_record(case: Case) -> Iterator[Found]:
     if case.repair and case.stub is None:
         case.kit.index.commit(partial(_make_resident, record.ino)).result()
         repaired = True
+    elif case.repair:
+        repaired = _record(case)
     yield Found(f"the index says {said}, but it is {is_}", case.path, repaired)
 
 
@@ -183,9 +187,60 @@ def check_stub(case: Case) -> Iterator[Found]:
     if record is None or stub is None or record.copy is None:
         return
     if Stub.of(record.fid, record.copy) != stub:
-        yield Found("its stub is not that of its record (the stub counts)", case.path)
+        repaired = case.repair and _record(case)
+        yield Found("its stub is not that of its record (the stub counts)", case.path, repaired)
     elif record.copy.size != case.st.st_size:
         yield Found(f"is {case.st.st_size} bytes long, its copy {record.copy.size}", case.path)
+
+
+def _record(case: Case) -> bool:
+    """Give the file a record made from itself; False where that has to wait, or may not be.
+
+    A stub attribute on a file that has a record of its own is believed only where the file has no data: what
+    has may be somebody's work. Nothing else works on the inode meanwhile, nothing has changed since the look.
+    """
+    kit = case.kit
+    if not kit.claims.take(case.st.st_ino, _CLAIM_SECONDS):
+        return False
+    try:
+        st, handle = os.fstat(case.fd), kit.tree.handle_of(case.fd)
+        before = kit.index.get(st.st_ino)
+        if before is not None and before.handle != handle:
+            before = None
+        if before != case.record or kit.tree.read_stub(case.fd) != case.stub:
+            return False
+        if case.record is not None and not _is_empty(kit, case.fd, st):
+            return False
+        parent = os.stat(os.path.dirname(case.path) or b".", dir_fd=kit.tree.rootfd).st_ino
+        record = fresh_record(kit, case.fd, st, handle, parent, os.path.basename(case.path))
+        twin = kit.holder(record.fid)
+        if twin is not None and twin.ino != record.ino:
+            return False  # a copy of a stub has no record until it is fetched
+        kit.index.commit(partial(_put_instead, case.record, record)).result()
+        made = kit.index.get(record.ino)
+        return made is not None and made.handle == handle and made.fid == record.fid
+    except OSError as error:
+        log.warning("%r gets no record: %s", case.path, error)
+        return False
+    finally:
+        kit.claims.give(case.st.st_ino)
+
+
+def _is_empty(kit: Kit, opath: int, st: os.stat_result) -> bool:
+    fd = kit.tree.reopen(opath, os.O_RDONLY | os.O_NOATIME)
+    try:
+        return not kit.tree.extents(fd, st.st_size)
+    finally:
+        os.close(fd)
+
+
+def _put_instead(before: Record | None, record: Record, w: Writer) -> None:
+    """Unless a mark was quicker."""
+    now = w.get(record.ino)
+    if now is not None and now.handle != record.handle:
+        now = None
+    if now == before:
+        w.put(record)
 
 
 def check_object(case: Case) -> Iterator[Found]:

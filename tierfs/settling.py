@@ -237,7 +237,7 @@ class Settler:
             copy = replace(copy, mtime=shown.mtime, ctime=shown.ctime, custody=custody)
             w.put(_resident(record, st, copy, shown.own_ctime))
             return
-        twin = self._kit.index.get_by_fid(stub.fid)
+        twin = self._kit.holder(stub.fid)
         if twin is not None and twin.ino != arrival.ino and twin.handle != handle:
             # Two inodes with one file id: this one, a copy made behind our back, gets an id of its own.
             w.put(_resident(Record(arrival.ino, handle, new_fid(), stub.generation), st, None, 0))

@@ -21,7 +21,7 @@ from tierfs.copying import Item
 from tierfs.draining import forget
 from tierfs.errors import ForeignStubError, TierError
 from tierfs.index import Writer
-from tierfs.kit import same_tuple
+from tierfs.kit import Kit, same_tuple
 from tierfs.model import Copy, Record, Residency, new_fid
 from tierfs.past import Ending
 from tierfs.places import join
@@ -134,26 +134,13 @@ class Survey:
             if os.fstat(opath).st_ino != st.st_ino:
                 return  # replaced just now, which has a mark
             try:
-                stub = self._kit.tree.read_stub(opath)
+                record = fresh_record(self._kit, opath, st, handle, parent, name)
             except ForeignStubError as error:
                 self._kit.troubles.note(f"{os.fsdecode(fd_path(opath))}: {error}", st.st_ino)
                 return
         finally:
             os.close(opath)
-        record = Record(
-            st.st_ino, handle, new_fid(), _FIRST_GENERATION, size=st.st_size, blocks=st.st_blocks,
-            local=st.st_blocks * 512, parent=parent, name=name,
-        )  # fmt: skip
-        if stub is not None:
-            # No custody: nothing is known of what happened since this copy was proven.
-            copy = Copy(
-                stub.generation, stub.tag, stub.digest, st.st_size, st.st_mtime_ns, st.st_ctime_ns,
-                _NO_CUSTODY, stub.chunk_shift,
-            )  # fmt: skip
-            full = max(st.st_blocks, -(-st.st_size // 4096) * 8)
-            record = replace(record, fid=stub.fid, generation=stub.generation, copy=copy)
-            record = replace(record, residency=Residency.STUB, blocks=full)
-        self._commit(partial(_put_new, record, self._kit.index.get_by_fid(record.fid)))
+        self._commit(partial(put_new, record, self._kit.holder(record.fid)))
 
     def _commit(self, run: Callable[[Writer], None]) -> None:
         self._futures.append(self._kit.index.commit(run))
@@ -202,6 +189,27 @@ class Survey:
         return False
 
 
+def fresh_record(
+    kit: Kit, opath: int, st: os.stat_result, handle: bytes, parent: int, name: bytes
+) -> Record:
+    """What the file itself says of it, its stub attribute before all. Raises ForeignStubError, OSError."""
+    stub = kit.tree.read_stub(opath)
+    record = Record(
+        st.st_ino, handle, new_fid(), _FIRST_GENERATION, size=st.st_size, blocks=st.st_blocks,
+        local=st.st_blocks * 512, parent=parent, name=name,
+    )  # fmt: skip
+    if stub is not None:
+        # No custody: nothing is known of what happened since this copy was proven.
+        copy = Copy(
+            stub.generation, stub.tag, stub.digest, st.st_size, st.st_mtime_ns, st.st_ctime_ns,
+            _NO_CUSTODY, stub.chunk_shift,
+        )  # fmt: skip
+        full = max(st.st_blocks, -(-st.st_size // 4096) * 8)
+        record = replace(record, fid=stub.fid, generation=stub.generation, copy=copy)
+        record = replace(record, residency=Residency.STUB, blocks=full)
+    return record
+
+
 def _put_dir(ino: int, parent: int, name: bytes, w: Writer) -> None:
     w.put_dir(ino, parent, name)
 
@@ -212,7 +220,7 @@ def _put_place(ino: int, parent: int, name: bytes, w: Writer) -> None:
         w.put(replace(record, parent=parent, name=name))
 
 
-def _put_new(record: Record, twin: Record | None, w: Writer) -> None:
+def put_new(record: Record, twin: Record | None, w: Writer) -> None:
     """Unless a mark was quicker. A second inode with a stub of the same file stays without a record until it
     is fetched, and then gets an id of its own."""
     before = w.get(record.ino)

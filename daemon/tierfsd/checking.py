@@ -9,7 +9,7 @@ from functools import partial
 
 from tierfs import control
 from tierfs.digests import SIDE_SUFFIX
-from tierfs.errors import ForeignStubError
+from tierfs.errors import ForeignStubError, IndexError_
 from tierfs.index import Writer
 from tierfs.model import object_key
 from tierfs.places import join
@@ -38,6 +38,7 @@ def check(tier: Tier, repair: bool, read_data: bool, job: Job) -> control.Findin
             copy = case.record.copy
             referred.add(object_key(case.record.fid, copy.generation, copy.tag))
     if not job.cancelled.is_set():
+        findings += [_finding(found) for found in _totals(tier, repair)]
         findings += [_finding(found) for found in _orphans(tier, repair, referred)]
     return control.Findings(findings, files)
 
@@ -84,6 +85,15 @@ def _case(tier: Tier, path: bytes, opath: int, st: os.stat_result, repair: bool,
     return Case(tier.kit, path, opath, st, tier.kit.tree.read_stub(opath), record, repair, read_data)
 
 
+def _totals(tier: Tier, repair: bool) -> Iterator[Found]:
+    """The sums that `status` shows are those of the records; no record is damaged."""
+    kept, counted, damaged = tier.kit.index.commit(lambda w: w.recount(repair)).result()
+    if damaged:
+        yield Found(f"{damaged} records of the index are damaged", b"", repair)
+    if kept != counted:
+        yield Found(f"the index's sums are {kept}, its records make {counted}", b"", repair)
+
+
 def _orphans(tier: Tier, repair: bool, referred: set[str]) -> Iterator[Found]:
     """Objects that neither a file nor a tombstone refers to: those of a former index, or of a fenced owner."""
     kit = tier.kit
@@ -114,7 +124,10 @@ def _bury(key: str, w: Writer) -> None:
 
 def _is_referred(tier: Tier, key: str) -> bool:
     """Looked up anew: the file may have been copied out since it was looked at."""
-    record = tier.kit.index.get_by_fid(bytes.fromhex(key.split("/")[2]))
+    try:
+        record = tier.kit.index.get_by_fid(bytes.fromhex(key.split("/")[2]))
+    except IndexError_:
+        return True  # a damaged record says nothing: its object is no orphan as yet
     if record is None or record.copy is None:
         return False
     return object_key(record.fid, record.copy.generation, record.copy.tag) == key

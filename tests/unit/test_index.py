@@ -216,8 +216,9 @@ def test_a_flipped_bit_in_a_record_is_noticed(tmp_path):
         at = data.rfind(b"name \xff\n", 0, at)
     file.write_bytes(data)
     index = Index.open(str(tmp_path))
+    assert index.get(5) is None and list(index.records()) == []
     with pytest.raises(IndexError_, match="damaged"):
-        index.get(5)
+        index.get_by_fid(record(5).fid)  # what the collector goes by
     put(index, record(5))
     assert index.get(5) == record(5)
     index.close()

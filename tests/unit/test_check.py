@@ -1,0 +1,235 @@
+"""Each check finds the defect planted for it, repairs what can be, and is silent on a sound volume."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tierfsd import checking
+from tiering import Volume
+
+from tierfs.codec import pack_record, unpack_record
+from tierfs.errors import IndexError_
+from tierfs.model import Residency, object_key
+from tierfs.past import U64
+
+SMALL = os.urandom(30_000)
+
+
+class Job:
+    """Of the control server, as far as a check goes."""
+
+    def __init__(self):
+        self.cancelled = threading.Event()
+
+    def report(self, progress):
+        pass
+
+
+@pytest.fixture
+def volume(tmp_path):
+    made = Volume(tmp_path)
+    yield made
+    made.stop()
+
+
+@pytest.fixture
+def filled(volume):
+    """A stub, a clean resident file and a dirty one."""
+    for name in ("stub", "clean", "dirty"):
+        volume.server.create(volume.path(name), SMALL)
+    volume.demote("stub")
+    volume.demote("clean", punch=False)
+    assert volume.record("dirty").dirty and not volume.record("clean").dirty
+    return volume
+
+
+def run(volume, repair=False, read_data=False):
+    return checking.check(volume.tier, repair, read_data, Job()).findings
+
+
+def words(findings):
+    return [(finding.path, finding.repaired) for finding in findings]
+
+
+def ino_of(volume, name):
+    return os.stat(volume.path(name)).st_ino
+
+
+def raw_put(volume, table, key, value):
+    """Behind all codecs."""
+    volume.index.commit(lambda w: w._txn.put(key, value, db=w._db[table])).result()
+
+
+def spoil(volume, name, at=40):
+    """Flip a bit of a file's record."""
+    key = U64.pack(ino_of(volume, name))
+    raw = bytearray(volume.index._get("files", key))
+    raw[at % len(raw)] ^= 0x10
+    raw_put(volume, "files", key, bytes(raw))
+
+
+def bury_the_defect(volume, *, left=()):
+    """A repair finds something, and the check after it only what cannot be repaired."""
+    assert run(volume)
+    assert run(volume, repair=True)
+    assert [finding.path for finding in run(volume)] == list(left)
+
+
+def test_a_sound_volume_has_no_findings(filled):
+    assert run(filled, read_data=True) == []
+
+
+@pytest.mark.parametrize("name", ["stub", "clean", "dirty"])
+def test_a_damaged_record_is_made_anew(filled, name):
+    before = filled.stub(name)
+    spoil(filled, name)
+    assert (name.encode(), False) in words(run(filled))
+    bury_the_defect(filled)
+    record = filled.record(name)
+    assert (record.residency is Residency.STUB) == (name == "stub")
+    if before is not None:
+        assert (record.fid, record.copy.generation) == (before.fid, before.generation)
+    assert filled.server.read(filled.path(name)) == SMALL
+
+
+def test_the_object_of_a_stub_with_a_damaged_record_is_no_orphan(filled):
+    key = filled.stub("stub").key
+    spoil(filled, "stub")
+    run(filled, repair=True)
+    assert key not in {buried for _, buried in filled.index.tombstones(1 << 62)}
+
+
+def test_a_missing_record_is_made_anew(filled):
+    ino = ino_of(filled, "stub")
+    filled.index.commit(lambda w: w.delete(ino)).result()
+    bury_the_defect(filled)
+    assert filled.server.read(filled.path("stub")) == SMALL
+
+
+def test_a_stub_that_the_index_calls_resident(filled):
+    record = filled.record("stub")
+    raw_put(filled, "files", U64.pack(record.ino), pack_record(replace(record, residency=Residency.RESIDENT)))
+    assert filled.server.read(filled.path("clean")) == SMALL
+    bury_the_defect(filled)
+    assert filled.record("stub").residency is Residency.STUB
+    assert filled.server.read(filled.path("stub")) == SMALL
+
+
+def test_a_resident_file_that_the_index_calls_a_stub(filled):
+    record = filled.record("clean")
+    raw_put(filled, "files", U64.pack(record.ino), pack_record(replace(record, residency=Residency.STUB)))
+    bury_the_defect(filled)
+    assert filled.record("clean").residency is Residency.RESIDENT
+    assert filled.server.read(filled.path("clean")) == SMALL
+
+
+def test_a_stub_that_is_not_its_records(filled):
+    record = filled.record("stub")
+    wrong = replace(record, copy=replace(record.copy, tag=b"x" * 8))
+    raw_put(filled, "files", U64.pack(record.ino), pack_record(wrong))
+    run(filled, repair=True)
+    assert run(filled) == []
+    assert filled.record("stub").copy.tag == record.copy.tag
+    assert filled.server.read(filled.path("stub")) == SMALL
+
+
+def test_data_in_what_says_it_is_a_stub_is_nobodys_to_give_up(filled):
+    """Somebody's work under a stub attribute that is not its own: found, and left to a person."""
+    stub = filled.stub("stub")
+    fd = os.open(filled.path("dirty"), os.O_RDWR)
+    try:
+        filled.tree.write_stub(fd, replace(stub, tag=b"y" * 8))
+    finally:
+        os.close(fd)
+    before = filled.record("dirty")
+    findings = [finding for finding in run(filled, repair=True) if finding.path == b"dirty"]
+    assert findings and not any(finding.repaired for finding in findings)
+    assert filled.record("dirty") == before
+    with open(filled.path("dirty"), "rb") as file:
+        assert file.read() == SMALL
+
+
+def test_a_lost_object_of_a_resident_file_is_copied_out_anew(filled):
+    record = filled.record("clean")
+    filled.store.delete([object_key(record.fid, record.copy.generation, record.copy.tag)])
+    bury_the_defect(filled)
+    assert filled.record("clean").dirty
+
+
+def test_a_lost_object_of_a_stub_is_named(filled):
+    filled.store.delete([filled.stub("stub").key])
+    bury_the_defect(filled, left=[b"stub"])
+
+
+def test_only_reading_finds_rotten_content(filled):
+    key = filled.stub("stub").key
+    filled.store.delete([key])
+    filled.store.put(key, [bytes(len(SMALL))], len(SMALL))
+    assert run(filled) == []
+    assert words(run(filled, read_data=True)) == [(b"stub", False)]
+
+
+def test_an_object_that_nothing_refers_to_is_buried(filled):
+    key = object_key(b"q" * 16, 77, b"r" * 8)
+    filled.store.put(key, [b"left over"], 9)
+    bury_the_defect(filled)
+    assert key in {buried for _, buried in filled.index.tombstones(1 << 62)}
+
+
+def test_sums_that_are_not_those_of_the_records(filled):
+    def spoil_sums(w):
+        w._totals[0] += 5
+
+    filled.index.commit(spoil_sums).result()
+    bury_the_defect(filled)
+    assert filled.index.totals().files == 3
+
+
+def test_work_goes_on_over_a_damaged_record(filled):
+    """Marks of a file with a damaged record, and of others, are applied; the next mount looks at the tree."""
+    filled.index.commit(lambda w: w.set_surveyed(True)).result()
+    spoil(filled, "clean")
+    filled.server.write(filled.path("clean"), b"new work")
+    filled.server.create(filled.path("other"), b"other")
+    assert filled.record("clean").dirty and filled.record("other").dirty
+    assert not filled.index.surveyed
+    assert [item.demoted for item in filled.demote("clean", "other")] == [True, True]
+    assert filled.server.read(filled.path("clean")) == b"new work" + SMALL[8:]
+
+
+def test_a_record_under_another_inodes_key_is_damaged(filled):
+    record = filled.record("clean")
+    with pytest.raises(IndexError_, match="damaged"):
+        unpack_record(record.ino ^ 4, pack_record(record))
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    name=st.sampled_from(["stub", "clean"]),
+    flips=st.lists(st.tuples(st.integers(0, 400), st.integers(1, 255)), min_size=1, max_size=4),
+    cut=st.integers(0, 40),
+)
+def test_whatever_a_record_has_become_content_is_never_wrong(filled, name, flips, cut):
+    """Bytes of a stub's or a clean file's record are changed or missing: it reads right, before and after."""
+    key = U64.pack(ino_of(filled, name))
+    raw = bytearray(filled.index._get("files", key))
+    for at, bits in flips:
+        raw[at % len(raw)] ^= bits
+    raw_put(filled, "files", key, bytes(raw[: len(raw) - cut]))
+    assert filled.server.read(filled.path(name)) == SMALL
+    filled.settle(name)
+    run(filled, repair=True)
+    assert filled.record(name) is not None and run(filled) == []
+    assert filled.server.read(filled.path(name)) == SMALL
+    deadline = time.monotonic() + 10
+    while not (item := filled.demote(name)[0]).demoted:
+        assert "open" in item.reason and time.monotonic() < deadline, item.reason  # the fetch lets go of it
+        time.sleep(0.002)
+    assert filled.server.read(filled.path(name)) == SMALL
+    filled.settle(name)
