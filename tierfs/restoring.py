@@ -47,8 +47,14 @@ def check_state(state: str) -> None:
 
 
 def check_owner(store: ObjectStore, state: str, force: bool) -> ownership.Owner:
-    """Who has the store. Raises VolumeError where it seems to be in use and not `force`, StoreError."""
+    """Who has the store. Raises VolumeError where it seems to be in use and not `force`, or has no journal;
+    StoreError."""
     owner = ownership.owner(store, state)
+    if Chronicle(store, owner.volume).empty:
+        raise VolumeError(
+            f"{store.describe()}: has no journal of names (`meta/`), so there is nothing to restore:"
+            " its content is in `data/`"
+        )
     if owner.mounted and not owner.ours and not force and owner.ago < _IN_USE_SECONDS:
         raise VolumeError(
             f"{store.describe()}: volume {owner.volume[:8]} is in use by host {owner.host!r}, last seen"

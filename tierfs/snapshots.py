@@ -65,6 +65,27 @@ class Snapshots:
             return True
         return self._kit.snapshot_wanted.is_set()
 
+    def is_lost(self) -> bool:
+        """The store lacks something of the journal that a reader would need: somebody has removed it.
+
+        By names, and the end of the newest snapshot. Raises StoreError, IndexError_.
+        """
+        chain = self._kit.index.chain()
+        if chain is None:
+            return False  # none has been written
+        infos = self._kit.store.list(manifest.PREFIX)
+        keys = sorted(key for info in infos if (key := manifest.Key.parse(info.key)) is not None)
+        groups: dict[tuple[int, int, str], list[manifest.Key]] = {}
+        for key in keys:
+            if key.part >= 0:
+                groups.setdefault(key[:3], []).append(key)
+        there = {key.sequence for key in keys if key.part < 0}
+        for group in sorted(groups, reverse=True):
+            parts = groups[group]
+            if [key.part for key in parts] == list(range(len(parts))) and self._is_end(parts[-1]):
+                return not there.issuperset(range(group[1] + 1, chain.sequence + 1))
+        return True
+
     def take(self) -> bool:
         """Walk and write; False where it was stopped or overtaken.
 

@@ -32,6 +32,7 @@ class JournalKeeper:
         self._kit = tier.kit
         self._show_life = show_life
         self._next_sign = 0.0
+        self._looked = False  # whether the store still has what was written to it
         self._stopping = threading.Event()
         self.journal = Journal(tier.kit, tier.places, tier.drain, volume, tier.kit.index.session.epoch)
         self.snapshots = Snapshots(tier.kit, self.journal, tier.places, self._stopping)
@@ -116,6 +117,11 @@ class JournalKeeper:
                 self._check_claim()
                 self._show_life(True)
                 self._next_sign = time.monotonic() + ALIVE_SECONDS
+            if not self._looked:
+                if self.snapshots.is_lost():
+                    log.warning("the journal in the store is not whole any more: the tree is journalled anew")
+                    self._kit.snapshot_wanted.set()
+                self._looked = True
             if self.snapshots.due:
                 self._check_claim()
                 if self.snapshots.take():

@@ -191,6 +191,16 @@ def test_restore_refuses_clearly(volume: Make, tmp_path: Path) -> None:
 
     assert "holds no volume" in refused("--store", f"file://{tmp_path}/empty")
     assert "not a store" in refused("--store", "ftp://x")
+    first = volume(store=f"file://{tmp_path}/store")
+    first.umount("--wait")
+    shutil.rmtree(tmp_path / "store" / "meta")
+    assert "no journal of names" in refused("--store", first.store)
+    assert not machine.state.exists()
+    first.mount()
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "store").glob("meta/*.snapshot-*")):
+        assert time.monotonic() < deadline, "a journal that was removed is written anew"
+        time.sleep(0.1)
     machine.state.mkdir()
     (machine.state / "something").touch()
     assert "is not empty" in refused("--store", f"file://{tmp_path}/empty")

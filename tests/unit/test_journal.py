@@ -425,6 +425,24 @@ def test_what_unpacks_to_too_much_is_refused(monkeypatch):
         manifest.unpack(manifest.Key(1, 1, "ab" * 8), zstandard.compress(bytes(8 << 20)))
 
 
+def test_a_journal_that_somebody_removed_is_written_anew(begun):
+    many_segments(begun)
+    store = begun.volume.store
+    assert not begun.snapshots.is_lost()
+    store.delete([segments(begun)[2]])
+    assert begun.snapshots.is_lost()
+    begun.snapshots.take()
+    assert not begun.snapshots.is_lost()
+    begun.write("another", b"x")
+    begun.journal.flush()
+    assert not begun.snapshots.is_lost()
+    store.delete([info.key for info in store.list("meta/")])
+    assert begun.snapshots.is_lost()
+    begun.snapshots.take()
+    assert not begun.snapshots.is_lost()
+    assert begun.told() == begun.there()
+
+
 def test_old_snapshots_go(begun):
     for number in range(4):
         many_segments(begun, 1)
