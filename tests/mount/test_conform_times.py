@@ -126,7 +126,7 @@ def test_both_directories_of_a_rename(place: Place) -> None:
     "when",
     [
         0, 1, -1, -SECOND, -SECOND + 1, -2 * 10**9 * SECOND // 1, 2**31 * SECOND - 1, 2**31 * SECOND,
-        2**32 * SECOND + 999_999_999, 15_000_000_000 * SECOND, 1_234_567_890_123_456_789,
+        2**32 * SECOND + 999_999_999, 9_000_000_000 * SECOND, 1_234_567_890_123_456_789,
     ],
 )  # fmt: skip
 def test_times_that_can_be_set(file: Path, when: int) -> None:
