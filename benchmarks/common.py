@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from harness import Scratch, Volume, scratch
 
 __all__ = [
-    "MIB", "Scratch", "Volume", "affinity", "arguments", "build_load", "drop_caches", "forms", "load", "median",
-    "new_volume", "scratch", "store_server", "table", "timed", "warm_memory",
+    "MIB", "Scratch", "Volume", "affinity", "arguments", "build_load", "compile_c", "drop_caches", "forms",
+    "load", "median", "new_volume", "scratch", "store_server", "table", "timed", "warm_memory",
 ]  # fmt: skip
 
 MIB = 1 << 20
@@ -52,10 +52,13 @@ forms = ("pinned", "free")
 
 
 @contextlib.contextmanager
-def new_volume(area: Scratch, mount: bool = True, **options: Any) -> Iterator[Volume]:
-    """A volume, mounted, gone with the block."""
-    base = area.path / f"b{next(_numbers)}"
-    base.mkdir()
+def new_volume(
+    area: Scratch, mount: bool = True, base: Path | None = None, **options: Any
+) -> Iterator[Volume]:
+    """A volume, mounted, gone with the block; in `base`, an empty directory."""
+    if base is None:
+        base = area.path / f"b{next(_numbers)}"
+        base.mkdir()
     made = Volume(base, area.connections, **{"limit": 1500, **options})
     try:
         if mount:
@@ -88,11 +91,16 @@ def store_server(area: Scratch, names: Sequence[str] = ("versitygw", "rclone")) 
     sys.exit("no S3 server can be had here")
 
 
-def build_load(area: Scratch) -> Path:
-    program = area.path / "load"
-    source = Path(__file__).with_name("load.c")
+def compile_c(area: Scratch, name: str) -> Path:
+    """The program of one of the sources beside this file."""
+    source = Path(__file__).with_name(name)
+    program = area.path / source.stem
     subprocess.run(["gcc", "-O2", "-Wall", "-o", program, source], check=True)
     return program
+
+
+def build_load(area: Scratch) -> Path:
+    return compile_c(area, "load.c")
 
 
 def load(program: Path, mode: str, path: Path | str, size: int, count: int) -> list[float]:
