@@ -14,6 +14,7 @@ from tierfs.tree import Tree
 log = logging.getLogger("gate")
 
 _LATE_SECONDS = 60.0  # the mover commits what has arrived every 2 s
+_MOST_PLAIN = 100_000  # inode numbers, of about 60 bytes each
 
 
 class Appearance:
@@ -29,6 +30,8 @@ class Appearance:
         self._recent = recent
         # What a file showed whose content has come in part, until the index knows the times that this has left.
         self._late: dict[int, tuple[ShownTimes, float]] = {}
+        # Resident files that show what they are: only a punch changes that, and it begins with a guard.
+        self._plain: set[int] = set()
 
     def left(self, inode: Inode, now: float) -> None:
         """The state of this inode, which is still a stub, is about to be dropped."""
@@ -38,6 +41,14 @@ class Appearance:
     def changed(self, ino: int) -> None:
         """Somebody has changed it: from now on it shows its own times."""
         self._late.pop(ino, None)
+
+    def moving(self, ino: int) -> None:
+        """Its content is about to change place, or has just done so."""
+        self._plain.discard(ino)
+
+    def doubt(self) -> None:
+        """Another mover begins: the index may have been put right."""
+        self._plain.clear()
 
     def tick(self, now: float) -> None:
         """Forget what the index must know by now."""
@@ -49,6 +60,8 @@ class Appearance:
 
     def shown(self, st: os.stat_result, opath: int | None = None) -> Shown:
         """What a stat of this regular file shows."""
+        if st.st_ino in self._plain:
+            return st
         inode = self._inodes.get(st.st_ino)
         if inode is not None and inode.shown is not None:
             times = inode.shown
@@ -57,7 +70,14 @@ class Appearance:
         late = self._late.get(st.st_ino)
         if late is not None and (record is None or record.left_ctime != st.st_ctime_ns):
             return ShownStat(st, late[0].mtime, late[0].ctime, late[0].blocks)
-        if record is None or record.copy is None:
+        if record is None:
+            return st
+        if record.residency is Residency.RESIDENT and record.left_ctime != st.st_ctime_ns:
+            if len(self._plain) >= _MOST_PLAIN:
+                self._plain.clear()
+            self._plain.add(st.st_ino)
+            return st
+        if record.copy is None:
             return st
         stub = record.residency is not Residency.RESIDENT and record.size == st.st_size
         blocks = max(record.blocks, st.st_blocks) if stub else st.st_blocks

@@ -28,6 +28,8 @@ from tierfs import wire
 from tierfs.appearance import Appearance
 from tierfs.errors import TierError
 from tierfs.handles import Backing, Handle, Inode, ShownTimes
+from tierfs.idle import SECONDS as IDLE_SECONDS
+from tierfs.idle import Idle
 from tierfs.index import Index
 from tierfs.inflow import Content, Inflow
 from tierfs.marks import MODE_BITS, Mark, MarkWriter
@@ -69,6 +71,7 @@ class Gate:
         self.heat = HeatReport(self._outbox)
         self._generation = epoch << EPOCH_SHIFT
         self._inodes: dict[int, Inode] = {}
+        self._idle = Idle(self._retire)
         self._seals: set[int] = set()
         self._recent: dict[int, int] = {}  # ino -> position of its newest mark that the mover has not drained
         self._inflow = Inflow(self._outbox.post)
@@ -105,7 +108,28 @@ class Gate:
             raise
         if inode.opath != opath:
             os.close(opath)
+        inode.size = st.st_size
         self.heat.touch(inode, st.st_size)
+        return handle
+
+    def reopen(self, ino: int, flags: int) -> Handle | None:
+        """Open a file that the kernel has registered already: it is resident, and of this very number. None
+        where it is not, or something is to be done to it: `open` does that. Raises as `open`."""
+        inode = self._inodes.get(ino)
+        if inode is None or not inode.backing_id or flags & os.O_TRUNC:
+            return None
+        if inode.guard is not None or inode.content is not None:
+            return None
+        writable = flags & os.O_ACCMODE != os.O_RDONLY
+        if writable:
+            self.need_room()
+            if not inode.marked:
+                self._mark_write(inode)
+        self._idle.wake(ino)
+        handle = Handle(inode, -1, flags, inode.backing_id)
+        inode.opens += 1
+        inode.writers += writable
+        self.heat.touch(inode, inode.size)
         return handle
 
     def need_room(self) -> None:
@@ -116,6 +140,7 @@ class Gate:
     def created(self, fd: int, st: os.stat_result, flags: int, parent: int, name: bytes) -> Handle:
         """The handle of a file just made; takes the descriptor `fd` (open for reading and writing)."""
         inode = Inode(st.st_ino, parent, name)
+        self._idle.drop(st.st_ino)
         former = self._inodes.get(st.st_ino)
         if former is not None:
             self._end_guard(former)  # it was unlinked under the guard, and its number is used again
@@ -152,10 +177,23 @@ class Gate:
             if handle.writable and inode.writers == 0 and inode.marked:
                 self._mark_closed(inode)
         finally:
-            if inode.opens == 0:
-                if inode.backing_id and self.backing is not None:
-                    self.backing.close(inode.backing_id)
-                inode.backing_id, inode.passthrough = 0, False
+            if inode.opens == 0 and not self._kept(inode):
+                self._retire(inode)
+
+    def _kept(self, inode: Inode) -> bool:
+        """It stays registered for a while, for whoever opens it next."""
+        if not inode.backing_id or inode.marked or inode.set_id or inode.gone or not inode.name:
+            return False
+        self._idle.keep(inode)
+        return True
+
+    def _retire(self, inode: Inode) -> None:
+        """Nobody has it open: end its registration and drop what nobody needs."""
+        backing_id, inode.backing_id, inode.passthrough = inode.backing_id, 0, False
+        try:
+            if backing_id and self.backing is not None:
+                self.backing.close(backing_id)
+        finally:
             self._leave(inode, -1)
 
     def given_set_id(self, ino: int, st: os.stat_result) -> None:
@@ -189,6 +227,7 @@ class Gate:
 
     def _take_in(self, inode: Inode, stub: Stub, opath: int, st: os.stat_result) -> None:
         """Begin to keep the state of a stub's content."""
+        self.appearance.moving(st.st_ino)
         record = self.appearance.record(st.st_ino)
         bits = None
         if record is not None and self.index is not None and record.residency is Residency.PARTIAL:
@@ -204,7 +243,7 @@ class Gate:
 
     def _leave(self, inode: Inode, opath: int) -> None:
         """Drop the state that nobody needs; `opath` is a descriptor that its owner is about to close."""
-        if inode.opens or inode.guard is not None or self._inflow.busy(inode.ino):
+        if inode.opens or inode.backing_id or inode.guard is not None or self._inflow.busy(inode.ino):
             return
         if self._inodes.get(inode.ino) is inode:
             del self._inodes[inode.ino]
@@ -220,6 +259,7 @@ class Gate:
         whole = inode.content is None or inode.content.missing == 0
         if writable and inode.content is None and not inode.marked:
             self._mark_write(inode)
+        self._idle.wake(inode.ino)
         backing_id = self._register(inode, st) if whole else 0
         fd = -1 if backing_id else self.tree.reopen(opath, flags & ~_STRIP)
         handle = Handle(inode, fd, flags, backing_id)
@@ -348,6 +388,7 @@ class Gate:
         Raises Blocked while our own work moves its times, OSError where there is no room for its marks.
         """
         self.need_marks()
+        self._idle.drop(ino)
         inode = self._inodes.get(ino)
         if inode is None:
             return
@@ -409,6 +450,10 @@ class Gate:
         """The last name of a regular file, this one, is gone; `st` is from before or from the open file."""
         who = st.st_uid << MODE_BITS | st.st_mode
         self.appearance.changed(st.st_ino)
+        inode = self._inodes.get(st.st_ino)
+        if inode is not None:
+            inode.gone = True
+            self._idle.drop(st.st_ino)
         self._append(Mark.GONE, st.st_ino, parent=parent, a=who, b=st.st_gid, handle=handle, name=name)
 
     def _mark_write(self, inode: Inode) -> None:
@@ -427,9 +472,10 @@ class Gate:
             self._outbox.post(wire.SealBroken([inode.ino]))
 
     def _mark_closed(self, inode: Inode) -> None:
-        st = os.stat(f"/proc/self/fd/{inode.opath}")
-        inode.marked = False
+        st = os.fstat(inode.opath)
+        inode.size = st.st_size
         self._append(Mark.CLOSED, inode.ino, parent=inode.parent, a=st.st_size, b=st.st_blocks)
+        inode.marked = False
 
     def _append(
         self,
@@ -452,6 +498,8 @@ class Gate:
         """Talk to this mover from now on. What the old one was doing is void."""
         self._outbox.connect(link)
         self._seals.clear()
+        self._idle.drop_all()
+        self.appearance.doubt()
         for inode in list(self._inodes.values()):
             self._end_guard(inode)
         if link is not None:
@@ -583,6 +631,7 @@ class Gate:
 
     def _guard(self, ino: int, position: int) -> bool:
         """Keep the inode shut; False where it is in use or has a mark that the mover has not seen."""
+        self._idle.drop(ino)
         inode = self._inodes.get(ino)
         if inode is not None and (inode.opens or inode.guard is not None or self._inflow.busy(ino)):
             return False
@@ -593,6 +642,7 @@ class Gate:
             self._inodes[ino] = inode
         inode.shown = self._snapshot(ino)
         inode.guard = Wait()
+        self.appearance.moving(ino)
         return True
 
     def _snapshot(self, ino: int) -> ShownTimes | None:
@@ -621,6 +671,7 @@ class Gate:
         if inode.guard is None:
             return
         guard, inode.guard = inode.guard, None
+        self.appearance.moving(inode.ino)
         if inode.content is None:
             inode.shown = None
         self._leave(inode, -1)
@@ -649,6 +700,7 @@ class Gate:
             self._leave_if_idle(ino)
         self._room.look(now)
         self.appearance.tick(now)
+        self._idle.expire(now)
         if now >= self._next_poke:
             self._next_poke = now + POKE_SECONDS
             self._reserve()
@@ -660,4 +712,4 @@ class Gate:
             self.heat.flush()
         waited_for = self._inflow.waiting or self._room.waiting
         busy = self._outbox or self.marks.position != self._poked or self.heat or waited_for
-        return POKE_SECONDS if busy else 3600.0
+        return POKE_SECONDS if busy else IDLE_SECONDS if self._idle else 3600.0

@@ -51,8 +51,8 @@ class Inode:
     """One regular file that is open, guarded or being fetched. Others need no memory here."""
 
     __slots__ = (
-        "backing_id", "content", "guard", "handle", "ino", "marked", "name", "opath", "opens", "parent",
-        "passthrough", "set_id", "shown", "writers",
+        "backing_id", "content", "gone", "guard", "handle", "ino", "marked", "name", "opath", "opens", "parent",
+        "passthrough", "set_id", "shown", "size", "writers",
     )  # fmt: skip
 
     def __init__(self, ino: int, parent: int, name: bytes) -> None:
@@ -68,6 +68,8 @@ class Inode:
         self.content: Content | None = None  # None: resident
         self.guard: Wait | None = None
         self.shown: ShownTimes | None = None
+        self.gone = False  # its last name is
+        self.size = 0  # when it was opened last
         self.set_id = 0  # ctime of a chmod that gave set-id bits while it was open for writing in passthrough
         self.marked = False  # its generation has risen since it was last sealed or closed
 

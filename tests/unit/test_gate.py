@@ -7,10 +7,11 @@ import errno
 import mmap
 import os
 import socket
+import time
 
 import pytest
 
-from tierfs import wire
+from tierfs import idle, wire
 from tierfs.gate import Gate
 from tierfs.handles import Inode
 from tierfs.marks import Mark, MarkReader, MarkWriter
@@ -183,9 +184,85 @@ def test_resident_files_share_one_backing_id_until_the_last_release(world):
     first, second = world.open(), world.open(os.O_RDWR)
     assert first.backing_id == second.backing_id != 0 and first.fd == -1
     world.gate.release(first)
-    assert world.backing.live
     world.gate.release(second)
+    assert list(world.backing.live.values()) == [world.ino]  # for whoever opens it next
+    third = world.gate.reopen(world.ino, os.O_RDONLY)
+    assert third is not None and third.backing_id == first.backing_id and third.fd == -1
+    world.gate.release(third)
+    world.gate.tick(time.monotonic() + idle.SECONDS + 1)
+    assert not world.backing.live and not world.gate._inodes
+
+
+def test_what_is_open_outlives_the_time_of_the_idle(world):
+    world.gate.release(world.open())
+    again = world.gate.reopen(world.ino, os.O_RDONLY)
+    world.gate.tick(time.monotonic() + idle.SECONDS + 1)
+    assert list(world.backing.live) == [again.backing_id]
+    assert not world.guard()
+
+
+ENDS = {
+    "guard": lambda world: world.guard(),
+    "attributes": lambda world: world.gate.before_change(world.ino),
+    "last name": lambda world: world.gate.gone(world.path.stat(), b"handle", world.tree.root_ino, b"file"),
+    "mover": lambda world: world.gate.set_link(None),
+}
+
+
+@pytest.mark.parametrize("what", ENDS)
+def test_an_idle_registration_ends_before(world, what):
+    before = descriptors()
+    world.gate.release(world.open(os.O_RDWR))
+    assert world.backing.live
+    assert world.gate.reopen(world.ino, os.O_RDONLY | os.O_TRUNC) is None
+    ENDS[what](world)
+    assert not world.backing.live and descriptors() <= before
+    assert world.gate.reopen(world.ino, os.O_RDONLY) is None
+
+
+def test_an_idle_registration_is_in_no_ones_way(world):
+    world.gate.release(world.open(os.O_RDWR))
+    world.drained()
+    assert world.seal()
+    assert world.backing.live
+    generation = world.gate.reopen(world.ino, os.O_RDWR)
+    assert generation is not None
+    assert world.sent(wire.SealBroken), "a write-open breaks the seal, registered or not"
+    (mark,) = [entry for entry in world.reader.read() if entry.kind is Mark.WRITE]
+    assert mark.ino == world.ino
+
+
+def test_a_file_that_loses_its_last_name_while_open_is_not_kept(world):
+    handle = world.open()
+    world.gate.gone(world.path.stat(), b"handle", world.tree.root_ino, b"file")
+    world.gate.release(handle)
     assert not world.backing.live
+
+
+def test_only_so_many_registrations_are_kept(world, monkeypatch):
+    monkeypatch.setattr(world.gate._idle, "_most", 2)
+    paths = [world.path.with_name(f"other{number}") for number in range(3)]
+    for path in paths:
+        path.write_bytes(b"content")
+        opath = os.open(path, os.O_PATH)
+        name = os.fsencode(path.name)
+        world.gate.release(world.gate.open(opath, os.fstat(opath), os.O_RDONLY, world.tree.root_ino, name))
+    assert sorted(world.backing.live.values()) == sorted(path.stat().st_ino for path in paths[1:])
+
+
+def test_what_a_file_shows_is_asked_of_the_index_anew_once_its_content_has_moved(world):
+    st = world.path.stat()
+    known = Record(world.ino, world._handle(), b"f" * 16, make_generation(1, 1), size=st.st_size)
+    world.index.records[world.ino] = known
+    shown = world.gate.appearance.shown
+    assert shown(st).st_blocks == st.st_blocks
+    assert world.guard()
+    assert shown(st).st_mtime_ns == st.st_mtime_ns  # looked at while it is guarded
+    world.make_stub()
+    world.tell(wire.GuardEnd([world.ino]))
+    now = world.path.stat()
+    assert now.st_blocks == 0
+    assert (shown(now).st_blocks, shown(now).st_ctime_ns) == (st.st_blocks, st.st_ctime_ns)
 
 
 def test_set_id_files_are_never_passthrough(world):

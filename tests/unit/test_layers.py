@@ -36,7 +36,7 @@ FAMILIES = [
 PARTS_OF = {
     "index": {"index_writer", "past"},
     "restoring": {"planting"},
-    "gate": {"inflow", "handles", "appearance", "report", "room"},
+    "gate": {"idle", "inflow", "handles", "appearance", "report", "room"},
     "vfs": {"nodes", "dirs", "xattrs", "making", "names", "openfiles"},
     "tier": {
         "kit", "serverlink", "places", "digests", "draining", "copying", "punching", "filling", "settling",

@@ -1,0 +1,60 @@
+"""Backing files that stay registered with the kernel for a while after their last release.
+
+Programs open the same files again and again; to open one that is registered takes no system call. It pins the
+inode, as an open file does, but is in no lease's way: the descriptor is of O_PATH. So it ends at once when the
+file loses its last name, changes its mode or attributes, or is to be guarded, and soon in any case.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+
+from tierfs.handles import Inode
+
+MOST = 16384  # descriptors, at most a quarter of those that the process may have
+SECONDS = 10.0  # a file removed behind the mount keeps its blocks for so long
+
+
+class Idle:
+    """Inodes without a handle that are still registered, the one used last at the end."""
+
+    def __init__(self, retire: Callable[[Inode], None]) -> None:
+        """`retire` ends the registration and drops the inode's state."""
+        self._retire = retire
+        self._most = max(1, min(MOST, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
+        self._inodes: OrderedDict[int, tuple[Inode, float]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._inodes)
+
+    def keep(self, inode: Inode) -> None:
+        """Its last handle is gone."""
+        if len(self._inodes) >= self._most:
+            self._retire(self._inodes.popitem(last=False)[1][0])
+        self._inodes[inode.ino] = inode, time.monotonic() + SECONDS
+
+    def wake(self, ino: int) -> None:
+        """It has a handle again."""
+        self._inodes.pop(ino, None)
+
+    def drop(self, ino: int) -> None:
+        """End it now, if it is idle."""
+        entry = self._inodes.pop(ino, None)
+        if entry is not None:
+            self._retire(entry[0])
+
+    def drop_all(self) -> None:
+        """End all."""
+        while self._inodes:
+            self._retire(self._inodes.popitem()[1][0])
+
+    def expire(self, now: float) -> None:
+        """End those whose time is over; `now` of CLOCK_MONOTONIC."""
+        while self._inodes:
+            ino, (_, until) = next(iter(self._inodes.items()))
+            if until > now:
+                return
+            self.drop(ino)
