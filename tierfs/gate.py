@@ -28,7 +28,6 @@ from tierfs import wire
 from tierfs.appearance import Appearance
 from tierfs.errors import TierError
 from tierfs.handles import Backing, Handle, Inode, ShownTimes
-from tierfs.idle import SECONDS as IDLE_SECONDS
 from tierfs.idle import Idle
 from tierfs.index import Index
 from tierfs.inflow import Content, Inflow
@@ -700,7 +699,7 @@ class Gate:
             self._leave_if_idle(ino)
         self._room.look(now)
         self.appearance.tick(now)
-        self._idle.expire(now)
+        next_idle = self._idle.expire(now)
         if now >= self._next_poke:
             self._next_poke = now + POKE_SECONDS
             self._reserve()
@@ -712,4 +711,4 @@ class Gate:
             self.heat.flush()
         waited_for = self._inflow.waiting or self._room.waiting
         busy = self._outbox or self.marks.position != self._poked or self.heat or waited_for
-        return POKE_SECONDS if busy else IDLE_SECONDS if self._idle else 3600.0
+        return POKE_SECONDS if busy else max(next_idle, POKE_SECONDS)

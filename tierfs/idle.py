@@ -15,7 +15,9 @@ from collections.abc import Callable
 from tierfs.handles import Inode
 
 MOST = 16384  # descriptors, at most a quarter of those that the process may have
-SECONDS = 10.0  # a file removed behind the mount keeps its blocks for so long
+SECONDS = 5.0  # a file removed behind the mount keeps its blocks for so long
+
+_NEVER = 3600.0
 
 
 class Idle:
@@ -51,10 +53,11 @@ class Idle:
         while self._inodes:
             self._retire(self._inodes.popitem()[1][0])
 
-    def expire(self, now: float) -> None:
-        """End those whose time is over; `now` of CLOCK_MONOTONIC."""
+    def expire(self, now: float) -> float:
+        """End those whose time is over, at `now` of CLOCK_MONOTONIC; after how many seconds to look again."""
         while self._inodes:
             ino, (_, until) = next(iter(self._inodes.items()))
             if until > now:
-                return
+                return until - now
             self.drop(ino)
+        return _NEVER
