@@ -140,6 +140,20 @@ class Supervisor:
         with contextlib.closing(Index.open(self._plan.volume.path("index"))) as index:
             index.end_session()
 
+    def _say_what_is_local_only(self) -> None:
+        """For whoever shuts the machine down, or reads the log before giving it away."""
+        try:
+            with contextlib.closing(Index.open(self._plan.volume.path("index"), readonly=True)) as index:
+                totals, surveyed = index.totals(), index.surveyed
+        except TierError as error:
+            log.error("it is not known what is in the store: %s", error)
+            return
+        if totals.dirty_files:
+            files = "1 file is" if totals.dirty_files == 1 else f"{totals.dirty_files} files are"
+            log.warning("%s not in the store, %d bytes: on this disk only", files, totals.dirty_bytes)
+        if not surveyed:
+            log.warning("not all files have been looked through: others may not be in the store either")
+
     def _start_mover(self) -> None:
         if self._channel is None:  # the server has just died, and is about to be replaced with its mover
             return
@@ -262,6 +276,7 @@ class Supervisor:
         self._detach()
         if self._clean:
             self._end_session()
+        self._say_what_is_local_only()
         log.info("unmounted" if self._clean else "ended while files were open")
         return 0
 

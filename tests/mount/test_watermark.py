@@ -128,3 +128,15 @@ def test_umount_wait_leaves_nothing_uncopied(volume: Make) -> None:
     assert set(contents.values()) <= kept
     mounted.mount()
     assert all(path.read_bytes() == content for path, content in contents.items())
+
+
+def test_the_end_says_what_is_on_this_disk_only(volume: Make) -> None:
+    mounted = volume()
+    contents = fill(mounted, ["f0", "f1"])
+    size = sum(map(len, contents.values()))
+    mounted.umount()
+    assert f"2 files are not in the store, {size} bytes: on this disk only" in mounted.log()
+    said = len(mounted.log())
+    mounted.mount()
+    mounted.umount("--wait")
+    assert "not in the store" not in mounted.log()[said:]
