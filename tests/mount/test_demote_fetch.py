@@ -219,14 +219,16 @@ def test_a_stub_replaced_while_open(shared: Volume, work: Path, large: Path, ope
 
 def test_attributes_survive(shared: Volume, small: Path) -> None:
     os.setxattr(small, "user.note", b"kept")
-    subprocess.run(["setfacl", "-m", "u:12345:rw", small], check=True)
+    if acls := "fusepy" not in shared.options:  # which refuses them
+        subprocess.run(["setfacl", "-m", "u:12345:rw", small], check=True)
     small.chmod(0o4755)
-    before, acl = shown(small), os.getxattr(small, "system.posix_acl_access")
+    before = shown(small)
+    acl = os.getxattr(small, "system.posix_acl_access") if acls else None
     shared.demote(small)
     assert shown(small) == before
     assert os.getxattr(small, "user.note") == b"kept"
     assert small.read_bytes() == SMALL
-    assert os.getxattr(small, "system.posix_acl_access") == acl
+    assert not acls or os.getxattr(small, "system.posix_acl_access") == acl
     assert stat.S_IMODE(small.stat().st_mode) == 0o4755
 
 

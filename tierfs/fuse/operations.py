@@ -247,7 +247,8 @@ class Operations:
     # --- directories --------------------------------------------------------------------------------------
 
     def opendir(self, _message: bytes, nodeid: int) -> bytes:
-        return p.OPEN_OUT.pack(self._vfs.opendir(nodeid), 0, 0)
+        # The kernel keeps the listing, and drops it when it changes the directory itself or sees another mtime.
+        return p.OPEN_OUT.pack(self._vfs.opendir(nodeid), p.OPEN_KEEP_CACHE | p.OPEN_CACHE_DIR, 0)
 
     def readdir(self, message: bytes, _nodeid: int) -> bytes:
         fh, offset, room, *_ = p.READ_IN.unpack_from(message, IN)

@@ -108,6 +108,8 @@ class Feature(IntEnum):
 WANTED = sum(feature.bit for feature in Feature if feature is not Feature.PASSTHROUGH)
 
 # FOPEN_*
+OPEN_KEEP_CACHE = 1 << 1  # of a directory: across opens
+OPEN_CACHE_DIR = 1 << 3
 OPEN_NOFLUSH = 1 << 5
 OPEN_PASSTHROUGH = 1 << 7
 
