@@ -1,0 +1,257 @@
+"""The power fails: whatever a program has synced is there afterwards, byte for byte, here or in the store.
+
+Tree and state lie on an ext4 of their own, the store elsewhere. Files are replaced, appended to and removed,
+and demoted and fetched all the while; then the filesystem is shut down in mid-flight without writing its log
+(as a power cut leaves it), the processes are killed, and all is mounted anew. What was acknowledged by fsync,
+of the file and of its directory, was noted outside before: it must be there. What was under way may be as
+before or as after.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import random
+import shutil
+import struct
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from harness import Scratch, Volume, connection_of, detach, kill, wait_gone
+
+pytestmark = pytest.mark.usefixtures("tiers", "needs_root")
+MIB = 1 << 20
+SIZES = (100, 5_000, 60_000, 300_000, 1_500_000)
+WRITERS = 3
+GOING_DOWN, NO_LOG_FLUSH = 0x8004587D, 2  # EXT4_IOC_SHUTDOWN
+
+
+@dataclass
+class Noted:
+    """What the manifest says of one file: acknowledged content (None: none), and what is under way."""
+
+    acked: bytes | None = None
+    under_way: list[bytes | None] = field(default_factory=list)
+
+    def allows(self, content: bytes | None) -> bool:
+        if content == self.acked or content in self.under_way:
+            return True
+        if content is None or self.acked is None or not content.startswith(self.acked):
+            return False
+        # Of an append any part may have come.
+        return any(coming is not None and coming.startswith(content) for coming in self.under_way)
+
+
+class Disk:
+    """An ext4 on a loop device that can be cut off."""
+
+    def __init__(self, base: Path) -> None:
+        self.image, self.place = base / "disk.img", base / "disk"
+        with open(self.image, "wb") as out:
+            out.truncate(512 * MIB)
+        subprocess.run(["mkfs.ext4", "-q", "-F", self.image], check=True)
+        self.place.mkdir()
+
+    def mount(self) -> bool:
+        argv = ["mount", "-o", "loop", self.image, self.place]
+        return not subprocess.run(argv, capture_output=True).returncode
+
+    def cut(self) -> None:
+        fd = os.open(self.place, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.ioctl(fd, GOING_DOWN, struct.pack("I", NO_LOG_FLUSH))
+        finally:
+            os.close(fd)
+
+    def umount(self) -> None:
+        if os.path.ismount(self.place):
+            subprocess.run(["umount", self.place], check=True, timeout=30)
+
+
+@pytest.fixture
+def disk(area: Scratch, tmp_path: Path) -> Iterator[Disk]:
+    if not shutil.which("mkfs.ext4"):
+        pytest.skip("mkfs.ext4 is not installed")
+    made = Disk(tmp_path)
+    if not made.mount():
+        pytest.skip("loop devices are not to be had here")
+    yield made
+    made.umount()
+    made.image.unlink()
+
+
+class Writer(threading.Thread):
+    """Works on files of its own until something fails, which the power cut sees to."""
+
+    def __init__(self, number: int, place: Path, noted: dict[str, Noted], seed: int) -> None:
+        super().__init__(daemon=True)
+        self.number, self.noted = number, noted
+        # Through a descriptor: once the mount is gone its path leads to the directory beneath.
+        self.directory = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
+        self.place = Path(f"/proc/self/fd/{self.directory}")
+        self.draw = random.Random(seed)
+        self.acked = 0
+
+    def run(self) -> None:
+        try:
+            while True:
+                self.step()
+        except OSError:
+            return  # the power is gone
+        finally:
+            os.close(self.directory)
+
+    def step(self) -> None:
+        name = f"w{self.number}-{self.draw.randrange(12)}"
+        entry = self.noted.setdefault(name, Noted())
+        if entry.acked is None or self.draw.random() < 0.4:
+            self.replace(name, entry)
+        elif self.draw.random() < 0.5:
+            self.append(name, entry)
+        elif self.draw.random() < 0.3:
+            self.remove(name, entry)
+        elif (self.place / name).read_bytes() != entry.acked:
+            raise AssertionError(f"{name} does not read as it was written")
+        self.acked += 1
+
+    def replace(self, name: str, entry: Noted) -> None:
+        content = self.draw.randbytes(self.draw.choice(SIZES))
+        entry.under_way = [content]
+        fresh = self.place / f".new-{self.number}"
+        with open(fresh, "wb", buffering=0) as out:
+            out.write(content)
+            os.fsync(out.fileno())
+        os.rename(fresh, self.place / name)
+        self.sync_names()
+        entry.acked, entry.under_way = content, []
+
+    def append(self, name: str, entry: Noted) -> None:
+        assert entry.acked is not None
+        more = self.draw.randbytes(self.draw.choice(SIZES[:3]))
+        entry.under_way = [entry.acked + more]
+        with open(self.place / name, "ab", buffering=0) as out:
+            out.write(more)
+            os.fsync(out.fileno())
+        entry.acked, entry.under_way = entry.acked + more, []
+
+    def remove(self, name: str, entry: Noted) -> None:
+        entry.under_way = [None]
+        os.unlink(self.place / name)
+        self.sync_names()
+        entry.acked, entry.under_way = None, []
+
+    def sync_names(self) -> None:
+        os.fsync(self.directory)
+
+
+class Moves(threading.Thread):
+    """Demotes and fetches everything, over and over."""
+
+    def __init__(self, mounted: Volume) -> None:
+        super().__init__(daemon=True)
+        self.mounted = mounted
+        self.turns = 0
+        self.stop = threading.Event()
+
+    def run(self) -> None:
+        from tierfs.errors import TierError
+
+        while not self.stop.is_set():
+            try:
+                self.mounted.order("fetch" if self.turns % 4 == 3 else "demote")
+            except (TierError, OSError):
+                return
+            self.turns += 1
+
+
+def content_of(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+
+
+def cut_off(mounted: Volume, disk: Disk, threads: list[threading.Thread]) -> None:
+    """Cut the power, and leave the machine as it is when it starts again."""
+    disk.cut()
+    device = connection_of(mounted.mountpoint)
+    pids = mounted.pids()
+    for pid in sorted(pids):  # the supervisor is the oldest: it would start the others again
+        kill(pid)
+    assert not wait_gone(pids, 20)
+    if device is not None:
+        detach(str(mounted.mountpoint), device, mounted.connections)
+    mounted._unwatch()
+    for thread in threads:
+        thread.join(20)
+        assert not thread.is_alive(), "something hangs after the power cut"
+    disk.umount()
+    assert disk.mount()
+
+
+def verify(mounted: Volume, noted: dict[str, Noted], where: str) -> None:
+    for name, entry in noted.items():
+        found = content_of(mounted.mountpoint / name)
+        size = None if found is None else len(found)
+        expected = None if entry.acked is None else len(entry.acked)
+        assert entry.allows(found), f"{where}: {name} has {size} bytes for {expected} that were synced"
+        entry.acked, entry.under_way = found, []
+
+
+def cycles(mounted: Volume, disk: Disk, count: int, seed: int) -> dict[str, int]:
+    """So many power cuts. What they hit, in numbers."""
+    draw = random.Random(seed)
+    noted: dict[str, Noted] = {}
+    totals = {"acknowledged": 0, "under way": 0, "orders": 0, "stubs": 0}
+    for turn in range(count):
+        where = f"seed {seed}, cut {turn}"
+        writers = [Writer(n, mounted.mountpoint, noted, draw.randrange(1 << 30)) for n in range(WRITERS)]
+        moves = Moves(mounted)
+        for thread in (*writers, moves):
+            thread.start()
+        time.sleep(draw.uniform(0.2, 1.6))
+        totals["under way"] += sum(bool(entry.under_way) for entry in noted.values())
+        cut_off(mounted, disk, [*writers, moves])
+        mounted.mount()
+        totals["acknowledged"] += sum(writer.acked for writer in writers)
+        totals["orders"] += moves.turns
+        there = [mounted.mountpoint / name for name in os.listdir(mounted.mountpoint)]
+        totals["stubs"] += sum(mounted.tier(path) != "resident" for path in there)
+        verify(mounted, noted, where)
+        done = mounted.cli("check", "--repair", "--read-data", mounted.mountpoint, check=False)
+        assert done.returncode == 0, f"{where}: {done.stdout}{done.stderr}\n{mounted.log()[-4000:]}"
+        mounted.demote()
+        Path("/proc/sys/vm/drop_caches").write_text("3")
+        verify(mounted, noted, f"{where}, demoted and read again")
+    return totals
+
+
+@pytest.fixture
+def on_disk(disk: Disk, volume: Callable[..., Volume]) -> Volume:
+    made = volume(mount=False, limit=3000)
+    (made.base / "store").mkdir()
+    made.store, made.state = f"file://{made.base}/store", disk.place / "state"
+    made.mount()
+    made.configure(quiet="0s", min_age="0s", min_size="0", chunk_size="64K", replicate="all")
+    return made
+
+
+def test_a_few_power_cuts_lose_nothing(on_disk: Volume, disk: Disk) -> None:
+    totals = cycles(on_disk, disk, 4, 20261123)
+    on_disk.umount()
+    assert totals["acknowledged"] > 20 and totals["under way"] and totals["orders"] and totals["stubs"], totals
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("seed", [1, 2, 3, 4])
+def test_many_power_cuts_lose_nothing(on_disk: Volume, disk: Disk, seed: int) -> None:
+    totals = cycles(on_disk, disk, 100, seed)
+    on_disk.umount()
+    print(totals)
+    assert all(totals.values()), totals
