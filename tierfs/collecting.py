@@ -34,6 +34,7 @@ from tierfs.kit import Kit
 from tierfs.model import EPOCH_SHIFT, Record, object_key
 from tierfs.past import Buried, Listed, Version
 from tierfs.store.priority import Priority, priority
+from tierfs.syscalls import boot_id
 
 log = logging.getLogger("mover")
 
@@ -57,8 +58,7 @@ class Candidate:
 
 
 def _since_boot() -> tuple[float, str]:
-    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-        return time.clock_gettime(time.CLOCK_BOOTTIME), file.read().strip()
+    return time.clock_gettime(time.CLOCK_BOOTTIME), boot_id()
 
 
 class Collector:

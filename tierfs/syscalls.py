@@ -141,3 +141,15 @@ def read_directory(fd: int) -> bytes:
             return b""
         raise error
     return ctypes.string_at(buffers.dirents_at, size)
+
+
+def boot_id() -> str:
+    """What the kernel calls this run of the machine (random(4)). Raises OSError.
+
+    TIERFS_BOOT_ID in its place lets a test that cuts a filesystem off say that the machine was started anew.
+    """
+    given = os.environ.get("TIERFS_BOOT_ID")
+    if given:
+        return given
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        return file.read().strip()

@@ -145,6 +145,10 @@ class Mover:
         self._scheduler.make_room(count, failed)
 
     def _check(self, repair: bool, read_data: bool, job: Job) -> control.Findings:
+        # What a look through the tree is about to put right is no finding, and no two put it right at once.
+        while not self._home.identity.view and not self._tier.kit.index.surveyed:
+            if job.cancelled.wait(0.1):
+                return control.Findings([])
         return checking.check(self._tier, repair, read_data, job)
 
     def _apply(self, config: VolumeConfig) -> None:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import FrameType
 
-from tierfs import channel, control, locate, volume, wire
+from tierfs import channel, control, locate, syscalls, volume, wire
 from tierfs.errors import IndexError_, TierError, VolumeError
 from tierfs.fuse import mounting
 from tierfs.fuse.choice import Choice
@@ -131,8 +131,8 @@ class Supervisor:
             os.rename(path, aside)
             os.mkdir(path, 0o700)
             index = Index.open(path)
-        with contextlib.closing(index), open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-            epoch = index.begin_session(file.read().strip(), volume.last_epoch(home.state)).epoch
+        with contextlib.closing(index):
+            epoch = index.begin_session(syscalls.boot_id(), volume.last_epoch(home.state)).epoch
         volume.keep_epoch(home.state, epoch)
         return epoch
 
