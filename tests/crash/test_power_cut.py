@@ -94,8 +94,11 @@ def disk(area: Scratch, tmp_path: Path) -> Iterator[Disk]:
 class Writer(threading.Thread):
     """Works on files of its own until something fails, which the power cut sees to."""
 
-    def __init__(self, number: int, place: Path, noted: dict[str, Noted], seed: int) -> None:
+    def __init__(
+        self, number: int, place: Path, noted: dict[str, Noted], seed: int, off: threading.Event
+    ) -> None:
         super().__init__(daemon=True)
+        self.off = off
         self.number, self.noted = number, noted
         # Through a descriptor: once the mount is gone its path leads to the directory beneath.
         self.directory = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
@@ -134,7 +137,7 @@ class Writer(threading.Thread):
             os.fsync(out.fileno())
         os.rename(fresh, self.place / name)
         self.sync_names()
-        entry.acked, entry.under_way = content, []
+        self.ack(entry, content)
 
     def append(self, name: str, entry: Noted) -> None:
         assert entry.acked is not None
@@ -143,13 +146,20 @@ class Writer(threading.Thread):
         with open(self.place / name, "ab", buffering=0) as out:
             out.write(more)
             os.fsync(out.fileno())
-        entry.acked, entry.under_way = entry.acked + more, []
+        self.ack(entry, entry.acked + more)
 
     def remove(self, name: str, entry: Noted) -> None:
         entry.under_way = [None]
         os.unlink(self.place / name)
         self.sync_names()
-        entry.acked, entry.under_way = None, []
+        self.ack(entry, None)
+
+    def ack(self, entry: Noted, content: bytes | None) -> None:
+        """It is synced. What answers while the power fails does not count: nobody would have seen it, and a
+        filesystem that is being shut down may say that it has written what it has not."""
+        if self.off.is_set():
+            raise OSError("the power is gone")
+        entry.acked, entry.under_way = content, []
 
     def sync_names(self) -> None:
         os.fsync(self.directory)
@@ -182,8 +192,9 @@ def content_of(path: Path) -> bytes | None:
         return None
 
 
-def cut_off(mounted: Volume, disk: Disk, threads: list[threading.Thread]) -> None:
+def cut_off(mounted: Volume, disk: Disk, threads: list[threading.Thread], off: threading.Event) -> None:
     """Cut the power, and leave the machine as it is when it starts again."""
+    off.set()
     disk.cut()
     device = connection_of(mounted.mountpoint)
     pids = mounted.pids()
@@ -216,13 +227,15 @@ def cycles(mounted: Volume, disk: Disk, count: int, seed: int) -> dict[str, int]
     totals = {"acknowledged": 0, "under way": 0, "orders": 0, "stubs": 0}
     for turn in range(count):
         where = f"seed {seed}, cut {turn}"
-        writers = [Writer(n, mounted.mountpoint, noted, draw.randrange(1 << 30)) for n in range(WRITERS)]
+        off = threading.Event()
+        place = mounted.mountpoint
+        writers = [Writer(n, place, noted, draw.randrange(1 << 30), off) for n in range(WRITERS)]
         moves = Moves(mounted)
         for thread in (*writers, moves):
             thread.start()
         time.sleep(draw.uniform(0.2, 1.6))
         totals["under way"] += sum(bool(entry.under_way) for entry in noted.values())
-        cut_off(mounted, disk, [*writers, moves])
+        cut_off(mounted, disk, [*writers, moves], off)
         mounted.env["TIERFS_BOOT_ID"] = f"boot {turn} of {seed}"
         mounted.mount()
         totals["acknowledged"] += sum(writer.acked for writer in writers)
