@@ -15,6 +15,7 @@ log = logging.getLogger("gate")
 
 _LATE_SECONDS = 60.0  # the mover commits what has arrived every 2 s
 _MOST_PLAIN = 100_000  # inode numbers, of about 60 bytes each
+_PLAIN_SECONDS = 10.0  # a check that repairs the index tells nobody
 
 
 class Appearance:
@@ -32,6 +33,7 @@ class Appearance:
         self._late: dict[int, tuple[ShownTimes, float]] = {}
         # Resident files that show what they are: only a punch changes that, and it begins with a guard.
         self._plain: set[int] = set()
+        self._plain_until = 0.0
 
     def left(self, inode: Inode, now: float) -> None:
         """The state of this inode, which is still a stub, is about to be dropped."""
@@ -51,7 +53,10 @@ class Appearance:
         self._plain.clear()
 
     def tick(self, now: float) -> None:
-        """Forget what the index must know by now."""
+        """Forget what the index must know by now, and what it may know better."""
+        if now >= self._plain_until:
+            self._plain_until = now + _PLAIN_SECONDS
+            self._plain.clear()
         while self._late:
             ino, (_, until) = next(iter(self._late.items()))
             if until > now:

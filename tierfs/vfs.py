@@ -334,7 +334,8 @@ class Vfs:
     def open(self, nodeid: int, flags: int, caller: Caller, kill_suidgid: bool = False) -> tuple[int, Handle]:
         """Open a regular file: number and handle. Raises Blocked, OSError, TierError."""
         node = self.nodes.get(nodeid)
-        known = self.gate.reopen(node.ino, flags)
+        # The node of a removed file stays while somebody has a descriptor; its number may be another file's.
+        known = self.gate.reopen(node.ino, flags) if self.nodes.known(node.ino) is node else None
         if known is not None:
             known.uid = caller.uid
             return self.files.add(node, known), known

@@ -63,10 +63,13 @@ class Mover:
         self._scheduler = Scheduler(self._tier, self._heat, _device_of(home.store_url), home.path("ballast"))
         backend = TierBackend(
             self._tier, self._heat, home, self._watcher,
-            verifying=lambda: self._scheduler.verifying, notes=self._scheduler.notes, check=self._check,
+            looked=self._scheduler.looked,
+            verifying=lambda: self._scheduler.verifying,
+            notes=self._scheduler.notes,
+            check=self._check,
             journal=self._journal,
             collector=self._scheduler.collector,
-        )  # fmt: skip
+        )
         listener = socket.socket(fileno=control_fd)
         self._control = ControlServer(listener, self._tree.rootfd, backend)
 
@@ -146,8 +149,8 @@ class Mover:
 
     def _check(self, repair: bool, read_data: bool, job: Job) -> control.Findings:
         # What a look through the tree is about to put right is no finding, and no two put it right at once.
-        while not self._home.identity.view and not self._tier.kit.index.surveyed:
-            if job.cancelled.wait(0.1):
+        while not self._scheduler.looked.wait(0.1):
+            if job.cancelled.is_set():
                 return control.Findings([])
         return checking.check(self._tier, repair, read_data, job)
 

@@ -32,6 +32,7 @@ _ROUND = 1000  # dirty files that are looked at together
 class TierBackend:
     """Implements `control_server.Backend`.
 
+    `looked` is set when the look through the tree is over, whatever came of it,
     `verifying` says how many copies have yet to be looked at after an unclean stop, `notes` what a person
     should know of the volume besides, `check` carries out a check, `journal` keeps the namespace journal.
     """
@@ -43,6 +44,7 @@ class TierBackend:
         home: volume.Volume,
         watcher: ConfigWatcher,
         *,
+        looked: threading.Event,
         verifying: Callable[[], int],
         notes: Callable[[], list[str]],
         check: Check,
@@ -54,6 +56,7 @@ class TierBackend:
         self._heat = heat
         self._home = home
         self._watcher = watcher
+        self._looked = looked
         self._verifying = verifying
         self._notes = notes
         self._journal = journal
@@ -184,9 +187,12 @@ class TierBackend:
         """Copy out all that is dirty, young or not; what is open is named when it stays so."""
         if self._home.identity.view:
             return control.Done()  # nothing of it is for the store
-        while not self._kit.index.surveyed or self._verifying():
-            if job.cancelled.wait(0.2):
+        while not self._looked.wait(0.2):
+            if job.cancelled.is_set():
                 return control.Done()
+        if not self._kit.index.surveyed:
+            reason = "the tree could not be looked through, `tierfs status` says why"
+            return control.Done(0, [control.Outcome(b"", reason, failed=True)])
         copied = 0
         deadline = time.monotonic() + _OPEN_SECONDS
         while True:

@@ -64,6 +64,7 @@ class Scheduler:
         self._next_look = 0.0
         self._pending = True
         self._survey: Survey | None = None
+        self.looked = threading.Event()  # the look through the tree is over, or none was needed
         self._threads = [
             threading.Thread(target=self._rounds, name="scheduler", daemon=True),
             threading.Thread(target=self._look_through, name="survey", daemon=True),
@@ -351,6 +352,12 @@ class Scheduler:
 
     def _look_through(self) -> None:
         """The tree, if that has not been done in this custody epoch or heat was lost."""
+        try:
+            self._look_if_needed()
+        finally:
+            self.looked.set()
+
+    def _look_if_needed(self) -> None:
         index = self._kit.index
         heat_lost = index.totals().local_bytes > 0 and not any(True for _ in self._heat.victims(1 << 62))
         if index.surveyed and not heat_lost:

@@ -142,6 +142,8 @@ class Supervisor:
 
     def _say_what_is_local_only(self) -> None:
         """For whoever shuts the machine down, or reads the log before giving it away."""
+        if self._plan.volume.identity.view:
+            return  # nothing of it is for the store
         try:
             with contextlib.closing(Index.open(self._plan.volume.path("index"), readonly=True)) as index:
                 totals, surveyed = index.totals(), index.surveyed

@@ -6,14 +6,20 @@ import signal
 import socket
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 from tierfsd import logs
+from tierfsd.backend import TierBackend
 from tierfsd.children import Child
+from tierfsd.scheduler import Scheduler
 from tierfsd.watcher import ConfigWatcher
+from tiering import Volume
 
 from tierfs import config
 from tierfs.errors import ConfigError
+from tierfs.heat_index import HeatIndex
+from tierfs.survey import Survey
 
 
 @pytest.fixture
@@ -155,3 +161,22 @@ def test_the_service_manager_is_told(tmp_path, monkeypatch):
         assert sock.recv(100) == b"READY=1"
     monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "gone"))
     supervisor.notify("READY=1")
+
+
+def test_nobody_waits_for_a_look_at_the_tree_that_has_failed(tmp_path, monkeypatch):
+    made = Volume(tmp_path)
+    heat = HeatIndex(str(tmp_path / "heat"), 1 << 30)
+    try:
+        scheduler = Scheduler(made.tier, heat, 0, str(tmp_path / "ballast"))
+        monkeypatch.setattr(Survey, "run", lambda self: (_ for _ in ()).throw(OSError(5, "the disk is broken")))
+        scheduler._look_through()
+        assert scheduler.looked.is_set() and not made.index.surveyed
+        backend = TierBackend.__new__(TierBackend)
+        backend._home = SimpleNamespace(identity=SimpleNamespace(view=False))
+        backend._kit, backend._looked = made.tier.kit, scheduler.looked
+        (stayed,) = backend.drain(SimpleNamespace(cancelled=threading.Event())).stayed
+        assert stayed.failed and "could not be looked through" in stayed.reason
+        assert "the disk is broken" in made.tier.kit.troubles.list()[-1].what
+    finally:
+        heat.close()
+        made.stop()

@@ -250,6 +250,18 @@ def test_only_so_many_registrations_are_kept(world, monkeypatch):
     assert sorted(world.backing.live.values()) == sorted(path.stat().st_ino for path in paths[1:])
 
 
+def test_what_a_check_repairs_in_the_index_shows_soon(world):
+    st = world.path.stat()
+    known = Record(world.ino, world._handle(), b"f" * 16, make_generation(1, 1), size=st.st_size)
+    world.index.records[world.ino] = known
+    world.gate.tick(1000.0)
+    assert world.gate.appearance.shown(st) is st
+    world.make_stub()
+    now = world.path.stat()
+    world.gate.tick(1011.0)
+    assert world.gate.appearance.shown(now).st_blocks == st.st_blocks
+
+
 def test_what_a_file_shows_is_asked_of_the_index_anew_once_its_content_has_moved(world):
     st = world.path.stat()
     known = Record(world.ino, world._handle(), b"f" * 16, make_generation(1, 1), size=st.st_size)

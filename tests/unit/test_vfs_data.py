@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from test_gate import FakeBacking
 from test_vfs_names import ME, USER, World, fails, needs_root
 
 from tierfs import syscalls
@@ -414,3 +415,41 @@ def test_a_file_marked_again_after_its_last_name_is_gone_is_gone_once_more(world
     world.vfs.release(again)
     kinds = [mark.kind for mark in world.entries(*Mark)]
     assert kinds[-1] == Mark.GONE and kinds.count(Mark.GONE) == 2
+
+
+# --- files that the kernel still has registered -------------------------------------------------------------
+
+
+@needs_root
+def test_the_node_of_a_removed_file_does_not_open_the_next_one_of_its_number(world):
+    """As through /proc/self/fd of an O_PATH descriptor, for which the kernel keeps the node."""
+    world.gate.backing = FakeBacking()
+    old, st, fh, _ = world.vfs.create(ROOT, b"old", os.O_RDWR, 0o644, ME)
+    world.vfs.release(fh)
+    world.vfs.unlink(ROOT, b"old")
+    for number in range(200):
+        new, made, fh, _ = world.vfs.create(ROOT, b"%d" % number, os.O_RDWR, 0o644, ME)
+        world.vfs.release(fh)
+        if made.st_ino == st.st_ino:
+            break
+    else:
+        pytest.skip("this filesystem does not use the number again at once")
+    assert made.st_ino in world.gate.backing.live.values() and new != old
+    fails(errno.ENOENT, world.vfs.open, old, os.O_RDONLY, ME)
+    fh, _ = world.vfs.open(new, os.O_RDONLY, ME)
+    world.vfs.release(fh)
+
+
+@needs_root
+def test_what_loses_its_last_name_is_let_go_at_once(world):
+    world.gate.backing = FakeBacking()
+    for remove in (lambda: world.vfs.unlink(ROOT, b"a"), lambda: world.vfs.rename(ROOT, b"b", ROOT, b"a")):
+        for name in (b"a", b"b"):
+            _, _, fh, _ = world.vfs.create(ROOT, name, os.O_RDWR, 0o644, ME)
+            world.vfs.release(fh)
+        gone = os.stat(world.path / "a").st_ino
+        assert gone in world.gate.backing.live.values()
+        remove()
+        assert gone not in world.gate.backing.live.values()
+        for name in os.listdir(world.path):
+            world.vfs.unlink(ROOT, os.fsencode(name))

@@ -46,6 +46,7 @@ class World:
 
     def close(self):
         self.vfs.close()
+        self.gate.set_link(None)
         self.gate.marks.close()
         self.tree.close()
         os.close(self.marks_fd)
