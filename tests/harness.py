@@ -197,7 +197,9 @@ class Volume:
         """Put a guard beside the mount that aborts its connection when `limit` has passed."""
         device = connection_of(self.mountpoint)
         if device is not None and self._guard is None:
-            script = f"sleep {self.limit:.0f}; echo 1 > '{self.connections}/{device}/abort'"
+            # Another mount may have got the number since: then this one is gone.
+            still = f"grep -q '^[0-9]* [0-9]* 0:{device} / {self.mountpoint} ' /proc/self/mountinfo"
+            script = f"sleep {self.limit:.0f}; {still} && echo 1 > '{self.connections}/{device}/abort'"
             argv, path = ["sh", "-c", script], {"PATH": os.defpath}
             self._guard = subprocess.Popen(argv, start_new_session=True, env=path)
 
