@@ -71,16 +71,17 @@ class Appearance:
         if inode is not None and inode.shown is not None:
             times = inode.shown
             return ShownStat(st, times.mtime, times.ctime, times.blocks)
-        record = self.record(st.st_ino)
         late = self._late.get(st.st_ino)
+        # Without blocks it is a stub, most likely, whose whole record is needed anyway.
+        if late is None and st.st_blocks and self._is_plain(st):
+            return st
+        record = self.record(st.st_ino)
         if late is not None and (record is None or record.left_ctime != st.st_ctime_ns):
             return ShownStat(st, late[0].mtime, late[0].ctime, late[0].blocks)
         if record is None:
             return st
         if record.residency is Residency.RESIDENT and record.left_ctime != st.st_ctime_ns:
-            if len(self._plain) >= _MOST_PLAIN:
-                self._plain.clear()
-            self._plain.add(st.st_ino)
+            self._keep_plain(st.st_ino)
             return st
         if record.copy is None:
             return st
@@ -91,6 +92,21 @@ class Appearance:
         if blocks != st.st_blocks:
             return ShownStat(st, st.st_mtime_ns, st.st_ctime_ns, blocks)
         return st
+
+    def _is_plain(self, st: os.stat_result) -> bool:
+        """The index says so without its whole record, and this is kept. False where it is in doubt."""
+        try:
+            plain = self._index is not None and self._index.is_plain(st.st_ino, st.st_ctime_ns)
+        except IndexError_:
+            return False  # the look at the record says what is wrong
+        if plain:
+            self._keep_plain(st.st_ino)
+        return plain
+
+    def _keep_plain(self, ino: int) -> None:
+        if len(self._plain) >= _MOST_PLAIN:
+            self._plain.clear()
+        self._plain.add(ino)
 
     def stub_of(self, st: os.stat_result, opath: int) -> Stub | None:
         """What the inode's stub attribute says, None for a resident file."""

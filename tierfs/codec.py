@@ -18,6 +18,8 @@ _HEAD = struct.Struct("<BI")
 # flags, file id, generation, size, blocks, local, parent, left ctime, lengths of handle and name
 _BODY = struct.Struct("<B16s6sQIQQqBB")
 _COPY = struct.Struct("<6s8s32sQqqIB")
+_LEFT = struct.Struct("<q")
+_LEFT_AT = struct.calcsize("<B16s6sQIQQ")
 _HAS_COPY = 0x80
 
 
@@ -71,6 +73,18 @@ def unpack_record(ino: int, raw: bytes) -> Record:
     number = int.from_bytes(generation, "little")
     residency = Residency(flags & ~_HAS_COPY)
     return Record(ino, handle, fid, number, residency, size, blocks, local, parent, name, copy, left)
+
+
+def is_plain(ino: int, raw: bytes, ctime: int) -> bool:
+    """Whether this is a whole record of a resident file that our own last move did not leave with this ctime.
+
+    Much quicker than the record itself. False for a damaged one.
+    """
+    try:
+        body = _checked(ino, raw)
+    except IndexError_:
+        return False
+    return body[0] & ~_HAS_COPY == Residency.RESIDENT and _LEFT.unpack_from(body, _LEFT_AT)[0] != ctime
 
 
 def _sum(ino: int, body: bytes) -> int:

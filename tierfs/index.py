@@ -33,7 +33,7 @@ from typing import Any, TypeVar
 import lmdb
 import msgspec
 
-from tierfs.codec import unpack_record
+from tierfs.codec import is_plain, unpack_record
 from tierfs.datafile import check_size, keep_length
 from tierfs.errors import IndexError_
 from tierfs.index_writer import FORMAT, U64X2, Chain, Leaves, Meta, Note, Totals, Writer, whole
@@ -132,6 +132,11 @@ class Index(PastReader):
         """The record of an inode; a damaged one is none (see `whole`). Raises IndexError_."""
         raw = self._get("files", U64.pack(ino))
         return None if raw is None else whole(unpack_record, ino, raw)
+
+    def is_plain(self, ino: int, ctime: int) -> bool:
+        """Whether there is a whole record which says that the file shows what it is. Raises IndexError_."""
+        raw = self._get("files", U64.pack(ino))
+        return raw is not None and is_plain(ino, raw, ctime)
 
     def get_by_fid(self, fid: bytes) -> Record | None:
         """The record of a file id. Raises IndexError_, also where it is damaged: garbage is what has none."""

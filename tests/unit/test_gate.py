@@ -13,6 +13,7 @@ import time
 import pytest
 
 from tierfs import idle, wire
+from tierfs.codec import is_plain, pack_record
 from tierfs.gate import Gate
 from tierfs.handles import Inode
 from tierfs.marks import Mark, MarkReader, MarkWriter
@@ -31,6 +32,10 @@ class DictIndex:
 
     def get(self, ino):
         return self.records.get(ino)
+
+    def is_plain(self, ino, ctime):
+        record = self.records.get(ino)
+        return record is not None and is_plain(ino, pack_record(record), ctime)
 
     def get_bits(self, ino):
         return None

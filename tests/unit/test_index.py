@@ -13,6 +13,7 @@ import lmdb
 import pytest
 
 from tierfs import datafile
+from tierfs.codec import is_plain, pack_record, unpack_record
 from tierfs.errors import IndexError_
 from tierfs.index import Index, Totals
 from tierfs.model import Copy, Record, Residency, make_generation
@@ -46,6 +47,33 @@ def test_a_record_is_found_by_inode_and_by_file_id(index):
     assert index.get(5) == record(5) and index.get(6) == record(6, copied=False)
     assert index.get_by_fid(record(5).fid) == record(5)
     assert index.get(7) is None and index.get_by_fid(b"x" * 16) is None
+
+
+@pytest.mark.parametrize("residency", list(Residency))
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("left", [0, 77, -1, 1 << 62])
+def test_a_file_is_plain_where_its_whole_record_says_so(residency, copied, left):
+    raw = pack_record(record(residency=residency, copied=copied, left_ctime=left))
+    for ctime in (0, 77, 78, -1, 1 << 62):
+        whole = unpack_record(5, raw)
+        assert is_plain(5, raw, ctime) is (whole.residency is Residency.RESIDENT and whole.left_ctime != ctime)
+
+
+def test_what_is_plain_is_asked_of_the_index(index):
+    put(index, record(5, left_ctime=77), record(6, residency=Residency.STUB, left_ctime=77))
+    assert index.is_plain(5, 78) and not index.is_plain(5, 77)
+    assert not index.is_plain(6, 78)
+    assert not index.is_plain(7, 78), "there is no record"
+
+
+def test_no_damaged_record_is_plain():
+    raw = pack_record(record(left_ctime=77))
+    assert is_plain(5, raw, 78)
+    assert not is_plain(6, raw, 78), "another inode's"
+    for at in range(len(raw)):
+        assert not is_plain(5, raw[:at], 78)
+        for bit in range(8):
+            assert not is_plain(5, raw[:at] + bytes([raw[at] ^ 1 << bit]) + raw[at + 1 :], 78)
 
 
 def test_totals_follow_every_change(index):
