@@ -45,9 +45,13 @@ class Stopped(Message, frozen=True):
     clean: bool
 
 
+class Suspect(Message, frozen=True):
+    """The index that the server has open is damaged, it seems: somebody else must look at it."""
+
+
 _encoder = msgspec.msgpack.Encoder()
 _to_server = msgspec.msgpack.Decoder(Mounted | NewMover | Stop)
-_to_supervisor = msgspec.msgpack.Decoder(Prepared | Ready | Stopped)
+_to_supervisor = msgspec.msgpack.Decoder(Prepared | Ready | Stopped | Suspect)
 
 
 class Channel:

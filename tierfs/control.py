@@ -235,10 +235,11 @@ class Finding(msgspec.Struct, frozen=True):
 
 
 class Findings(Frame, frozen=True):
-    """The end of a check."""
+    """The end of a check. `renewing`: the index is made anew first, and the check is to be asked again."""
 
     findings: list[Finding]
     files: int = 0
+    renewing: bool = False
 
 
 class Failed(Frame, frozen=True):

@@ -57,6 +57,16 @@ class IndexError_(TierError):
     errno = errno.EIO
 
 
+class IndexDamagedError(IndexError_):
+    """The index's file is not whole: it is put aside and made anew from the tree. No single record is meant."""
+
+
+class IndexFullError(IndexError_):
+    """The index cannot grow: its filesystem or its address space is full. Nothing is lost."""
+
+    errno = errno.ENOSPC
+
+
 class TransitionError(TierError):
     """A change of a record that would break an invariant of residency; nothing was written."""
 

@@ -24,14 +24,14 @@ from typing import Any
 
 import lmdb
 
-from tierfs.datafile import check_size, keep_length
+from tierfs.datafile import keep_length
+from tierfs.environment import open_tables
 from tierfs.errors import IndexError_
 from tierfs.policy.heat import Heat, admitted, score, seeded, shown_at, touched
 from tierfs.policy.victims import victims
 
 log = logging.getLogger("index")
 
-MAP_SIZE = 16 << 30
 _TABLES = ("heat", "score", "queue", "meta")
 _ENTRY = struct.Struct("<dfIfQB8s")
 _STATE = struct.Struct("<QQQ")
@@ -69,12 +69,7 @@ class HeatIndex:
             self._open(path, readonly)
 
     def _open(self, path: str, readonly: bool) -> None:
-        check_size(path)
-        self._env = lmdb.open(
-            path, map_size=MAP_SIZE, max_dbs=len(_TABLES), readonly=readonly, create=not readonly, sync=False,
-            metasync=False, readahead=False, max_readers=64,
-        )  # fmt: skip
-        self._db = {name: self._env.open_db(name.encode(), create=not readonly) for name in _TABLES}
+        self._env, self._db = open_tables(path, _TABLES, readonly=readonly, durable=False)
 
     def close(self) -> None:
         """Close the environment; what the kernel has not written yet it will."""

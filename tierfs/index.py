@@ -21,6 +21,7 @@ stands in index_writer.py.
 from __future__ import annotations
 
 import logging
+import os
 import struct
 import threading
 from collections.abc import Callable, Iterator
@@ -33,19 +34,32 @@ from typing import Any, TypeVar
 import lmdb
 import msgspec
 
+from tierfs import pages
 from tierfs.codec import is_plain, unpack_record
-from tierfs.datafile import check_size, keep_length
-from tierfs.errors import IndexError_
-from tierfs.index_writer import FORMAT, U64X2, Chain, Leaves, Meta, Note, Totals, Writer, whole
+from tierfs.datafile import DATA, keep_length
+from tierfs.environment import failure, is_dead, open_tables
+from tierfs.errors import IndexDamagedError, IndexError_, IndexFullError
+from tierfs.index_writer import (
+    FORMAT,
+    U64X2,
+    Chain,
+    Leaves,
+    Meta,
+    Note,
+    Totals,
+    Writer,
+    checked_bits,
+    note_serial,
+    read_chain,
+)
 from tierfs.model import Record
-from tierfs.past import PAST_TABLES, U64, Garbage, PastReader, checked, place
+from tierfs.past import PAST_TABLES, U64, Garbage, PastReader, ascending, checked, place, whole
 
 log = logging.getLogger("index")
 
 __all__ = ["Chain", "Index", "Leaves", "Note", "Session", "Totals", "Writer"]
 
 R = TypeVar("R")
-MAP_SIZE = 64 << 30  # virtual; the file grows as it is used
 BATCH = 512  # commits that share one sync
 _TABLES = (
     "meta", "files", "fids", "bits", "leaves", "dirty", "quiet", "pins", "dirs", "pending", "changes",
@@ -68,7 +82,11 @@ class _Job:
 
 
 class Index(PastReader):
-    """One process's view of the index. Reads are thread-safe; writes go through `commit`."""
+    """One process's view of the index. Reads are thread-safe; writes go through `commit`.
+
+    `on_lost(reason, damaged)` is called, in whichever thread notices, when this process can do no more with it.
+    `make_room` is called where a commit found no room on the disk: whether it is worth trying again.
+    """
 
     def __init__(self, path: str, env: Any, tables: dict[str, Any], readonly: bool) -> None:
         """Use `Index.open`."""
@@ -79,6 +97,8 @@ class Index(PastReader):
         self._wake = threading.Condition()
         self._jobs: list[_Job] = []
         self._closed = False
+        self.on_lost: Callable[[str, bool], None] = lambda reason, damaged: None
+        self.make_room: Callable[[], bool] = lambda: False
         self._committer: threading.Thread | None = None
 
     @classmethod
@@ -87,22 +107,16 @@ class Index(PastReader):
 
         Raises IndexError_ where it is damaged or of an unknown format.
         """
-        check_size(path)
-        try:
-            env = lmdb.open(
-                path, map_size=MAP_SIZE, max_dbs=len(_TABLES), readonly=readonly, create=not readonly,
-                max_readers=64, metasync=True, sync=True, readahead=False,
-            )  # fmt: skip
-            tables = {name: env.open_db(name.encode(), create=not readonly) for name in _TABLES}
-            # A reader killed in the midst of a look would keep the pages it saw from ever being used again.
-            env.reader_check()
-        except lmdb.Error as exc:
-            raise IndexError_(f"{path}: the index does not open: {exc}: run `tierfs check --repair`") from exc
+        env, tables = open_tables(path, _TABLES, readonly=readonly, durable=True)
         index = cls(path, env, tables, readonly)
-        with env.begin() as txn:
-            found = index.read_meta(txn).format
-        if found != FORMAT:
-            raise IndexError_(f"{path}: the index has format {found}, this version reads {FORMAT}")
+        try:
+            found = index._meta().format
+            index.chain()
+            if found != FORMAT:
+                raise IndexError_(f"{path}: the index has format {found}, this version reads {FORMAT}")
+        except BaseException:
+            env.close()
+            raise
         return index
 
     def close(self) -> None:
@@ -126,7 +140,13 @@ class Index(PastReader):
         return value
 
     def _unreadable(self, error: Exception) -> IndexError_:
-        return IndexError_(f"{self.path}: the index cannot be read: {error}")
+        return self._told(failure(self.path, "cannot be read", error), is_dead(error))
+
+    def _told(self, error: IndexError_, dead: bool = False) -> IndexError_:
+        damaged = isinstance(error, IndexDamagedError)
+        if damaged or dead:
+            self.on_lost(str(error), damaged)
+        return error
 
     def get(self, ino: int) -> Record | None:
         """The record of an inode; a damaged one is none (see `whole`). Raises IndexError_."""
@@ -142,12 +162,17 @@ class Index(PastReader):
         """The record of a file id. Raises IndexError_, also where it is damaged: garbage is what has none."""
         at = self._get("fids", fid)
         raw = self._get("files", at) if at is not None else None
-        return None if raw is None or at is None else unpack_record(U64.unpack(at)[0], raw)
+        if raw is None or at is None:
+            return None
+        record = unpack_record(U64.unpack(at)[0], raw)
+        if record.fid != fid:
+            raise IndexError_(f"the index's entry of file {fid.hex()} is damaged: run `tierfs check --repair`")
+        return record
 
     def get_bits(self, ino: int) -> bytes | None:
         """The leaf bitmap of a partial file. Raises IndexError_."""
         raw = self._get("bits", U64.pack(ino))
-        return None if raw is None else whole(checked, f"bitmap of inode {ino}", raw)
+        return None if raw is None else whole(checked_bits, ino, raw)
 
     def get_leaves(self, fid: bytes, generation: int) -> Leaves | None:
         """Digests and extents of one copy. Raises IndexError_."""
@@ -166,16 +191,33 @@ class Index(PastReader):
         raw = self._get("dirs", U64.pack(ino))
         return None if raw is None else whole(place, f"directory {ino}", raw)
 
+    def verify(self) -> pages.Walked:
+        """Look at all pages as they are now, while others write on. Raises IndexDamagedError, OSError.
+
+        `on_lost` is not called: whoever asks says what is to be done.
+        """
+        file = os.path.join(self.path, DATA)
+        while True:
+            with self._env.begin() as txn:  # which keeps the pages of its moment from being used again
+                try:
+                    return pages.verify(file, txn.id())
+                except LookupError:
+                    continue  # two commits came in between
+
     def read_meta(self, txn: Any) -> Meta:
         """The meta value as this transaction sees it. Raises IndexError_."""
-        raw = txn.get(b"meta", db=self.tables["meta"])
-        if raw is None:
-            return Meta()
-        return msgspec.msgpack.decode(checked("meta value", raw), type=Meta)
+        return self._read_meta(txn.get(b"meta", db=self.tables["meta"]))
 
     def _meta(self) -> Meta:
-        raw = self._get("meta", b"meta")
-        return Meta() if raw is None else msgspec.msgpack.decode(checked("meta value", raw), type=Meta)
+        return self._read_meta(self._get("meta", b"meta"))
+
+    def _read_meta(self, raw: bytes | None) -> Meta:
+        if raw is None:
+            return Meta()
+        try:
+            return msgspec.msgpack.decode(checked("meta value", raw), type=Meta)
+        except (IndexError_, msgspec.DecodeError) as error:
+            raise self._told(IndexDamagedError(f"{self.path}: {error}")) from error
 
     def log_position(self) -> int | None:
         """Where to go on reading the mark log; None: it has never been read."""
@@ -198,6 +240,11 @@ class Index(PastReader):
         meta = self._meta()
         return meta.surveyed and meta.swept == meta.custody
 
+    @property
+    def never_surveyed(self) -> bool:
+        """It is new, or made anew: no look through the tree has come to its end."""
+        return self._meta().swept < 0
+
     def totals(self) -> Totals:
         """Sums over all records."""
         return Totals(*self._meta().totals)
@@ -205,8 +252,8 @@ class Index(PastReader):
     def _scan(self, table: str, start: bytes, limit: int) -> list[tuple[bytes, bytes]]:
         try:
             with self._env.begin() as txn, txn.cursor(db=self.tables[table]) as cursor:
-                return list(islice(cursor, limit)) if cursor.set_range(start) else []
-        except lmdb.Error as exc:
+                return list(islice(ascending(table, cursor), limit)) if cursor.set_range(start) else []
+        except (lmdb.Error, IndexDamagedError) as exc:
             raise self._unreadable(exc) from exc
 
     def quiet(self, before_ns: int, limit: int = 256) -> list[int]:
@@ -242,7 +289,7 @@ class Index(PastReader):
     def notes(self) -> list[Note]:
         """All that the namespace journal has yet to look at, as of one moment. Raises IndexError_."""
         rows = self._scan("changes", b"", 1 << 30)
-        return [Note(U64.unpack_from(k)[0], k[8:], U64.unpack(checked("note", v))[0]) for k, v in rows]
+        return [Note(U64.unpack_from(key)[0], key[8:], note_serial(raw)) for key, raw in rows]
 
     def note_count(self) -> int:
         """How many there are. Raises IndexError_."""
@@ -263,8 +310,10 @@ class Index(PastReader):
 
     def chain(self) -> Chain | None:
         """How far the namespace journal has come. Raises IndexError_."""
-        raw = self._get("meta", b"chain")
-        return None if raw is None else msgspec.msgpack.decode(checked("journal's state", raw), type=Chain)
+        try:
+            return read_chain(self._get("meta", b"chain"))
+        except IndexDamagedError as error:
+            raise self._told(IndexDamagedError(f"{self.path}: {error}")) from error
 
     def dirty_since(self, ino: int) -> int:
         """Since when (ns) a file is dirty; 0 where it is not. Raises IndexError_."""
@@ -299,8 +348,8 @@ class Index(PastReader):
                 writer = Writer(txn, self.tables, self.read_meta(txn))
                 yield writer
                 writer.finish()
-        except lmdb.Error as exc:
-            raise IndexError_(f"{self.path}: the index cannot be written: {exc}") from exc
+        except (lmdb.Error, IndexDamagedError) as exc:
+            raise self._told(failure(self.path, "cannot be written", exc), is_dead(exc)) from exc
         keep_length(self._env, self.path)
 
     def _run_committer(self) -> None:
@@ -315,6 +364,17 @@ class Index(PastReader):
 
     def _commit_batch(self, jobs: list[_Job]) -> None:
         batch = [job for job in jobs if job.future.set_running_or_notify_cancel()]
+        outcomes, failures = self._try_batch(batch)
+        if any(isinstance(error, IndexFullError) for error in failures.values()) and self.make_room():
+            outcomes, failures = self._try_batch(batch)
+        for at, job in enumerate(batch):
+            if at in failures:
+                job.future.set_exception(failures[at])
+            else:
+                job.future.set_result(outcomes[at])
+
+    def _try_batch(self, batch: list[_Job]) -> tuple[list[Any], dict[int, Exception]]:
+        """Results, and what failed of them: some alone, or all, with nothing written."""
         outcomes: list[Any] = []
         failures: dict[int, Exception] = {}
         try:
@@ -324,19 +384,20 @@ class Index(PastReader):
                     try:
                         with writer.undoing(self._env):
                             outcomes[at] = job.run(writer)
-                    except lmdb.Error:
+                    except (lmdb.Error, IndexDamagedError):
                         raise
                     except Exception as error:
                         failures[at] = error
         except Exception as error:
-            failures = dict.fromkeys(range(len(batch)), error)
-        for at, job in enumerate(batch):
-            if at in failures:
-                job.future.set_exception(failures[at])
-            else:
-                job.future.set_result(outcomes[at])
+            return [], dict.fromkeys(range(len(batch)), error)
+        return outcomes, failures
 
     # --- sessions -----------------------------------------------------------------------------------------
+
+    def power_was_lost(self, boot: str) -> bool:
+        """The last session ended with the machine, not in order: what is never synced may be torn."""
+        meta = self._meta()
+        return not meta.clean and meta.boot != boot
 
     def begin_session(self, boot: str, floor: int = 0) -> Session:
         """A new epoch above `floor`, durably. Custody goes on after an orderly end, or within one boot.

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import logging
 import struct
 import time
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import msgspec
 
 from tierfs import transitions
 from tierfs.codec import pack_record, unpack_record
-from tierfs.errors import IndexError_
+from tierfs.errors import IndexDamagedError, IndexError_
 from tierfs.model import Record, Residency
-from tierfs.past import U64, Garbage, PastWriter, checked, summed
+from tierfs.past import U64, Garbage, PastWriter, ascending, checked, summed, whole
 
-log = logging.getLogger("index")
-
-R = TypeVar("R")
 FORMAT = 1
 U64X2 = struct.Struct(">QQ")
+U32 = struct.Struct("<I")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +81,16 @@ class Chain(msgspec.Struct, frozen=True):
     unclean: int = -1
 
 
+def read_chain(raw: bytes | None) -> Chain | None:
+    """The chain's value. Raises IndexDamagedError: nothing can be written behind a place that is not known."""
+    if raw is None:
+        return None
+    try:
+        return msgspec.msgpack.decode(checked("journal's state", raw), type=Chain)
+    except (IndexError_, msgspec.DecodeError) as error:
+        raise IndexDamagedError(str(error)) from error
+
+
 class Note(NamedTuple):
     """Something that the namespace journal has yet to look at: a name in a directory (by inode number), or with
     name b"" an inode. `serial` rises with each note."""
@@ -92,17 +100,23 @@ class Note(NamedTuple):
     serial: int
 
 
-def whole(read: Callable[[Any, bytes], R], what: Any, raw: bytes) -> R | None:
-    """A value as `read` finds it; None where it is damaged: what is not known is found out anew.
+def note_serial(raw: bytes) -> int:
+    """The serial of a note; -1 of a damaged one, which is looked at as any other."""
+    body = whole(checked, "note", raw)
+    return -1 if body is None else int(U64.unpack(body)[0])
 
-    Without its record a file is not punched, its stub attribute says what to read, and the next look through
-    the tree or `tierfs check --repair` makes a record. Bitmaps and places are hints, digests are fetched again.
-    """
-    try:
-        return read(what, raw)
-    except (IndexError_, struct.error, ValueError) as error:
-        log.error("%s", error)
-        return None
+
+def _summed_bits(ino: int, bits: bytes) -> bytes:
+    """With a CRC of the inode number too: another's bitmap would show holes as content."""
+    return U32.pack(zlib.crc32(bits, zlib.crc32(U64.pack(ino)))) + bits
+
+
+def checked_bits(ino: int, raw: bytes) -> bytes:
+    """The bitmap. Raises IndexError_ where it is damaged, or another inode's."""
+    bits = raw[U32.size :]
+    if _summed_bits(ino, bits) != raw:
+        raise IndexError_(f"the index's bitmap of inode {ino} is damaged: what it says is fetched again")
+    return bits
 
 
 def _told(record: Record) -> tuple[object, ...]:
@@ -202,7 +216,7 @@ class Writer(PastWriter):
         kept, damaged = Totals(*self._totals), []
         self._totals = [0] * len(self._totals)
         with self._txn.cursor(db=self._db["files"]) as cursor:
-            for key, raw in cursor:
+            for key, raw in ascending("files", cursor):
                 record = whole(unpack_record, U64.unpack(key)[0], raw)
                 if record is None:
                     damaged.append(bytes(key))
@@ -249,7 +263,7 @@ class Writer(PastWriter):
 
     def put_bits(self, ino: int, bits: bytes) -> None:
         """Which leaves of a partial file are durably local, one bit each, least significant first."""
-        self._txn.put(U64.pack(ino), summed(bits), db=self._db["bits"])
+        self._txn.put(U64.pack(ino), _summed_bits(ino, bits), db=self._db["bits"])
 
     def put_leaves(self, fid: bytes, generation: int, digests: bytes, extents: list[tuple[int, int]]) -> None:
         """The digest list and data extents of one copy."""
@@ -300,7 +314,8 @@ class Writer(PastWriter):
         """These have been looked at, at `since` (ns) or later, and what was seen is in the store."""
         for ino, name, serial in notes:
             key = U64.pack(ino) + name
-            if self._txn.get(key, db=self._db["changes"]) == summed(U64.pack(serial)):
+            raw = self._txn.get(key, db=self._db["changes"])
+            if raw is not None and note_serial(raw) == serial:
                 self._txn.delete(key, db=self._db["changes"])
         left = self._txn.stat(self._db["changes"])["entries"]
         self.meta.noted_since = since if left else 0
@@ -317,8 +332,7 @@ class Writer(PastWriter):
 
     def get_chain(self) -> Chain | None:
         """As set."""
-        raw = self._txn.get(b"chain", db=self._db["meta"])
-        return None if raw is None else msgspec.msgpack.decode(checked("journal's state", raw), type=Chain)
+        return read_chain(self._txn.get(b"chain", db=self._db["meta"]))
 
     def set_log_position(self, position: int) -> None:
         """All marks before this position are applied, in this very transaction."""

@@ -18,23 +18,45 @@ was copied with its attributes behind the mount. Its object is another file's.
 
 from __future__ import annotations
 
+import logging
+import re
 import struct
 import zlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import msgspec
 
-from tierfs.errors import IndexError_
+from tierfs.errors import IndexDamagedError, IndexError_
 from tierfs.model import Record, object_key
 from tierfs.policy.aging import Clock
 
+log = logging.getLogger("index")
+
+R = TypeVar("R")
 U64 = struct.Struct(">Q")
 _CRC = struct.Struct("<I")
 _PATH_MOST = 440  # bytes; LMDB's keys have at most 511
 _DEPTH = 4096
 _KEY_SIZE = 16 + 8 + 8
 Buried = tuple[int, str]  # the beat before, the object's key
+_OBJECT = rb"data/[0-9a-f]{2}/[0-9a-f]{32}/[0-9a-f]{12}-[0-9a-f]{16}"
+# What a key can look like: one that cannot be is damaged, and passed over.
+KEY_FORMS = {
+    table: re.compile(form, re.DOTALL)
+    for table, form in {
+        **dict.fromkeys(("files", "dirty", "bits", "pins", "dirs", "pending", "beats", "lists"), rb".{8}"),
+        "quiet": rb".{16}",
+        "changes": rb".{8,263}",
+        "leaves": rb".{24}",
+        "tombs": rb".{8}" + _OBJECT,
+        "orphans": rb".{8}" + _OBJECT,
+        "intents": _OBJECT,
+        "twins": _OBJECT + rb"\0.+",
+        "versions": rb".{32}",
+        "places": rb".*\0.{32}",
+    }.items()
+}
 PAST_TABLES = ("tombs", "versions", "places", "orphans", "intents", "twins", "beats", "lists")
 
 
@@ -48,6 +70,32 @@ def checked(what: str, raw: bytes) -> bytes:
     if len(raw) < _CRC.size or zlib.crc32(raw[_CRC.size :]) != _CRC.unpack_from(raw)[0]:
         raise IndexError_(f"the index's {what} is damaged: run `tierfs check --repair`")
     return raw[_CRC.size :]
+
+
+def whole(read: Callable[[Any, bytes], R], what: Any, raw: bytes) -> R | None:
+    """A value as `read` finds it; None where it is damaged: what is not known is found out anew.
+
+    Without its record a file is not punched, its stub attribute says what to read, and the next look through
+    the tree or `tierfs check --repair` makes a record. Bitmaps and places are hints, digests are fetched again.
+    """
+    try:
+        return read(what, raw)
+    except (IndexError_, struct.error, ValueError) as error:
+        log.error("%s", error)
+        return None
+
+
+def ascending(table: str, rows: Iterator[tuple[bytes, bytes]]) -> Iterator[tuple[bytes, bytes]]:
+    """The rows of a cursor but for those whose key cannot be. Raises IndexDamagedError where they are not in
+    order: among damaged pages there are circles."""
+    last: bytes | None = None
+    form = KEY_FORMS[table].fullmatch
+    for key, value in rows:
+        if last is not None and key <= last:
+            raise IndexDamagedError("the index's keys are not in order: run `tierfs check --repair`")
+        last = key
+        if form(key):
+            yield key, value
 
 
 def place(what: str, raw: bytes) -> tuple[int, bytes]:
@@ -170,7 +218,11 @@ class PastWriter:
             if raw is None:
                 parts.append(b"?")
                 break
-            parent, above = place(f"directory {parent}", raw)
+            found = whole(place, f"directory {parent}", raw)
+            if found is None:
+                parts.append(b"?")
+                break
+            parent, above = found
             parts.append(above)
         return b"/".join(reversed(parts))
 
@@ -196,9 +248,10 @@ class PastWriter:
         raw = self._txn.get(ident, db=self._db["versions"])
         if raw is None:
             return
-        version = msgspec.msgpack.decode(checked("version", raw), type=Version)
-        self._txn.delete(_place_key(version.path, ident), db=self._db["places"])
-        self._txn.delete(U64.pack(version.beat) + version.key.encode(), db=self._db["tombs"])
+        version = _decode(raw)
+        if version is not None:  # of a damaged one the tombstone stays, and goes when its time is over
+            self._txn.delete(_place_key(version.path, ident), db=self._db["places"])
+            self._txn.delete(U64.pack(version.beat) + version.key.encode(), db=self._db["tombs"])
         self._txn.delete(ident, db=self._db["versions"])
 
     def drop_tombstone(self, beat: int, key: str) -> None:
@@ -341,7 +394,8 @@ class PastReader:
 
     def versions_of(self, fid: bytes) -> list[Version]:
         """The former copies of a file, oldest first."""
-        return [_decode(raw) for _, raw in self._walk("versions", fid)]
+        found = [_decode(raw) for _, raw in self._walk("versions", fid)]
+        return [version for version in found if version is not None]
 
     def versions_at(self, path: bytes) -> list[Version]:
         """Versions that ended at this very path."""
@@ -355,8 +409,9 @@ class PastReader:
     def _placed(self, prefix: bytes) -> Iterator[Version]:
         for key, _ in self._walk("places", prefix):
             raw = self._get("versions", key[-_KEY_SIZE:])
-            if raw is not None:
-                yield _decode(raw)
+            version = _decode(raw) if raw is not None else None
+            if version is not None:
+                yield version
 
     def beats(self, first: int = 0, limit: int = 1 << 20) -> list[tuple[int, float]]:
         """(number, believed time in seconds) from this one on."""
@@ -369,5 +424,7 @@ class PastReader:
         return [msgspec.msgpack.decode(checked("list of garbage", raw), type=Listed) for _, raw in rows]
 
 
-def _decode(raw: bytes) -> Version:
-    return msgspec.msgpack.decode(checked("version", raw), type=Version)
+def _decode(raw: bytes) -> Version | None:
+    """None of a damaged one: its object is kept as long, and not named."""
+    body = whole(checked, "version", raw)
+    return None if body is None else msgspec.msgpack.decode(body, type=Version)

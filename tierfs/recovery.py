@@ -18,7 +18,7 @@ from tierfs.errors import ObjectCorruptError, ObjectMissingError, TierError
 from tierfs.index import Writer
 from tierfs.kit import WRITE_FLAGS, Kit, read_exactly
 from tierfs.model import Copy, Record, Residency, Stub, object_key
-from tierfs.survey import fresh_record
+from tierfs.survey import fresh_record, put_instead
 from tierfs.tier import Tier
 
 log = logging.getLogger("recovery")
@@ -216,7 +216,7 @@ def _record(case: Case) -> bool:
         twin = kit.holder(record.fid)
         if twin is not None and twin.ino != record.ino:
             return False  # a copy of a stub has no record until it is fetched
-        kit.index.commit(partial(_put_instead, case.record, record)).result()
+        kit.index.commit(partial(put_instead, case.record, record)).result()
         made = kit.index.get(record.ino)
         return made is not None and made.handle == handle and made.fid == record.fid
     except OSError as error:
@@ -232,15 +232,6 @@ def _is_empty(kit: Kit, opath: int, st: os.stat_result) -> bool:
         return not kit.tree.extents(fd, st.st_size)
     finally:
         os.close(fd)
-
-
-def _put_instead(before: Record | None, record: Record, w: Writer) -> None:
-    """Unless a mark was quicker."""
-    now = w.get(record.ino)
-    if now is not None and now.handle != record.handle:
-        now = None
-    if now == before:
-        w.put(record)
 
 
 def check_object(case: Case) -> Iterator[Found]:

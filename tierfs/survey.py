@@ -52,6 +52,7 @@ class Survey:
         self._doubtful: list[Item] = []
         self._seen: set[int] = set()
         self._known = 0
+        self._first = False
 
     @property
     def left(self) -> int:
@@ -61,6 +62,7 @@ class Survey:
     def run(self) -> bool:
         """Look at everything; False if it was stopped. Raises IndexError_, OSError."""
         self._tier.drain()
+        self._first = self._kit.index.never_surveyed
         self._known = self._kit.index.totals().files
         begun = time.monotonic()
         pending = [b""]
@@ -114,6 +116,8 @@ class Survey:
         else:
             if not record.parent or not record.name:
                 self._commit(partial(_put_place, st.st_ino, parent, name))
+            if self._first and record.residency is Residency.RESIDENT and record.copy is None:
+                self._made_of_marks(dirfd, name, st, record)
             if self._is_doubtful(record, st):
                 self._doubtful.append(Item(st.st_ino, handle, path, parent, name, st.st_size))
                 if len(self._doubtful) >= _VERIFY:
@@ -141,6 +145,21 @@ class Survey:
         finally:
             os.close(opath)
         self._commit(partial(put_new, record, self._kit.holder(record.fid)))
+
+    def _made_of_marks(self, dirfd: int, name: bytes, st: os.stat_result, before: Record) -> None:
+        """In a new index marks are read again that are older than the stub: nothing writes to one before its
+        attribute is gone. Then the stub counts."""
+        opath = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=dirfd)
+        try:
+            if os.fstat(opath).st_ino != st.st_ino or self._kit.tree.read_stub(opath) is None:
+                return
+            record = fresh_record(self._kit, opath, st, before.handle, before.parent, before.name)
+        except ForeignStubError:
+            return  # its data is all there is of it
+        finally:
+            os.close(opath)
+        if self._kit.holder(record.fid) is None:
+            self._commit(partial(put_instead, before, record))
 
     def _commit(self, run: Callable[[Writer], None]) -> None:
         self._futures.append(self._kit.index.commit(run))
@@ -231,6 +250,15 @@ def put_new(record: Record, twin: Record | None, w: Writer) -> None:
     if before is not None:
         forget(w, before, Ending(time.time_ns()))
     w.put(record)
+
+
+def put_instead(before: Record | None, record: Record, w: Writer) -> None:
+    """Unless a mark, or work on the file, was quicker."""
+    now = w.get(record.ino)
+    if now is not None and now.handle != record.handle:
+        now = None
+    if now == before:
+        w.put(record)
 
 
 def _forget(before: Record, w: Writer) -> None:

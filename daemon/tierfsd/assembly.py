@@ -25,6 +25,7 @@ from tierfsd import checking
 from tierfsd.backend import TierBackend
 from tierfsd.claiming import Fence
 from tierfsd.control_server import ControlServer, Job
+from tierfsd.indexcare import INDEX_DAMAGED
 from tierfsd.journalling import JournalKeeper
 from tierfsd.scheduler import Scheduler
 from tierfsd.watcher import ConfigWatcher
@@ -42,12 +43,14 @@ class Mover:
     def __init__(self, home: volume.Volume, link_fd: int, control_fd: int, stopping: threading.Event) -> None:
         """`stopping` is set when it shall end. Raises TierError, OSError."""
         self.stopping = stopping
+        self.index_damaged = False
         self._lost = threading.Event()
         self._claiming = threading.Lock()
         self._home = home
         self._watcher = ConfigWatcher(home.path(FILE_NAME), home.identity.store, self._apply)
         config = self._watcher.current
         self._index = Index.open(home.path("index"))
+        self._index.on_lost = _end_at_once
         self._tree = open_tree(home.path("tree"))
         self._store = _open_store(home, config)
         self._heat = HeatIndex(home.path("heat"), config.local_limit or self._tree.space().total)
@@ -61,6 +64,7 @@ class Mover:
         self._tier.kit.fence = Fence(self._verify_claim).check
         self._journal = JournalKeeper(self._tier, home.identity.volume, self._show_life)
         self._scheduler = Scheduler(self._tier, self._heat, _device_of(home.store_url), home.path("ballast"))
+        self._index.make_room = self._scheduler.make_index_room
         backend = TierBackend(
             self._tier, self._heat, home, self._watcher,
             looked=self._scheduler.looked,
@@ -152,7 +156,12 @@ class Mover:
         while not self._scheduler.looked.wait(0.1):
             if job.cancelled.is_set():
                 return control.Findings([])
-        return checking.check(self._tier, repair, read_data, job)
+        findings = checking.check(self._tier, repair, read_data, job)
+        if findings.renewing:
+            log.critical("%s: the mover ends, for a new one to be made", findings.findings[0].what)
+            self.index_damaged = True
+            self.stopping.set()
+        return findings
 
     def _apply(self, config: VolumeConfig) -> None:
         self._tier.reconfigure(config)
@@ -184,6 +193,12 @@ class Mover:
         """The server is gone, and a new one will have a new mover."""
         self._lost.set()
         self.stopping.set()
+
+
+def _end_at_once(reason: str, damaged: bool) -> None:
+    """The index is damaged, or LMDB does nothing more: whatever is under way, nothing more may be written."""
+    log.critical("%s: the mover ends", reason)
+    os._exit(INDEX_DAMAGED if damaged else 1)
 
 
 def _open_store(home: volume.Volume, config: VolumeConfig) -> ObjectStore:

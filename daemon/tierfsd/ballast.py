@@ -23,13 +23,14 @@ class Ballast:
         self._tree = tree
         self._there = os.path.exists(path)
 
-    def release(self) -> None:
-        """Let go of it; it comes back when there is room."""
-        if self._there:
+    def release(self) -> bool:
+        """Let go of it; it comes back when there is room. Whether it was there."""
+        was, self._there = self._there, False
+        if was:
             log.warning("the local disk is full: its reserve is let go of")
-        self._there = False
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._path)
+        return was
 
     def restore(self, min_free: float) -> None:
         """Make it where there is ample room beyond the share of the filesystem that is kept free anyway."""

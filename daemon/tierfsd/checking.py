@@ -9,7 +9,7 @@ from functools import partial
 
 from tierfs import control
 from tierfs.digests import SIDE_SUFFIX
-from tierfs.errors import ForeignStubError, IndexError_
+from tierfs.errors import ForeignStubError, IndexDamagedError, IndexError_
 from tierfs.index import Writer
 from tierfs.model import object_key
 from tierfs.places import join
@@ -20,6 +20,10 @@ from tierfsd.control_server import Job
 
 def check(tier: Tier, repair: bool, read_data: bool, job: Job) -> control.Findings:
     """Carry out a check. Raises StoreError where the store cannot be asked, IndexError_."""
+    damage = _damage(tier)
+    if damage:
+        # No more is read of it than must be.
+        return control.Findings([control.Finding(damage, repaired=repair)], renewing=repair)
     finish_pending(tier)
     total = tier.kit.index.totals().files
     findings: list[control.Finding] = []
@@ -41,6 +45,15 @@ def check(tier: Tier, repair: bool, read_data: bool, job: Job) -> control.Findin
         findings += [_finding(found) for found in _totals(tier, repair)]
         findings += [_finding(found) for found in _orphans(tier, repair, referred)]
     return control.Findings(findings, files)
+
+
+def _damage(tier: Tier) -> str:
+    """What is wrong with the index below the level of records."""
+    try:
+        tier.kit.index.verify()
+    except IndexDamagedError as error:
+        return f"the index is damaged: {error}"
+    return ""
 
 
 def _finding(found: Found) -> control.Finding:

@@ -85,7 +85,7 @@ class Server:
         self._supervisor = supervisor
         self._link_fd = -1
         self._stopping = False
-        self._said_ready = False
+        self._said_ready = self._said_suspect = False
         self._next_tick = 0.0
         self._spinner = session.spinner
         self._poll = select.epoll()
@@ -150,6 +150,13 @@ class Server:
             self._supervisor.send(message)
         except OSError as error:
             log.warning("the supervisor does not listen: %s", error)
+
+    def index_lost(self, reason: str, damaged: bool) -> None:
+        """Reading the index has shown damage. Called in any thread."""
+        if damaged and not self._said_suspect:
+            self._said_suspect = True
+            log.error("%s", reason)
+            self._tell(channel.Suspect())
 
     def _signalled(self) -> None:
         numbers = os.read(self._signal_fd, 64)
@@ -240,6 +247,7 @@ def _serve(arguments: argparse.Namespace, tree: Tree, index: Index, stack: conte
     stack.callback(os.close, fuse_fd)
     session = Session(fuse_fd, vfs, passthrough=tree.privileged, spinner=Spinner())
     server = Server(session, vfs, gate, supervisor, _signals())
+    index.on_lost = server.index_lost
     # Not SCHED_BATCH, although it serves a few per cent more: behind programs that compute, such a process
     # waits for their time slices, and a stat takes 0.3 ms on average instead of 0.03 to 0.15.
     # What exists now stays: it need not be looked at in each collection.

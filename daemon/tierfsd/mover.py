@@ -34,17 +34,19 @@ def main() -> int:
 def _work(arguments: argparse.Namespace, stopping: threading.Event) -> int:
     # Loaded only now: it takes a moment, and a signal must not end the process meanwhile.
     from tierfs import volume
-    from tierfs.errors import TierError
+    from tierfs.errors import IndexDamagedError, TierError
     from tierfsd import logs
     from tierfsd.assembly import Mover
+    from tierfsd.indexcare import INDEX_DAMAGED
 
     logs.setup()
     try:
-        Mover(volume.load(arguments.state), arguments.link_fd, arguments.control_fd, stopping).run()
+        mover = Mover(volume.load(arguments.state), arguments.link_fd, arguments.control_fd, stopping)
+        mover.run()
     except (TierError, OSError) as exc:
         logging.getLogger("mover").critical("the mover cannot work: %s", exc)
-        return 1
-    return 0
+        return INDEX_DAMAGED if isinstance(exc, IndexDamagedError) else 1
+    return INDEX_DAMAGED if mover.index_damaged else 0
 
 
 if __name__ == "__main__":

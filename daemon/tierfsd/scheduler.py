@@ -118,6 +118,12 @@ class Scheduler:
             # What was read a moment ago is about to be closed, or to settle.
             self._stopping.wait(_ROOM_SECONDS)
 
+    def make_index_room(self) -> bool:
+        """A commit found no room on the disk: whether it is worth trying again. Room is made besides."""
+        self._urgent.set()
+        self._pending = True  # what nobody waits for may not have been committed
+        return self._ballast.release()
+
     @property
     def verifying(self) -> int:
         """Files that have yet to be compared after an unclean stop."""

@@ -20,12 +20,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import FrameType
 
-from tierfs import channel, control, locate, syscalls, volume, wire
-from tierfs.errors import IndexError_, TierError, VolumeError
+from tierfs import channel, control, locate, volume, wire
+from tierfs.errors import TierError, VolumeError
 from tierfs.fuse import mounting
 from tierfs.fuse.choice import Choice
 from tierfs.index import Index
 from tierfsd.children import Child
+from tierfsd.indexcare import IndexCare
 from tierfsd.logs import LogFile
 
 log = logging.getLogger("supervisor")
@@ -67,6 +68,8 @@ class Supervisor:
         self._ready = False
         self._clean = False
         self._mover_due = 0.0
+        self._care = IndexCare(plan.volume)
+        self._suspect = False
         self._signals: list[int] = []
 
     # --- starting ----------------------------------------------------------------------------------------
@@ -86,7 +89,7 @@ class Supervisor:
 
     def _mount(self) -> None:
         """Begin a session, mount, start both processes, and wait for the server to answer the kernel."""
-        epoch = self._begin_session()
+        epoch = self._care.begin_session()
         self._prepared = self._ready = self._clean = False
         plan = self._plan
         ours, theirs = channel.make_pair()
@@ -119,26 +122,12 @@ class Supervisor:
                 self._fuse_fd = mounting.mount(plan.mountpoint, identity.volume, plan.options)
                 self._channel.send(channel.Mounted(), [self._fuse_fd])
 
-    def _begin_session(self) -> int:
-        """A new epoch. A damaged index is put aside: the stubs in the tree say all that is needed of it."""
-        home = self._plan.volume
-        path = home.path("index")
-        try:
-            index = Index.open(path)
-        except IndexError_ as exc:
-            aside = f"{path}.damaged-{int(time.time())}"
-            log.error("%s: put aside as %s; a new index is made from the tree", exc, aside)
-            os.rename(path, aside)
-            os.mkdir(path, 0o700)
-            index = Index.open(path)
-        with contextlib.closing(index):
-            epoch = index.begin_session(syscalls.boot_id(), volume.last_epoch(home.state)).epoch
-        volume.keep_epoch(home.state, epoch)
-        return epoch
-
     def _end_session(self) -> None:
-        with contextlib.closing(Index.open(self._plan.volume.path("index"))) as index:
-            index.end_session()
+        try:
+            with contextlib.closing(Index.open(self._plan.volume.path("index"))) as index:
+                index.end_session()
+        except TierError as error:
+            log.error("copies will be proven again: %s", error)
 
     def _say_what_is_local_only(self) -> None:
         """For whoever shuts the machine down, or reads the log before giving it away."""
@@ -199,6 +188,8 @@ class Supervisor:
                 if not self._revive(status):
                     return 1
             self._look_after_mover()
+            if not self._look_after_index():
+                return 1
 
     def _reload(self) -> None:
         """Have the mover read its configuration: by a request, since a signal could meet it half started."""
@@ -214,16 +205,31 @@ class Supervisor:
     def _eventful(self) -> bool:
         mover_due = not self._mover.pid and time.monotonic() >= self._mover_due
         mover_dead = bool(self._mover.pid) and not self._mover.alive()
-        return bool(self._signals) or not self._server.alive() or mover_due or mover_dead
+        return bool(self._signals) or self._suspect or not self._server.alive() or mover_due or mover_dead
 
     def _pause(self) -> float | None:
         """How long to wait for an event at most; None: for ever (a child's end is an event: SIGCHLD)."""
         return None if self._mover.pid else max(0.0, self._mover_due - time.monotonic())
 
+    def _look_after_index(self) -> bool:
+        """Look at a suspect index while nobody writes it; with a new one all begins anew. False: in vain."""
+        if not self._suspect:
+            return True
+        self._suspect = False
+        if self._mover.alive():
+            self._end_mover()
+            self._mover_due = time.monotonic()
+        if not self._care.put_aside_if_damaged():
+            return True
+        log.error("there is a new index: mounting anew")
+        self._server.kill()  # it has the former one open, and nothing that it holds may be handed on
+        return self._mount_anew()
+
     def _look_after_mover(self) -> None:
         status = self._mover.reap()
         if status is not None:
             self._mover.died()
+            self._suspect |= self._care.suspect(status)
             pause = _MOVER_PAUSES[min(self._mover.deaths, len(_MOVER_PAUSES)) - 1]
             self._mover_due = time.monotonic() + pause
             log.error("the mover %s; starting another in %.1f s", _how(status), pause)
@@ -234,7 +240,11 @@ class Supervisor:
     def _revive(self, status: int) -> bool:
         """The server has died: detach the mount and make it anew. False where that was tried too often."""
         self._server.died()
+        self._care.suspect(status)
         log.error("the mount server %s; mounting anew", _how(status))
+        return self._mount_anew()
+
+    def _mount_anew(self) -> bool:
         self._end_mover()
         self._detach()
         if self._server.deaths > _SERVER_DEATHS:
@@ -362,6 +372,9 @@ class Supervisor:
             self._prepared = True
         elif isinstance(message, channel.Ready):
             self._ready = True
+        elif isinstance(message, channel.Suspect):
+            self._suspect = True
+            self._care.doubt("the mount server has met damage")
         elif isinstance(message, channel.Stopped):
             self._clean = message.clean
         return True

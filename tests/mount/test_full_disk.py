@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import random
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 from harness import Scratch, Volume
+
+from tierfs import pages
+from tierfs.errors import IndexFullError
+from tierfs.index import Index, Writer
+from tierfs.model import Record
 
 pytestmark = pytest.mark.usefixtures("tiers", "needs_root")
 MIB = 1 << 20
@@ -91,3 +99,125 @@ def test_full_of_what_can_leave(small: Volume) -> None:
     for number, (path, data) in enumerate(files.items()):
         if number % 10 == 0:
             assert path.read_bytes() == data
+
+
+# --- the index on a disk that is full to the last block -----------------------------------------------------
+
+
+def fill_to_the_last_block(path: Path) -> None:
+    with open(path, "ab", buffering=0) as out:
+        for size in (MIB, 4096):
+            try:
+                while True:
+                    out.write(bytes(size))
+            except OSError as exc:
+                assert exc.errno == errno.ENOSPC
+            os.fsync(out.fileno())
+
+
+def a_record(ino: int) -> Record:
+    return Record(ino, b"handle%d" % ino, ino.to_bytes(16, "big"), 1, name=b"n" * 100)
+
+
+def test_an_index_on_a_full_disk_loses_nothing_and_goes_on_by_itself(disk: Path) -> None:
+    """What was acknowledged is there, what was not is not; with room again the same environment writes on."""
+    index = Index.open(str(disk / "index"))
+    fill_to_the_last_block(disk / "filler")
+    acknowledged, failed = [], []
+    for first in range(1, 40_000, 500):
+        inos = range(first, first + 500)
+        futures = [index.commit(partial(Writer.put, record=a_record(ino))) for ino in inos]
+        for ino, future in zip(inos, futures, strict=True):
+            (acknowledged if future.exception() is None else failed).append((ino, future.exception()))
+    assert failed and all(isinstance(error, IndexFullError) for _, error in failed)
+    assert {error.errno for _, error in failed} == {errno.ENOSPC}
+    for ino, _ in acknowledged:
+        assert index.get(ino) == a_record(ino)
+    assert not any(index.get(ino) for ino, _ in failed)
+    assert index.totals().files == len(acknowledged)
+    (disk / "filler").unlink()
+    for ino, _ in failed[:2000]:
+        index.commit(partial(Writer.put, record=a_record(ino)))
+    index.commit(lambda w: None).result()
+    assert index.totals().files == len(acknowledged) + 2000
+    index.close()
+    pages.verify(str(disk / "index" / "data.mdb"))
+
+
+def test_the_reserve_is_for_the_index_too(disk: Path) -> None:
+    """A commit that finds no room is tried again once the reserve is let go of."""
+    reserve = disk / "reserve"
+    with open(reserve, "wb") as file:
+        os.posix_fallocate(file.fileno(), 0, 4 * MIB)
+    index = Index.open(str(disk / "index"))
+    calls = []
+
+    def make_room() -> bool:
+        calls.append(reserve.exists())
+        reserve.unlink(missing_ok=True)
+        return calls[-1]
+
+    index.make_room = make_room
+    fill_to_the_last_block(disk / "filler")
+    for first in range(1, 5000, 500):
+        inos = range(first, first + 500)
+        for future in [index.commit(partial(Writer.put, record=a_record(ino))) for ino in inos]:
+            future.result()
+    assert calls == [True]
+    assert index.totals().files == 5000
+    index.close()
+
+
+def test_a_disk_full_to_the_last_block_and_room_again(small: Volume, disk: Path) -> None:
+    """With no reserve, no block left and nothing that may leave, the index cannot take in what happens. Local
+    work goes on, and with room again all of it is made up for without help, by the same processes."""
+    files = {small.mountpoint / f"{number:03}-{'y' * 205}": os.urandom(9000) for number in range(50)}
+    for path, data in files.items():
+        path.write_bytes(data)
+    small.umount("--wait")
+    small.mount()
+    small.cli("pin", small.mountpoint)
+    pids = small.status()["pids"]
+    store = small.base / "store"
+    store.rename(small.base / "away")  # so that the notes of the journal stay in the index
+    (small.state / "ballast").unlink(missing_ok=True)
+    fill_to_the_last_block(disk / "filler")
+    deadline = time.monotonic() + 60
+    for turn in itertools.count():
+        for number, path in enumerate(sorted(small.mountpoint.iterdir())):
+            new = path.with_name(f"{number:03}-{turn:04}-{'x' * 200}")
+            try:
+                path.rename(new)
+            except OSError as exc:
+                assert exc.errno == errno.ENOSPC, "the directory itself has to grow"
+            else:
+                files[new] = files.pop(path)
+        fill_to_the_last_block(disk / "filler")
+        if "the index cannot be written" in small.log():
+            break
+        assert time.monotonic() < deadline, small.log()
+    assert all(path.read_bytes() == data for path, data in files.items())
+    (disk / "filler").unlink()
+    (small.base / "away").rename(store)
+    (small.mountpoint / "after").write_bytes(content(2))
+    small.cli("unpin", small.mountpoint)
+    assert small.status()["pids"] == pids
+    small.umount("--wait")
+    small.mount()
+    assert all(path.read_bytes() == data for path, data in files.items())
+    assert (small.mountpoint / "after").read_bytes() == content(2)
+    found = small.json("check", "--json", small.mountpoint)
+    assert not found["left"] and not small.status()["dirty_files"], found
+
+
+def test_a_full_disk_can_be_mounted(small: Volume, disk: Path) -> None:
+    (small.mountpoint / "file").write_bytes(content(3))
+    small.umount("--wait")
+    with open(small.state / "ballast", "wb") as file:
+        os.posix_fallocate(file.fileno(), 0, 4 * MIB)
+    fill_to_the_last_block(disk / "filler")
+    small.mount()
+    assert (small.mountpoint / "file").read_bytes() == content(3)
+    (disk / "filler").unlink()
+    small.umount()
+    assert not list(small.state.glob("index.damaged*")), "a full disk is no damage"

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LAYERS = [
     {"errors", "model", "marks", "failpoints", "tierfs"},
     {"config", "locate", "transitions", "policy", "wire", "channel", "codec", "datafile", "manifest"}
-    | {"moments"},
+    | {"moments", "pages"},
     {"index", "heat_index", "tree", "syscalls", "store", "waits"},
     {"transfer", "volume", "ownership", "namespace"},
     {"tier", "recovery", "gate"},
@@ -25,6 +25,7 @@ FAMILIES = [
     {"policy", "transitions"},
     {"index", "codec", "heat_index"},
     {"tree", "syscalls"},
+    {"datafile", "pages"},
     {"volume", "ownership"},
     {"wire", "channel"},
     {"cli", "commands", "terminal"},
@@ -34,7 +35,7 @@ FAMILIES = [
 ]
 # Parts of a larger module that were split off share its place.
 PARTS_OF = {
-    "index": {"index_writer", "past"},
+    "index": {"index_writer", "past", "environment"},
     "restoring": {"planting"},
     "gate": {"idle", "inflow", "handles", "appearance", "report", "room"},
     "vfs": {"nodes", "dirs", "xattrs", "making", "names", "openfiles"},
@@ -47,7 +48,7 @@ WORLDS = {
     "boto3": {"tierfs/store/s3"},
     "botocore": {"tierfs/store/s3"},
     "obstore": {"tierfs/store/s3"},
-    "lmdb": {"tierfs/index.py", "tierfs/heat_index.py"},
+    "lmdb": {"tierfs/index.py", "tierfs/heat_index.py", "tierfs/environment.py"},
     "fuse": {"tierfs/fuse/"},
     "watchdog": {"daemon/tierfsd/watcher.py"},
     "click": {"tierfs/cli.py", "tierfs/commands/"},

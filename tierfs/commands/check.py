@@ -5,13 +5,17 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 
 import click
 
 from tierfs import control, launch, locate, terminal, volume
 from tierfs.commands.mount import clear_dead_mount, daemon_arguments, unmount
-from tierfs.errors import VolumeError
+from tierfs.errors import TierError, VolumeError
+
+_RENEWING_SECONDS = 60.0
+_PAUSE_SECONDS = 0.3
 
 
 @click.command()
@@ -22,21 +26,26 @@ from tierfs.errors import VolumeError
 def check(repair: bool, read_data: bool, as_json: bool, target: str) -> int:
     """Compare the tree, index and store of VOLUME: a mountpoint or a state directory."""
     with _mounted(target) as mount:
-        findings = _ask(mount, control.Check(repair, read_data))
-    left = [finding for finding in findings.findings if not finding.repaired]
+        request = control.Check(repair, read_data)
+        findings, renewed = _ask(mount, request), []
+        if findings.renewing:
+            renewed = findings.findings
+            findings = _ask_again(mount, request)
+    listed = [*renewed, *findings.findings]
+    left = [finding for finding in listed if not finding.repaired]
     if as_json:
         terminal.print_json(
             {
                 "files": findings.files,
-                "findings": [control.to_json(finding) for finding in findings.findings],
+                "findings": [control.to_json(finding) for finding in listed],
                 "left": len(left),
             }
         )
         return 1 if left else 0
-    for finding in findings.findings:
+    for finding in listed:
         where = f"{terminal.shown(finding.path)}: " if finding.path else ""
         click.echo(f"{where}{finding.what}{' (repaired)' if finding.repaired else ''}")
-    click.echo(f"{findings.files} files checked, {len(findings.findings)} findings, {len(left)} left")
+    click.echo(f"{findings.files} files checked, {len(listed)} findings, {len(left)} left")
     return 1 if left else 0
 
 
@@ -66,6 +75,21 @@ def _mounted(target: str) -> Iterator[locate.Mount]:
             yield locate.Mount(private, locate.FSTYPE, f"{locate.SOURCE_PREFIX}{identity.volume}", os.geteuid())
         finally:
             unmount(locate.locate(private).mount)
+
+
+def _ask_again(mount: locate.Mount, request: control.Check) -> control.Findings:
+    """With a new index, as soon as there is one. Raises TierError where it takes too long."""
+    deadline = time.monotonic() + _RENEWING_SECONDS
+    while True:
+        time.sleep(_PAUSE_SECONDS)
+        try:
+            findings = _ask(mount, request)
+        except TierError:
+            if time.monotonic() > deadline:
+                raise
+            continue
+        if not findings.renewing or time.monotonic() > deadline:
+            return findings
 
 
 def _ask(mount: locate.Mount, request: control.Check) -> control.Findings:
