@@ -16,6 +16,7 @@ from harness import Volume
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "unit"))
 import damaging
+import test_index_damage
 
 from tierfs import pages
 
@@ -160,6 +161,11 @@ def test_a_mover_that_dies_of_something_else_leaves_the_index_as_it_is(filled) -
         time.sleep(0.1)
     assert not aside(made) and not (made.state / "index.suspect").exists()
     sound(made, files)
+
+
+@pytest.mark.soak
+def test_thousands_of_damages_without_a_mount(tmp_path: Path) -> None:
+    test_index_damage.judge(test_index_damage.outcomes(tmp_path, 10_000, 14_000))
 
 
 @pytest.mark.soak

@@ -21,7 +21,7 @@ SOUND = {"fine", "said"}
 
 def outcomes(tmp_path, first, last):
     program = [sys.executable, damaging.__file__, str(tmp_path), str(first), str(last)]
-    done = subprocess.run(program, capture_output=True, text=True, timeout=600, check=True)
+    done = subprocess.run(program, capture_output=True, text=True, timeout=3600, check=True)
     rows = [line.split("\t") for line in done.stdout.splitlines()]
     assert len(rows) == last - first, done.stderr
     return rows
@@ -37,11 +37,6 @@ def judge(rows):
 
 def test_whatever_is_damaged_nothing_wrong_is_read_and_what_kills_is_found(tmp_path):
     judge(outcomes(tmp_path, 0, 60))
-
-
-@pytest.mark.soak
-def test_thousands_of_damages(tmp_path):
-    judge(outcomes(tmp_path, 10_000, 14_000))
 
 
 # --- the supervisor's care ----------------------------------------------------------------------------------
