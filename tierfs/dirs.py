@@ -1,83 +1,87 @@
-"""A directory being read: the filesystem's own listing, kept from the first reading of an open directory on.
+"""A directory being read. Offsets are the backing filesystem's own cookies, good for as long as it is open.
 
-Offsets stay valid for the life of the open directory whatever is made or removed meanwhile: an offset is the
-number of a block of the listing and a position in it. Offset 0 reads the directory anew.
+They depend on nothing kept here: another server goes on where this one stopped. Offset 0 reads it anew.
 """
 
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import struct
 from collections.abc import Iterator
 
 from tierfs import syscalls
+from tierfs.ledger import Ledger
 from tierfs.nodes import NodeTable
 from tierfs.waits import Slow
 
-_DIRENT = struct.Struct("=QqHB")  # inode, the filesystem's own offset, record length, type
-_SHIFT = 16  # a block is at most 64 KiB
-_NAME = 19
+log = logging.getLogger("gate")
 
+_DIRENT = struct.Struct("=QqHB")  # inode, the offset at which to go on behind it, record length, type
+_NAME = 19
 
 # The offset at which to go on behind it, name, inode, d_type. A plain tuple: there are very many.
 Entry = tuple[int, bytes, int, int]
 
 
 class Listing:
-    """The entries of one open directory. Blocks are read as they are asked for and about 40 bytes an entry."""
+    """One open directory, and the block of entries in which its reader is (64 KiB at most)."""
 
-    __slots__ = ("_blocks", "_fd", "_whole")
+    __slots__ = ("_at", "_block", "_fd", "_offset")
 
     def __init__(self, fd: int) -> None:
-        """Takes the descriptor of a directory, open for reading."""
+        """Takes the descriptor of a directory, open for reading; -1 of one that has been removed."""
         self._fd = fd
-        self._blocks: list[bytes] = []
-        self._whole = False
+        self._block = b""
+        self._at = 0  # where in the block the entry at `_offset` begins
+        self._offset = -1
 
     def close(self) -> None:
         """Close the directory."""
-        os.close(self._fd)
+        if self._fd >= 0:
+            os.close(self._fd)
 
     def dup(self) -> int:
         """Another descriptor of it."""
         return os.dup(self._fd)
 
     def read(self, offset: int) -> Iterator[Entry]:
-        """The entries from `offset` on, with `.` and `..`. Raises OSError."""
-        if offset == 0:
-            os.lseek(self._fd, 0, os.SEEK_SET)
-            self._blocks.clear()
-            self._whole = False
-        number, at = offset >> _SHIFT, offset & (1 << _SHIFT) - 1
-        unpack = _DIRENT.unpack_from
-        while (block := self._block(number)) is not None:
-            base, end = number << _SHIFT, len(block)
-            while at < end:
-                ino, _, length, kind = unpack(block, at)
-                start = at + _NAME
-                at += length
-                following = base + at if at < end else base + (1 << _SHIFT)
-                yield following, block[start : block.index(0, start)], ino, kind
-            number, at = number + 1, 0
+        """The entries from `offset` on, with `.` and `..`. Raises OSError.
 
-    def _block(self, number: int) -> bytes | None:
-        while number >= len(self._blocks) and not self._whole:
-            block = syscalls.read_directory(self._fd)
-            if block:
-                self._blocks.append(block)
-            else:
-                self._whole = True
-        return self._blocks[number] if number < len(self._blocks) else None
+        Ask for the next entry only when the one before has been used: it goes on before the last one given.
+        """
+        if self._fd < 0:
+            return
+        block, at = self._block, self._at
+        if offset == 0 or offset != self._offset:
+            os.lseek(self._fd, offset, os.SEEK_SET)
+            block, at = b"", 0
+        unpack = _DIRENT.unpack_from
+        here = offset
+        try:
+            while True:
+                if at >= len(block):
+                    block, at = syscalls.read_directory(self._fd), 0
+                    if not block:
+                        return
+                ino, following, length, kind = unpack(block, at)
+                start = at + _NAME
+                yield following, block[start : block.index(0, start)], ino, kind
+                at += length
+                here = following
+        finally:
+            self._block, self._at, self._offset = block, at, here
 
 
 class Directories:
     """The open directories of a mount, by number."""
 
-    def __init__(self, nodes: NodeTable) -> None:
+    def __init__(self, nodes: NodeTable, ledger: Ledger) -> None:
         self._nodes = nodes
+        self._ledger = ledger
         self._listings: dict[int, Listing] = {}
-        self._next = 0
+        self._opened_by: dict[int, int] = {}  # request -> directory, of those that were taken over
 
     def __len__(self) -> int:
         return len(self._listings)
@@ -90,11 +94,30 @@ class Directories:
 
     def open(self, nodeid: int) -> int:
         """Open a directory for reading; its number. Raises OSError."""
+        fd = self._open(nodeid)
+        number = self._ledger.directory(nodeid)
+        self._listings[number] = Listing(fd)
+        return number
+
+    def _open(self, nodeid: int) -> int:
         dirfd = self._nodes.dirfd(self._nodes.get(nodeid))
-        fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=dirfd)
-        self._next += 1
-        self._listings[self._next] = Listing(fd)
-        return self._next
+        return os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=dirfd)
+
+    def restore(self) -> None:
+        """Take over the open directories that the ledger knows. One that is gone has no entries any more."""
+        for kept in list(self._ledger.load_directories()):
+            try:
+                self._listings[kept.number] = Listing(self._open(kept.node))
+            except OSError as error:
+                log.info("an open directory, node %d, is gone: %s", kept.node, error)
+                self._listings[kept.number] = Listing(-1)
+            self._opened_by[kept.request] = kept.number
+
+    def undo(self, request: int) -> None:
+        """A request that is sent again has opened this directory, and nobody has been told its number."""
+        number = self._opened_by.pop(request, None)
+        if number is not None and number in self._listings:
+            self.release(number)
 
     def _get(self, fh: int) -> Listing:
         try:
@@ -110,6 +133,7 @@ class Directories:
         """Close a directory."""
         self._get(fh).close()
         del self._listings[fh]
+        self._ledger.drop_directory(fh)
 
     def fsync(self, fh: int, datasync: bool) -> Slow:
         """Make a directory durable. Raises OSError."""

@@ -16,11 +16,12 @@ Everything here runs under one lock or in one thread; the order in which it take
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from fcntl import F_RDLCK
 
@@ -31,7 +32,8 @@ from tierfs.handles import Backing, Handle, Inode, ShownTimes
 from tierfs.idle import Idle
 from tierfs.index import Index
 from tierfs.inflow import Content, Inflow
-from tierfs.marks import MODE_BITS, Mark, MarkWriter
+from tierfs.ledger import KeptInode, Ledger
+from tierfs.marks import MODE_BITS, Entry, Mark, MarkWriter
 from tierfs.model import EPOCH_SHIFT, Residency, Stub
 from tierfs.report import HeatReport, Outbox
 from tierfs.room import Room
@@ -59,8 +61,12 @@ class Gate:
         epoch: int,
         backing: Backing | None = None,
         link: wire.Link | None = None,
+        ledger: Ledger | None = None,
     ) -> None:
-        """`index` is read only here; `epoch` is this session's, so that its generations are new."""
+        """`index` is read only here; `epoch` is this session's, so that its generations are new.
+
+        `ledger`: None where nobody will take over.
+        """
         self.tree = tree
         self.index = index
         self.marks = marks
@@ -68,7 +74,8 @@ class Gate:
         self._outbox = Outbox()
         self._outbox.connect(link)
         self.heat = HeatReport(self._outbox)
-        self._generation = epoch << EPOCH_SHIFT
+        self.ledger = ledger if ledger is not None else Ledger()
+        self.ledger.generation = max(self.ledger.generation, epoch << EPOCH_SHIFT)
         self._inodes: dict[int, Inode] = {}
         self._idle = Idle(self._retire)
         self._seals: set[int] = set()
@@ -76,6 +83,7 @@ class Gate:
         self._inflow = Inflow(self._outbox.post)
         self._room = Room(tree, lambda: self._outbox.post(wire.Poke(self.marks.position, urgent=True)))
         self.appearance = Appearance(tree, index, self._inodes, self._recent)
+        self._left: dict[int, KeptInode] = {}  # of a server before, while taking over
         self._next_heat = 0.0
         self._next_poke = 0.0
         self._poked = marks.position
@@ -130,6 +138,63 @@ class Gate:
         inode.writers += writable
         self.heat.touch(inode, inode.size)
         return handle
+
+    # --- taking over --------------------------------------------------------------------------------------
+
+    def take_over(self, undrained: Iterable[Entry]) -> None:
+        """Begin where another server has ended: these are the marks that no mover has drained yet."""
+        for entry in undrained:
+            if entry.kind not in (Mark.ENTRY, Mark.ATTR):
+                self._recent[entry.ino] = entry.end - 1
+        self._left = {kept.ino: kept for kept in self.ledger.load_inodes()}
+
+    def restore(
+        self, opath: int, st: os.stat_result, flags: int, backing_id: int, parent: int, name: bytes
+    ) -> Handle:
+        """A file that is open already, as `open`. `opath` is the Gate's from success on."""
+        writable = flags & os.O_ACCMODE != os.O_RDONLY
+        kept = self._left.pop(st.st_ino, None)
+        inode = self._inodes.setdefault(st.st_ino, Inode(st.st_ino, parent, name))
+        if kept is not None:
+            inode.slot, inode.backing_id, inode.passthrough = kept.slot, kept.backing_id, bool(kept.backing_id)
+        if backing_id != inode.backing_id:
+            raise OSError(errno.EIO, "its registration is not known")
+        try:
+            self._enter(opath, st, parent, name)
+            if inode.content is not None and kept is not None and kept.shown is not None:
+                inode.shown = ShownTimes(*kept.shown)
+            fd = -1 if backing_id else self.tree.reopen(opath, flags & ~_STRIP)
+        except BaseException:
+            self._leave(inode, opath)
+            raise
+        handle = Handle(inode, fd, flags, backing_id)
+        inode.opens += 1
+        inode.writers += writable
+        # Its mark was made before its open was answered; a seal is given to nobody who has writers.
+        inode.marked = inode.writers > 0 and inode.content is None
+        inode.gone, inode.size = not st.st_nlink, st.st_size
+        if backing_id and writable and st.st_mode & SET_ID:
+            # A change of mode moves ctime alone, a write both.
+            inode.set_id = st.st_mtime_ns - (st.st_mtime_ns == st.st_ctime_ns)
+        if inode.opath != opath:
+            os.close(opath)
+        return handle
+
+    def restored(self) -> None:
+        """All open files are here: end the registrations that nobody uses."""
+        left, self._left = self._left, {}
+        for kept in left.values():
+            if kept.backing_id and self.backing is not None:
+                self._end_registration(kept.backing_id)
+            self.ledger.drop_inode(kept.slot)
+
+    def _end_registration(self, backing_id: int) -> None:
+        assert self.backing is not None
+        try:
+            self.backing.close(backing_id)
+        except OSError as error:
+            if error.errno != errno.ENOENT:  # it was ended, and the server before it could write that down
+                raise
 
     def need_room(self) -> None:
         """Call before a file is made. Raises Blocked while the local disk is nearly full and may be emptied."""
@@ -193,6 +258,7 @@ class Gate:
             if backing_id and self.backing is not None:
                 self.backing.close(backing_id)
         finally:
+            self._note(inode)
             self._leave(inode, -1)
 
     def given_set_id(self, ino: int, st: os.stat_result) -> None:
@@ -238,6 +304,7 @@ class Gate:
             inode.opath = os.dup(opath)  # its owner may close `opath` while flights go on
         inode.shown = ShownTimes(shown.st_mtime_ns, shown.st_ctime_ns, shown.st_blocks)
         inode.content = Content(stub, st.st_size, bits)
+        self._note(inode)
         self._inflow.track(inode.ino, inode.content, inode.opath)
 
     def _leave(self, inode: Inode, opath: int) -> None:
@@ -249,6 +316,9 @@ class Gate:
             if inode.content is not None:
                 self.appearance.left(inode, time.monotonic())
         self._inflow.untrack(inode.ino)
+        if inode.slot:
+            self.ledger.drop_inode(inode.slot)
+            inode.slot = 0
         if inode.opath >= 0 and inode.opath != opath:
             os.close(inode.opath)
         inode.opath = -1
@@ -281,7 +351,18 @@ class Gate:
             log.warning("inode %d is served without passthrough: %s", inode.ino, error)
             return 0
         inode.passthrough = True
+        self._note(inode)
         return inode.backing_id
+
+    def _note(self, inode: Inode) -> None:
+        """Write down for a successor what cannot be read from the file."""
+        shown = inode.shown if inode.content is not None else None
+        if inode.backing_id or shown is not None:
+            times = (shown.mtime, shown.ctime, shown.blocks) if shown is not None else None
+            inode.slot = self.ledger.inode(inode.slot, inode.ino, inode.backing_id, times)
+        elif inode.slot:
+            self.ledger.drop_inode(inode.slot)
+            inode.slot = 0
 
     # --- data ---------------------------------------------------------------------------------------------
 
@@ -368,6 +449,7 @@ class Gate:
                 self.tree.clear_stub(fd)
         if inode.content is not None:
             inode.content, inode.shown = None, None
+            self._note(inode)
             self._inflow.void(inode.ino)
             self._mark_write(inode)
 
@@ -405,6 +487,7 @@ class Gate:
         inode.shown.ctime = st.st_ctime_ns
         if mtime_set:
             inode.shown.mtime = st.st_mtime_ns
+        self._note(inode)
         self._append(Mark.TIMES, ino, a=inode.shown.mtime, b=inode.shown.ctime)
 
     def writers_open(self, ino: int) -> bool:
@@ -458,9 +541,8 @@ class Gate:
     def _mark_write(self, inode: Inode) -> None:
         if not inode.handle:
             inode.handle = self.tree.handle_of(inode.opath)
-        self._generation += 1
         self._append(
-            Mark.WRITE, inode.ino, self._generation, inode.parent, handle=inode.handle, name=inode.name
+            Mark.WRITE, inode.ino, self._new_generation(), inode.parent, handle=inode.handle, name=inode.name
         )
         # Not before: on a full disk there may be no room for the mark, and the next writer must try again.
         inode.marked = True
@@ -469,6 +551,11 @@ class Gate:
         if inode.ino in self._seals:
             self._seals.discard(inode.ino)
             self._outbox.post(wire.SealBroken([inode.ino]))
+
+    def _new_generation(self) -> int:
+        generation = self.ledger.generation + 1
+        self.ledger.generation = generation
+        return generation
 
     def _mark_closed(self, inode: Inode) -> None:
         st = os.fstat(inode.opath)
@@ -488,8 +575,6 @@ class Gate:
         name: bytes = b"",
     ) -> None:
         self._recent[ino] = self.marks.append(kind, ino, generation, parent, a, b, handle, name)
-
-    # --- heat ---------------------------------------------------------------------------------------------
 
     # --- the link to the mover ----------------------------------------------------------------------------
 
@@ -591,6 +676,7 @@ class Gate:
         self._inflow.settled(message)
         if inode is not None and not message.errno:
             inode.content, inode.shown = None, None
+            self._note(inode)
             self._inflow.untrack(message.ino)
         self._leave_if_idle(message.ino)
 
@@ -621,8 +707,7 @@ class Gate:
         if record is not None and record.handle == self.tree.handle_of(fd):
             generation = record.generation
         else:
-            self._generation += 1
-            generation = self._generation
+            generation = self._new_generation()
         if inode is not None:
             inode.marked = False
         self._seals.add(ino)

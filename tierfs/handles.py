@@ -52,7 +52,7 @@ class Inode:
 
     __slots__ = (
         "backing_id", "content", "gone", "guard", "handle", "ino", "marked", "name", "opath", "opens", "parent",
-        "passthrough", "set_id", "shown", "size", "writers",
+        "passthrough", "set_id", "shown", "size", "slot", "writers",
     )  # fmt: skip
 
     def __init__(self, ino: int, parent: int, name: bytes) -> None:
@@ -63,6 +63,7 @@ class Inode:
         self.handle = b""
         self.opens = 0
         self.writers = 0
+        self.slot = 0  # in the ledger, if what is there is to be known to a successor
         self.passthrough = False
         self.backing_id = 0
         self.content: Content | None = None  # None: resident

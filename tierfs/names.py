@@ -9,9 +9,11 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from contextlib import suppress
 
 from tierfs import syscalls
 from tierfs.gate import Gate
+from tierfs.ledger import Doing, Intent
 from tierfs.nodes import Node, NodeTable
 from tierfs.tree import Tree
 
@@ -22,7 +24,7 @@ _STAYS = syscalls.RENAME_EXCHANGE | syscalls.RENAME_NOREPLACE
 class _Going:
     """A name that is about to be removed or replaced."""
 
-    __slots__ = ("_gate", "_handle", "_node", "_nodes", "_place", "_st", "_watch")
+    __slots__ = ("_gate", "_node", "_nodes", "_place", "_st", "_watch", "handle", "told")
 
     def __init__(
         self,
@@ -33,30 +35,28 @@ class _Going:
         node: Node | None,
         handle: bytes,
         watch: int,
+        *,
+        last: bool,
     ) -> None:
-        """`handle` of a regular file that loses its last name; `watch`, O_PATH, of one that has others."""
+        """`handle` of a regular file; `watch`, O_PATH, of one that has other names (not `last`)."""
         self._gate = gate
         self._nodes = nodes
         self._place = place
         self._st = st
         self._node = node
-        self._handle = handle
+        self.handle = handle
         self._watch = watch
+        self.told = last and bool(handle)  # the mark of its end names its place
 
     def gone(self) -> None:
         """It has been removed."""
         if self._node is not None:
             self._nodes.unlinked(self._node, self._st)
-        if self._handle:
-            self._gate.gone(self._st, self._handle, *self._place)
+        if self.told:
+            self._gate.gone(self._st, self.handle, *self._place)
         elif self._watch >= 0:
             self._gate.after_change(self._st.st_ino, os.fstat(self._watch))
             self._gate.attributes(self._st, *self._place)  # one link less moves its ctime
-
-    @property
-    def told(self) -> bool:
-        """The mark of its end names its place."""
-        return bool(self._handle)
 
     def close(self) -> None:
         """Removed or not, done."""
@@ -71,6 +71,12 @@ class Names:
         self._tree = tree
         self._gate = gate
         self._nodes = nodes
+        self._ledger = gate.ledger
+
+    def _begun(self, doing: Doing) -> Intent | None:
+        """What a killed server had begun to do for the request being served."""
+        intent = self._ledger.replayed
+        return intent if intent is not None and intent.doing is doing else None
 
     def _child(self, parent: int, name: bytes) -> tuple[Node, int, os.stat_result]:
         """The directory, its descriptor, and the stat of a name in it."""
@@ -80,23 +86,59 @@ class Names:
 
     def unlink(self, parent: int, name: bytes) -> None:
         """Remove a name that is no directory's. Raises Blocked, OSError."""
+        begun = self._begun(Doing.UNLINK)
+        if begun is not None and begun.first is not None and self._means_other(parent, name, begun.first):
+            going = self._resumed(parent, name, begun.first, begun.handle)
+            self._unlinked(self._nodes.get(parent), name, going)
+            return
         directory, dirfd, st = self._child(parent, name)
         if stat.S_ISDIR(st.st_mode):
             raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), name)
         self._gate.need_marks()
         going = self._going(directory, dirfd, name, st)
         try:
+            self._ledger.intend(Doing.UNLINK, st, handle=going.handle)
             os.unlink(name, dir_fd=dirfd)
+        except BaseException:
+            going.close()
+            raise
+        self._unlinked(directory, name, going)
+
+    def _unlinked(self, directory: Node, name: bytes, going: _Going) -> None:
+        try:
             going.gone()
         finally:
             going.close()
         if not going.told:
             self._gate.entry(directory.ino, name)
 
+    def _means_other(self, parent: int, name: bytes, before: os.stat_result) -> bool:
+        """The name is no longer that of what it was before."""
+        try:
+            return self._child(parent, name)[2].st_ino != before.st_ino
+        except FileNotFoundError:
+            return True
+
+    def _resumed(self, parent: int, name: bytes, st: os.stat_result, handle: bytes) -> _Going:
+        """As `_going`, of a name that has gone already."""
+        others = stat.S_ISREG(st.st_mode) and st.st_nlink > 1
+        watch = -1
+        if others:
+            with suppress(OSError):  # the last of the others is gone too, behind the mount
+                watch = self._tree.open_handle(handle, os.O_PATH)
+        node = self._nodes.known(st.st_ino)
+        place = self._nodes.get(parent).ino, name
+        return _Going(self._gate, self._nodes, place, st, node, handle, watch, last=not others)
+
     def rmdir(self, parent: int, name: bytes) -> None:
         """Remove an empty directory. Raises OSError."""
-        directory, dirfd, st = self._child(parent, name)
-        os.rmdir(name, dir_fd=dirfd)
+        begun = self._begun(Doing.RMDIR)
+        if begun is not None and begun.first is not None and self._means_other(parent, name, begun.first):
+            directory, st = self._nodes.get(parent), begun.first
+        else:
+            directory, dirfd, st = self._child(parent, name)
+            self._ledger.intend(Doing.RMDIR, st)
+            os.rmdir(name, dir_fd=dirfd)
         node = self._nodes.known(st.st_ino)
         if node is not None:
             self._nodes.unlinked(node, st)
@@ -104,7 +146,15 @@ class Names:
 
     def rename(self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int = 0) -> None:
         """All flags of renameat2(2). Raises Blocked, OSError."""
-        source, source_fd, st = self._child(parent, name)
+        begun = self._begun(Doing.RENAME)
+        was = begun.first if begun is not None else None
+        if begun is not None and was is not None and not self._means_other(new_parent, new_name, was):
+            there, going = begun.second, None
+            if there is not None and not flags & _STAYS:
+                going = self._resumed(new_parent, new_name, there, begun.handle)
+            self._moved(parent, name, new_parent, new_name, flags, was, there, going)
+            return
+        _, source_fd, st = self._child(parent, name)
         target = self._nodes.get(new_parent)
         target_fd = self._nodes.dirfd(target)
         try:
@@ -122,20 +172,34 @@ class Names:
         replaced = None if flags & _STAYS else there
         going = self._going(target, target_fd, new_name, replaced) if replaced is not None else None
         try:
+            self._ledger.intend(Doing.RENAME, st, there, going.handle if going is not None else b"")
             if flags:
                 syscalls.renameat2(source_fd, name, target_fd, new_name, flags)
             else:
                 os.rename(name, new_name, src_dir_fd=source_fd, dst_dir_fd=target_fd)
-            if going is not None:
-                going.gone()
-        finally:
+        except BaseException:
             if going is not None:
                 going.close()
+            raise
+        self._moved(parent, name, new_parent, new_name, flags, st, there, going)
+
+    def _moved(
+        self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int,
+        st: os.stat_result, there: os.stat_result | None, going: _Going | None,
+    ) -> None:  # fmt: skip
+        """Tell everyone. `st` and `there` are from before the rename, `going` of what it has replaced."""
+        source, target = self._nodes.get(parent), self._nodes.get(new_parent)
+        source_fd, target_fd = self._nodes.dirfd(source), self._nodes.dirfd(target)
+        if going is not None:
+            try:
+                going.gone()
+            finally:
+                going.close()
         self._renamed(st, target, target_fd, new_name)
-        if exchange and there is not None:
+        if there is not None and flags & syscalls.RENAME_EXCHANGE:
             self._renamed(there, source, source_fd, name)
-        if replaced is not None and stat.S_ISDIR(replaced.st_mode):
-            self._gate.entry(target.ino, new_name, replaced.st_ino)
+        if going is not None and there is not None and stat.S_ISDIR(there.st_mode):
+            self._gate.entry(target.ino, new_name, there.st_ino)
         self._gate.entry(source.ino, name)
 
     def _renamed(self, before: os.stat_result, directory: Node, dirfd: int, name: bytes) -> None:
@@ -157,9 +221,10 @@ class Names:
         others = regular and st.st_nlink > 1
         if others:
             self._gate.before_change(st.st_ino)
-        handle = self._tree.handle_at(dirfd, name) if regular and not others else b""
+        handle = self._tree.handle_at(dirfd, name) if regular else b""
         node = self._nodes.known(st.st_ino)
         if node is not None:
             self._nodes.unlinking(node, directory, name, st)
         watch = os.open(name, _OPATH, dir_fd=dirfd) if others else -1
-        return _Going(self._gate, self._nodes, (directory.ino, name), st, node, handle, watch)
+        place = directory.ino, name
+        return _Going(self._gate, self._nodes, place, st, node, handle, watch, last=not others)

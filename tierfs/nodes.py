@@ -1,8 +1,8 @@
 """The nodes that the kernel knows, and how each is reached: by the descriptor of its parent, and its name.
 
-A node's number comes from a counter, never from the inode number, which the filesystem uses again. A node has
-one last known name. Every access compares inode numbers; what no longer fits is ESTALE, upon which the kernel
-looks the name up anew. A node whose name has gone is anchored:
+A node's number is a slot and how often that was used, never the inode number, which the filesystem uses again.
+A node has one last known name. Every access compares inode numbers; what no longer fits is ESTALE, upon which
+the kernel looks the name up anew. A node whose name has gone is anchored:
 
     name known --name unlinked or replaced--> other names: by file handle (by O_PATH descriptor if not root)
                                        +----> no name, open: by O_PATH descriptor, until the last release
@@ -18,16 +18,16 @@ import errno
 import os
 import stat
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping
 
 import msgspec
 
+from tierfs.ledger import SLOT_BITS, KeptNode, Kind, Ledger, packed_stat, unpacked_stat
 from tierfs.tree import Tree
 
 ROOT = 1
 DIRECTORY_FDS = 1024
-_SEGMENT_SHIFT = 8
-_SEGMENT = 1 << _SEGMENT_SHIFT
+_SLOT = (1 << SLOT_BITS) - 1
 
 _OPATH = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _OPATH_DIR = _OPATH | os.O_DIRECTORY
@@ -50,7 +50,7 @@ Anchor = int | bytes | GoneStat | None
 
 
 class Node(msgspec.Struct, gc=False, eq=False):
-    """One inode that the kernel knows. About 270 bytes with its name, numbers and table entries.
+    """One inode that the kernel knows. About 330 bytes with its name, numbers and records.
 
     A structure without a garbage collector's header: a home has hundreds of thousands, and none forms a cycle.
     """
@@ -78,74 +78,86 @@ def gone(node: Node) -> OSError:
     return OSError(errno.ENOENT, os.strerror(errno.ENOENT), node.name)
 
 
-class _Numbers:
-    """Nodes by number, in segments: a fifth of a dictionary's memory. A segment goes with its last node."""
-
-    def __init__(self) -> None:
-        self._segments: dict[int, list[Node | None]] = {}
-        self._live: dict[int, int] = {}
-
-    def __len__(self) -> int:
-        return sum(self._live.values())
-
-    def __iter__(self) -> Iterator[Node]:
-        for segment in self._segments.values():
-            yield from (node for node in segment if node is not None)
-
-    def get(self, number: int) -> Node | None:
-        segment = self._segments.get(number >> _SEGMENT_SHIFT)
-        return segment[number & _SEGMENT - 1] if segment is not None else None
-
-    def add(self, node: Node) -> None:
-        at = node.id >> _SEGMENT_SHIFT
-        segment = self._segments.get(at)
-        if segment is None:
-            segment = self._segments[at] = [None] * _SEGMENT
-            self._live[at] = 0
-        segment[node.id & _SEGMENT - 1] = node
-        self._live[at] += 1
-
-    def remove(self, node: Node) -> None:
-        at = node.id >> _SEGMENT_SHIFT
-        self._segments[at][node.id & _SEGMENT - 1] = None
-        self._live[at] -= 1
-        if not self._live[at]:
-            del self._segments[at], self._live[at]
-
-
 class NodeTable:
     """All nodes, and a bounded number of directory descriptors. Not thread-safe."""
 
-    def __init__(self, tree: Tree, directory_fds: int = DIRECTORY_FDS) -> None:
+    def __init__(self, tree: Tree, ledger: Ledger | None = None, directory_fds: int = DIRECTORY_FDS) -> None:
+        """`ledger` is a fresh one, or one from which `restore` is about to be called."""
         self._tree = tree
+        self._ledger = ledger if ledger is not None else Ledger()
         self.root = Node(ROOT, tree.root_ino, None, b"")
-        self._by_id = _Numbers()
-        self._by_id.add(self.root)
+        # By the slot in their numbers. Not a dictionary: that would be five times the size.
+        self._by_slot: list[Node | None] = [None, self.root]
         self._by_ino: dict[int, Node] = {tree.root_ino: self.root}
-        self._next = ROOT
+        if not self._ledger.serving:
+            self._ledger.node(self._ledger.new_node(), tree.root_ino, 0, 1, b"")
         self._dirs: OrderedDict[int, int] = OrderedDict()  # node number -> O_PATH descriptor
         self._most_dirs = max(directory_fds, 2)
         self._opens: dict[int, int] = {}  # node number -> open files
+        # Told of descriptors without which a file would end with this process, and of the end of the need.
+        self.keep: Callable[[int, int], None] = lambda ino, fd: None
+        self.let_go: Callable[[int], None] = lambda ino: None
 
     def __len__(self) -> int:
-        return len(self._by_id)
+        return sum(node is not None for node in self._by_slot)
 
     def close(self) -> None:
         """Close every descriptor."""
         for fd in self._dirs.values():
             os.close(fd)
         self._dirs.clear()
-        for node in self._by_id:
-            self._unanchor(node)
+        for node in self._by_slot:
+            if node is not None:
+                self._unanchor(node)
+
+    def restore(self, kept_fds: Mapping[int, int]) -> None:
+        """Take over what the ledger says. `kept_fds`: O_PATH descriptors of nameless files, by inode number."""
+        parents: list[tuple[Node, int]] = []
+        for kept in self._ledger.load_nodes():
+            if kept.number == ROOT:
+                continue
+            node = Node(kept.number, kept.ino, self.root, b"", kept.lookups)
+            self._put(node)
+            parents.append((node, kept.parent))
+            if kept.kind is Kind.NAME:
+                node.name = kept.content
+            else:
+                self._restore_anchor(node, kept, kept_fds)
+            if kept.kind is not Kind.GONE:
+                self._by_ino[kept.ino] = node
+        for node, number in parents:
+            # The kernel may have forgotten a directory of which a hard link was known: then the name is stale.
+            node.parent = (self._find(number) or self.root) if number else None
+
+    def _restore_anchor(self, node: Node, kept: KeptNode, kept_fds: Mapping[int, int]) -> None:
+        if kept.kind is Kind.GONE:
+            node.anchor = GoneStat(unpacked_stat(kept.content))
+        elif kept.ino in kept_fds:
+            node.anchor = os.dup(kept_fds[kept.ino])
+        else:
+            node.anchor = kept.content
 
     # --- the table ----------------------------------------------------------------------------------------
 
     def get(self, nodeid: int) -> Node:
         """Raises OSError(ESTALE) for a number that is not in use."""
-        node = self._by_id.get(nodeid)
+        node = self._find(nodeid)
         if node is None:
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
         return node
+
+    def _find(self, nodeid: int) -> Node | None:
+        slot = nodeid & _SLOT
+        if slot >= len(self._by_slot):
+            return None
+        node = self._by_slot[slot]
+        return node if node is not None and node.id == nodeid else None
+
+    def _put(self, node: Node) -> None:
+        slot = node.id & _SLOT
+        while slot >= len(self._by_slot):
+            self._by_slot.append(None)
+        self._by_slot[slot] = node
 
     def known(self, ino: int) -> Node | None:
         """The node of this inode, if the kernel knows it."""
@@ -158,13 +170,15 @@ class NodeTable:
             if stat.S_ISDIR(st.st_mode) and st.st_dev != self._tree.device:
                 # Inode numbers mean nothing across filesystems and subvolumes.
                 raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), name)
-            self._next += 1
-            node = Node(self._next, st.st_ino, parent, name)
+            node = Node(self._ledger.new_node(), st.st_ino, parent, name, 1)
+            self._ledger.node(node.id, node.ino, parent.id if parent is not None else 0, 1, name)
             self._by_ino[st.st_ino] = node
-            self._by_id.add(node)
-        elif node is not self.root:
+            self._put(node)
+            return node
+        if node is not self.root:
             self.moved(node, parent, name)
         node.lookups += 1
+        self._ledger.count(node.id, node.lookups)
         return node
 
     def made(self, st: os.stat_result, parent: Node | None, name: bytes) -> Node:
@@ -174,25 +188,34 @@ class NodeTable:
             # Removed behind the mount: the number now means another file.
             self._drop(old)
             old.anchor = GoneStat(st)
+            self._note(old, packed_stat(st), Kind.GONE)
         return self.found(st, parent, name)
 
     def moved(self, node: Node, parent: Node | None, name: bytes) -> None:
         """The node has this name."""
-        if node.anchor is not None:
-            self._unanchor(node)
-        if node.parent is not parent or node.name != name:
-            node.parent = parent
-            node.name = name
+        if node.anchor is None and node.parent is parent and node.name == name:
+            return
+        self._unanchor(node)
+        node.parent = parent
+        node.name = name
+        self._note(node, name)
+
+    def _note(self, node: Node, content: bytes, kind: Kind = Kind.NAME) -> None:
+        """Write down how it is reached now."""
+        above = node.parent.id if node.parent is not None else 0
+        self._ledger.node(node.id, node.ino, above, max(node.lookups, 1), content, kind)
 
     def forget(self, nodeid: int, count: int) -> None:
         """The kernel gives back `count` lookups; with the last one goes the node."""
-        node = self._by_id.get(nodeid)
+        node = self._find(nodeid)
         if node is None or node is self.root:
             return
         node.lookups -= count
         if node.lookups > 0:
+            self._ledger.count(nodeid, node.lookups)
             return
-        self._by_id.remove(node)
+        self._by_slot[nodeid & _SLOT] = None
+        self._ledger.drop_node(nodeid)
         if self._by_ino.get(node.ino) is node:
             del self._by_ino[node.ino]
         self._drop(node)
@@ -200,6 +223,12 @@ class NodeTable:
     def opened(self, node: Node) -> None:
         """One more open file of this node."""
         self._opens[node.id] = self._opens.get(node.id, 0) + 1
+
+    def reopened(self, node: Node, opath: int) -> None:
+        """An open file of this node, with this descriptor, has been taken over."""
+        self.opened(node)
+        if isinstance(node.anchor, bytes):
+            node.anchor = os.dup(opath)
 
     def released(self, node: Node) -> os.stat_result | None:
         """One open file less. The last attributes where that was the last of a file without a name."""
@@ -212,7 +241,7 @@ class NodeTable:
             return None
         st = os.fstat(node.anchor)
         if st.st_nlink:
-            self._spare_descriptor(node, node.anchor)
+            self._spare_descriptor(node)
             return None
         self._bury(node, st)
         return st
@@ -226,10 +255,9 @@ class NodeTable:
             return
         if type(node.anchor) is int or (not last and (node.parent is not parent or node.name != name)):
             return
-        fd = os.open(name, _OPATH, dir_fd=self.dirfd(parent))
-        node.anchor = fd
+        self.anchor(node, os.open(name, _OPATH, dir_fd=self.dirfd(parent)))
         if node.id not in self._opens:
-            self._spare_descriptor(node, fd)
+            self._spare_descriptor(node)
 
     def unlinked(self, node: Node, st: os.stat_result) -> None:
         """Call after it is gone; `st` is from before."""
@@ -237,26 +265,32 @@ class NodeTable:
             self._bury(node, st)
 
     def anchor(self, node: Node, fd: int) -> None:
-        """A new file has no name (O_TMPFILE): it is reached by this O_PATH descriptor, now the node's."""
+        """Its name is none, or about to go: it is reached by this O_PATH descriptor, now the node's."""
         node.anchor = fd
+        self.keep(node.ino, fd)
+        self._note(node, self._tree.handle_of(fd), Kind.HANDLE)
 
     def _bury(self, node: Node, st: os.stat_result) -> None:
         self._drop(node)
         node.anchor = GoneStat(st)
+        self._note(node, packed_stat(st), Kind.GONE)
         if self._by_ino.get(node.ino) is node:
             # The filesystem may give the number to a new file now.
             del self._by_ino[node.ino]
 
-    def _spare_descriptor(self, node: Node, fd: int) -> None:
+    def _spare_descriptor(self, node: Node) -> None:
         """Anchor it by handle where that can be opened: a tree of hard links must not use up descriptors."""
-        if self._tree.privileged:
+        if self._tree.privileged and type(node.anchor) is int:
+            fd = node.anchor
             node.anchor = self._tree.handle_of(fd)
             os.close(fd)
+            self.let_go(node.ino)
 
     def _unanchor(self, node: Node) -> None:
         anchor, node.anchor = node.anchor, None
         if type(anchor) is int:
             os.close(anchor)
+            self.let_go(node.ino)
 
     def _drop(self, node: Node) -> None:
         self._unanchor(node)

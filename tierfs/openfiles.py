@@ -7,19 +7,25 @@ may have changed its mode of access.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 from collections.abc import Callable
 from typing import TypeVar
 
 from tierfs import syscalls
+from tierfs.errors import TierError
 from tierfs.gate import Gate
 from tierfs.handles import Handle
+from tierfs.ledger import Doing, KeptFile
 from tierfs.making import Caller
 from tierfs.nodes import Node, NodeTable
 from tierfs.tree import drop_set_id
 from tierfs.waits import Slow
 
+log = logging.getLogger("gate")
+
 _T = TypeVar("_T")
+_SHIFTS = syscalls.FALLOC_COLLAPSE_RANGE | syscalls.FALLOC_INSERT_RANGE
 QUICK = 1 << 20  # bytes that are copied or allocated at once, without a thread
 MOST_COPIED = 16 << 20  # bytes that one request copies: there are few threads, and the caller asks again
 
@@ -30,8 +36,9 @@ class OpenFiles:
     def __init__(self, gate: Gate, nodes: NodeTable) -> None:
         self._gate = gate
         self._nodes = nodes
+        self._ledger = gate.ledger
         self._files: dict[int, tuple[Node, Handle]] = {}
-        self._next = 0
+        self._opened_by: dict[int, int] = {}  # request -> file, of those that were taken over
 
     def __len__(self) -> int:
         return len(self._files)
@@ -43,10 +50,40 @@ class OpenFiles:
 
     def add(self, node: Node, handle: Handle) -> int:
         """Keep this handle; its number."""
-        self._next += 1
-        self._files[self._next] = node, handle
+        number = self._ledger.file(node.id, handle.flags, handle.uid, handle.backing_id)
+        self._files[number] = node, handle
         self._nodes.opened(node)
-        return self._next
+        return number
+
+    def restore(self) -> None:
+        """Take over the open files that the ledger knows. One that cannot be reached any more is stale."""
+        for kept in list(self._ledger.load_files()):
+            try:
+                self._restore(kept)
+            except (OSError, TierError) as error:
+                # Whoever uses it is told EBADF; in passthrough its content is still at hand.
+                log.error("an open file of node %d is lost to us: %s", kept.node, error)
+                self._ledger.drop_file(kept.number)
+            else:
+                self._opened_by[kept.request] = kept.number
+
+    def _restore(self, kept: KeptFile) -> None:
+        node = self._nodes.get(kept.node)
+        opath, st = self._nodes.reach(node)
+        try:
+            handle = self._gate.restore(opath, st, kept.flags, kept.backing_id, node.parent_ino, node.name)
+        except BaseException:
+            os.close(opath)
+            raise
+        handle.uid = kept.uid
+        self._files[kept.number] = node, handle
+        self._nodes.reopened(node, handle.inode.opath)
+
+    def undo(self, request: int) -> None:
+        """A request that is sent again has opened this file, and nobody has been told its number."""
+        number = self._opened_by.pop(request, None)
+        if number is not None and number in self._files:
+            self.release(number)
 
     def get(self, fh: int) -> Handle:
         """The handle of this number."""
@@ -69,6 +106,7 @@ class OpenFiles:
             self._gate.release(handle)
         finally:
             last = self._nodes.released(node)
+            self._ledger.drop_file(fh)
         if last is not None and inode.handle:
             # It never had a name, or it was marked again after its unlink had told the mover.
             self._gate.gone(last, inode.handle, inode.parent, inode.name)
@@ -102,12 +140,25 @@ class OpenFiles:
         handle = self.get(fh)
         self._gate.ready(handle, True)
         self._changing(handle, caller)
+        if mode & _SHIFTS:
+            self._shift(handle, mode, offset, length)
+            return None
         if length <= QUICK:
             with self._gate.borrowed(handle, True) as borrowed:
                 syscalls.fallocate(borrowed, mode, offset, length)
             return None
         fd = self._own(handle, writable=True)
         return Slow(_closing(lambda: syscalls.fallocate(fd, mode, offset, length), fd))
+
+    def _shift(self, handle: Handle, mode: int, offset: int, length: int) -> None:
+        """Move what lies behind: here and now, whatever the length, since twice is not once."""
+        st = os.fstat(handle.inode.opath)
+        begun = self._ledger.replayed
+        if begun is not None and begun.first is not None and begun.first.st_size != st.st_size:
+            return
+        self._ledger.intend(Doing.SHIFT, st)
+        with self._gate.borrowed(handle, True) as borrowed:
+            syscalls.fallocate(borrowed, mode, offset, length)
 
     def lseek(self, fh: int, offset: int, whence: int) -> int:
         """SEEK_DATA and SEEK_HOLE; of a stub by the extents that it had. Raises ENXIO behind the end."""

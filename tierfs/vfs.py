@@ -11,14 +11,16 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from tierfs import syscalls
 from tierfs.dirs import Directories
 from tierfs.gate import Gate
 from tierfs.handles import Handle, Shown
+from tierfs.ledger import Doing
 from tierfs.making import Caller, Maker, in_group
+from tierfs.marks import Entry
 from tierfs.names import Names
 from tierfs.nodes import ROOT, GoneStat, Node, NodeTable
 from tierfs.openfiles import OpenFiles
@@ -50,6 +52,14 @@ def _error(number: int, name: bytes | None = None) -> OSError:
     return OSError(number, os.strerror(number), name)
 
 
+def _there(dirfd: int, name: bytes) -> bool:
+    try:
+        os.stat(name, dir_fd=dirfd, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return True
+
+
 def _timespec(when: int | None) -> tuple[int, int]:
     if when is None:
         return 0, syscalls.UTIME_OMIT
@@ -72,11 +82,12 @@ class Vfs:
         """`evictable`: bytes that can be freed at once; `heat`: what `user.tierfs.heat` of an inode says."""
         self.tree = tree
         self.gate = gate
-        self.nodes = NodeTable(tree, directory_fds)
+        self.ledger = gate.ledger
+        self.nodes = NodeTable(tree, gate.ledger, directory_fds)
         self.files = OpenFiles(gate, self.nodes)
         self._evictable = evictable
         self._maker = Maker()
-        self.dirs = Directories(self.nodes)
+        self.dirs = Directories(self.nodes, gate.ledger)
         names = Names(tree, gate, self.nodes)
         xattrs = Xattrs(tree, gate, self.nodes, heat)
         self.read = self.files.read
@@ -103,6 +114,40 @@ class Vfs:
         """Close all descriptors of nodes and directories."""
         self.dirs.close()
         self.nodes.close()
+
+    def take_over(self, undrained: Iterable[Entry], kept_fds: Mapping[int, int]) -> None:
+        """Go on where a killed server has stopped, by what it left in the ledger.
+
+        `undrained`: marks that no mover has seen; `kept_fds`: descriptors of nameless files, by inode number.
+        """
+        self.ledger.load_intents()
+        self.nodes.restore(kept_fds)
+        self.gate.take_over(undrained)
+        self.files.restore()
+        self.gate.restored()
+        self.dirs.restore()
+
+    def again(self, request: int) -> None:
+        """Call before a request is run that was sent again: what its first run opened is closed."""
+        self.files.undo(request)
+        self.dirs.undo(request)
+        self.ledger.replayed = self.ledger.pending(request)
+
+    def _intend_to_make(self, dirfd: int, name: bytes) -> None:
+        """Something new is about to have this name; what a killed server made of the same request goes first.
+
+        The kernel asks for what it knows to be absent, and nobody has been told of it: it is ours, and empty.
+        """
+        begun = self.ledger.replayed
+        if begun is not None and begun.doing is Doing.MAKE:
+            born = syscalls.birth_time(dirfd, name) if _there(dirfd, name) else None
+            if born is not None and born >= begun.when:
+                st = os.stat(name, dir_fd=dirfd, follow_symlinks=False)
+                if stat.S_ISDIR(st.st_mode):
+                    os.rmdir(name, dir_fd=dirfd)
+                elif not stat.S_ISREG(st.st_mode) or not st.st_size:
+                    os.unlink(name, dir_fd=dirfd)
+        self.ledger.intend(Doing.MAKE)
 
     def holds(self) -> dict[str, int]:
         """How many nodes, open files and open directories there are."""
@@ -239,6 +284,7 @@ class Vfs:
         self.gate.need_room()
         directory = self.nodes.get(parent)
         dirfd = self.nodes.dirfd(directory)
+        self._intend_to_make(dirfd, name)
         try:
             fd, st = self._maker.file(dirfd, name, flags, mode, caller)
         except FileExistsError:
@@ -275,6 +321,7 @@ class Vfs:
         """Make a file, fifo, socket or device node."""
         directory = self.nodes.get(parent)
         dirfd = self.nodes.dirfd(directory)
+        self._intend_to_make(dirfd, name)
         if stat.S_IFMT(mode) in (0, stat.S_IFREG):
             fd, st = self._maker.file(dirfd, name, 0, mode, caller)
             handle = self._take(fd, st, os.O_WRONLY, directory, name, lambda: os.unlink(name, dir_fd=dirfd))
@@ -288,14 +335,17 @@ class Vfs:
         """Make a directory."""
         directory = self.nodes.get(parent)
         self.gate.need_marks()
-        st = self._maker.directory(self.nodes.dirfd(directory), name, mode, caller)
+        dirfd = self.nodes.dirfd(directory)
+        self._intend_to_make(dirfd, name)
+        st = self._maker.directory(dirfd, name, mode, caller)
         self.gate.made_dir(st.st_ino, directory.ino, name)
         return self.nodes.made(st, directory, name).id, st
 
     def symlink(self, parent: int, name: bytes, target: bytes, caller: Caller) -> tuple[int, Attr]:
         """Make a symbolic link."""
-        directory = self.nodes.get(parent)
-        st = self._maker.symlink(self.nodes.dirfd(directory), name, target, caller)
+        dirfd = self.nodes.dirfd(directory := self.nodes.get(parent))
+        self._intend_to_make(dirfd, name)
+        st = self._maker.symlink(dirfd, name, target, caller)
         self.gate.entry(directory.ino, name)
         return self.nodes.made(st, directory, name).id, st
 
@@ -317,7 +367,13 @@ class Vfs:
             regular = stat.S_ISREG(st.st_mode)
             if regular:
                 self.gate.before_change(st.st_ino)
-            os.link(fd_path(fd), name, dst_dir_fd=self.nodes.dirfd(directory))
+            dirfd = self.nodes.dirfd(directory)
+            begun, linked = self.ledger.replayed, False
+            if begun is not None and begun.doing is Doing.LINK and _there(dirfd, name):
+                linked = os.stat(name, dir_fd=dirfd, follow_symlinks=False).st_ino == st.st_ino
+            if not linked:
+                self.ledger.intend(Doing.LINK)
+                os.link(fd_path(fd), name, dst_dir_fd=dirfd)
             st = os.fstat(fd)
         finally:
             os.close(fd)

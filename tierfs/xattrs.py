@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from tierfs.gate import Gate
+from tierfs.ledger import Doing
 from tierfs.making import Caller
 from tierfs.nodes import Node, NodeTable
 from tierfs.tree import Tree, fd_path
@@ -35,6 +36,7 @@ class Xattrs:
         self._tree = tree
         self._gate = gate
         self._nodes = nodes
+        self._ledger = gate.ledger
         self._heat = heat
         hidden = [b"trusted.tierfs"] if tree.privileged else [b"trusted.tierfs", b"user.tierfs"]
         self._hidden = frozenset([*hidden, os.fsencode(tree.pin_name)])
@@ -91,7 +93,7 @@ class Xattrs:
             if name == _PIN:
                 self._set_pin(node, fd, st, bytes(value), flags)
                 return
-            os.setxattr(fd_path(fd), name, value, flags)
+            self._set(fd, name, value, flags)
             mode = os.fstat(fd).st_mode if kill_sgid else 0
             if mode & stat.S_ISGID:
                 os.chmod(fd_path(fd), stat.S_IMODE(mode) & ~stat.S_ISGID)
@@ -101,11 +103,45 @@ class Xattrs:
         self._refuse(name, caller)
         with self._changing(nodeid) as (node, fd, st):
             if name != _PIN:
-                os.removexattr(fd_path(fd), name)
+                self._remove(fd, name)
             elif self._tree.is_pinned(fd):
                 self._pin(node, fd, st, on=False)
             else:
                 raise _error(errno.ENODATA, name)
+
+    # What a killed server had begun is not there to be made, or to be removed, a second time.
+
+    def _set(self, opath: int, name: bytes, value: bytes | memoryview, flags: int) -> None:
+        begun = self._ledger.replayed
+        if flags and begun is not None and begun.doing is Doing.XATTR:
+            flags = 0
+        elif flags:
+            self._must_be(opath, name, there=not flags & os.XATTR_CREATE)
+            self._ledger.intend(Doing.XATTR)
+        os.setxattr(fd_path(opath), name, value, flags)
+
+    def _remove(self, opath: int, name: bytes) -> None:
+        begun = self._ledger.replayed
+        again = begun is not None and begun.doing is Doing.XATTR
+        if not again:
+            self._must_be(opath, name, there=True)
+            self._ledger.intend(Doing.XATTR)
+        try:
+            os.removexattr(fd_path(opath), name)
+        except OSError as error:
+            if not again or error.errno != errno.ENODATA:
+                raise
+
+    def _must_be(self, opath: int, name: bytes, *, there: bool) -> None:
+        """Raises ENODATA or EEXIST, as the change itself would, before it is said to have begun."""
+        try:
+            os.getxattr(fd_path(opath), name)
+        except OSError as error:
+            if error.errno != errno.ENODATA or there:
+                raise
+        else:
+            if not there:
+                raise _error(errno.EEXIST, name)
 
     @contextmanager
     def _changing(self, nodeid: int) -> Iterator[tuple[Node, int, os.stat_result]]:

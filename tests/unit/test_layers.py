@@ -14,7 +14,7 @@ LAYERS = [
     {"config", "locate", "transitions", "policy", "wire", "channel", "codec", "datafile", "manifest"}
     | {"moments", "pages"},
     {"index", "heat_index", "tree", "syscalls", "store", "waits"},
-    {"transfer", "volume", "ownership", "namespace"},
+    {"transfer", "volume", "ownership", "namespace", "ledger"},
     {"tier", "recovery", "gate"},
     {"vfs", "control", "adoption", "launch", "restoring", "viewing"},
     {"fuse", "cli", "commands", "terminal"},

@@ -88,6 +88,7 @@ class Session:
         self._device = io.FileIO(fd, "r+", closefd=False)
         self._fd = fd
         self._vfs = vfs
+        self._ledger = vfs.ledger
         self._passthrough = passthrough
         self.spinner = spinner or Spinner(enabled=False)
         self._buffer = bytearray(p.BUFFER)
@@ -100,12 +101,23 @@ class Session:
         self._table[p.Op.INIT] = self._init
         self._table[p.Op.INTERRUPT] = self._interrupt
         self._table[p.Op.DESTROY] = self._destroy
+        self._overtaking = [self._table[op] for op in (p.Op.FORGET, p.Op.BATCH_FORGET, p.Op.INTERRUPT)]
         self.ready = False  # the kernel has got its answer to INIT
+        self._resent = False  # what the server before left unanswered has not all come yet
+        self._again: set[int] = set()  # those requests
         self.end: End | None = None
 
     def fileno(self) -> int:
         """For poll."""
         return self._fd
+
+    def take_over(self) -> None:
+        """Go on with a session that another process has begun: have all sent again that it has not answered.
+
+        Call it when the vfs has taken over. Raises OSError.
+        """
+        self.ready = self._resent = True
+        self._device.write(p.OUT.pack(p.OUT_SIZE, p.NOTIFY_RESEND, 0))
 
     @property
     def interrupted(self) -> bool:
@@ -187,16 +199,40 @@ class Session:
                 self._run(parked.operation, parked.message, parked.unique, parked.nodeid)
 
     def _run(self, operation: Operation, message: Message, unique: int, nodeid: int) -> None:
+        ledger = self._ledger
+        ledger.request = unique
+        if self._resent or unique >= _RESENT:
+            self._before_again(operation, unique)
         try:
             answer = operation(message, nodeid)
         except Blocked as blocked:
             parked = _Parked(operation, bytes(message), unique, nodeid, blocked.wait, self._runnable)
             self._parked[unique] = parked
+            if unique >= _RESENT:
+                self._interrupted[unique] = parked  # if it was, only the server before has been told
             blocked.wait.add(parked.wake)
         except Exception as error:
             self._fail(unique, _errno_of(error, message))
         else:
             self._answer(unique, answer, message)
+        if ledger.replayed is not None:
+            ledger.replayed = None
+            if unique not in self._parked:
+                ledger.settle(ledger.request)
+
+    def _before_again(self, operation: Operation, unique: int) -> None:
+        """After a takeover: have a request that is sent again meet what its first run has done.
+
+        The kernel puts these before all others but what needs no answer. So with the first other one it is
+        known which have been answered by the server before: those that have not come.
+        """
+        request = self._ledger.request = unique & ~_RESENT
+        if unique >= _RESENT:
+            self._again.add(request)
+            self._vfs.again(request)
+        elif operation not in self._overtaking:
+            self._resent = False
+            self._ledger.settle_all_but(self._again)
 
     def _answer(self, unique: int, answer: Answer, message: Message) -> None:
         if isinstance(answer, bytes):
@@ -257,6 +293,7 @@ class Session:
         if agreed & p.Feature.PASSTHROUGH.bit:
             self._try_passthrough()
         self.ready = True
+        self._ledger.serve(passthrough=self._vfs.gate.backing is not None)
         log.info("FUSE 7.%d, passthrough %s", min(minor, p.MINOR), "on" if self._vfs.gate.backing else "off")
 
     def _try_passthrough(self) -> None:

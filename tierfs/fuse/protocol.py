@@ -160,6 +160,7 @@ STATX_IN = struct.Struct("<IIQII")  # getattr_flags, reserved, fh, sx_flags, sx_
 
 OUT_SIZE = 16
 OUT = struct.Struct("<IiQ")  # length, -errno, unique
+NOTIFY_RESEND = 7  # in the place of the errno, with unique 0
 INIT_OUT = struct.Struct("<IIIIHHIIHHIII20x")
 _ATTR = "QQQqqqIIIIIIIIII"
 ENTRY_OUT = struct.Struct("<QQQQII" + _ATTR)

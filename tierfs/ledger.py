@@ -1,0 +1,475 @@
+"""What a mount server leaves to its successor: a table in shared memory that outlives the process.
+
+The supervisor makes it and keeps it; the server writes down here, before each reply, what the kernel will count
+on afterwards: nodes with their lookups, open files and directories, registered backing files, the generation,
+and of the change that it is just making what the tree looked like before (the intent). A killed server's
+successor reads all that and answers what the kernel sends again (see `takeover`).
+
+A process may be killed between any two stores. So the field by which a record counts is written last when it is
+made and first when it ends; what may be torn nevertheless belongs to the one request that was being served,
+which has not been answered, is sent again, and writes the same record again. Records are in the machine's own
+layout: fields that are aligned are written by one store each. A `FORMAT` other than ours is not read.
+"""
+
+from __future__ import annotations
+
+import enum
+import errno
+import mmap
+import os
+import struct
+import time
+from collections.abc import Container, Iterator
+from typing import NamedTuple
+
+FORMAT = 1
+_COARSE_CLOCK = 5  # CLOCK_REALTIME_COARSE (clock_gettime(2)): the one that stamps files
+_MAP_NORESERVE = 0x4000
+_MAGIC = b"tierfsLG"
+SLOT_BITS = 32
+_SLOT = (1 << SLOT_BITS) - 1
+_HANDLE_BITS = 20  # of an open file's number: its slot
+_HANDLE_SLOT = (1 << _HANDLE_BITS) - 1
+
+_INLINE = 34  # bytes of a name or file handle beside its node; longer ones have a place of their own
+_HEAD = struct.Struct("@8sII")  # magic, format, flags
+_NODE = struct.Struct(f"@QQQIBB{_INLINE}s")  # number, inode, parent, lookups, kind, length, content
+_FILE = struct.Struct("@QQQIII4x")  # number, node, request, flags, user, backing id
+_DIR = struct.Struct("@QQQ8x")  # number, node, request
+_INODE = struct.Struct("@QIIqqQ")  # inode, backing id, 1: shows other than its own: mtime, ctime, blocks
+_LONG = struct.Struct("@255sB")
+_STAT = struct.Struct("@QQQQIIqqqqqQ")
+_INTENT = struct.Struct("@QIIq")  # request, kind, length of the handle, when
+_HANDLE_AT = _INTENT.size + 2 * _STAT.size
+_HANDLE_MOST = 255
+_INTENT_SIZE = 512
+_U32_MOST = (1 << 31) - 1
+_I64 = (-(1 << 63), (1 << 63) - 1)
+
+# Words of the header, of 8 bytes.
+_GENERATION, _NODES, _FILES, _DIRS, _INODES, _LONGS, _SERIAL = range(2, 9)
+PENDING = 16  # intents of killed servers that may be asked for again
+
+_INTENTS_AT = 4096  # one that is being carried out, then the pending ones
+_NODES_AT = _INTENTS_AT + (1 + PENDING) * _INTENT_SIZE + 4096 & ~4095
+_MOST_NODES = 1 << 26
+_LONGS_AT = _NODES_AT + _MOST_NODES * _NODE.size
+_MOST_LONGS = 1 << 22
+_FILES_AT = _LONGS_AT + _MOST_LONGS * _LONG.size
+_MOST_OPEN = 1 << _HANDLE_BITS
+_DIRS_AT = _FILES_AT + _MOST_OPEN * _FILE.size
+_INODES_AT = _DIRS_AT + _MOST_OPEN * _DIR.size
+SIZE = _INODES_AT + 2 * _MOST_OPEN * _INODE.size  # sparse: only what is used takes memory
+
+_LOOKUPS = 24 // 4
+_NODE_WORDS = _NODE.size // 4
+
+
+class Kind(enum.IntEnum):
+    """How a node is reached."""
+
+    NAME = 0  # by its name in its parent
+    HANDLE = 1  # by file handle, or by a descriptor that the supervisor keeps
+    GONE = 2  # not at all: its last attributes are known
+
+
+class Doing(enum.IntEnum):
+    """What a request is about to change that a second run would not find as the first did."""
+
+    MAKE = 1
+    LINK = 2
+    UNLINK = 3
+    RMDIR = 4
+    RENAME = 5
+    XATTR = 6
+    SHIFT = 7  # fallocate that moves what lies behind
+
+
+class Intent(NamedTuple):
+    """What was there before a change. `when`: nanoseconds by the filesystem's clock."""
+
+    doing: Doing
+    when: int
+    first: os.stat_result | None
+    second: os.stat_result | None
+    handle: bytes
+
+
+class KeptNode(NamedTuple):
+    """A node as its server left it."""
+
+    number: int
+    ino: int
+    parent: int
+    lookups: int
+    kind: Kind
+    content: bytes
+
+
+class KeptFile(NamedTuple):
+    """An open file as its server left it. `request`: which one opened it."""
+
+    number: int
+    node: int
+    request: int
+    flags: int
+    uid: int
+    backing_id: int
+
+
+class KeptDir(NamedTuple):
+    """An open directory as its server left it."""
+
+    number: int
+    node: int
+    request: int
+
+
+class KeptInode(NamedTuple):
+    """A registered backing file, or one whose content is coming in and that shows other times than its own."""
+
+    slot: int
+    ino: int
+    backing_id: int
+    shown: tuple[int, int, int] | None
+
+
+class Incompatible(Exception):
+    """This table cannot be taken over: it is of another version's form, or too much is pending."""
+
+
+def make() -> int:
+    """A descriptor of new memory for a table, empty. Raises OSError."""
+    fd = os.memfd_create("tierfs-ledger", os.MFD_CLOEXEC)
+    os.ftruncate(fd, SIZE)
+    return fd
+
+
+class _Slots:
+    """Places in one part of the table."""
+
+    def __init__(self, first: int, most: int, words: memoryview, word: int) -> None:
+        self._next = max(first, words[word])
+        self._most = most
+        self._words = words
+        self._word = word
+        self.free: list[int] = []
+
+    def take(self) -> int:
+        """A free one. Raises OSError(ENFILE) where there is none."""
+        if self.free:
+            return self.free.pop()
+        slot = self._next
+        if slot >= self._most:
+            raise OSError(errno.ENFILE, "more nodes or open files than a mount can have")
+        self._next = slot + 1
+        self._words[self._word] = self._next
+        return slot
+
+    def used(self, first: int) -> range:
+        """All that have ever been taken."""
+        return range(first, self._next)
+
+
+class Ledger:
+    """See the module's docstring. Used by the serving thread only."""
+
+    def __init__(self, fd: int | None = None) -> None:
+        """Map the memory behind `fd`, which stays the caller's; None: some that nobody inherits.
+
+        Raises Incompatible.
+        """
+        if fd is None:
+            self._map = mmap.mmap(-1, SIZE, flags=mmap.MAP_PRIVATE | _MAP_NORESERVE)
+        else:
+            self._map = mmap.mmap(fd, SIZE)
+        self._view = memoryview(self._map)
+        head = self._view[: _INTENTS_AT]
+        self._words = head.cast("Q")
+        if not self._words[0]:
+            _HEAD.pack_into(self._map, 0, _MAGIC, FORMAT, 0)
+        magic, found, _ = _HEAD.unpack_from(self._map, 0)
+        if magic != _MAGIC or found != FORMAT:
+            raise Incompatible(f"a session of form {found}; this version reads {FORMAT}")
+        self._flags = head.cast("I")
+        self._lookups = self._view[_NODES_AT:_LONGS_AT].cast("I")
+        self._nodes = _Slots(1, _MOST_NODES, self._words, _NODES)
+        self._longs = _Slots(0, _MOST_LONGS, self._words, _LONGS)
+        self._files = _Slots(0, _MOST_OPEN, self._words, _FILES)
+        self._dirs = _Slots(0, _MOST_OPEN, self._words, _DIRS)
+        self._inodes = _Slots(1, 2 * _MOST_OPEN, self._words, _INODES)
+        self._long_of: dict[int, int] = {}
+        self.request = 0  # the number of the one that is being served
+        self.replayed: Intent | None = None  # what it had begun to do when its server was killed
+        self._pending: dict[int, tuple[int, Intent]] = {}  # request -> its slot, and what it was doing
+
+    # --- the session --------------------------------------------------------------------------------------
+
+    @property
+    def serving(self) -> bool:
+        """The kernel has been answered: there is something to take over."""
+        return bool(self._flags[3] & 1)
+
+    @property
+    def passthrough(self) -> bool:
+        """The kernel takes backing files in this session."""
+        return bool(self._flags[3] & 2)
+
+    def serve(self, *, passthrough: bool) -> None:
+        """The session has begun."""
+        self._flags[3] = 3 if passthrough else 1
+
+    @property
+    def generation(self) -> int:
+        """The newest generation given to content, 0 before the first."""
+        return int(self._words[_GENERATION])
+
+    @generation.setter
+    def generation(self, value: int) -> None:
+        self._words[_GENERATION] = value
+
+    # --- nodes --------------------------------------------------------------------------------------------
+
+    def new_node(self) -> int:
+        """A node's number, never given before in this session. Raises OSError(ENFILE)."""
+        slot = self._nodes.take()
+        (before,) = struct.unpack_from("@Q", self._map, _NODES_AT + slot * _NODE.size)
+        return (before >> SLOT_BITS) + 1 << SLOT_BITS | slot if before else slot
+
+    def node(
+        self, number: int, ino: int, parent: int, lookups: int, content: bytes, kind: Kind = Kind.NAME
+    ) -> None:
+        """Write down a node."""
+        slot = number & _SLOT
+        length = len(content)
+        if length > _INLINE or slot in self._long_of:
+            content = self._long(slot, content)
+        _NODE.pack_into(
+            self._map, _NODES_AT + slot * _NODE.size, number, ino, parent, lookups, kind, length, content
+        )
+
+    def _long(self, slot: int, content: bytes) -> bytes:
+        """Put long content in a place of its own, or give that back; what stands in the node itself."""
+        if len(content) <= _INLINE:
+            self._longs.free.append(self._long_of.pop(slot))
+            return content
+        place = self._long_of.get(slot)
+        if place is None:
+            place = self._long_of[slot] = self._longs.take()
+        _LONG.pack_into(self._map, _LONGS_AT + place * _LONG.size, content, len(content))
+        return place.to_bytes(4, "little")
+
+    def count(self, number: int, lookups: int) -> None:
+        """The kernel has looked it up so many times; never more than 2^31 are told apart."""
+        self._lookups[(number & _SLOT) * _NODE_WORDS + _LOOKUPS] = min(lookups, _U32_MOST)
+
+    def drop_node(self, number: int) -> None:
+        """The kernel has forgotten it."""
+        slot = number & _SLOT
+        self._lookups[slot * _NODE_WORDS + _LOOKUPS] = 0
+        place = self._long_of.pop(slot, None)
+        if place is not None:
+            self._longs.free.append(place)
+        self._nodes.free.append(slot)
+
+    def load_nodes(self) -> Iterator[KeptNode]:
+        """All that the kernel knows. Call it once, before anything is written."""
+        used = self._nodes.used(1)
+        taken = set()
+        records = self._view[_NODES_AT + _NODE.size : _NODES_AT + used.stop * _NODE.size]
+        for slot, record in zip(used, _NODE.iter_unpack(records), strict=True):
+            number, ino, parent, lookups, kind, length, content = record
+            if not lookups or number & _SLOT != slot:
+                self._nodes.free.append(slot)
+                continue
+            if length > _INLINE:
+                place = int.from_bytes(content[:4], "little")
+                self._long_of[slot] = place
+                taken.add(place)
+                content, _ = _LONG.unpack_from(self._map, _LONGS_AT + place * _LONG.size)
+            yield KeptNode(number, ino, parent, lookups, Kind(kind), content[:length])
+        self._longs.free = [place for place in self._longs.used(0) if place not in taken]
+
+    # --- open files and directories -----------------------------------------------------------------------
+
+    def _serial(self) -> int:
+        self._words[_SERIAL] += 1
+        return self._words[_SERIAL] << _HANDLE_BITS
+
+    def file(self, node: int, flags: int, uid: int, backing_id: int) -> int:
+        """Write down an open file of the request that is being served; its number."""
+        slot = self._files.take()
+        number = self._serial() | slot
+        at = _FILES_AT + slot * _FILE.size
+        _FILE.pack_into(self._map, at, 0, node, self.request, flags, uid, backing_id)
+        struct.pack_into("@Q", self._map, at, number)
+        return number
+
+    def drop_file(self, number: int) -> None:
+        """It is closed."""
+        slot = number & _HANDLE_SLOT
+        struct.pack_into("@Q", self._map, _FILES_AT + slot * _FILE.size, 0)
+        self._files.free.append(slot)
+
+    def load_files(self) -> Iterator[KeptFile]:
+        """All that are open. Call it once, before anything is written."""
+        for slot in self._files.used(0):
+            kept = KeptFile(*_FILE.unpack_from(self._map, _FILES_AT + slot * _FILE.size))
+            if kept.number:
+                yield kept
+            else:
+                self._files.free.append(slot)
+
+    def directory(self, node: int) -> int:
+        """Write down an open directory of the request that is being served; its number."""
+        slot = self._dirs.take()
+        number = self._serial() | slot
+        at = _DIRS_AT + slot * _DIR.size
+        _DIR.pack_into(self._map, at, 0, node, self.request)
+        struct.pack_into("@Q", self._map, at, number)
+        return number
+
+    def drop_directory(self, number: int) -> None:
+        """It is closed."""
+        slot = number & _HANDLE_SLOT
+        struct.pack_into("@Q", self._map, _DIRS_AT + slot * _DIR.size, 0)
+        self._dirs.free.append(slot)
+
+    def load_directories(self) -> Iterator[KeptDir]:
+        """All that are open. Call it once, before anything is written."""
+        for slot in self._dirs.used(0):
+            kept = KeptDir(*_DIR.unpack_from(self._map, _DIRS_AT + slot * _DIR.size))
+            if kept.number:
+                yield kept
+            else:
+                self._dirs.free.append(slot)
+
+    # --- inodes -------------------------------------------------------------------------------------------
+
+    def inode(
+        self, slot: int, ino: int, backing_id: int, shown: tuple[int, int, int] | None = None
+    ) -> int:
+        """Write down what is to be known of an inode; its slot, a new one where `slot` is 0."""
+        if not slot:
+            slot = self._inodes.take()
+        times = (1, *(_clamped(value) for value in shown)) if shown is not None else (0, 0, 0, 0)
+        at = _INODES_AT + slot * _INODE.size
+        _INODE.pack_into(self._map, at, 0, backing_id, *times)
+        struct.pack_into("@Q", self._map, at, ino)
+        return slot
+
+    def drop_inode(self, slot: int) -> None:
+        """Nothing is to be known of it any more."""
+        struct.pack_into("@Q", self._map, _INODES_AT + slot * _INODE.size, 0)
+        self._inodes.free.append(slot)
+
+    def load_inodes(self) -> Iterator[KeptInode]:
+        """All of which something is to be known. Call it once, before anything is written."""
+        for slot in self._inodes.used(1):
+            ino, backing, shows, *shown = _INODE.unpack_from(self._map, _INODES_AT + slot * _INODE.size)
+            if ino:
+                yield KeptInode(slot, ino, backing, tuple(shown) if shows else None)
+            else:
+                self._inodes.free.append(slot)
+
+    # --- intents ------------------------------------------------------------------------------------------
+
+    def intend(
+        self,
+        doing: Doing,
+        first: os.stat_result | None = None,
+        second: os.stat_result | None = None,
+        handle: bytes = b"",
+    ) -> None:
+        """Call right before the change that the request being served is about to make."""
+        when = time.clock_gettime_ns(_COARSE_CLOCK)
+        self._write_intent(_INTENTS_AT, self.request, Intent(doing, when, first, second, handle))
+
+    def _write_intent(self, at: int, request: int, intent: Intent) -> None:
+        struct.pack_into("@Q", self._map, at, 0)
+        if intent.first is not None:
+            _pack_stat(self._map, at + _INTENT.size, intent.first)
+        if intent.second is not None:
+            _pack_stat(self._map, at + _INTENT.size + _STAT.size, intent.second)
+        size = len(intent.handle)
+        if size:
+            self._map[at + _HANDLE_AT : at + _HANDLE_AT + size] = intent.handle
+        which = intent.doing | (intent.first is not None) << 8 | (intent.second is not None) << 9
+        _INTENT.pack_into(self._map, at, 0, which, size, intent.when)
+        struct.pack_into("@Q", self._map, at, request)
+
+    def _read_intent(self, at: int) -> tuple[int, Intent] | None:
+        request, which, size, when = _INTENT.unpack_from(self._map, at)
+        if not request:
+            return None
+        first = _unpack_stat(self._map, at + _INTENT.size) if which >> 8 & 1 else None
+        second = _unpack_stat(self._map, at + _INTENT.size + _STAT.size) if which >> 9 & 1 else None
+        handle = self._map[at + _HANDLE_AT : at + _HANDLE_AT + size]
+        return request, Intent(Doing(which & 0xFF), when, first, second, handle)
+
+    def load_intents(self) -> None:
+        """Take over what the killed server was doing, and what those before it were."""
+        places = [_INTENTS_AT + (1 + slot) * _INTENT_SIZE for slot in range(PENDING)]
+        for slot, at in enumerate(places):
+            pending = self._read_intent(at)
+            if pending is not None:
+                self._pending[pending[0]] = slot, pending[1]
+        newest = self._read_intent(_INTENTS_AT)
+        if newest is None or newest[0] in self._pending:
+            return
+        taken = {slot for slot, _ in self._pending.values()}
+        free = next((slot for slot in range(PENDING) if slot not in taken), None)
+        if free is None:
+            raise Incompatible("too many servers have been killed one after another")
+        self._write_intent(places[free], newest[0], newest[1])
+        self._pending[newest[0]] = free, newest[1]
+
+    def pending(self, request: int) -> Intent | None:
+        """What this request, now sent again, was doing."""
+        entry = self._pending.get(request)
+        return entry[1] if entry is not None else None
+
+    def settle(self, request: int) -> None:
+        """This request has been answered."""
+        entry = self._pending.pop(request, None)
+        if entry is not None:
+            struct.pack_into("@Q", self._map, _INTENTS_AT + (1 + entry[0]) * _INTENT_SIZE, 0)
+
+    def settle_all_but(self, requests: Container[int]) -> None:
+        """All others have been answered by those who carried them out."""
+        for request in [each for each in self._pending if each not in requests]:
+            self.settle(request)
+
+
+def _clamped(value: int) -> int:
+    return min(max(value, _I64[0]), _I64[1])
+
+
+def _pack_stat(target: mmap.mmap | bytearray, at: int, st: os.stat_result) -> None:
+    times = (_clamped(st.st_atime_ns), _clamped(st.st_mtime_ns), _clamped(st.st_ctime_ns))
+    _STAT.pack_into(
+        target, at, st.st_mode, st.st_ino, st.st_dev, st.st_nlink, st.st_uid, st.st_gid,
+        st.st_size, *times, st.st_blocks, st.st_rdev,
+    )  # fmt: skip
+
+
+def _unpack_stat(source: mmap.mmap | bytes, at: int) -> os.stat_result:
+    mode, ino, dev, nlink, uid, gid, size, atime, mtime, ctime, blocks, rdev = _STAT.unpack_from(source, at)
+    seconds = (atime // 10**9, mtime // 10**9, ctime // 10**9)
+    more = {
+        "st_atime_ns": atime, "st_mtime_ns": mtime, "st_ctime_ns": ctime,
+        "st_blocks": blocks, "st_blksize": 4096, "st_rdev": rdev,
+    }  # fmt: skip
+    return os.stat_result((mode, ino, dev, nlink, uid, gid, size, *seconds), more)
+
+
+def packed_stat(st: os.stat_result) -> bytes:
+    """Attributes as the content of a node that is GONE."""
+    packed = bytearray(_STAT.size)
+    _pack_stat(packed, 0, st)
+    return bytes(packed)
+
+
+def unpacked_stat(content: bytes) -> os.stat_result:
+    """What `packed_stat` packed."""
+    return _unpack_stat(content, 0)
