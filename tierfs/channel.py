@@ -18,6 +18,12 @@ class Mounted(Message, frozen=True):
     """The answer to Prepared: it is mounted now; comes with the descriptor of /dev/fuse to serve."""
 
 
+class Kept(Message, frozen=True):
+    """Before Mounted, at a takeover: descriptors that the server before has given to Keep, of these inodes."""
+
+    inos: list[int]
+
+
 class NewMover(Message, frozen=True):
     """There is a new mover; comes with the server's end of the link to it."""
 
@@ -34,9 +40,22 @@ class Prepared(Message, frozen=True):
 
 
 class Ready(Message, frozen=True):
-    """The kernel has been answered: the mount works."""
+    """The kernel has been answered: the mount works. `lasting`: another server could take it over."""
 
     passthrough: bool
+    lasting: bool
+
+
+class Keep(Message, frozen=True):
+    """Comes with a descriptor of a file that has no name, without which it would end with this process."""
+
+    ino: int
+
+
+class LetGo(Message, frozen=True):
+    """The descriptor of this inode is needed no more."""
+
+    ino: int
 
 
 class Stopped(Message, frozen=True):
@@ -50,8 +69,8 @@ class Suspect(Message, frozen=True):
 
 
 _encoder = msgspec.msgpack.Encoder()
-_to_server = msgspec.msgpack.Decoder(Mounted | NewMover | Stop)
-_to_supervisor = msgspec.msgpack.Decoder(Prepared | Ready | Stopped | Suspect)
+_to_server = msgspec.msgpack.Decoder(Mounted | Kept | NewMover | Stop)
+_to_supervisor = msgspec.msgpack.Decoder(Prepared | Ready | Keep | LetGo | Stopped | Suspect)
 
 
 class Channel:

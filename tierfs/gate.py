@@ -767,6 +767,11 @@ class Gate:
         except OSError as error:
             log.warning("no room for the next part of the mark log: %s", error)
 
+    def registered(self, ino: int) -> bool:
+        """The kernel has the file itself: it outlives this process even without a name."""
+        inode = self._inodes.get(ino)
+        return inode is not None and bool(inode.backing_id)
+
     def holds(self) -> dict[str, int]:
         """How many inodes have a state here, in passthrough or guarded, and how many are sealed."""
         inodes = self._inodes.values()

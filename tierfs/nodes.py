@@ -255,9 +255,13 @@ class NodeTable:
             return
         if type(node.anchor) is int or (not last and (node.parent is not parent or node.name != name)):
             return
-        self.anchor(node, os.open(name, _OPATH, dir_fd=self.dirfd(parent)))
-        if node.id not in self._opens:
+        fd = os.open(name, _OPATH, dir_fd=self.dirfd(parent))
+        if node.id in self._opens or not self._tree.privileged:
+            self.anchor(node, fd)
+        else:
+            node.anchor = fd
             self._spare_descriptor(node)
+            self._note(node, self._tree.handle_at(self.dirfd(parent), name), Kind.HANDLE)
 
     def unlinked(self, node: Node, st: os.stat_result) -> None:
         """Call after it is gone; `st` is from before."""

@@ -59,9 +59,9 @@ class Child:
         self._process = None
         return status
 
-    def died(self) -> None:
-        """Count a death that nobody asked for."""
-        if time.monotonic() - self._started > _STEADY_SECONDS:
+    def died(self, *, steady: bool = False) -> None:
+        """Count a death that nobody asked for; `steady`: it had done its work before."""
+        if steady or time.monotonic() - self._started > _STEADY_SECONDS:
             self.deaths = 0
         self.deaths += 1
         self.total_deaths += 1

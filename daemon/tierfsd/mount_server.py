@@ -16,16 +16,17 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 from tierfs import channel, wire
 from tierfs.errors import IndexError_, TierError, VolumeError
-from tierfs.fuse.kernel import End, Session
+from tierfs.fuse.kernel import End, KernelBacking, Session
 from tierfs.fuse.spinning import Spinner
 from tierfs.gate import Gate
 from tierfs.heat_index import HeatIndex
 from tierfs.index import Index
-from tierfs.marks import MarkWriter
+from tierfs.ledger import Incompatible, Ledger
+from tierfs.marks import Entry, MarkReader, MarkWriter
 from tierfs.tree import Tree, open_tree
 from tierfs.vfs import Vfs
 from tierfsd import logs
@@ -94,6 +95,8 @@ class Server:
         self._watch(session.fileno(), lambda: None)
         self._watch(supervisor.fileno(), self._hear_supervisor)
         self._watch(signal_fd, self._signalled)
+        self._kept: set[int] = set()
+        vfs.nodes.keep, vfs.nodes.let_go = self._keep, self._let_go
 
     def _watch(self, fd: int, handler: Callable[[], None]) -> None:
         self._handlers[fd] = handler
@@ -107,7 +110,8 @@ class Server:
             session.run_ready()
             if session.ready and not self._said_ready:
                 self._said_ready = True
-                self._tell(channel.Ready(self._gate.backing is not None))
+                lasting = self._vfs.tree.privileged
+                self._tell(channel.Ready(self._gate.backing is not None, lasting))
             self._turn(served)
             self._events(0.0 if served == BATCH else self._pause())
             session.run_ready()
@@ -145,9 +149,9 @@ class Server:
 
     # --- supervisor and mover -----------------------------------------------------------------------------
 
-    def _tell(self, message: wire.Message) -> None:
+    def _tell(self, message: wire.Message, fds: Sequence[int] = ()) -> None:
         try:
-            self._supervisor.send(message)
+            self._supervisor.send(message, fds)
         except OSError as error:
             log.warning("the supervisor does not listen: %s", error)
 
@@ -157,6 +161,17 @@ class Server:
             self._said_suspect = True
             log.error("%s", reason)
             self._tell(channel.Suspect())
+
+    def _keep(self, ino: int, fd: int) -> None:
+        """Before its last name goes: from now on a file ends with the supervisor, not with us."""
+        if not self._gate.registered(ino):
+            self._kept.add(ino)
+            self._tell(channel.Keep(ino), [fd])
+
+    def _let_go(self, ino: int) -> None:
+        if ino in self._kept:
+            self._kept.discard(ino)
+            self._tell(channel.LetGo(ino))
 
     def _signalled(self) -> None:
         numbers = os.read(self._signal_fd, 64)
@@ -204,7 +219,7 @@ class Server:
 def _arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="tierfsd.mount_server")
     parser.add_argument("--state", required=True)
-    for name in ("--channel-fd", "--epoch"):
+    for name in ("--channel-fd", "--epoch", "--ledger-fd", "--takeover"):
         parser.add_argument(name, type=int, required=True)
     return parser.parse_args(argv)
 
@@ -220,15 +235,38 @@ def _signals() -> int:
     return reading
 
 
-def _await_mount(supervisor: channel.Channel) -> int | None:
-    """The descriptor to serve; None where nothing was mounted after all."""
-    received = supervisor.receive()
-    if received is None:
-        return None
-    message, fds = received
-    if not isinstance(message, channel.Mounted) or len(fds) != 1:
-        raise VolumeError(f"the supervisor said {message} where it should have mounted")
-    return fds[0]
+def _await_mount(supervisor: channel.Channel, kept: dict[int, int]) -> int | None:
+    """The descriptor to serve; None where nothing was mounted after all. Adds to `kept` what is handed on."""
+    while (received := supervisor.receive()) is not None:
+        message, fds = received
+        if isinstance(message, channel.Kept):
+            kept.update(zip(message.inos, fds, strict=True))
+        elif isinstance(message, channel.Mounted) and len(fds) == 1:
+            return fds[0]
+        else:
+            raise VolumeError(f"the supervisor said {message} where it should have mounted")
+    return None
+
+
+def _take_over(fuse_fd: int, vfs: Vfs, session: Session, reader: MarkReader, kept: dict[int, int]) -> None:
+    """Go on where a server that was killed has stopped. Raises OSError, TierError."""
+    began = time.monotonic()
+    if vfs.ledger.passthrough:
+        vfs.gate.backing = KernelBacking(fuse_fd)
+    vfs.take_over(_undrained(reader), kept)
+    for fd in kept.values():
+        os.close(fd)
+    session.take_over()
+    held = ", ".join(f"{count} {name}" for name, count in vfs.holds().items())
+    log.info("took over %s in %.2f s", held, time.monotonic() - began)
+
+
+def _undrained(reader: MarkReader) -> Iterator[Entry]:
+    """All marks that no mover has drained."""
+    before = -1
+    while before != reader.position:
+        before = reader.position
+        yield from reader.read()
 
 
 def _serve(arguments: argparse.Namespace, tree: Tree, index: Index, stack: contextlib.ExitStack) -> None:
@@ -236,18 +274,22 @@ def _serve(arguments: argparse.Namespace, tree: Tree, index: Index, stack: conte
     stack.callback(os.close, marks_fd)
     marks = MarkWriter(marks_fd, index.log_position() or 0)
     stack.callback(marks.close)
-    gate = Gate(tree, index, marks, arguments.epoch)
+    ledger = Ledger(arguments.ledger_fd)
+    gate = Gate(tree, index, marks, arguments.epoch, ledger=ledger)
     vfs = Vfs(tree, gate, Evictable(index), HeatReader(os.path.join(arguments.state, "heat")))
     stack.callback(vfs.close)
     supervisor = channel.Channel(socket.socket(fileno=arguments.channel_fd), server=True)
     supervisor.send(channel.Prepared())
-    fuse_fd = _await_mount(supervisor)
+    kept: dict[int, int] = {}
+    fuse_fd = _await_mount(supervisor, kept)
     if fuse_fd is None:
         return
     stack.callback(os.close, fuse_fd)
     session = Session(fuse_fd, vfs, passthrough=tree.privileged, spinner=Spinner())
     server = Server(session, vfs, gate, supervisor, _signals())
     index.on_lost = server.index_lost
+    if arguments.takeover:
+        _take_over(fuse_fd, vfs, session, MarkReader(marks_fd, index.log_position()), kept)
     # Not SCHED_BATCH, although it serves a few per cent more: behind programs that compute, such a process
     # waits for their time slices, and a stat takes 0.3 ms on average instead of 0.03 to 0.15.
     # What exists now stays: it need not be looked at in each collection.
@@ -272,7 +314,7 @@ def main(argv: list[str]) -> int:
             index = Index.open(os.path.join(arguments.state, "index"), readonly=True)
             stack.callback(index.close)
             _serve(arguments, tree, index, stack)
-    except (TierError, OSError) as error:
+    except (TierError, OSError, Incompatible) as error:
         log.critical("%s", error)
         return 1
     return 0

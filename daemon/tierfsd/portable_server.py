@@ -52,7 +52,7 @@ class Ears:
 
     def ready(self) -> None:
         """libfuse has mounted: tell the supervisor, and begin to listen."""
-        self.tell(channel.Ready(passthrough=False))
+        self.tell(channel.Ready(passthrough=False, lasting=False))
         self._thread.start()
 
     def close(self) -> None:

@@ -1,7 +1,9 @@
 """The supervisor: holds the lock and the control socket, and keeps a mount server and a mover running.
 
 A mover that dies is replaced at once, later after a growing pause, and the server gets a new link. When the
-server dies the mount is detached and made anew with a new pair of processes. An unmount, by whomever, ends
+server dies another takes its session over: the descriptor of the mount and the ledger are kept here, and so is
+what nameless files would end without. Where that cannot be, or does not help, the mount is detached and made
+anew. A new server comes with a new mover. An unmount, by whomever, ends
 the server in order, and then all.
 """
 
@@ -20,7 +22,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import FrameType
 
-from tierfs import channel, control, locate, volume, wire
+from tierfs import channel, control, ledger, locate, volume, wire
 from tierfs.errors import TierError, VolumeError
 from tierfs.fuse import mounting
 from tierfs.fuse.choice import Choice
@@ -34,6 +36,9 @@ log = logging.getLogger("supervisor")
 READY_SECONDS = 60.0
 _MOVER_PAUSES = (0.0, 0.1, 0.5, 2.0, 10.0, 30.0)
 _SERVER_DEATHS = 5  # in quick succession; then the volume is given up
+_TAKEOVERS = 3  # in quick succession; then something in the session itself is wrong, and it is mounted anew
+_STEADY_SECONDS = 0.5  # of serving, after which a death is no consequence of the one before
+_FDS = 200  # descriptors in one message (SCM_MAX_FD is 253)
 _BUSY_SECONDS = 10.0  # how long an orderly stop waits for the last open file
 _EXIT_SECONDS = 20.0  # for a child that was asked to end
 
@@ -64,6 +69,12 @@ class Supervisor:
         self._mover = Child("mover", "tierfsd.mover", self._log_write)
         self._channel: channel.Channel | None = None
         self._fuse_fd = -1
+        self._ledger_fd = -1
+        self._epoch = 0
+        self._lasting = False
+        self._ready_at = 0.0
+        self._takeovers = 0
+        self._kept: dict[int, int] = {}  # inode number -> a descriptor without which the file would end
         self._prepared = False
         self._ready = False
         self._clean = False
@@ -89,38 +100,55 @@ class Supervisor:
 
     def _mount(self) -> None:
         """Begin a session, mount, start both processes, and wait for the server to answer the kernel."""
-        epoch = self._care.begin_session()
-        self._prepared = self._ready = self._clean = False
-        plan = self._plan
+        self._epoch = self._care.begin_session()
+        self._ledger_fd = ledger.make()
+        with _writable(self._plan.mountpoint):
+            self._start_pair()
+        if not self._ready:
+            self._drain_log()
+            reason = self._logfile.last_error or f"see {self._logfile.path}"
+            raise VolumeError(f"{self._plan.mountpoint}: the mount server did not start: {reason}")
+
+    def _start_pair(self, *, takeover: bool = False) -> None:
+        """Start both processes, and wait until the server answers the kernel or has ended."""
+        self._prepared = self._ready = self._clean = self._lasting = False
         ours, theirs = channel.make_pair()
         ours.setblocking(False)
         self._channel = channel.Channel(ours, server=False)
         self._selector.register(self._channel, selectors.EVENT_READ, self._hear_server)
-        with _writable(plan.mountpoint):
-            with theirs:
-                self._start_server(epoch, theirs.fileno())
-            self._start_mover()
-            self._wait(lambda: self._ready or not self._server.alive(), READY_SECONDS)
-        if not self._ready:
-            self._drain_log()
-            reason = self._logfile.last_error or f"see {self._logfile.path}"
-            raise VolumeError(f"{plan.mountpoint}: the mount server did not start: {reason}")
+        with theirs:
+            self._start_server(theirs.fileno(), takeover=takeover)
+        self._start_mover()
+        self._wait(lambda: self._ready or not self._server.alive(), READY_SECONDS)
 
-    def _start_server(self, epoch: int, channel_fd: int) -> None:
+    def _start_server(self, channel_fd: int, *, takeover: bool) -> None:
         """Start the server, and mount when it has loaded all it needs; with libfuse it mounts by itself."""
         plan, identity = self._plan, self._plan.volume.identity
-        arguments: dict[str, object] = {"state": plan.volume.state, "channel-fd": channel_fd, "epoch": epoch}
+        arguments: dict[str, object] = {
+            "state": plan.volume.state, "channel-fd": channel_fd, "epoch": self._epoch,
+        }  # fmt: skip
         inherited = [channel_fd, self._lock_fd]
         if plan.binding.name == "fusepy":
             arguments |= {"mountpoint": plan.mountpoint, "volume": identity.volume}
             arguments["options"] = ",".join(plan.options)
             self._server.start(arguments, inherited)
+            return
+        arguments |= {"ledger-fd": self._ledger_fd, "takeover": int(takeover)}
+        self._server.start(arguments, [*inherited, self._ledger_fd])
+        self._wait(lambda: self._prepared or not self._server.alive(), READY_SECONDS)
+        if not self._prepared or self._channel is None:
+            return
+        if takeover:
+            self._hand_on_descriptors(self._channel)
         else:
-            self._server.start(arguments, inherited)
-            self._wait(lambda: self._prepared or not self._server.alive(), READY_SECONDS)
-            if self._prepared and self._channel is not None:
-                self._fuse_fd = mounting.mount(plan.mountpoint, identity.volume, plan.options)
-                self._channel.send(channel.Mounted(), [self._fuse_fd])
+            self._fuse_fd = mounting.mount(plan.mountpoint, identity.volume, plan.options)
+        self._channel.send(channel.Mounted(), [self._fuse_fd])
+
+    def _hand_on_descriptors(self, to: channel.Channel) -> None:
+        inos = list(self._kept)
+        for first in range(0, len(inos), _FDS):
+            batch = inos[first : first + _FDS]
+            to.send(channel.Kept(batch), [self._kept[ino] for ino in batch])
 
     def _end_session(self) -> None:
         try:
@@ -238,14 +266,24 @@ class Supervisor:
             self._publish()
 
     def _revive(self, status: int) -> bool:
-        """The server has died: detach the mount and make it anew. False where that was tried too often."""
-        self._server.died()
-        self._care.suspect(status)
+        """The server has died: let another take its session over, or mount anew. False where nothing helps."""
+        while self._hear_server():
+            pass  # the descriptors that it has given away are still on their way
+        lasting = self._lasting or self._takeovers > 0
+        steady = self._ready and time.monotonic() - self._ready_at > _STEADY_SECONDS
+        self._server.died(steady=steady)
+        self._takeovers = 1 if steady else self._takeovers + 1
+        # At once: its guards have ended with the server, so that nothing must be punched any more.
+        self._mover.kill()
+        if self._care.suspect(status) and self._care.put_aside_if_damaged():
+            lasting = False  # what it held was from another index
+        if lasting and self._takeovers <= _TAKEOVERS and self._take_over(status):
+            return True
         log.error("the mount server %s; mounting anew", _how(status))
         return self._mount_anew()
 
     def _mount_anew(self) -> bool:
-        self._end_mover()
+        self._end_children()
         self._detach()
         if self._server.deaths > _SERVER_DEATHS:
             log.critical("the mount server keeps dying: giving up; see the lines above")
@@ -259,6 +297,26 @@ class Supervisor:
             return False
         self._publish()
         return True
+
+    def _take_over(self, status: int) -> bool:
+        """Start a server that goes on where the dead one stopped; whoever asks meanwhile waits."""
+        log.error("the mount server %s; another takes its session over", _how(status))
+        self._drop_channel()
+        try:
+            self._start_pair(takeover=True)
+        except OSError as exc:
+            log.error("the session cannot be taken over: %s", exc)
+            return False
+        if self._ready:
+            self._publish()
+            return True
+        ended = self._server.reap()
+        if ended is not None and ended < 0 and self._takeovers < _TAKEOVERS:
+            # Killed while it took over: the session is as it was.
+            self._takeovers += 1
+            self._mover.kill()
+            return self._take_over(ended)
+        return False
 
     # --- ending ------------------------------------------------------------------------------------------
 
@@ -317,6 +375,10 @@ class Supervisor:
         if self._fuse_fd >= 0:
             os.close(self._fuse_fd)
             self._fuse_fd = -1
+        for fd in [*self._kept.values(), *([self._ledger_fd] if self._ledger_fd >= 0 else [])]:
+            os.close(fd)
+        self._kept.clear()
+        self._ledger_fd, self._lasting, self._takeovers = -1, False, 0
 
     def _drop_channel(self) -> None:
         if self._channel is not None:
@@ -366,18 +428,28 @@ class Supervisor:
             self._drop_channel()
             return False
         message, fds = received
+        if isinstance(message, channel.Keep) and fds:
+            self._let_go(message.ino)
+            self._kept[message.ino] = fds.pop()
         for fd in fds:
             os.close(fd)
         if isinstance(message, channel.Prepared):
             self._prepared = True
         elif isinstance(message, channel.Ready):
-            self._ready = True
+            self._ready, self._lasting, self._ready_at = True, message.lasting, time.monotonic()
         elif isinstance(message, channel.Suspect):
             self._suspect = True
             self._care.doubt("the mount server has met damage")
+        elif isinstance(message, channel.LetGo):
+            self._let_go(message.ino)
         elif isinstance(message, channel.Stopped):
             self._clean = message.clean
         return True
+
+    def _let_go(self, ino: int) -> None:
+        fd = self._kept.pop(ino, -1)
+        if fd >= 0:
+            os.close(fd)
 
     def _pump_log(self) -> bool:
         """Move lines from the pipe of the children to the log file; False where there are none."""

@@ -17,6 +17,7 @@ from tierfs.fuse import protocol as p
 from tierfs.fuse.kernel import End, Session
 from tierfs.fuse.operations import Operations
 from tierfs.fuse.spinning import NEAR_SECONDS, Spinner
+from tierfs.ledger import Ledger
 from tierfs.waits import Blocked, Slow, Wait
 
 # Sizes of the structs in include/uapi/linux/fuse.h, 7.45.
@@ -130,6 +131,7 @@ class FakeVfs:
 
     def __init__(self) -> None:
         self.gate = SimpleNamespace(writers_open=lambda ino: False, backing=None)
+        self.ledger = Ledger()
         self.asked: list[bytes] = []
         self.answer: object = None
 
