@@ -99,15 +99,20 @@ def detach(mountpoint: str, device: int, connections: Path) -> None:
 
 
 def pids_with(variable: str, value: str) -> list[int]:
-    """Processes, other than this one, that have the variable with that value in their environment."""
+    """Processes, other than this one, that have the variable with that value in their environment.
+
+    The oldest first: who ends a supervisor before its children is not offered new ones. Numbers say nothing
+    about age, since they begin again.
+    """
     needle = f"\0{variable}={value}\0".encode()
     found = []
     for entry in os.listdir("/proc"):
         if entry.isdigit() and int(entry) != os.getpid():
             with contextlib.suppress(OSError):
                 if needle in b"\0" + Path("/proc", entry, "environ").read_bytes() + b"\0":
-                    found.append(int(entry))
-    return found
+                    began = int(Path("/proc", entry, "stat").read_bytes().rpartition(b")")[2].split()[19])
+                    found.append((began, int(entry)))
+    return [pid for _, pid in sorted(found)]
 
 
 def command(pid: int) -> str:

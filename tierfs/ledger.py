@@ -22,6 +22,8 @@ import time
 from collections.abc import Container, Iterator
 from typing import NamedTuple
 
+from tierfs.intents import STAT_SIZE, Doing, Intent, clamped, pack_stat, unpack_stat
+
 FORMAT = 1
 _COARSE_CLOCK = 5  # CLOCK_REALTIME_COARSE (clock_gettime(2)): the one that stamps files
 _MAP_NORESERVE = 0x4000
@@ -38,13 +40,11 @@ _FILE = struct.Struct("@QQQIII4x")  # number, node, request, flags, user, backin
 _DIR = struct.Struct("@QQQ8x")  # number, node, request
 _INODE = struct.Struct("@QIIqqQ")  # inode, backing id, 1: shows other than its own: mtime, ctime, blocks
 _LONG = struct.Struct("@255sB")
-_STAT = struct.Struct("@QQQQIIqqqqqQ")
 _INTENT = struct.Struct("@QIIq")  # request, kind, length of the handle, when
-_HANDLE_AT = _INTENT.size + 2 * _STAT.size
+_HANDLE_AT = _INTENT.size + 2 * STAT_SIZE
 _HANDLE_MOST = 255
 _INTENT_SIZE = 512
 _U32_MOST = (1 << 31) - 1
-_I64 = (-(1 << 63), (1 << 63) - 1)
 
 # Words of the header, of 8 bytes.
 _GENERATION, _NODES, _FILES, _DIRS, _INODES, _LONGS, _SERIAL = range(2, 9)
@@ -71,28 +71,6 @@ class Kind(enum.IntEnum):
     NAME = 0  # by its name in its parent
     HANDLE = 1  # by file handle, or by a descriptor that the supervisor keeps
     GONE = 2  # not at all: its last attributes are known
-
-
-class Doing(enum.IntEnum):
-    """What a request is about to change that a second run would not find as the first did."""
-
-    MAKE = 1
-    LINK = 2
-    UNLINK = 3
-    RMDIR = 4
-    RENAME = 5
-    XATTR = 6
-    SHIFT = 7  # fallocate that moves what lies behind
-
-
-class Intent(NamedTuple):
-    """What was there before a change. `when`: nanoseconds by the filesystem's clock."""
-
-    doing: Doing
-    when: int
-    first: os.stat_result | None
-    second: os.stat_result | None
-    handle: bytes
 
 
 class KeptNode(NamedTuple):
@@ -184,14 +162,14 @@ class Ledger:
         else:
             self._map = mmap.mmap(fd, SIZE)
         self._view = memoryview(self._map)
-        head = self._view[: _INTENTS_AT]
-        self._words = head.cast("Q")
+        self._head = self._view[:_INTENTS_AT]
+        self._words = self._head.cast("Q")
         if not self._words[0]:
             _HEAD.pack_into(self._map, 0, _MAGIC, FORMAT, 0)
         magic, found, _ = _HEAD.unpack_from(self._map, 0)
         if magic != _MAGIC or found != FORMAT:
             raise Incompatible(f"a session of form {found}; this version reads {FORMAT}")
-        self._flags = head.cast("I")
+        self._flags = self._head.cast("I")
         self._lookups = self._view[_NODES_AT:_LONGS_AT].cast("I")
         self._nodes = _Slots(1, _MOST_NODES, self._words, _NODES)
         self._longs = _Slots(0, _MOST_LONGS, self._words, _LONGS)
@@ -202,6 +180,12 @@ class Ledger:
         self.request = 0  # the number of the one that is being served
         self.replayed: Intent | None = None  # what it had begun to do when its server was killed
         self._pending: dict[int, tuple[int, Intent]] = {}  # request -> its slot, and what it was doing
+
+    def close(self) -> None:
+        """Unmap. What it holds stays, for as long as somebody has the descriptor."""
+        for view in (self._words, self._flags, self._lookups, self._head, self._view):
+            view.release()
+        self._map.close()
 
     # --- the session --------------------------------------------------------------------------------------
 
@@ -352,7 +336,7 @@ class Ledger:
         """Write down what is to be known of an inode; its slot, a new one where `slot` is 0."""
         if not slot:
             slot = self._inodes.take()
-        times = (1, *(_clamped(value) for value in shown)) if shown is not None else (0, 0, 0, 0)
+        times = (1, *(clamped(value) for value in shown)) if shown is not None else (0, 0, 0, 0)
         at = _INODES_AT + slot * _INODE.size
         _INODE.pack_into(self._map, at, 0, backing_id, *times)
         struct.pack_into("@Q", self._map, at, ino)
@@ -388,9 +372,9 @@ class Ledger:
     def _write_intent(self, at: int, request: int, intent: Intent) -> None:
         struct.pack_into("@Q", self._map, at, 0)
         if intent.first is not None:
-            _pack_stat(self._map, at + _INTENT.size, intent.first)
+            pack_stat(self._map, at + _INTENT.size, intent.first)
         if intent.second is not None:
-            _pack_stat(self._map, at + _INTENT.size + _STAT.size, intent.second)
+            pack_stat(self._map, at + _INTENT.size + STAT_SIZE, intent.second)
         size = len(intent.handle)
         if size:
             self._map[at + _HANDLE_AT : at + _HANDLE_AT + size] = intent.handle
@@ -402,8 +386,8 @@ class Ledger:
         request, which, size, when = _INTENT.unpack_from(self._map, at)
         if not request:
             return None
-        first = _unpack_stat(self._map, at + _INTENT.size) if which >> 8 & 1 else None
-        second = _unpack_stat(self._map, at + _INTENT.size + _STAT.size) if which >> 9 & 1 else None
+        first = unpack_stat(self._map, at + _INTENT.size) if which >> 8 & 1 else None
+        second = unpack_stat(self._map, at + _INTENT.size + STAT_SIZE) if which >> 9 & 1 else None
         handle = self._map[at + _HANDLE_AT : at + _HANDLE_AT + size]
         return request, Intent(Doing(which & 0xFF), when, first, second, handle)
 
@@ -439,37 +423,3 @@ class Ledger:
         """All others have been answered by those who carried them out."""
         for request in [each for each in self._pending if each not in requests]:
             self.settle(request)
-
-
-def _clamped(value: int) -> int:
-    return min(max(value, _I64[0]), _I64[1])
-
-
-def _pack_stat(target: mmap.mmap | bytearray, at: int, st: os.stat_result) -> None:
-    times = (_clamped(st.st_atime_ns), _clamped(st.st_mtime_ns), _clamped(st.st_ctime_ns))
-    _STAT.pack_into(
-        target, at, st.st_mode, st.st_ino, st.st_dev, st.st_nlink, st.st_uid, st.st_gid,
-        st.st_size, *times, st.st_blocks, st.st_rdev,
-    )  # fmt: skip
-
-
-def _unpack_stat(source: mmap.mmap | bytes, at: int) -> os.stat_result:
-    mode, ino, dev, nlink, uid, gid, size, atime, mtime, ctime, blocks, rdev = _STAT.unpack_from(source, at)
-    seconds = (atime // 10**9, mtime // 10**9, ctime // 10**9)
-    more = {
-        "st_atime_ns": atime, "st_mtime_ns": mtime, "st_ctime_ns": ctime,
-        "st_blocks": blocks, "st_blksize": 4096, "st_rdev": rdev,
-    }  # fmt: skip
-    return os.stat_result((mode, ino, dev, nlink, uid, gid, size, *seconds), more)
-
-
-def packed_stat(st: os.stat_result) -> bytes:
-    """Attributes as the content of a node that is GONE."""
-    packed = bytearray(_STAT.size)
-    _pack_stat(packed, 0, st)
-    return bytes(packed)
-
-
-def unpacked_stat(content: bytes) -> os.stat_result:
-    """What `packed_stat` packed."""
-    return _unpack_stat(content, 0)

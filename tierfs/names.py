@@ -13,7 +13,7 @@ from contextlib import suppress
 
 from tierfs import syscalls
 from tierfs.gate import Gate
-from tierfs.ledger import Doing, Intent
+from tierfs.intents import Doing, Intent
 from tierfs.nodes import Node, NodeTable
 from tierfs.tree import Tree
 

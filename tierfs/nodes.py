@@ -22,7 +22,8 @@ from collections.abc import Callable, Mapping
 
 import msgspec
 
-from tierfs.ledger import SLOT_BITS, KeptNode, Kind, Ledger, packed_stat, unpacked_stat
+from tierfs.intents import packed_stat, unpacked_stat
+from tierfs.ledger import SLOT_BITS, KeptNode, Kind, Ledger
 from tierfs.tree import Tree
 
 ROOT = 1

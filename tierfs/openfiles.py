@@ -16,7 +16,8 @@ from tierfs import syscalls
 from tierfs.errors import TierError
 from tierfs.gate import Gate
 from tierfs.handles import Handle
-from tierfs.ledger import Doing, KeptFile
+from tierfs.intents import Doing
+from tierfs.ledger import KeptFile
 from tierfs.making import Caller
 from tierfs.nodes import Node, NodeTable
 from tierfs.tree import drop_set_id

@@ -18,7 +18,7 @@ from tierfs import syscalls
 from tierfs.dirs import Directories
 from tierfs.gate import Gate
 from tierfs.handles import Handle, Shown
-from tierfs.ledger import Doing
+from tierfs.intents import Doing
 from tierfs.making import Caller, Maker, in_group
 from tierfs.marks import Entry
 from tierfs.names import Names

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from tierfs.gate import Gate
-from tierfs.ledger import Doing
+from tierfs.intents import Doing
 from tierfs.making import Caller
 from tierfs.nodes import Node, NodeTable
 from tierfs.tree import Tree, fd_path

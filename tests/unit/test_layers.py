@@ -37,6 +37,7 @@ FAMILIES = [
 PARTS_OF = {
     "index": {"index_writer", "past", "environment"},
     "restoring": {"planting"},
+    "ledger": {"intents"},
     "gate": {"idle", "inflow", "handles", "appearance", "report", "room"},
     "vfs": {"nodes", "dirs", "xattrs", "making", "names", "openfiles"},
     "tier": {
