@@ -22,7 +22,6 @@ class Doing(enum.IntEnum):
     RMDIR = 4
     RENAME = 5
     XATTR = 6
-    SHIFT = 7  # fallocate that moves what lies behind
 
 
 class Intent(NamedTuple):

@@ -16,7 +16,6 @@ from tierfs import syscalls
 from tierfs.errors import TierError
 from tierfs.gate import Gate
 from tierfs.handles import Handle
-from tierfs.intents import Doing
 from tierfs.ledger import KeptFile
 from tierfs.making import Caller
 from tierfs.nodes import Node, NodeTable
@@ -26,7 +25,6 @@ from tierfs.waits import Slow
 log = logging.getLogger("gate")
 
 _T = TypeVar("_T")
-_SHIFTS = syscalls.FALLOC_COLLAPSE_RANGE | syscalls.FALLOC_INSERT_RANGE
 QUICK = 1 << 20  # bytes that are copied or allocated at once, without a thread
 MOST_COPIED = 16 << 20  # bytes that one request copies: there are few threads, and the caller asks again
 
@@ -137,29 +135,16 @@ class OpenFiles:
     def fallocate(
         self, fh: int, mode: int, offset: int, length: int, caller: Caller | None = None
     ) -> Slow | None:
-        """All modes of fallocate(2). Raises Blocked, OSError."""
+        """The modes that the kernel passes on: what is run twice is as if run once. Raises Blocked, OSError."""
         handle = self.get(fh)
         self._gate.ready(handle, True)
         self._changing(handle, caller)
-        if mode & _SHIFTS:
-            self._shift(handle, mode, offset, length)
-            return None
         if length <= QUICK:
             with self._gate.borrowed(handle, True) as borrowed:
                 syscalls.fallocate(borrowed, mode, offset, length)
             return None
         fd = self._own(handle, writable=True)
         return Slow(_closing(lambda: syscalls.fallocate(fd, mode, offset, length), fd))
-
-    def _shift(self, handle: Handle, mode: int, offset: int, length: int) -> None:
-        """Move what lies behind: here and now, whatever the length, since twice is not once."""
-        st = os.fstat(handle.inode.opath)
-        begun = self._ledger.replayed
-        if begun is not None and begun.first is not None and begun.first.st_size != st.st_size:
-            return
-        self._ledger.intend(Doing.SHIFT, st)
-        with self._gate.borrowed(handle, True) as borrowed:
-            syscalls.fallocate(borrowed, mode, offset, length)
 
     def lseek(self, fh: int, offset: int, whence: int) -> int:
         """SEEK_DATA and SEEK_HOLE; of a stub by the extents that it had. Raises ENXIO behind the end."""

@@ -62,7 +62,7 @@ def test_a_killed_mover_is_replaced_and_files_do_not_notice(volume):
     assert (made.mountpoint / "g").read_text() == "y"
 
 
-def test_a_killed_server_is_replaced_by_a_new_mount(volume):
+def test_a_killed_server_is_replaced(volume):
     made = volume()
     (made.mountpoint / "f").write_text("x" * 5000)
     os.sync()

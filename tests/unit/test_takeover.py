@@ -143,9 +143,6 @@ OPERATIONS = {
     "replace xattr": lambda vfs, nodes, files: vfs.setxattr(nodes["g"], b"user.old", b"2", os.XATTR_REPLACE),
     "removexattr": lambda vfs, nodes, files: vfs.removexattr(nodes["g"], b"user.old"),
     "chmod and truncate": lambda vfs, nodes, files: vfs.setattr(nodes["g"], mode=0o600, size=77),
-    "collapse": lambda vfs, nodes, files: vfs.fallocate(
-        files["f"], syscalls.FALLOC_COLLAPSE_RANGE, 0, 4096, ME
-    ),
     "truncating open": lambda vfs, nodes, files: vfs.open(nodes["g"], os.O_RDWR | os.O_TRUNC, ME)[1].writable,
     "write": lambda vfs, nodes, files: vfs.write(files["f"], 5000, b"new"),
 }  # fmt: skip
