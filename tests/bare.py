@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tierfs import channel, wire
+from tierfs import channel, ledger, wire
 from tierfs.fuse import mounting
 from tierfs.index import Index
 from tierfs.model import Stub, new_fid, new_tag
@@ -90,14 +90,18 @@ class Bare:
             epoch = index.begin_session("a boot").epoch
         where = str(self.mountpoint)
         ours, theirs = channel.make_pair()
+        table = ledger.make()
         with theirs:
             arguments = {"state": self.state, "channel-fd": theirs.fileno(), "epoch": epoch}
+            arguments |= {"ledger-fd": table, "takeover": 0}
             command = [sys.executable, "-m", "tierfsd.mount_server"]
             for key, value in arguments.items():
                 command += [f"--{key}", str(value)]
             self.log_path = base / "server.log"
             with self.log_path.open("ab") as log:
-                self.server = subprocess.Popen(command, pass_fds=[theirs.fileno()], stderr=log, cwd="/")
+                passed = [theirs.fileno(), table]
+                self.server = subprocess.Popen(command, pass_fds=passed, stderr=log, cwd="/")
+        os.close(table)
         ours.settimeout(SECONDS / 2)
         self._channel = channel.Channel(ours, server=False)
         self._said(channel.Prepared)
@@ -113,8 +117,13 @@ class Bare:
         self.ready = self._said(channel.Ready)
 
     def _said(self, kind: type) -> wire.Message:
-        received = self._channel.receive()
-        assert received is not None, self.log_path.read_text()
+        while True:
+            received = self._channel.receive()
+            assert received is not None, self.log_path.read_text()
+            for fd in received[1]:  # what a supervisor would keep for the next server
+                os.close(fd)
+            if not isinstance(received[0], channel.Keep | channel.LetGo):
+                break
         assert isinstance(received[0], kind), received[0]
         return received[0]
 

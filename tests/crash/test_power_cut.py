@@ -79,8 +79,15 @@ class Disk:
             os.close(fd)
 
     def umount(self) -> None:
-        if os.path.ismount(self.place):
-            subprocess.run(["umount", self.place], check=True, timeout=30)
+        """The last files of processes that were killed are let go of a moment after their end."""
+        deadline = time.monotonic() + 20
+        while os.path.ismount(self.place):
+            done = subprocess.run(["umount", self.place], capture_output=True, text=True, timeout=30)
+            if done.returncode and time.monotonic() > deadline:
+                used = subprocess.run(["fuser", "-vm", self.place], capture_output=True, text=True)
+                raise AssertionError(f"{done.stderr}{used.stdout}{used.stderr}")
+            if done.returncode:
+                time.sleep(0.1)
 
 
 @pytest.fixture
