@@ -20,6 +20,7 @@ from tierfs.errors import TierError, UsageError
 _COMMANDS = {
     "mount": ("mount", "mount", "Mount a volume, creating it where there is none."),
     "umount": ("mount", "umount", "Unmount a volume and end its daemon."),
+    "restart": ("mount", "restart", "Put this version in charge of a mounted volume."),
     "status": ("show", "status", "Show what a volume, or a path, is and does."),
     "ls": ("show", "ls", "List names with tier, size, heat and pin."),
     "pin": ("orders", "pin", "Keep files and directories on the local disk."),

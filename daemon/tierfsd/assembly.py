@@ -66,7 +66,10 @@ class Mover:
         self._scheduler = Scheduler(self._tier, self._heat, _device_of(home.store_url), home.path("ballast"))
         self._index.make_room = self._scheduler.make_index_room
         backend = TierBackend(
-            self._tier, self._heat, home, self._watcher,
+            self._tier,
+            self._heat,
+            home,
+            self._watcher,
             looked=self._scheduler.looked,
             verifying=lambda: self._scheduler.verifying,
             notes=self._scheduler.notes,

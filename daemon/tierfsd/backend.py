@@ -288,9 +288,7 @@ class _Count:
 
 
 def _item(target: Target) -> Item:
-    return Item(
-        target.ino, target.handle, target.path, target.parent, target.name, target.size, ordered=True
-    )
+    return Item(target.ino, target.handle, target.path, target.parent, target.name, target.size, ordered=True)
 
 
 def _outcome(item: Item) -> control.Outcome:

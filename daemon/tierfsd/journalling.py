@@ -36,7 +36,7 @@ class JournalKeeper:
         self._stopping = threading.Event()
         self.journal = Journal(tier.kit, tier.places, tier.drain, volume, tier.kit.index.session.epoch)
         self.snapshots = Snapshots(tier.kit, self.journal, tier.places, self._stopping)
-        self._begun = time.time()
+        self._lacking_since = time.time()  # 0: what is in the store describes the tree as of the last segment
         self._verified = -_CLAIM_SECONDS
         self._failures = 0
         self._problem = ""
@@ -72,8 +72,8 @@ class JournalKeeper:
     @property
     def behind(self) -> float:
         """Seconds since the oldest change that the store does not know of."""
-        noting, _ = self._kit.index.noting()
-        return self.journal.behind if noting else max(0.0, time.time() - self._begun)
+        lacking = max(0.0, time.time() - self._lacking_since) if self._lacking_since else 0.0
+        return max(self.journal.behind, lacking)
 
     def catch_up(self, cancelled: threading.Event) -> str:
         """Wait until all that has changed by now is in the store; why it is not, if it cannot be."""
@@ -109,6 +109,7 @@ class JournalKeeper:
 
     def _work(self, hurry: bool) -> None:
         try:
+            self._note_lacking()
             self.journal.trim()
             if self._kit.withheld:
                 self._problem = self._kit.withheld
@@ -129,6 +130,7 @@ class JournalKeeper:
             elif self.journal.due or hurry:
                 self._check_claim()
                 self.journal.flush()
+            self._note_lacking()
         except (TierError, OSError) as error:
             self._failed(str(error))
         except Exception as error:
@@ -136,6 +138,12 @@ class JournalKeeper:
             self._failed(f"internal error ({type(error).__name__})")
         else:
             self._failures, self._problem = 0, ""
+
+    def _note_lacking(self) -> None:
+        if not self.snapshots.lacking:
+            self._lacking_since = 0.0
+        elif not self._lacking_since:
+            self._lacking_since = time.time()
 
     def _failed(self, problem: str) -> None:
         self._failures += 1

@@ -15,10 +15,10 @@ import shutil
 import socket
 import sys
 
-from tierfs import adoption, config, control, launch, ownership, volume
+from tierfs import __version__, adoption, config, control, launch, ownership, volume
 from tierfs.errors import TierError, UsageError, VolumeError
 from tierfs.fuse import choice
-from tierfsd import logs
+from tierfsd import handover, logs
 from tierfsd.claiming import refuse_if_taken
 from tierfsd.supervisor import Plan, Supervisor, notify
 
@@ -37,6 +37,8 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--force", action="store_true")
     parser.add_argument("--foreground", action="store_true")
     parser.add_argument("--ready-fd", type=int, default=-1)
+    parser.add_argument("--resume", type=int, default=-1)
+    parser.add_argument("--check-only", action="store_true")
     return parser.parse_args()
 
 
@@ -45,6 +47,8 @@ def main() -> int:
     arguments = _parse_arguments()
     answer = Answer(arguments.ready_fd)
     try:
+        if arguments.resume >= 0:
+            return _resume(arguments)
         return _run(arguments, answer)
     except UsageError as exc:
         answer.failed(str(exc))
@@ -54,6 +58,8 @@ def main() -> int:
     except OSError as exc:
         named = f"{exc.filename}: " if exc.filename else ""
         answer.failed(f"{named}{exc.strerror or exc}")
+    except ImportError as exc:
+        answer.failed(f"TierFS is not whole: install it anew: {exc}")
     except Exception as exc:
         log.exception("internal error")
         where = os.path.join(arguments.state, "log", "tierfs.log")
@@ -120,11 +126,36 @@ def _run(arguments: argparse.Namespace, answer: Answer) -> int:
         options += ["ro"] if view else []
         chosen = choice.choose(arguments.binding)
         log.info("binding %s: %s", *chosen)
-        plan = Plan(opened, mountpoint, chosen, options)
+        plan = Plan(opened, mountpoint, chosen, options, arguments.foreground)
         supervisor = Supervisor(plan, lock, listener, logfile)
         supervisor.start()
         log.info("volume %s is mounted at %s", opened.identity.volume[:8], mountpoint)
         answer.ready()
+        return supervisor.run()
+
+
+def _resume(arguments: argparse.Namespace) -> int:
+    """Go on where another version has left off."""
+    left = handover.read(arguments.resume)
+    if arguments.check_only:
+        handover.check(left)
+        return 0
+    os.close(arguments.resume)
+    left.inheritable(False)
+    with contextlib.ExitStack() as stack:
+        opened = volume.load(os.fsdecode(left.state))
+        if opened.identity.view:
+            stack.callback(shutil.rmtree, opened.state, ignore_errors=True)
+        logfile = logs.LogFile(opened.path("log/tierfs.log"), 2 if left.foreground else None)
+        logs.setup(logfile)
+        listener = socket.socket(fileno=left.listener_fd)
+        stack.callback(_stop_listening, listener)
+        plan = Plan(
+            opened, os.fsdecode(left.mountpoint), choice.Choice(*left.binding), left.options, left.foreground
+        )
+        supervisor = Supervisor(plan, left.lock_fd, listener, logfile)
+        supervisor.resume(left)
+        log.info("version %s goes on at %s", __version__, plan.mountpoint)
         return supervisor.run()
 
 

@@ -22,11 +22,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import FrameType
 
-from tierfs import channel, control, ledger, locate, volume, wire
+from tierfs import __version__, channel, control, launch, ledger, locate, volume, wire
 from tierfs.errors import TierError, VolumeError
 from tierfs.fuse import mounting
 from tierfs.fuse.choice import Choice
 from tierfs.index import Index
+from tierfsd import handover
 from tierfsd.children import Child
 from tierfsd.indexcare import IndexCare
 from tierfsd.logs import LogFile
@@ -41,6 +42,7 @@ _STEADY_SECONDS = 0.5  # of serving, after which a death is no consequence of th
 _FDS = 200  # descriptors in one message (SCM_MAX_FD is 253)
 _BUSY_SECONDS = 10.0  # how long an orderly stop waits for the last open file
 _EXIT_SECONDS = 20.0  # for a child that was asked to end
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
 
 
 @dataclass
@@ -51,6 +53,7 @@ class Plan:
     mountpoint: str
     binding: Choice
     options: list[str] = field(default_factory=list)
+    foreground: bool = False
 
 
 class Supervisor:
@@ -81,15 +84,14 @@ class Supervisor:
         self._mover_due = 0.0
         self._care = IndexCare(plan.volume)
         self._suspect = False
+        self._restarts = handover.Restarts()
         self._signals: list[int] = []
 
     # --- starting ----------------------------------------------------------------------------------------
 
     def start(self) -> None:
         """Mount, and return when the mount answers. Raises TierError, OSError."""
-        os.set_blocking(self._log_read, False)
-        self._selector.register(self._log_read, selectors.EVENT_READ, self._pump_log)
-        self._catch_signals()
+        self._listen_to_all()
         try:
             self._mount()
         except BaseException:
@@ -97,6 +99,22 @@ class Supervisor:
             self._detach()
             raise
         self._publish()
+
+    def resume(self, left: handover.Handover) -> None:
+        """Go on with what another version of us had mounted. Raises VolumeError."""
+        self._listen_to_all()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+        self._fuse_fd, self._ledger_fd, self._kept = left.fuse_fd, left.ledger_fd, dict(left.kept)
+        self._epoch = left.epoch
+        self._server.total_deaths, self._mover.total_deaths = left.server_deaths, left.mover_deaths
+        self._restarts = handover.Restarts(left.restarts + 1, left.token)
+        if not self._take_over() and not self._mount_anew():
+            raise VolumeError(f"{self._plan.mountpoint}: cannot be served any more: {self._logfile.last_error}")
+
+    def _listen_to_all(self) -> None:
+        os.set_blocking(self._log_read, False)
+        self._selector.register(self._log_read, selectors.EVENT_READ, self._pump_log)
+        self._catch_signals()
 
     def _mount(self) -> None:
         """Begin a session, mount, start both processes, and wait for the server to answer the kernel."""
@@ -195,6 +213,8 @@ class Supervisor:
                 "pids": {"supervisor": os.getpid(), "server": self._server.pid, "mover": self._mover.pid},
                 "mover_deaths": self._mover.total_deaths,
                 "server_deaths": self._server.total_deaths,
+                "version": __version__,
+                **self._restarts.published(),
             },
         )
 
@@ -207,6 +227,10 @@ class Supervisor:
             if signal.SIGHUP in self._signals:
                 self._signals.remove(signal.SIGHUP)
                 threading.Thread(target=self._reload, name="reload", daemon=True).start()
+            if signal.SIGUSR2 in self._signals:
+                self._signals.remove(signal.SIGUSR2)
+                if not self._restart():
+                    return 1
             if self._signals:
                 return self._stop()
             status = self._server.reap()
@@ -277,8 +301,10 @@ class Supervisor:
         self._mover.kill()
         if self._care.suspect(status) and self._care.put_aside_if_damaged():
             lasting = False  # what it held was from another index
-        if lasting and self._takeovers <= _TAKEOVERS and self._take_over(status):
-            return True
+        if lasting and self._takeovers <= _TAKEOVERS:
+            log.error("the mount server %s; another takes its session over", _how(status))
+            if self._take_over():
+                return True
         log.error("the mount server %s; mounting anew", _how(status))
         return self._mount_anew()
 
@@ -298,9 +324,8 @@ class Supervisor:
         self._publish()
         return True
 
-    def _take_over(self, status: int) -> bool:
+    def _take_over(self) -> bool:
         """Start a server that goes on where the dead one stopped; whoever asks meanwhile waits."""
-        log.error("the mount server %s; another takes its session over", _how(status))
         self._drop_channel()
         try:
             self._start_pair(takeover=True)
@@ -315,8 +340,58 @@ class Supervisor:
             # Killed while it took over: the session is as it was.
             self._takeovers += 1
             self._mover.kill()
-            return self._take_over(ended)
+            log.error("the mount server %s; another takes its session over", _how(ended))
+            return self._take_over()
         return False
+
+    # --- another version ----------------------------------------------------------------------------------
+
+    def _restart(self) -> bool:
+        """Become the version that somebody asks for. Returns only where that cannot be; False: all is lost."""
+        asked = launch.Asked("", "")
+        try:
+            asked = launch.take_asked(self._plan.volume.state)
+            if not self._lasting:
+                raise VolumeError("open files outlive it only for root, with the kernel binding")
+            handover.refuse_if_unable(asked.python, self._left(asked.token))
+            log.info("restarting with %s", asked.python)
+            self._end_mover()
+            signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # until the next version hears them
+            if self._signals or not self._server.alive():
+                raise VolumeError("it is being ended")
+            self._server.kill()
+            while self._hear_server():
+                pass  # the descriptors that it has given away are still on their way
+            self._drain_log()
+            handover.become(asked.python, self._left(asked.token))
+        except (TierError, OSError) as exc:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+            log.error("not restarted: %s", handover.one_line(exc))
+            self._restarts.failed(asked.token, exc)
+        if not self._server.pid and not self._take_over() and not self._mount_anew():
+            return False
+        self._publish()
+        return True
+
+    def _left(self, token: str) -> handover.Handover:
+        plan = self._plan
+        return handover.Handover(
+            state=os.fsencode(plan.volume.state),
+            mountpoint=os.fsencode(plan.mountpoint),
+            binding=(plan.binding.name, plan.binding.reason),
+            options=plan.options,
+            foreground=plan.foreground,
+            epoch=self._epoch,
+            lock_fd=self._lock_fd,
+            listener_fd=self._listener.fileno(),
+            fuse_fd=self._fuse_fd,
+            ledger_fd=self._ledger_fd,
+            kept=self._kept,
+            server_deaths=self._server.total_deaths,
+            mover_deaths=self._mover.total_deaths,
+            restarts=self._restarts.count,
+            token=token,
+        )
 
     # --- ending ------------------------------------------------------------------------------------------
 
@@ -400,7 +475,7 @@ class Supervisor:
         def note(number: int, _frame: FrameType | None) -> None:
             self._signals.append(number)
 
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        for number in _SIGNALS:
             signal.signal(number, note)
         signal.signal(signal.SIGCHLD, lambda _number, _frame: None)
 

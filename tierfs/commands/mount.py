@@ -1,4 +1,4 @@
-"""mount and umount."""
+"""mount, umount and restart."""
 
 from __future__ import annotations
 
@@ -121,6 +121,33 @@ def umount(wait: bool, mountpoint: str) -> None:
     if wait:
         drain(found)
     unmount(found)
+
+
+@click.command()
+@click.argument("mountpoint", type=click.Path(readable=False))
+def restart(mountpoint: str) -> None:
+    """Go on at MOUNTPOINT with the version of TierFS that this command belongs to.
+
+    Open files stay open; who asks for something meanwhile waits.
+    """
+    found = mounted_at(mountpoint)
+    supervisor = _daemon_of(found)
+    if supervisor is None:
+        raise VolumeError(f"{mountpoint}: its daemon does not answer: unmount it, then mount it again")
+    try:
+        launch.restart(_state_of(found), supervisor, mountpoint)
+    except PermissionError as exc:
+        raise VolumeError(f"{mountpoint}: only root and the user who mounted it may restart it") from exc
+    finally:
+        os.close(supervisor)
+
+
+def _state_of(mount: locate.Mount) -> str:
+    """The state directory of a mounted volume. Raises VolumeError."""
+    for answer in control.converse(mount, control.GetStatus()):
+        if isinstance(answer, control.Status):
+            return answer.state
+    raise VolumeError(f"{mount.mountpoint}: its daemon does not say where its state directory is: see its log")
 
 
 def mounted_at(mountpoint: str) -> locate.Mount:

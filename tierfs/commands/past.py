@@ -148,9 +148,7 @@ def _dress(fd: int, version: control.Version) -> None:
 def _name(temporary: str, target: str) -> None:
     """Give it its name, unless something has come there meanwhile. Raises PathError, OSError."""
     try:
-        syscalls.renameat2(
-            _HERE, os.fsencode(temporary), _HERE, os.fsencode(target), syscalls.RENAME_NOREPLACE
-        )
+        syscalls.renameat2(_HERE, os.fsencode(temporary), _HERE, os.fsencode(target), syscalls.RENAME_NOREPLACE)
     except FileExistsError as exc:
         raise PathError(f"{target}: has come into being meanwhile: give another place to restore to") from exc
     except OSError as exc:
