@@ -386,9 +386,7 @@ def _drop_twin(key: str, handle: bytes, w: Writer) -> None:
     w.drop_twin(key, handle)
 
 
-def _pages(
-    page: Callable[[Buried | None], list[Buried]], after: Buried | None
-) -> Iterator[list[Buried]]:
+def _pages(page: Callable[[Buried | None], list[Buried]], after: Buried | None) -> Iterator[list[Buried]]:
     while rows := page(after):
         yield rows
         after = rows[-1]

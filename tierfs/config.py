@@ -89,7 +89,7 @@ def parse_size(value: object) -> int:
         return value
     match = _SIZE.fullmatch(value) if isinstance(value, str) else None
     if not match:
-        raise ValueError(f"{value!r} is not a size like \"20G\" or \"512K\"")
+        raise ValueError(f'{value!r} is not a size like "20G" or "512K"')
     return int(float(match[1]) * 1024 ** " KMGTP".index(match[2].upper() or " "))
 
 
@@ -99,7 +99,7 @@ def parse_duration(value: object) -> float:
         return float(value)
     match = _DURATION.fullmatch(value) if isinstance(value, str) else None
     if not match:
-        raise ValueError(f"{value!r} is not a duration like \"90s\", \"10m\" or \"12h\"")
+        raise ValueError(f'{value!r} is not a duration like "90s", "10m" or "12h"')
     return float(match[1]) * _UNITS[match[2]]
 
 
@@ -111,7 +111,7 @@ def _parse_share(value: object) -> float:
     number = value[:-1].strip() if isinstance(value, str) and value.endswith("%") else ""
     if number.replace(".", "", 1).isdigit() and 0 < float(number) <= 100:
         return float(number) / 100
-    raise ValueError(f"{value!r} is not a share like \"95%\"")
+    raise ValueError(f'{value!r} is not a share like "95%"')
 
 
 def _parse_text(value: object) -> str:
@@ -130,13 +130,13 @@ def _parse_store(value: object) -> str:
 def _parse_replicate(value: object) -> str:
     if value in ("auto", "all", "cold"):
         return str(value)
-    raise ValueError(f"{value!r} is not one of \"auto\", \"all\", \"cold\"")
+    raise ValueError(f'{value!r} is not one of "auto", "all", "cold"')
 
 
 def _parse_chunk(value: object) -> int:
     size = parse_size(value)
     if size & (size - 1) or not 64 << 10 <= size <= 1 << 30:
-        raise ValueError(f"{value!r} is not a power of two between \"64K\" and \"1G\"")
+        raise ValueError(f'{value!r} is not a power of two between "64K" and "1G"')
     return size
 
 

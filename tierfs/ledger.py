@@ -330,9 +330,7 @@ class Ledger:
 
     # --- inodes -------------------------------------------------------------------------------------------
 
-    def inode(
-        self, slot: int, ino: int, backing_id: int, shown: tuple[int, int, int] | None = None
-    ) -> int:
+    def inode(self, slot: int, ino: int, backing_id: int, shown: tuple[int, int, int] | None = None) -> int:
         """Write down what is to be known of an inode; its slot, a new one where `slot` is 0."""
         if not slot:
             slot = self._inodes.take()

@@ -48,9 +48,7 @@ def _parse(line: bytes) -> Mount:
     separator = fields.index(b"-", 6)
     fstype, source, options = fields[separator + 1 : separator + 4]
     owner = re.search(rb"(?:^|,)user_id=(\d+)", options)
-    return Mount(
-        _unescape(fields[4]), os.fsdecode(fstype), _unescape(source), int(owner[1]) if owner else 0
-    )
+    return Mount(_unescape(fields[4]), os.fsdecode(fstype), _unescape(source), int(owner[1]) if owner else 0)
 
 
 def _unescape(field: bytes) -> str:

@@ -1,8 +1,8 @@
 """Making fetched content final (custody rules 10, 11, 14), in one thread for all files.
 
-    bits:    fdatasync → commit the bitmap, every 2 s or 64 MiB and when a file is left alone
-    settle:  fdatasync → commit pending → nobody comes in (guard, or the server waits for us)
-             → stub attribute gone → fsync → commit RESIDENT → Settled
+bits:    fdatasync → commit the bitmap, every 2 s or 64 MiB and when a file is left alone
+settle:  fdatasync → commit pending → nobody comes in (guard, or the server waits for us)
+         → stub attribute gone → fsync → commit RESIDENT → Settled
 """
 
 from __future__ import annotations
@@ -278,4 +278,3 @@ def _resident(record: Record, st: os.stat_result, copy: Copy | None, left_ctime:
         copy=copy,
         left_ctime=left_ctime,
     )
-

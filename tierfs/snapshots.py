@@ -50,6 +50,7 @@ class Snapshots:
         self._journal = journal
         self._places = places
         self._stopping = stopping
+        self._filling = False  # the one that is being taken gives the store what it lacks
 
     @property
     def due(self) -> bool:
@@ -57,13 +58,19 @@ class Snapshots:
         index = self._kit.index
         if not index.surveyed:
             return False
-        noting, unclean = index.noting()
         chain = index.chain()
-        if chain is None or not noting or chain.unclean != unclean or self._journal.lost_track:
+        if self.lacking or chain is None:
             return True
-        if chain.written > max(chain.snapshot, _LEAST) or chain.segments >= _MOST_SEGMENTS:
+        return chain.written > max(chain.snapshot, _LEAST) or chain.segments >= _MOST_SEGMENTS
+
+    @property
+    def lacking(self) -> bool:
+        """Without one the store does not know the tree, whatever segments say. Raises IndexError_."""
+        noting, unclean = self._kit.index.noting()
+        chain = self._kit.index.chain()
+        if chain is None or not noting or chain.unclean != unclean:
             return True
-        return self._kit.snapshot_wanted.is_set()
+        return self._filling or self._journal.lost_track or self._kit.snapshot_wanted.is_set()
 
     def is_lost(self) -> bool:
         """The store lacks something of the journal that a reader would need: somebody has removed it.
@@ -92,6 +99,7 @@ class Snapshots:
         Raises StoreError, BusyError, IndexError_, OSError.
         """
         begun = time.monotonic()
+        self._filling = self.lacking
         self._journal.lost_track = False
         self._kit.snapshot_wanted.clear()
         base, unclean, beat = self._kit.index.commit(self._begin).result()
@@ -118,6 +126,7 @@ class Snapshots:
             return True
 
         kept = bool(self._kit.index.commit(commit).result())
+        self._filling = self._filling and not kept
         failpoints.hit(failpoints.SNAPSHOT_COMMITTED)
         seconds = time.monotonic() - begun
         log.info("snapshot of %d inodes: %d bytes in %.1f s", parts.lines, parts.size, seconds)

@@ -208,9 +208,7 @@ class Survey:
         return False
 
 
-def fresh_record(
-    kit: Kit, opath: int, st: os.stat_result, handle: bytes, parent: int, name: bytes
-) -> Record:
+def fresh_record(kit: Kit, opath: int, st: os.stat_result, handle: bytes, parent: int, name: bytes) -> Record:
     """What the file itself says of it, its stub attribute before all. Raises ForeignStubError, OSError."""
     stub = kit.tree.read_stub(opath)
     record = Record(

@@ -48,9 +48,7 @@ class Identity:
     @property
     def capabilities(self) -> Capabilities:
         """What the store's server was seen to do when the volume was created."""
-        return Capabilities(
-            self.conditional_put, self.partial_content, self.checks_sha256, self.client
-        )
+        return Capabilities(self.conditional_put, self.partial_content, self.checks_sha256, self.client)
 
 
 @dataclass(frozen=True, slots=True)

@@ -186,12 +186,8 @@ class Limits(Message, frozen=True):
     small_file: int
 
 
-ToMover = (
-    Fetch | CancelFetch | SealAnswer | SealBroken | GuardAnswer | GuardBreak | Touches | Poke
-)
-ToServer = (
-    Hello | Drained | Filled | FetchEnd | Settled | Seal | Unseal | Guard | GuardEnd | Bring | Limits
-)
+ToMover = Fetch | CancelFetch | SealAnswer | SealBroken | GuardAnswer | GuardBreak | Touches | Poke
+ToServer = Hello | Drained | Filled | FetchEnd | Settled | Seal | Unseal | Guard | GuardEnd | Bring | Limits
 
 _encoder = msgspec.msgpack.Encoder()
 _to_mover = msgspec.msgpack.Decoder(ToMover)

@@ -141,9 +141,7 @@ def main() -> int:
         for name, suite in all_suites(given.quick).items():
             if given.suite and not any(name.startswith(start) for start in given.suite):
                 continue
-            results = {
-                where: _run(suite, place, volume) for where, (place, volume) in places.items()
-            }
+            results = {where: _run(suite, place, volume) for where, (place, volume) in places.items()}
             fresh |= _show(name, results)
     for line in sorted(fresh):
         print(f"fails, and not beneath: {line}")

@@ -186,9 +186,7 @@ def test_leaving_is_refused_while_something_is_only_in_a_store_that_is_gone(volu
     made.cli("adopt", "--store", f"file://{tmp_path}/store", home)
     made.watch()
     made.state = home.parent / os.path.basename(made.status()["state"])
-    (made.state / "config.toml").write_text(
-        f'store = "file://{tmp_path}/store"\nfetch_timeout = "2s"\n'
-    )
+    (made.state / "config.toml").write_text(f'store = "file://{tmp_path}/store"\nfetch_timeout = "2s"\n')
     made.demote(home / "f")
     os.rename(tmp_path / "store", tmp_path / "away")
     refused = made.cli("leave", home, check=False)

@@ -27,9 +27,9 @@ def test_the_written_defaults_are_the_defaults(tmp_path):
 
 def test_settings_are_written_and_read_back(tmp_path):
     path = str(tmp_path / "config.toml")
-    config.write_default(path, store="s3://bucket/a \"b\" \\c", local_limit="1.5G")
+    config.write_default(path, store='s3://bucket/a "b" \\c', local_limit="1.5G")
     parsed = config.load(path)
-    assert parsed.store == "s3://bucket/a \"b\" \\c"
+    assert parsed.store == 's3://bucket/a "b" \\c'
     assert parsed.local_limit == 3 * 2**29
 
 
@@ -63,10 +63,10 @@ def test_what_is_no_duration(text):
     [
         ('\nlocl_limit = "1G"\n', r"c\.toml:2: unknown key 'locl_limit': did you mean 'local_limit'\?"),
         ("zzz = 1\n", r"c\.toml:1: unknown key 'zzz': known keys are store, local_limit"),
-        ('# x\n[nevr]\npatterns = []\n', r"c\.toml:2: unknown key 'nevr': did you mean 'never'\?"),
+        ("# x\n[nevr]\npatterns = []\n", r"c\.toml:2: unknown key 'nevr': did you mean 'never'\?"),
         ('store = "embedded"\n[never]\npatern = []\n', r"c\.toml:3: unknown key 'never\.patern'.*'patterns'"),
         ('local_limit = "big"\n', r"c\.toml:1: local_limit: 'big' is not a size like"),
-        ('\n\nhigh = 95\n', r"c\.toml:3: high: 95 is not a share like \"95%\""),
+        ("\n\nhigh = 95\n", r"c\.toml:3: high: 95 is not a share like \"95%\""),
         ('high = "0%"\n', r"c\.toml:1: high: "),
         ('quiet = "soon"\n', r"c\.toml:1: quiet: 'soon' is not a duration"),
         ('store = "ftp://x"\n', r"c\.toml:1: store: 'ftp://x' is no store"),
@@ -91,7 +91,7 @@ def test_unreadable_files_are_one_line(tmp_path):
     with pytest.raises(ConfigError, match="No such file"):
         config.load(str(tmp_path / "none.toml"))
     bad = tmp_path / "bad.toml"
-    bad.write_bytes(b"store = \"\xff\"\n")
+    bad.write_bytes(b'store = "\xff"\n')
     with pytest.raises(ConfigError, match="not UTF-8"):
         config.load(str(bad))
 

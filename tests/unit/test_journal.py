@@ -12,7 +12,8 @@ import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from journals import ROOT, Journalled, as_told
+from journals import ROOT, VOLUME, Journalled, as_told
+from tierfsd.journalling import JournalKeeper
 
 from tierfs import journal as journal_module
 from tierfs import manifest, namespace
@@ -218,6 +219,24 @@ def test_after_a_session_that_ended_without_order_the_tree_is_walked(begun):
     begun.snapshots.take()
     assert not begun.snapshots.due
     assert begun.told() == begun.there()
+
+
+def test_until_there_is_a_snapshot_the_store_is_behind(begun):
+    """Segments alone tell of no file that was there before: nobody may believe that all is in the store."""
+    begun.restart(clean=False)
+    keeper = JournalKeeper(begun.volume.tier, VOLUME, lambda _alive: None)
+    walk, seen = keeper.snapshots._walk, []
+
+    def watched():
+        for line in walk():
+            seen.append((keeper.snapshots.due, keeper.behind > 0))
+            yield line
+
+    keeper.snapshots._walk = watched
+    assert keeper.behind > 0
+    keeper._work(False)
+    assert seen and set(seen) == {(True, True)}
+    assert keeper.behind == 0 and not keeper.snapshots.due
 
 
 def test_after_the_store_was_another_machines_the_tree_is_walked(begun):
