@@ -198,6 +198,9 @@ class Volume:
     def on_touches(self, message):
         pass
 
+    def on_hurry(self):
+        pass
+
     def on_poke(self, message):
         pass
 

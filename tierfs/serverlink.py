@@ -38,6 +38,9 @@ class Listener(Protocol):
     def on_poke(self, message: wire.Poke) -> None:
         """There are new marks, or space is short."""
 
+    def on_hurry(self) -> None:
+        """Somebody waits for what is guarded."""
+
     def on_lost(self) -> None:
         """The server is gone."""
 
@@ -195,6 +198,7 @@ class ServerLink:
                 with self._lock:
                     if message.ino in self._guarded:
                         self._guarded[message.ino] = True
+                listener.on_hurry()
             case wire.Touches():
                 listener.on_touches(message)
             case wire.Poke():

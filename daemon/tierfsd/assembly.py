@@ -27,6 +27,7 @@ from tierfsd.claiming import Fence
 from tierfsd.control_server import ControlServer, Job
 from tierfsd.indexcare import INDEX_DAMAGED
 from tierfsd.journalling import JournalKeeper
+from tierfsd.priority import Priority
 from tierfsd.scheduler import Scheduler
 from tierfsd.watcher import ConfigWatcher
 
@@ -40,9 +41,12 @@ _WAITING = "the store has not answered yet"
 class Mover:
     """Puts the parts together for one volume."""
 
-    def __init__(self, home: volume.Volume, link_fd: int, control_fd: int, stopping: threading.Event) -> None:
+    def __init__(
+        self, home: volume.Volume, link_fd: int, control_fd: int, stopping: threading.Event, priority: Priority
+    ) -> None:
         """`stopping` is set when it shall end. Raises TierError, OSError."""
         self.stopping = stopping
+        self._priority = priority
         self.index_damaged = False
         self._lost = threading.Event()
         self._claiming = threading.Lock()
@@ -78,10 +82,11 @@ class Mover:
             collector=self._scheduler.collector,
         )
         listener = socket.socket(fileno=control_fd)
-        self._control = ControlServer(listener, self._tree.rootfd, backend)
+        self._control = ControlServer(listener, self._tree.rootfd, backend, priority.hurry)
 
     def run(self) -> None:
         """Work until told to stop."""
+        self._priority.start(lambda: self._tier.filler.waiting > 0)
         self._link.start(self)
         self._greet()
         self._scheduler.start()
@@ -93,6 +98,7 @@ class Mover:
         self.stopping.wait()
         # Of a server that has just ended in order the last report may still be on its way.
         self._lost.wait(_LAST_WORDS_SECONDS)
+        self._priority.stop()
         self._control.close()
         self._watcher.close()
         self._journal.stop()
@@ -178,6 +184,7 @@ class Mover:
 
     def on_fetch(self, message: wire.Fetch, opath: int) -> None:
         """Content is asked for."""
+        self._priority.hurry()
         self._tier.filler.on_fetch(message, opath)
 
     def on_cancel(self, message: wire.CancelFetch) -> None:
@@ -190,7 +197,13 @@ class Mover:
 
     def on_poke(self, message: wire.Poke) -> None:
         """New marks, or space is short."""
+        if message.urgent:
+            self._priority.hurry()
         self._scheduler.poke(message)
+
+    def on_hurry(self) -> None:
+        """Somebody waits for what is guarded."""
+        self._priority.hurry()
 
     def on_lost(self) -> None:
         """The server is gone, and a new one will have a new mover."""

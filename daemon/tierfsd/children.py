@@ -43,7 +43,9 @@ class Child:
             stderr=self._log_fd,
             pass_fds=fds,
             cwd="/",
-            process_group=0,  # Ctrl-C at the terminal is for the supervisor, which ends the others in order
+            # Ctrl-C at the terminal is for the supervisor, which ends the others in order. And each has a
+            # scheduling group of its own (see `priority`).
+            start_new_session=True,
         )
         self._started = time.monotonic()
 

@@ -81,8 +81,12 @@ class Backend(VersionBackend, Protocol):
 class ControlServer:
     """Serves a listening socket until `close`."""
 
-    def __init__(self, listener: socket.socket, rootfd: int, backend: Backend) -> None:
+    def __init__(
+        self, listener: socket.socket, rootfd: int, backend: Backend, hurry: Callable[[], None] = lambda: None
+    ) -> None:
+        """`hurry` is called with each request: a person waits."""
         self._listener = listener
+        self._hurry = hurry
         self._reach = Reach(rootfd, backend.handle_of)
         self._backend = backend
         self._versions = VersionRequests(self._reach, backend)
@@ -117,6 +121,7 @@ class ControlServer:
                 sock.settimeout(_IDLE_SECONDS)
                 peer = peer_of(sock)
                 while (request := control.receive_request(sock)) is not None:
+                    self._hurry()
                     self._answer(sock, peer, request)
         except UsageError as exc:
             log.warning("a client sent nonsense: %s", exc)

@@ -1,4 +1,4 @@
-"""The mover's process: everything slow, at nice 19, and the only writer of the index.
+"""The mover's process: everything slow, at low priority, and the only writer of the index.
 
 Started by the supervisor with inherited descriptors: `--link-fd`, the mover's end of the link to the mount
 server, and `--control-fd`, the listening control socket. Ends on SIGTERM, or when the server is gone. Told to
@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import signal
 import sys
 import threading
 
-_NICE = 19
+from tierfsd.priority import Priority
 
 
 def main() -> int:
@@ -27,11 +26,12 @@ def main() -> int:
     parser.add_argument("--link-fd", type=int, required=True)
     parser.add_argument("--control-fd", type=int, required=True)
     arguments = parser.parse_args()
-    os.nice(_NICE)
-    return _work(arguments, stopping)
+    priority = Priority()
+    priority.lower()
+    return _work(arguments, stopping, priority)
 
 
-def _work(arguments: argparse.Namespace, stopping: threading.Event) -> int:
+def _work(arguments: argparse.Namespace, stopping: threading.Event, priority: Priority) -> int:
     # Loaded only now: it takes a moment, and a signal must not end the process meanwhile.
     from tierfs import volume
     from tierfs.errors import IndexDamagedError, TierError
@@ -41,7 +41,8 @@ def _work(arguments: argparse.Namespace, stopping: threading.Event) -> int:
 
     logs.setup()
     try:
-        mover = Mover(volume.load(arguments.state), arguments.link_fd, arguments.control_fd, stopping)
+        home = volume.load(arguments.state)
+        mover = Mover(home, arguments.link_fd, arguments.control_fd, stopping, priority)
         mover.run()
     except (TierError, OSError) as exc:
         logging.getLogger("mover").critical("the mover cannot work: %s", exc)

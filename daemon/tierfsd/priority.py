@@ -1,0 +1,99 @@
+"""How much of a busy processor the mover takes: next to nothing, but for what somebody waits for.
+
+`nice` counts within a scheduling group only, and with autogroups (sched(7)) every session is a group: beside a
+program in another session a mover of nice 19 would get half of a processor. So it has a session of its own
+(see `Child.start`), and it is the nice value of that group that changes. Where there are no autogroups, or a
+service manager's groups take their place, the process's own counts, which stays at 19: only the group's can be
+lowered again without a privilege.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+
+log = logging.getLogger("mover")
+
+_GROUP = "/proc/self/autogroup"
+_LOW, _USUAL = 19, 0
+_CALM_SECONDS = 1.0  # after the last who waited; the kernel takes a change ten times a second at most
+
+
+def give_way(pid: int) -> None:
+    """Have a child that has just begun load its modules at low priority already."""
+    with contextlib.suppress(OSError):  # it says so itself in a moment, as far as it can
+        _write(f"/proc/{pid}/autogroup", _LOW)
+
+
+def _write(path: str, nice: int) -> None:
+    with open(path, "w") as file:
+        file.write(str(nice))
+
+
+class Priority:
+    """Of this process. `hurry` is safe in any thread."""
+
+    def __init__(self, path: str = _GROUP, calm_seconds: float = _CALM_SECONDS) -> None:
+        self._path = path
+        self._calm_seconds = calm_seconds
+        self._lock = threading.Lock()
+        self._asked = threading.Event()
+        self._low = False
+        self._until = 0.0
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def lower(self) -> None:
+        """Give way to everybody else. Call it once, while there are no other threads."""
+        os.nice(_LOW)
+        self._low = self._set(_LOW)
+
+    def start(self, waiting: Callable[[], bool]) -> None:
+        """Look, in a thread of its own, when nobody waits any more. `waiting`: whether somebody still does."""
+        if self._low:
+            self._thread = threading.Thread(
+                target=self._calm_down, args=(waiting,), name="priority", daemon=True
+            )
+            self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread; from now on, until the process ends, others wait for it."""
+        self.hurry()
+        self._stopping.set()
+        self._asked.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def hurry(self) -> None:
+        """Somebody waits for us: take a usual share, for a moment at least."""
+        with self._lock:
+            self._until = time.monotonic() + self._calm_seconds
+            if self._low:
+                self._low = not self._set(_USUAL)
+                self._asked.set()  # also where it was changed too lately: then the thread does it
+
+    def _calm_down(self, waiting: Callable[[], bool]) -> None:
+        while True:
+            self._asked.wait()
+            if self._stopping.wait(self._calm_seconds):
+                return
+            with self._lock:
+                if waiting() or time.monotonic() < self._until:
+                    self._low = self._low and not self._set(_USUAL)
+                else:
+                    self._low = self._set(_LOW)
+                    if self._low:
+                        self._asked.clear()
+
+    def _set(self, nice: int) -> bool:
+        """Whether that is what counts now."""
+        try:
+            _write(self._path, nice)
+        except OSError as error:
+            log.debug("nice %d is not set: %s", nice, error)
+            return False
+        return True

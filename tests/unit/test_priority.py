@@ -1,0 +1,76 @@
+"""How the mover gives way, and does not where somebody waits for it."""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from tierfsd.priority import Priority
+
+
+def eventually(condition):
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def group(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "nice", lambda _by: 0)
+    return tmp_path / "autogroup"
+
+
+def test_it_gives_way_but_for_who_waits(group):
+    waiting = threading.Event()
+    priority = Priority(str(group), 0.05)
+    priority.lower()
+    assert group.read_text() == "19"
+    priority.start(waiting.is_set)
+    try:
+        waiting.set()
+        priority.hurry()
+        assert group.read_text() == "0"
+        time.sleep(0.2)  # several looks
+        assert group.read_text() == "0"
+        waiting.clear()
+        eventually(lambda: group.read_text() == "19")
+        priority.hurry()
+        assert group.read_text() == "0"
+        eventually(lambda: group.read_text() == "19")
+    finally:
+        priority.stop()
+    assert group.read_text() == "0"  # whoever unmounts waits for what is left
+
+
+def test_where_there_are_no_groups_it_does_without(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "nice", lambda _by: 0)
+    priority = Priority(str(tmp_path / "absent" / "autogroup"))
+    priority.lower()
+    priority.start(lambda: False)
+    priority.hurry()
+    priority.stop()
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/autogroup"), reason="this kernel has no autogroups")
+def test_the_kernel_takes_it():
+    code = """if True:
+        import os, time
+        from tierfsd.priority import Priority
+        os.setsid()
+        priority = Priority(calm_seconds=0.2)
+        priority.lower()
+        priority.start(lambda: False)
+        said = lambda: open("/proc/self/autogroup").read().split()[-1]
+        print(os.nice(0), said())
+        time.sleep(0.2)  # without privilege the kernel takes a change ten times a second
+        priority.hurry()
+        print(said())
+        end = time.monotonic() + 20
+        while said() != "19" and time.monotonic() < end: time.sleep(0.05)
+        print(said())
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.split() == ["19", "19", "0", "19"]
