@@ -68,9 +68,18 @@ class Suspect(Message, frozen=True):
     """The index that the server has open is damaged, it seems: somebody else must look at it."""
 
 
+class Stuck(Message, frozen=True):
+    """The mover with this pid (0: that has not said it) does not get on, and somebody waits for it."""
+
+    pid: int
+    reason: str
+
+
 _encoder = msgspec.msgpack.Encoder()
-_to_server = msgspec.msgpack.Decoder(Mounted | Kept | NewMover | Stop)
-_to_supervisor = msgspec.msgpack.Decoder(Prepared | Ready | Keep | LetGo | Stopped | Suspect)
+ToServer = Mounted | Kept | NewMover | Stop
+ToSupervisor = Prepared | Ready | Keep | LetGo | Stopped | Suspect | Stuck
+_to_server = msgspec.msgpack.Decoder(ToServer)
+_to_supervisor = msgspec.msgpack.Decoder(ToSupervisor)
 
 
 class Channel:

@@ -1,7 +1,7 @@
 """Named points at which a test kills the process, and what must hold when it comes back.
 
-Armed by the environment: TIERFS_FAILPOINT=NAME or NAME:n (the n-th passing, from 1). Each has a test of the
-same name in tests/crash. Unarmed, a point costs one comparison.
+Armed by the environment: TIERFS_FAILPOINT=NAME or NAME:n (the n-th passing, from 1); with NAME:n:STOP it stops
+there instead. Each has a test of the same name in tests/crash. Unarmed, a point costs one comparison.
 """
 
 from __future__ import annotations
@@ -55,9 +55,10 @@ JOURNAL_POINTS = (
 RESTORE_POINTS = (RESTORE_BEGUN, RESTORE_TAKEN, RESTORE_PLANTED, RESTORE_NAMED, RESTORE_COMPLETE)
 FETCH_POINTS = (FILL_WRITTEN, FILL_BITS, FILL_SYNCED, FILL_CLEARED)
 
-_name, _, _count = os.environ.get("TIERFS_FAILPOINT", "").partition(":")
+_name, _count, _how = (os.environ.get("TIERFS_FAILPOINT", "") + "::").split(":")[:3]
 _armed = _name or None
 _left = int(_count or "1")
+_signal = signal.Signals[f"SIG{_how or 'KILL'}"]
 _lock = threading.Lock()
 
 
@@ -69,4 +70,4 @@ def hit(name: str) -> None:
     with _lock:
         _left -= 1
         if _left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), _signal)

@@ -21,7 +21,7 @@ import logging
 import os
 import stat
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from fcntl import F_RDLCK
 
@@ -38,6 +38,7 @@ from tierfs.model import EPOCH_SHIFT, Residency, Stub
 from tierfs.report import HeatReport, Outbox
 from tierfs.room import Room
 from tierfs.tree import Tree, drop_set_id, fd_path
+from tierfs.vigil import Vigil
 from tierfs.waits import Blocked, Wait
 
 log = logging.getLogger("gate")
@@ -83,6 +84,9 @@ class Gate:
         self._inflow = Inflow(self._outbox.post)
         self._room = Room(tree, lambda: self._outbox.post(wire.Poke(self.marks.position, urgent=True)))
         self.appearance = Appearance(tree, index, self._inodes, self._recent)
+        self._vigil = Vigil()
+        # Told of a mover that does not get on: its pid, and why.
+        self.on_stuck: Callable[[int, str], None] = lambda pid, reason: None
         self._left: dict[int, KeptInode] = {}  # of a server before, while taking over
         self._next_heat = 0.0
         self._next_poke = 0.0
@@ -581,6 +585,7 @@ class Gate:
     def set_link(self, link: wire.Link | None) -> None:
         """Talk to this mover from now on. What the old one was doing is void."""
         self._outbox.connect(link)
+        self._vigil.begin()
         self._seals.clear()
         self._idle.drop_all()
         self.appearance.doubt()
@@ -612,6 +617,7 @@ class Gate:
                 self.set_link(None)
                 return
             message, fds = received
+            self._vigil.heard()
             try:
                 self._handle(message, fds)
             except Exception as error:
@@ -646,8 +652,9 @@ class Gate:
             case wire.Drained():
                 self._on_drained(message.position)
             case wire.Limits():
-                self._inflow.fetch_timeout = message.fetch_timeout
+                self._inflow.limit(message.fetch_timeout)
             case wire.Hello():
+                self._vigil.pid = message.pid
                 self._on_drained(message.position)
             case wire.Bring():
                 for ino, fd in zip(message.inos, fds, strict=True):
@@ -748,6 +755,7 @@ class Gate:
     def _break_guard(self, inode: Inode) -> None:
         """Somebody wants in: ask the mover to be quick, and wait. Always raises Blocked."""
         assert inode.guard is not None
+        self._vigil.wait_for_guard(inode.ino, time.monotonic())
         self._outbox.post(wire.GuardBreak(inode.ino))
         raise Blocked(inode.guard)
 
@@ -755,6 +763,7 @@ class Gate:
         if inode.guard is None:
             return
         guard, inode.guard = inode.guard, None
+        self._vigil.guard_ended(inode.ino)
         self.appearance.moving(inode.ino)
         if inode.content is None:
             inode.shown = None
@@ -782,6 +791,16 @@ class Gate:
             "sealed": len(self._seals),
         }
 
+    def _look_after_mover(self, now: float) -> None:
+        """Somebody waits for it: is it there?"""
+        if self._outbox.link is None and not self._vigil.pid:
+            return  # there is none, and soon another
+        if self._vigil.question_due(now):
+            self._outbox.post(wire.Ping())
+        problem = self._vigil.problem(now)
+        if problem:
+            self.on_stuck(self._vigil.pid, problem)
+
     def tick(self, now: float) -> float:
         """Deadlines, heat and the mover's waking. Returns after how many seconds to be called again."""
         self._outbox.flush()
@@ -799,6 +818,8 @@ class Gate:
         if now >= self._next_heat:
             self._next_heat = now + HEAT_SECONDS
             self.heat.flush()
-        waited_for = self._inflow.waiting or self._room.waiting
+        waited_for = self._inflow.waiting or self._room.waiting or self._vigil.guards_waited_for
+        if waited_for:
+            self._look_after_mover(now)
         busy = self._outbox or self.marks.position != self._poked or self.heat or waited_for
         return POKE_SECONDS if busy else max(next_idle, POKE_SECONDS)

@@ -322,6 +322,14 @@ class Inflow:
         content.settled.fire()
         self._wake(content)
 
+    def limit(self, fetch_timeout: float) -> None:
+        """How long content may take, in seconds, also for those who have waited since before this was known."""
+        self.fetch_timeout = fetch_timeout
+        latest = time.monotonic() + fetch_timeout
+        for wait in self._timed:
+            if wait.deadline is not None:
+                wait.deadline = min(wait.deadline, latest)
+
     def new_mover(self) -> None:
         """Ask a new mover for everything that is still open; settling starts over there too."""
         for ino, (content, _) in list(self._contents.items()):

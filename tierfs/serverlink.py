@@ -39,7 +39,7 @@ class Listener(Protocol):
         """There are new marks, or space is short."""
 
     def on_hurry(self) -> None:
-        """Somebody waits for what is guarded."""
+        """Somebody waits for us."""
 
     def on_lost(self) -> None:
         """The server is gone."""
@@ -162,7 +162,7 @@ class ServerLink:
         while True:
             try:
                 received = self._link.receive()
-            except OSError as error:
+            except Exception as error:  # also what cannot be read: nobody would be heard any more
                 log.warning("lost the mount server: %s", error)
                 received = None
             if received is None:
@@ -199,6 +199,9 @@ class ServerLink:
                     if message.ino in self._guarded:
                         self._guarded[message.ino] = True
                 listener.on_hurry()
+            case wire.Ping():
+                listener.on_hurry()
+                self.send(wire.Pong())
             case wire.Touches():
                 listener.on_touches(message)
             case wire.Poke():

@@ -99,6 +99,10 @@ class Poke(Message, frozen=True):
     urgent: bool = False
 
 
+class Ping(Message, frozen=True):
+    """Somebody waits, and nothing has been heard: answered at once with Pong."""
+
+
 # --- mover to mount server -------------------------------------------------------------------------------
 
 
@@ -107,6 +111,10 @@ class Hello(Message, frozen=True):
 
     pid: int
     position: int
+
+
+class Pong(Message, frozen=True):
+    """The answer to Ping."""
 
 
 class Drained(Message, frozen=True):
@@ -186,8 +194,10 @@ class Limits(Message, frozen=True):
     small_file: int
 
 
-ToMover = Fetch | CancelFetch | SealAnswer | SealBroken | GuardAnswer | GuardBreak | Touches | Poke
-ToServer = Hello | Drained | Filled | FetchEnd | Settled | Seal | Unseal | Guard | GuardEnd | Bring | Limits
+ToMover = Fetch | CancelFetch | SealAnswer | SealBroken | GuardAnswer | GuardBreak | Touches | Poke | Ping
+ToServer = (
+    Hello | Pong | Drained | Filled | FetchEnd | Settled | Seal | Unseal | Guard | GuardEnd | Bring | Limits
+)
 
 _encoder = msgspec.msgpack.Encoder()
 _to_mover = msgspec.msgpack.Decoder(ToMover)

@@ -41,12 +41,10 @@ _WAITING = "the store has not answered yet"
 class Mover:
     """Puts the parts together for one volume."""
 
-    def __init__(
-        self, home: volume.Volume, link_fd: int, control_fd: int, stopping: threading.Event, priority: Priority
-    ) -> None:
+    def __init__(self, home: volume.Volume, link_fd: int, control_fd: int, stopping: threading.Event) -> None:
         """`stopping` is set when it shall end. Raises TierError, OSError."""
         self.stopping = stopping
-        self._priority = priority
+        self._priority = Priority()
         self.index_damaged = False
         self._lost = threading.Event()
         self._claiming = threading.Lock()
@@ -82,7 +80,7 @@ class Mover:
             collector=self._scheduler.collector,
         )
         listener = socket.socket(fileno=control_fd)
-        self._control = ControlServer(listener, self._tree.rootfd, backend, priority.hurry)
+        self._control = ControlServer(listener, self._tree.rootfd, backend, self._priority.hurry)
 
     def run(self) -> None:
         """Work until told to stop."""
@@ -202,7 +200,7 @@ class Mover:
         self._scheduler.poke(message)
 
     def on_hurry(self) -> None:
-        """Somebody waits for what is guarded."""
+        """Somebody waits for us."""
         self._priority.hurry()
 
     def on_lost(self) -> None:

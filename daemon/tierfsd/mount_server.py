@@ -96,6 +96,7 @@ class Server:
         self._watch(supervisor.fileno(), self._hear_supervisor)
         self._watch(signal_fd, self._signalled)
         self._kept: set[int] = set()
+        gate.on_stuck = self._stuck
         vfs.nodes.keep, vfs.nodes.let_go = self._keep, self._let_go
 
     def _watch(self, fd: int, handler: Callable[[], None]) -> None:
@@ -161,6 +162,9 @@ class Server:
             self._said_suspect = True
             log.error("%s", reason)
             self._tell(channel.Suspect())
+
+    def _stuck(self, pid: int, reason: str) -> None:
+        self._tell(channel.Stuck(pid, reason))
 
     def _keep(self, ino: int, fd: int) -> None:
         """Before its last name goes: from now on a file ends with the supervisor, not with us."""

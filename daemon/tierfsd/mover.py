@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import signal
 import sys
 import threading
 
-from tierfsd.priority import Priority
+_NICE = 19
 
 
 def main() -> int:
@@ -26,12 +27,11 @@ def main() -> int:
     parser.add_argument("--link-fd", type=int, required=True)
     parser.add_argument("--control-fd", type=int, required=True)
     arguments = parser.parse_args()
-    priority = Priority()
-    priority.lower()
-    return _work(arguments, stopping, priority)
+    os.nice(_NICE)  # before there are other threads, since it counts for each
+    return _work(arguments, stopping)
 
 
-def _work(arguments: argparse.Namespace, stopping: threading.Event, priority: Priority) -> int:
+def _work(arguments: argparse.Namespace, stopping: threading.Event) -> int:
     # Loaded only now: it takes a moment, and a signal must not end the process meanwhile.
     from tierfs import volume
     from tierfs.errors import IndexDamagedError, TierError
@@ -42,7 +42,7 @@ def _work(arguments: argparse.Namespace, stopping: threading.Event, priority: Pr
     logs.setup()
     try:
         home = volume.load(arguments.state)
-        mover = Mover(home, arguments.link_fd, arguments.control_fd, stopping, priority)
+        mover = Mover(home, arguments.link_fd, arguments.control_fd, stopping)
         mover.run()
     except (TierError, OSError) as exc:
         logging.getLogger("mover").critical("the mover cannot work: %s", exc)

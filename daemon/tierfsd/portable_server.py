@@ -39,6 +39,7 @@ class Ears:
 
     def __init__(self, gate: Gate, lock: threading.RLock, supervisor: channel.Channel, mountpoint: str) -> None:
         self._gate = gate
+        gate.on_stuck = lambda pid, reason: self.tell(channel.Stuck(pid, reason))
         self._lock = lock
         self._supervisor = supervisor
         self._mountpoint = mountpoint

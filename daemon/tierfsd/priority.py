@@ -9,9 +9,7 @@ lowered again without a privilege.
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -21,17 +19,6 @@ log = logging.getLogger("mover")
 _GROUP = "/proc/self/autogroup"
 _LOW, _USUAL = 19, 0
 _CALM_SECONDS = 1.0  # after the last who waited; the kernel takes a change ten times a second at most
-
-
-def give_way(pid: int) -> None:
-    """Have a child that has just begun load its modules at low priority already."""
-    with contextlib.suppress(OSError):  # it says so itself in a moment, as far as it can
-        _write(f"/proc/{pid}/autogroup", _LOW)
-
-
-def _write(path: str, nice: int) -> None:
-    with open(path, "w") as file:
-        file.write(str(nice))
 
 
 class Priority:
@@ -47,13 +34,12 @@ class Priority:
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def lower(self) -> None:
-        """Give way to everybody else. Call it once, while there are no other threads."""
-        os.nice(_LOW)
-        self._low = self._set(_LOW)
-
     def start(self, waiting: Callable[[], bool]) -> None:
-        """Look, in a thread of its own, when nobody waits any more. `waiting`: whether somebody still does."""
+        """Give way to everybody else, from now on: while it loads a cold read may be waiting for it already.
+
+        `waiting`: whether somebody waits; asked in a thread of its own.
+        """
+        self._low = self._set(_LOW)
         if self._low:
             self._thread = threading.Thread(
                 target=self._calm_down, args=(waiting,), name="priority", daemon=True
@@ -92,7 +78,8 @@ class Priority:
     def _set(self, nice: int) -> bool:
         """Whether that is what counts now."""
         try:
-            _write(self._path, nice)
+            with open(self._path, "w") as file:
+                file.write(str(nice))
         except OSError as error:
             log.debug("nice %d is not set: %s", nice, error)
             return False

@@ -31,7 +31,6 @@ from tierfsd import handover
 from tierfsd.children import Child
 from tierfsd.indexcare import IndexCare
 from tierfsd.logs import LogFile
-from tierfsd.priority import give_way
 
 log = logging.getLogger("supervisor")
 
@@ -201,7 +200,6 @@ class Supervisor:
             link_fd = mover_end.fileno()
             arguments = {"state": self._plan.volume.state, "link-fd": link_fd, "control-fd": control_fd}
             self._mover.start(arguments, [link_fd, control_fd, self._lock_fd])
-            give_way(self._mover.pid)
             with contextlib.suppress(OSError):  # the server's death is noticed by itself
                 self._channel.send(channel.NewMover(), [server_end.fileno()])
 
@@ -517,11 +515,19 @@ class Supervisor:
         elif isinstance(message, channel.Suspect):
             self._suspect = True
             self._care.doubt("the mount server has met damage")
+        elif isinstance(message, channel.Stuck):
+            self._end_stuck(message)
         elif isinstance(message, channel.LetGo):
             self._let_go(message.ino)
         elif isinstance(message, channel.Stopped):
             self._clean = message.clean
         return True
+
+    def _end_stuck(self, message: channel.Stuck) -> None:
+        """Not waited for here: one that is caught in the kernel ends when the call returns."""
+        if message.pid in (0, self._mover.pid):
+            log.error("the mover %s while somebody waits: it is killed", message.reason)
+            self._mover.signal(signal.SIGKILL)
 
     def _let_go(self, ino: int) -> None:
         fd = self._kept.pop(ino, -1)

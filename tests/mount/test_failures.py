@@ -155,6 +155,33 @@ def test_a_stopped_mover_stops_no_local_work(volume: Make, stopped: Callable[[in
     assert os.listdir(mounted.mountpoint) == ["small"]
 
 
+@pytest.mark.parametrize("point", ["stub-written", "stub-committed", "punched"])
+def test_a_mover_that_stands_still_in_a_punch_is_replaced(volume: Make, point: str) -> None:
+    """The file is shut while it is punched: whoever wants it gets it from the next mover, whole."""
+    mounted = volume(mount=False)
+    mounted.env |= {"TIERFS_FAILPOINT": f"{point}:1:STOP", "TIERFS_SILENCE_SECONDS": "1"}
+    mounted.mount()
+    path = mounted.mountpoint / "f"
+    path.write_bytes(LARGE)
+    mover = mounted.mover()
+    with subprocess.Popen(
+        [*mounted.program, "demote", path], env=mounted.environment, stderr=subprocess.DEVNULL
+    ) as order:
+        deadline = time.monotonic() + 60
+        while Path(f"/proc/{mover}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+            assert time.monotonic() < deadline, mounted.log()[-2000:]
+            time.sleep(0.02)
+        began = time.monotonic()
+        with subprocess.Popen(["cat", path], stdout=subprocess.PIPE) as cat:
+            assert cat.communicate(timeout=60)[0] == LARGE
+        assert time.monotonic() - began < 30
+        order.wait(60)
+    assert mounted.mover() != mover
+    assert "while somebody waits: it is killed" in mounted.log()
+    done = mounted.cli("check", mounted.mountpoint, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "missing", "longer"])
 @pytest.mark.parametrize("content", [SMALL, LARGE], ids=["small", "large"])
 def test_a_damaged_object_is_never_taken_for_content(volume: Make, damage: str, content: bytes) -> None:
@@ -225,8 +252,14 @@ def test_ctrl_c_cancels_a_demotion(
         demotion.send_signal(signal.SIGINT)
         assert not wait_gone([demotion.pid], 5)
     assert demotion.returncode == 130
+    import sys
+
+    sys.stderr.write(mounted.log())
     assert path.read_bytes() == SMALL
     assert mounted.tier(path) == "resident"
     rclone_s3.processes[0].send_signal(signal.SIGCONT)
     mounted.demote(path)
+    import sys
+
+    sys.stderr.write(mounted.log())
     assert path.read_bytes() == SMALL

@@ -19,6 +19,7 @@ from tierfs.handles import Inode
 from tierfs.marks import Mark, MarkReader, MarkWriter
 from tierfs.model import Copy, Record, Residency, Stub, make_generation
 from tierfs.tree import open_tree
+from tierfs.vigil import SILENCE_SECONDS
 from tierfs.waits import Blocked
 
 EPOCH = 3
@@ -389,6 +390,28 @@ def test_a_dead_mover_voids_its_guards_and_seals(world):
     world.gate.set_link(None)
     assert caught.value.wait.done
     world.gate.release(world.open())
+
+
+def test_a_mover_that_stands_still_while_somebody_waits_is_told_of(world):
+    told = []
+    world.gate.on_stuck = lambda pid, reason: told.append((pid, reason))
+    world.tell(wire.Hello(77, 0))
+    assert world.guard()
+    now = time.monotonic()
+    assert world.gate.tick(now) and not world.sent(wire.Ping)  # nobody waits
+    with pytest.raises(Blocked) as caught:
+        world.open()
+    world.gate.tick(now)
+    assert len(world.sent(wire.Ping)) == 1
+    world.tell(wire.Pong())
+    world.gate.tick(now + SILENCE_SECONDS + 1)
+    assert len(world.sent(wire.Ping)) == 1 and not told
+    world.gate.tick(now + 2 * SILENCE_SECONDS + 2)
+    world.gate.tick(now + 2 * SILENCE_SECONDS + 3)
+    assert [pid for pid, _ in told] == [77]
+    assert not caught.value.wait.done  # its guard holds until there is another link
+    world.gate.set_link(None)
+    assert caught.value.wait.done
 
 
 def test_a_small_stub_is_fetched_in_open_and_readers_need_not_wait_for_durability(world):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import time
 
 import pytest
 
@@ -54,6 +55,15 @@ def test_a_read_asks_for_its_leaves_and_is_woken_when_all_are_here():
     inflow.filled(wire.Filled(5, LEAF, LEAF))
     assert wait.done and wait.errno == 0
     inflow.need(5, 100, LEAF + 1)
+
+
+def test_a_shorter_deadline_counts_for_who_waits_already():
+    """The mover says it when it is there, which may be after the first cold read."""
+    _, inflow, _ = start()
+    wait = blocked(inflow.need, 5, 0, 100)
+    inflow.limit(2.0)
+    assert not inflow.expire(time.monotonic() + 1.5) and not wait.done
+    assert inflow.expire(time.monotonic() + 2.5) == [5] and wait.errno == errno.EIO
 
 
 def test_two_readers_of_one_range_cause_one_flight():
