@@ -78,10 +78,16 @@ class Drain(Frame, frozen=True):
 
 
 class Check(Frame, frozen=True):
-    """Compare tree, index and store. Answer: Progress …, Findings."""
+    """Compare tree, index and store. Answer: Progress …, Findings.
+
+    `read_data`: read all copies, from where the last reading was cut short unless `from_start`, at most `rate`
+    bytes a second (0: no limit).
+    """
 
     repair: bool
     read_data: bool
+    rate: int = 0
+    from_start: bool = False
 
 
 class GetVersions(Frame, frozen=True):
@@ -202,13 +208,14 @@ class Status(Frame, frozen=True):
 
 
 class Progress(Frame, frozen=True):
-    """How far a request has come."""
+    """How far a request has come. `bytes_resumed`: of those done, what an earlier one did."""
 
     files_done: int
     files_total: int
     bytes_done: int
     bytes_total: int
     path: bytes = b""
+    bytes_resumed: int = 0
 
 
 class Outcome(msgspec.Struct, frozen=True):
@@ -235,11 +242,18 @@ class Finding(msgspec.Struct, frozen=True):
 
 
 class Findings(Frame, frozen=True):
-    """The end of a check. `renewing`: the index is made anew first, and the check is to be asked again."""
+    """The end of a check. `renewing`: the index is made anew first, and the check is to be asked again.
+
+    `read_files`, `read_bytes`: of all copies those that were read, the `resumed_` ones by an earlier check.
+    """
 
     findings: list[Finding]
     files: int = 0
     renewing: bool = False
+    read_files: int = 0
+    read_bytes: int = 0
+    resumed_files: int = 0
+    resumed_bytes: int = 0
 
 
 class Failed(Frame, frozen=True):

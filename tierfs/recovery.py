@@ -9,15 +9,17 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
-from tierfs.digests import SIDE_SUFFIX, leaf_digests, sha256
-from tierfs.errors import ObjectCorruptError, ObjectMissingError, TierError
+from tierfs.digests import leaf_digests, sha256
+from tierfs.errors import TierError
 from tierfs.index import Writer
 from tierfs.kit import WRITE_FLAGS, Kit, read_exactly
-from tierfs.model import Copy, Record, Residency, Stub, object_key
+from tierfs.model import Copy, Record, Residency, Stub
+from tierfs.readback import Pace, Ref, drop_copy, examine, presence
 from tierfs.survey import fresh_record, put_instead
 from tierfs.tier import Tier
 
@@ -235,67 +237,26 @@ def _is_empty(kit: Kit, opath: int, st: os.stat_result) -> bool:
 
 
 def check_object(case: Case) -> Iterator[Found]:
-    """What a file refers to is in the store, in full, and (`read_data`) has the recorded digest."""
+    """What a file refers to is in the store, in full.
+
+    With `read_data` it is read here where a pass through the index would not come by it.
+    """
     record = case.record
-    copy = record.copy if record is not None and not record.dirty else None
-    if case.stub is not None:
-        key, size, digest, shift = case.stub.key, case.st.st_size, case.stub.digest, case.stub.chunk_shift
-    elif record is not None and copy is not None:
-        key = object_key(record.fid, copy.generation, copy.tag)
-        size, digest, shift = copy.size, copy.digest, copy.chunk_shift
-    else:
+    ref = Ref.of_stub(case.stub, case.st.st_size) if case.stub is not None else Ref.of_record(record)
+    if ref is None:
         return
-    problem = _look_at_object(case.kit, key, size, digest, shift, case.read_data)
-    if not problem:
-        return
-    repaired = False
-    if case.stub is None and case.repair and record is not None:
-        # All content is here: without a copy it is dirty, and goes out again.
-        case.kit.index.commit(partial(_drop_copy, record)).result()
-        repaired = True
-    yield Found(f"{problem}: {key}", case.path, repaired)
-
-
-def _look_at_object(kit: Kit, key: str, size: int, digest: bytes, shift: int, read_data: bool) -> str:
-    """What is wrong with it, "" if nothing. Raises StoreUnavailableError and the like."""
-    try:
-        found = kit.store.head(key).size
-        if found != size:
-            return f"its object has {found} bytes instead of {size}"
-        large = size > 1 << shift
-        if large:
-            kit.store.head(key + SIDE_SUFFIX)
-        if read_data and _object_digest(kit, key, large) != digest:
-            return "its object does not have the recorded digest"
-    except ObjectMissingError:
-        return "its object is not in the store"
-    except ObjectCorruptError as error:
-        return f"its object is damaged ({error})"
-    return ""
-
-
-def _object_digest(kit: Kit, key: str, large: bool) -> bytes:
-    if not large:
-        return sha256(kit.store.get(key))
-    digests, rest = [], b""
-    for piece in kit.store.stream(key):
-        rest += piece
-        whole = len(rest) - len(rest) % (64 * 1024)
-        digests.append(leaf_digests(memoryview(rest)[:whole]))
-        rest = rest[whole:]
-    return sha256(b"".join([*digests, leaf_digests(rest)]))
+    problem = presence(case.kit, ref)
+    if not problem and case.read_data and Ref.of_record(record) != ref:
+        problem = examine(case.kit, ref, Pace(lambda: 0.0, threading.Event()))
+    if problem:
+        repaired = case.repair and case.stub is None and record is not None and drop_copy(case.kit, record)
+        yield Found(f"{problem}: {ref.key}", case.path, repaired)
 
 
 def _make_resident(ino: int, w: Writer) -> None:
     record = w.get(ino)
     if record is not None and record.residency is not Residency.RESIDENT:
         w.put(replace(record, residency=Residency.RESIDENT, left_ctime=0))
-
-
-def _drop_copy(before: Record, w: Writer) -> None:
-    record = w.get(before.ino)
-    if record is not None and record.copy == before.copy and record.residency is Residency.RESIDENT:
-        w.put(replace(record, copy=None, left_ctime=0))
 
 
 CHECKS: tuple[Check, ...] = (check_record, check_stub, check_object)

@@ -55,6 +55,11 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2))
 
 
+def say(text: str) -> None:
+    """One line on stderr that is no complaint: stdout is for results."""
+    print(f"tierfs: {text}", file=sys.stderr, flush=True)
+
+
 def complain(path: str, reason: str) -> None:
     """One line on stderr about one path."""
     print(f"tierfs: {shown(path)}: {reason}", file=sys.stderr, flush=True)

@@ -48,6 +48,7 @@ class Mover:
         self.index_damaged = False
         self._lost = threading.Event()
         self._claiming = threading.Lock()
+        self._reading = threading.Lock()
         self._home = home
         self._watcher = ConfigWatcher(home.path(FILE_NAME), home.identity.store, self._apply)
         config = self._watcher.current
@@ -158,12 +159,25 @@ class Mover:
     def _make_room(self, count: int, failed: bool) -> None:
         self._scheduler.make_room(count, failed)
 
-    def _check(self, repair: bool, read_data: bool, job: Job) -> control.Findings:
+    def _check(self, request: control.Check, job: Job) -> control.Findings:
+        if not request.read_data:
+            return self._check_now(request, None, job)
+        if not self._reading.acquire(blocking=False):
+            raise BusyError("another check is reading the copies: wait for its end")
+        try:
+            reading = checking.Reading(self._home.path("check.json"), request.rate, request.from_start)
+            return self._check_now(request, reading, job)
+        finally:
+            self._reading.release()
+
+    def _check_now(
+        self, request: control.Check, reading: checking.Reading | None, job: Job
+    ) -> control.Findings:
         # What a look through the tree is about to put right is no finding, and no two put it right at once.
         while not self._scheduler.looked.wait(0.1):
             if job.cancelled.is_set():
                 return control.Findings([])
-        findings = checking.check(self._tier, repair, read_data, job)
+        findings = checking.check(self._tier, request.repair, reading, job)
         if findings.renewing:
             log.critical("%s: the mover ends, for a new one to be made", findings.findings[0].what)
             self.index_damaged = True

@@ -22,7 +22,7 @@ from tierfsd.journalling import JournalKeeper
 from tierfsd.reach import Target
 from tierfsd.watcher import ConfigWatcher
 
-Check = Callable[[bool, bool, Job], control.Findings]
+Check = Callable[[control.Check, Job], control.Findings]
 
 _DRAIN_SECONDS = 0.05  # facts are at most so old
 _OPEN_SECONDS = 10.0  # how long `--wait` waits for a file that is open, before it names it

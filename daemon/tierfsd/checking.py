@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import stat
+import time
 from collections.abc import Iterator
+from copy import copy
+from dataclasses import dataclass
 from functools import partial
 
 from tierfs import control
@@ -13,13 +16,27 @@ from tierfs.errors import ForeignStubError, IndexDamagedError, IndexError_
 from tierfs.index import Writer
 from tierfs.model import object_key
 from tierfs.places import join
-from tierfs.recovery import CHECKS, Case, Found, finish_pending
+from tierfs.readback import Pace, Pass, Place, load_place
+from tierfs.recovery import CHECKS, Case, Found, check_object, finish_pending
+from tierfs.store.priority import Priority, priority
 from tierfs.tier import Tier
 from tierfsd.control_server import Job
 
+_READERS = 8  # small copies at once
+_MOST = 50_000  # findings in one answer
 
-def check(tier: Tier, repair: bool, read_data: bool, job: Job) -> control.Findings:
-    """Carry out a check. Raises StoreError where the store cannot be asked, IndexError_."""
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How all copies are to be read. `path`: of the file that keeps the place; `rate`: bytes a second, or 0."""
+
+    path: str
+    rate: int = 0
+    from_start: bool = False
+
+
+def check(tier: Tier, repair: bool, reading: Reading | None, job: Job) -> control.Findings:
+    """Carry out a check; `reading`: also read all copies. Raises StoreError where the store cannot be asked,
+    IndexError_, OSError."""
     damage = _damage(tier)
     if damage:
         # No more is read of it than must be.
@@ -28,23 +45,67 @@ def check(tier: Tier, repair: bool, read_data: bool, job: Job) -> control.Findin
     total = tier.kit.index.totals().files
     findings: list[control.Finding] = []
     referred: set[str] = set()
+    bad: set[str] = set()
     files = 0
-    for case in _cases(tier, repair, read_data, findings):
+    for case in _cases(tier, repair, reading is not None, findings):
         if job.cancelled.is_set():
             break
         files += 1
         job.report(control.Progress(files, max(files, total), 0, 0, case.path))
         for each in CHECKS:
-            findings += [_finding(found) for found in each(case)]
+            found = [_finding(one) for one in each(case)]
+            findings += found
+            if found and each is check_object:
+                bad.add(found[0].what.rpartition(" ")[2])
         if case.stub is not None:
             referred.add(case.stub.key)
         if case.record is not None and case.record.copy is not None:
-            copy = case.record.copy
-            referred.add(object_key(case.record.fid, copy.generation, copy.tag))
+            last = case.record.copy
+            referred.add(object_key(case.record.fid, last.generation, last.tag))
     if not job.cancelled.is_set():
         findings += [_finding(found) for found in _totals(tier, repair)]
         findings += [_finding(found) for found in _orphans(tier, repair, referred)]
-    return control.Findings(findings, files)
+    resumed, place = Place(), Place()
+    if reading is not None and not job.cancelled.is_set():
+        resumed, place = _read_all(tier, repair, reading, frozenset(bad), findings, job)
+    return control.Findings(
+        _shortened(findings), files, False, place.files, place.bytes, resumed.files, resumed.bytes
+    )
+
+
+def _read_all(
+    tier: Tier, repair: bool, reading: Reading, bad: frozenset[str], findings: list[control.Finding], job: Job
+) -> tuple[Place, Place]:
+    """Read all copies but the `bad` ones: where that began, and where it ended. Raises as `check`."""
+    place = (None if reading.from_start else load_place(reading.path)) or Place(began=time.time())
+    resumed = copy(place)
+    totals = tier.kit.index.totals()
+    files, size = totals.files - totals.dirty_files, totals.total_bytes - totals.dirty_bytes
+
+    def report(place: Place, name: bytes) -> None:
+        done = max(files, place.files), max(size, place.bytes)
+        job.report(control.Progress(place.files, done[0], place.bytes, done[1], name, resumed.bytes))
+
+    pace = Pace(lambda: reading.rate, job.cancelled)
+    reader = Pass(
+        tier.kit, tier.places, tier.drain, reading.path, place, pace, repair=repair, workers=_READERS, known=bad
+    )
+    report(place, b"")
+    with priority(Priority.UPLOAD):
+        for damage in reader.run(report):
+            findings.append(control.Finding(damage.what, damage.path, damage.repaired))
+    if place.ended:
+        os.unlink(reading.path)
+    return resumed, place
+
+
+def _shortened(findings: list[control.Finding]) -> list[control.Finding]:
+    """As many as one answer takes."""
+    if len(findings) <= _MOST:
+        return findings
+    rest = findings[_MOST:]
+    repaired = all(finding.repaired for finding in rest)
+    return [*findings[:_MOST], control.Finding(f"... and {len(rest)} more findings", repaired=repaired)]
 
 
 def _damage(tier: Tier) -> str:

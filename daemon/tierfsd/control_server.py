@@ -68,7 +68,7 @@ class Backend(VersionBackend, Protocol):
     def drain(self, job: Job) -> control.Done:
         """Wait until everything is in the store."""
 
-    def check(self, repair: bool, read_data: bool, job: Job) -> control.Findings:
+    def check(self, request: control.Check, job: Job) -> control.Findings:
         """Compare tree, index and store."""
 
     def collect(self, dry_run: bool, job: Job) -> Iterable[control.Garbage | control.Done]:
@@ -172,8 +172,8 @@ class ControlServer:
             match request:
                 case control.Drain():
                     return self._backend.drain(job)
-                case control.Check(repair, read_data):
-                    return self._backend.check(repair, read_data, job)
+                case control.Check():
+                    return self._backend.check(request, job)
                 case control.Collect(dry_run):
                     for answer in self._backend.collect(dry_run, job):
                         if isinstance(answer, control.Done):

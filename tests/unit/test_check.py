@@ -50,7 +50,8 @@ def filled(volume):
 
 
 def run(volume, repair=False, read_data=False):
-    return checking.check(volume.tier, repair, read_data, Job()).findings
+    reading = checking.Reading(str(volume.base / "check.json")) if read_data else None
+    return checking.check(volume.tier, repair, reading, Job()).findings
 
 
 def words(findings):

@@ -61,7 +61,7 @@ class FakeBackend:
     def drain(self, job):
         return control.Done()
 
-    def check(self, repair, read_data, job):
+    def check(self, request, job):
         return control.Findings([control.Finding("stub without copy", b"a\xff")], 3)
 
     def reload(self):

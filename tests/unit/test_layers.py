@@ -55,6 +55,7 @@ PARTS_OF = {
         "survey",
         "collecting",
         "versions",
+        "readback",
         "journal",
         "looking",
         "snapshots",

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 
 import click
 
-from tierfs import control, launch, locate, terminal, volume
+from tierfs import config, control, launch, locate, terminal, volume
 from tierfs.commands.mount import clear_dead_mount, daemon_arguments, unmount
-from tierfs.errors import TierError, VolumeError
+from tierfs.errors import TierError, UsageError, VolumeError
 
 _RENEWING_SECONDS = 60.0
 _PAUSE_SECONDS = 0.3
@@ -21,12 +21,18 @@ _PAUSE_SECONDS = 0.3
 @click.command()
 @click.option("--repair", is_flag=True, help="Put right what can be put right.")
 @click.option("--read-data", is_flag=True, help="Also read every object and compare its digests.")
+@click.option("--rate", metavar="SIZE", help="Read at most so much a second, like 20M.")
+@click.option("--from-start", is_flag=True, help="Read from the beginning, not from where it was stopped.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
 @click.argument("target", metavar="VOLUME", type=click.Path(readable=False))
-def check(repair: bool, read_data: bool, as_json: bool, target: str) -> int:
+def check(
+    repair: bool, read_data: bool, rate: str | None, from_start: bool, as_json: bool, target: str
+) -> int:
     """Compare the tree, index and store of VOLUME: a mountpoint or a state directory."""
+    if (rate is not None or from_start) and not read_data:
+        raise UsageError("--rate and --from-start say how copies are read: give --read-data too")
+    request = control.Check(repair, read_data, _bytes_of(rate), from_start)
     with _mounted(target) as mount:
-        request = control.Check(repair, read_data)
         findings, renewed = _ask(mount, request), []
         if findings.renewing:
             renewed = findings.findings
@@ -39,14 +45,40 @@ def check(repair: bool, read_data: bool, as_json: bool, target: str) -> int:
                 "files": findings.files,
                 "findings": [control.to_json(finding) for finding in listed],
                 "left": len(left),
+                "read_files": findings.read_files,
+                "read_bytes": findings.read_bytes,
+                "resumed_files": findings.resumed_files,
+                "resumed_bytes": findings.resumed_bytes,
             }
         )
         return 1 if left else 0
     for finding in listed:
         where = f"{terminal.shown(finding.path)}: " if finding.path else ""
         click.echo(f"{where}{finding.what}{' (repaired)' if finding.repaired else ''}")
+    if read_data and not findings.renewing:
+        size = terminal.size(findings.read_bytes)
+        click.echo(f"{findings.read_files} copies read, {size}{_earlier(findings)}")
     click.echo(f"{findings.files} files checked, {len(listed)} findings, {len(left)} left")
     return 1 if left else 0
+
+
+def _bytes_of(rate: str | None) -> int:
+    """Bytes a second; 0 without a limit. Raises UsageError."""
+    if rate is None:
+        return 0
+    try:
+        count = config.parse_size(rate)
+    except ValueError as exc:
+        raise UsageError(f"--rate: {exc}") from exc
+    if not count:
+        raise UsageError("--rate: nothing would be read at 0 bytes a second: leave it out for no limit")
+    return count
+
+
+def _earlier(findings: control.Findings) -> str:
+    if not findings.resumed_bytes:
+        return ""
+    return f", {findings.resumed_files} of them ({terminal.size(findings.resumed_bytes)}) by an earlier check"
 
 
 @contextlib.contextmanager
@@ -92,11 +124,33 @@ def _ask_again(mount: locate.Mount, request: control.Check) -> control.Findings:
             return findings
 
 
+def _tell_where(first: control.Progress) -> None:
+    if first.bytes_resumed:
+        terminal.say(f"reading goes on where it was stopped, after {terminal.size(first.bytes_resumed)}")
+
+
 def _ask(mount: locate.Mount, request: control.Check) -> control.Findings:
-    with terminal.bar("Checking") as bar:
-        for answer in control.converse(mount, request):
-            if isinstance(answer, control.Progress):
+    reading: control.Progress | None = None
+    try:
+        with terminal.bar("Checking") as checking, terminal.bar("Reading") as bar:
+            for answer in control.converse(mount, request):
+                if isinstance(answer, control.Findings):
+                    return answer
+                if not isinstance(answer, control.Progress):
+                    continue
+                if not answer.bytes_total:
+                    checking.show(answer)
+                    continue
+                if reading is None:
+                    checking.close()
+                    _tell_where(answer)
+                reading = answer
                 bar.show(answer)
-            elif isinstance(answer, control.Findings):
-                return answer
+    except (KeyboardInterrupt, TierError):
+        if reading is not None:
+            terminal.say(
+                f"{reading.files_done} of {reading.files_total} copies have been read: the same command goes on"
+                " there, `--from-start` begins anew"
+            )
+        raise
     raise VolumeError(f"{mount.mountpoint}: its daemon gave no findings: try again")
