@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-from tierfs import transitions, wire
+from tierfs import failpoints, transitions, wire
 from tierfs.errors import BusyError
 from tierfs.index import Index, Writer
 from tierfs.kit import Movements
@@ -84,6 +84,7 @@ class Drain:
         except BaseException:
             self._reader.position = before
             raise
+        failpoints.hit(failpoints.DRAIN_COMMITTED)
         for entry in entries:
             if entry.kind is Mark.CLOSED:
                 self._movements.here(entry.ino, entry.b * 512, entry.b * 512)

@@ -1,7 +1,8 @@
 """Named points at which a test kills the process, and what must hold when it comes back.
 
 Armed by the environment: TIERFS_FAILPOINT=NAME or NAME:n (the n-th passing, from 1); with NAME:n:STOP it stops
-there instead. Each has a test of the same name in tests/crash. Unarmed, a point costs one comparison.
+there instead. With TIERFS_FAILPOINT_ONCE=PATH only the process that can remove that file does so: for those
+that are replaced. Each point has a test (tests/unit/test_failpoints.py). Unarmed, it costs one comparison.
 """
 
 from __future__ import annotations
@@ -47,6 +48,21 @@ GC_LISTED = "gc-listed"  # the grace begins
 GC_DELETED = "gc-deleted"  # objects are gone, their tombstones are not
 GC_DROPPED = "gc-dropped"  # tombstones are gone, the list is still there
 
+# The mark log. Positions move with what is applied, in one commit.
+DRAIN_COMMITTED = "drain-committed"  # the marks are in the index, the server is not told, the log not shortened
+
+# Recovery itself. Whatever it has put right it finds right the next time.
+RECOVER_MENDED = "recover-mended"  # the file is as it shall be, its record not yet, and still pending
+RECOVER_COMMITTED = "recover-committed"  # one file is done, others may be left
+
+# A mount server that takes a session over. The session is as it was until requests are answered again.
+TAKEOVER_BEGUN = "takeover-begun"  # nothing is taken over
+TAKEOVER_RESTORED = "takeover-restored"  # nodes, files and marks are, the kernel has not been asked again
+TAKEOVER_RESENT = "takeover-resent"  # the kernel sends again what had no answer
+
+DRAIN_POINTS = (DRAIN_COMMITTED,)
+RECOVER_POINTS = (RECOVER_MENDED, RECOVER_COMMITTED)
+TAKEOVER_POINTS = (TAKEOVER_BEGUN, TAKEOVER_RESTORED, TAKEOVER_RESENT)
 DEMOTE_POINTS = (COPY_INTENDED, COPY_PUT, COPY_COMMITTED, STUB_WRITTEN, STUB_COMMITTED, PUNCHED, PUNCH_SYNCED)
 COLLECT_POINTS = (GC_BEAT, GC_PUBLISHED, GC_LISTED, GC_DELETED, GC_DROPPED)
 JOURNAL_POINTS = (
@@ -59,6 +75,7 @@ _name, _count, _how = (os.environ.get("TIERFS_FAILPOINT", "") + "::").split(":")
 _armed = _name or None
 _left = int(_count or "1")
 _signal = signal.Signals[f"SIG{_how or 'KILL'}"]
+_once = os.environ.get("TIERFS_FAILPOINT_ONCE", "")
 _lock = threading.Lock()
 
 
@@ -69,5 +86,14 @@ def hit(name: str) -> None:
         return
     with _lock:
         _left -= 1
-        if _left == 0:
+        if _left == 0 and _is_ours():
             os.kill(os.getpid(), _signal)
+
+
+def _is_ours() -> bool:
+    if _once:
+        try:
+            os.unlink(_once)
+        except FileNotFoundError:
+            return False
+    return True

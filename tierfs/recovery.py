@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import os
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
+from tierfs import failpoints
 from tierfs.digests import leaf_digests, sha256
 from tierfs.errors import TierError
 from tierfs.index import Writer
@@ -67,7 +69,9 @@ def _finish(tier: Tier, ino: int) -> None:
     path = os.path.join(above.path, record.name) if above is not None else None
     try:
         opath = kit.open(ino, record.handle, os.O_PATH | os.O_NOFOLLOW, path)
-    except OSError:
+    except OSError as error:
+        if error.errno not in (errno.ESTALE, errno.ENOENT, errno.ENOTDIR):
+            raise
         kit.index.commit(lambda w: w.drop_pending(ino)).result()  # gone since; its mark follows
         return
     try:
@@ -122,7 +126,9 @@ def _commit(kit: Kit, before: Record, st: os.stat_result, residency: Residency) 
             w.put(replace(record, residency=residency, local=st.st_blocks * 512, left_ctime=left))
         w.drop_pending(before.ino)
 
+    failpoints.hit(failpoints.RECOVER_MENDED)
     kit.index.commit(commit).result()
+    failpoints.hit(failpoints.RECOVER_COMMITTED)
 
 
 def _is_copy(fd: int, copy: Copy) -> bool:

@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from tierfs import channel, wire
+from tierfs import channel, failpoints, wire
 from tierfs.errors import IndexError_, TierError, VolumeError
 from tierfs.fuse.kernel import End, KernelBacking, Session
 from tierfs.fuse.spinning import Spinner
@@ -255,12 +255,15 @@ def _await_mount(supervisor: channel.Channel, kept: dict[int, int]) -> int | Non
 def _take_over(fuse_fd: int, vfs: Vfs, session: Session, reader: MarkReader, kept: dict[int, int]) -> None:
     """Go on where a server that was killed has stopped. Raises OSError, TierError."""
     began = time.monotonic()
+    failpoints.hit(failpoints.TAKEOVER_BEGUN)
     if vfs.ledger.passthrough:
         vfs.gate.backing = KernelBacking(fuse_fd)
     vfs.take_over(_undrained(reader), kept)
     for fd in kept.values():
         os.close(fd)
+    failpoints.hit(failpoints.TAKEOVER_RESTORED)
     session.take_over()
+    failpoints.hit(failpoints.TAKEOVER_RESENT)
     held = ", ".join(f"{count} {name}" for name, count in vfs.holds().items())
     log.info("took over %s in %.2f s", held, time.monotonic() - began)
 

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tiering import Volume
 
+from tierfs.recovery import finish_pending
 from tierfs.store.directory import DirectoryStore
 
 CHUNK = 64 * 1024
@@ -39,6 +40,8 @@ def main() -> None:
             volume.server.read(volume.path(name), 0, 4096)
         volume.tier._settler.commit_bits(everything=True)
         volume.fetch(*names)
+    elif action == "recover":
+        finish_pending(volume.tier)
     volume.stop()
 
 

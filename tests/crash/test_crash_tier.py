@@ -21,8 +21,12 @@ SCRIPT = Path(__file__).with_name("crashing.py")
 
 @pytest.fixture
 def made(tmp_path):
-    """A volume with one file of each kind, stopped; their content, times and modes."""
-    volume = open_volume(str(tmp_path))
+    return make(tmp_path)
+
+
+def make(base):
+    """A volume with one file of each kind, stopped: where it is; their content, times and modes."""
+    volume = open_volume(str(base))
     content = {"small": os.urandom(20_000), "large": os.urandom(5 * CHUNK + 777)}
     for name, data in content.items():
         volume.server.create(volume.path(name), data)
@@ -34,7 +38,7 @@ def made(tmp_path):
     os.chmod(volume.path("small"), 0o751)
     before = {name: os.stat(volume.path(name)) for name in NAMES}
     volume.stop()
-    return tmp_path, content, before
+    return base, content, before
 
 
 def run(base, action, point=None, count=1):
@@ -106,6 +110,28 @@ def test_crash_in_a_fetch_after_some_pages(made):
     base, content, before = made
     assert run(base, "demote").returncode == 0
     done = run(base, "fetch", failpoints.FILL_WRITTEN, 2)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    check_whole(base, content, before)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("point", failpoints.RECOVER_POINTS)
+@pytest.mark.parametrize("left", [failpoints.STUB_COMMITTED, failpoints.PUNCHED, failpoints.FILL_SYNCED])
+def test_crash_in_a_recovery(made, left, point, count):
+    """What an earlier crash left is put right by whoever comes last."""
+    base, content, before = made
+    if left in failpoints.FETCH_POINTS:
+        assert run(base, "demote").returncode == 0
+    assert run(base, "read-part" if left in failpoints.FETCH_POINTS else "demote", left).returncode
+    done = run(base, "recover", point, count)
+    assert done.returncode == -signal.SIGKILL or count == 2, done.stderr
+    check_whole(base, content, before)
+
+
+@pytest.mark.parametrize("point", failpoints.DRAIN_POINTS)
+def test_crash_in_a_drain(made, point):
+    base, content, before = made
+    done = run(base, "demote", point)
     assert done.returncode == -signal.SIGKILL, done.stderr
     check_whole(base, content, before)
 

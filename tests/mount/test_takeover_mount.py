@@ -14,6 +14,7 @@ import time
 
 import pytest
 
+from tierfs import failpoints
 from tierfs import volume as volumes
 
 pytestmark = [pytest.mark.mount, pytest.mark.usefixtures("tiers", "needs_root")]
@@ -241,6 +242,34 @@ def test_what_is_mapped_and_closed_is_not_demoted_by_the_next_server(volume):
     assert path.read_bytes()[:5] == b"bbbba"
     made.demote(path)
     assert made.tier(path) == "stub" and path.read_bytes()[:5] == b"bbbba"
+
+
+@pytest.mark.parametrize("point", failpoints.TAKEOVER_POINTS)
+def test_a_server_that_is_killed_while_it_takes_over(volume, opened, point):
+    made = volume(mount=False)
+    once = made.base / "once"
+    once.touch()
+    made.env |= {"TIERFS_FAILPOINT": point, "TIERFS_FAILPOINT_ONCE": str(once)}
+    made.mount()
+    top = made.mountpoint
+    fd = opened(top / "f", os.O_RDWR | os.O_CREAT)
+    unlinked = opened(top / "unlinked", os.O_RDWR | os.O_CREAT)
+    os.write(unlinked, b"unlinked")
+    os.unlink(top / "unlinked")
+    first = daemon(made)["pids"]["server"]
+    # A change that is under way when the server is killed, and that two others are asked for again.
+    os.kill(first, signal.SIGSTOP)
+    maker = threading.Thread(target=os.mkdir, args=(top / "made",))
+    maker.start()
+    time.sleep(0.1)  # whether it has been sent by then is what is tried
+    os.kill(first, signal.SIGKILL)
+    maker.join(20)
+    assert not maker.is_alive() and not once.exists()
+    os.write(fd, b"still here")
+    assert (top / "f").read_bytes() == b"still here" and (top / "made").is_dir()
+    assert os.pread(unlinked, 9, 0) == b"unlinked"
+    assert made.log().count("another takes its session over") == 2
+    assert "mounting anew" not in made.log()
 
 
 def test_two_killed_in_quick_succession(volume, opened):
