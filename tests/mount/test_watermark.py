@@ -140,3 +140,9 @@ def test_the_end_says_what_is_on_this_disk_only(volume: Make) -> None:
     mounted.mount()
     mounted.umount("--wait")
     assert "not in the store" not in mounted.log()[said:]
+
+
+def test_a_store_on_the_same_filesystem_is_said_to_be_no_backup(volume: Make, tmp_path: Path) -> None:
+    """It frees nothing either: a disk that runs low is no reason to copy from one place of it to another."""
+    beside = volume()
+    assert any("no backup" in note for note in beside.status()["notes"])
