@@ -153,12 +153,18 @@ class Arrival:
         """Write checked content; times stay as shown. Raises ForeignStubError, OSError."""
         self.compare(start, data)
         self.notice(os.fstat(self.fd))
-        with tree.keeping_privileges(self.fd):
-            for low, high in self._to_write(start, data):
-                pwrite_all(self.fd, memoryview(data)[low - start : high - start], low)
-        # Times that somebody sets between these lines are covered; their mark brings them back (draining).
-        tree.set_mtime(self.fd, self.shown.mtime)
-        self.keep_times()
+        try:
+            with tree.keeping_privileges(self.fd):
+                for low, high in self._to_write(start, data):
+                    pwrite_all(self.fd, memoryview(data)[low - start : high - start], low)
+        finally:
+            # Also on a full disk after a part of it: the times it leaves are ours, not somebody's who has
+            # changed the file. Those that somebody sets between these lines are covered; their mark brings them
+            # back (draining).
+            try:
+                tree.set_mtime(self.fd, self.shown.mtime)
+            finally:
+                self.keep_times()
 
     def notice(self, st: os.stat_result) -> None:
         """If somebody else has changed the inode's attributes since our last change, those times are shown."""
@@ -166,6 +172,11 @@ class Arrival:
             self.shown.ctime = st.st_ctime_ns
             if st.st_mtime_ns != self.shown.own_mtime:
                 self.shown.mtime = st.st_mtime_ns
+
+    @property
+    def times_right(self) -> bool:
+        """The file has the time of change that is shown."""
+        return self.shown.own_mtime == self.shown.mtime
 
     def keep_times(self) -> None:
         """Remember the real times after a change of our own."""

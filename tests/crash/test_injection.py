@@ -54,6 +54,8 @@ def begin(base, action):
         ("read-part", "fdatasync", "error=EIO", 4),
         ("read-part", "pwrite64", "error=ENOSPC", 5),
         ("read-part", "removexattr", "error=EIO", 1),
+        ("read-part", "utimensat", "error=EIO", 1),
+        ("read-part", "utimensat", "error=EIO", 4),
     ],
 )
 def test_a_call_that_fails(tmp_path, action, call, fault, when):
