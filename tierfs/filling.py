@@ -112,7 +112,7 @@ class Filler:
             if arrival.requests or arrival.ranges or arrival.closed or arrival.settling or arrival.complete:
                 return False
             self._close(arrival)
-            # Nothing is written any more; what was noted at the opening is over, if the times could be put back.
+            # Nothing is written any more; what was noted at the opening is over if the times are right again.
             if arrival.times_right:
                 self._kit.index.commit(lambda w: w.drop_pending(arrival.ino))
             return True
