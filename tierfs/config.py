@@ -1,7 +1,8 @@
 """The settings of one volume: a TOML file, checked key by key.
 
 Sizes are written as "20G" or "512K" (powers of 1024), durations as "90s", "10m" or "30d", shares as "95%".
-In a `VolumeConfig` sizes are bytes, durations seconds and shares fractions.
+In a `VolumeConfig` sizes are bytes, durations seconds and shares fractions; of `scrub_every` None is
+"auto" and 0 never.
 """
 
 from __future__ import annotations
@@ -75,6 +76,8 @@ class VolumeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     grace: float = 86400.0
     journal_seconds: float = 20.0
     keep_versions: float = 30 * 86400.0
+    scrub_every: float | None = None
+    scrub_rate: int = 4 << 20
     never: Never = Never()
 
 
@@ -101,6 +104,22 @@ def parse_duration(value: object) -> float:
     if not match:
         raise ValueError(f'{value!r} is not a duration like "90s", "10m" or "12h"')
     return float(match[1]) * _UNITS[match[2]]
+
+
+def _parse_scrub(value: object) -> float | None:
+    if value in ("auto", "never"):
+        return None if value == "auto" else 0.0
+    seconds = parse_duration(value)
+    if seconds < 60:
+        raise ValueError(f'{value!r} is too often: write "30d", "auto" or "never"')
+    return seconds
+
+
+def _parse_scrub_rate(value: object) -> int:
+    size = parse_size(value)
+    if not size:
+        raise ValueError(f'{value!r} would read nothing: to read no copies write scrub_every = "never"')
+    return size
 
 
 def _parse_limit(value: object) -> int:
@@ -188,6 +207,10 @@ _KEYS: dict[str, _Key] = {
                   "What is to be removed from the store is announced there for so long before."),
     "journal": _Key("journal_seconds", parse_duration, '"20s"',
                     "Names and attributes reach the store after so long."),
+    "scrub_every": _Key("scrub_every", _parse_scrub, '"auto"',
+                        'All copies are read back and compared so often. "auto": every 90 days from a\n'
+                        "# directory, never from S3, where each byte that is read may be paid for."),
+    "scrub_rate": _Key("scrub_rate", _parse_scrub_rate, '"4M"', "... at most so much of them a second."),
 }  # fmt: skip
 _NEVER_KEYS = {"patterns": ("patterns", _parse_patterns)}
 

@@ -179,6 +179,19 @@ class Problem(msgspec.Struct, frozen=True):
     what: str
 
 
+class Scrub(msgspec.Struct, frozen=True):
+    """The reading back of all copies, every so many seconds (0: never): moments in seconds since the epoch,
+    `ended` 0 while a pass is not over; files and bytes it has read; how many copies cannot be had back."""
+
+    every: float
+    running: bool = False
+    began: float = 0.0
+    ended: float = 0.0
+    files: int = 0
+    bytes: int = 0
+    damaged: int = 0
+
+
 class Status(Frame, frozen=True):
     """Facts of a volume. Sizes in bytes, rates in bytes a second, `oldest_dirty` in seconds of age.
 
@@ -205,6 +218,7 @@ class Status(Frame, frozen=True):
     journal_behind_seconds: float = 0.0
     notes: list[str] = []
     binding: dict[str, str] = {}  # name and reason
+    scrub: Scrub | None = None
 
 
 class Progress(Frame, frozen=True):

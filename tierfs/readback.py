@@ -317,14 +317,18 @@ class Pass:
     def _small(
         self, refs: list[tuple[Record, Ref]], pool: ThreadPoolExecutor, following: int
     ) -> Iterator[Finding]:
-        # With the caller's priority at the store.
-        jobs = [pool.submit(copy_context().run, examine, self._kit, ref, self._pace) for _, ref in refs]
-        try:
-            for (record, ref), job in zip(refs, jobs, strict=True):
-                yield from self._judge(record, ref, job.result())
-        finally:
-            for job in jobs:
-                job.cancel()
+        if self._workers == 1:
+            for record, ref in refs:
+                yield from self._judge(record, ref, examine(self._kit, ref, self._pace))
+        else:
+            # With the caller's priority at the store.
+            jobs = [pool.submit(copy_context().run, examine, self._kit, ref, self._pace) for _, ref in refs]
+            try:
+                for (record, ref), job in zip(refs, jobs, strict=True):
+                    yield from self._judge(record, ref, job.result())
+            finally:
+                for job in jobs:
+                    job.cancel()
         self._advance(following, len(refs), sum(ref.size for _, ref in refs))
 
     def _large(self, record: Record, ref: Ref, report: Callable[[Place, bytes], None]) -> Iterator[Finding]:

@@ -29,12 +29,14 @@ from tierfsd.indexcare import INDEX_DAMAGED
 from tierfsd.journalling import JournalKeeper
 from tierfsd.priority import Priority
 from tierfsd.scheduler import Scheduler
+from tierfsd.scrubbing import Scrubber
 from tierfsd.watcher import ConfigWatcher
 
 log = logging.getLogger("mover")
 
 _CLAIM_SECONDS = 10.0  # between two attempts to take a store that does not answer
 _LAST_WORDS_SECONDS = 0.3
+_READING_SECONDS = 5.0  # a check that was cancelled ends with the piece that it reads
 _WAITING = "the store has not answered yet"
 
 
@@ -68,6 +70,7 @@ class Mover:
         self._journal = JournalKeeper(self._tier, home.identity.volume, self._show_life)
         self._scheduler = Scheduler(self._tier, self._heat, _device_of(home.store_url), home.path("ballast"))
         self._index.make_room = self._scheduler.make_index_room
+        self._scrubber = Scrubber(self._tier, home.path("scrub.json"), home.store_url.startswith("file:"))
         backend = TierBackend(
             self._tier,
             self._heat,
@@ -79,6 +82,7 @@ class Mover:
             check=self._check,
             journal=self._journal,
             collector=self._scheduler.collector,
+            scrubber=self._scrubber,
         )
         listener = socket.socket(fileno=control_fd)
         self._control = ControlServer(listener, self._tree.rootfd, backend, self._priority.hurry)
@@ -90,6 +94,8 @@ class Mover:
         self._greet()
         self._scheduler.start()
         self._journal.start()
+        if not self._home.identity.view:
+            self._scrubber.start()
         self._watcher.start()
         self._control.start()
         claim = threading.Thread(target=self._claim, name="claim", daemon=True)
@@ -100,6 +106,7 @@ class Mover:
         self._priority.stop()
         self._control.close()
         self._watcher.close()
+        self._scrubber.stop()
         self._journal.stop()
         self._scheduler.stop()
         self._tier.close()
@@ -162,7 +169,7 @@ class Mover:
     def _check(self, request: control.Check, job: Job) -> control.Findings:
         if not request.read_data:
             return self._check_now(request, None, job)
-        if not self._reading.acquire(blocking=False):
+        if not self._reading.acquire(timeout=_READING_SECONDS):
             raise BusyError("another check is reading the copies: wait for its end")
         try:
             reading = checking.Reading(self._home.path("check.json"), request.rate, request.from_start)
@@ -186,6 +193,7 @@ class Mover:
 
     def _apply(self, config: VolumeConfig) -> None:
         self._tier.reconfigure(config)
+        self._scrubber.reconfigured()
         self._heat.capacity = config.local_limit or self._tree.space().total
         self._send_limits(config)
 

@@ -20,6 +20,7 @@ from tierfs.versions import Kept, beneath, content, of_path
 from tierfsd.control_server import Job
 from tierfsd.journalling import JournalKeeper
 from tierfsd.reach import Target
+from tierfsd.scrubbing import Scrubber
 from tierfsd.watcher import ConfigWatcher
 
 Check = Callable[[control.Check, Job], control.Findings]
@@ -34,7 +35,8 @@ class TierBackend:
 
     `looked` is set when the look through the tree is over, whatever came of it,
     `verifying` says how many copies have yet to be looked at after an unclean stop, `notes` what a person
-    should know of the volume besides, `check` carries out a check, `journal` keeps the namespace journal.
+    should know of the volume besides, `check` carries out a check, `journal` keeps the namespace journal,
+    `scrubber` reads copies back.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class TierBackend:
         check: Check,
         journal: JournalKeeper,
         collector: Collector,
+        scrubber: Scrubber,
     ) -> None:
         self._tier = tier
         self._kit = tier.kit
@@ -62,6 +65,7 @@ class TierBackend:
         self._journal = journal
         self.check = check
         self._collector = collector
+        self._scrubber = scrubber
         self._drained = 0.0
 
     # --- what is known ------------------------------------------------------------------------------------
@@ -84,7 +88,7 @@ class TierBackend:
             dirty_bytes=totals.dirty_bytes,
             queued=self._kit.uploads.queued + self._kit.fetches.queued,
             pids={**runtime.get("pids", {}), "mover": os.getpid()},
-            errors=[control.Problem(trouble.at, trouble.what) for trouble in self._kit.troubles.list()],
+            errors=self._problems(),
             oldest_dirty=max(0.0, time.time() - oldest / 1e9) if oldest is not None else 0.0,
             upload_rate=self._kit.uploaded.per_second(),
             fetch_rate=self._kit.fetched.per_second(),
@@ -92,7 +96,12 @@ class TierBackend:
             journal_behind_seconds=0.0 if self._home.identity.view else self._journal.behind,
             notes=self._all_notes(),
             binding=runtime.get("binding", {}),
+            scrub=None if self._home.identity.view else self._scrubber.status(),
         )
+
+    def _problems(self) -> list[control.Problem]:
+        troubles = [control.Problem(trouble.at, trouble.what) for trouble in self._kit.troubles.list()]
+        return sorted(troubles + self._scrubber.problems(), key=lambda problem: problem.at)
 
     def _all_notes(self) -> list[str]:
         notes = self._notes()

@@ -146,11 +146,9 @@ def _ask(mount: locate.Mount, request: control.Check) -> control.Findings:
                     _tell_where(answer)
                 reading = answer
                 bar.show(answer)
-    except (KeyboardInterrupt, TierError):
-        if reading is not None:
-            terminal.say(
-                f"{reading.files_done} of {reading.files_total} copies have been read: the same command goes on"
-                " there, `--from-start` begins anew"
-            )
+    except (KeyboardInterrupt, TierError) as exc:
+        if request.read_data and (reading is not None or isinstance(exc, KeyboardInterrupt)):
+            read = f"{reading.files_done} of {reading.files_total} copies are read: " if reading else ""
+            terminal.say(f"{read}the same command goes on where it was, `--from-start` begins anew")
         raise
     raise VolumeError(f"{mount.mountpoint}: its daemon gave no findings: try again")

@@ -111,6 +111,8 @@ def _print_volume(document: dict[str, Any]) -> None:
         lines.append(("journal", f"{terminal.age(document['journal_behind_seconds'])} behind"))
     if document["verifying"]:
         lines.append(("verifying", f"{document['verifying']} files after an unclean stop"))
+    if document["scrub"]:
+        lines.append(("scrub", _scrub(document["scrub"])))
     lines += [("note", note) for note in document["notes"]]
     for problem in document["errors"]:
         at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(problem["at"]))
@@ -123,6 +125,22 @@ def _print_volume(document: dict[str, Any]) -> None:
 def _since(document: dict[str, Any]) -> str:
     oldest = document["oldest_dirty"]
     return f", the oldest for {terminal.age(oldest)}" if oldest else ""
+
+
+def _scrub(scrub: dict[str, Any]) -> str:
+    if scrub["every"]:
+        text = f"every {terminal.age(scrub['every'])}"
+    else:
+        text = "never: see scrub_every in config.toml"
+    if scrub["running"] or not scrub["ended"]:
+        text += f"; {scrub['files']} copies read, {terminal.size(scrub['bytes'])}, since {_day(scrub['began'])}"
+    elif scrub["files"]:
+        text += f"; {scrub['files']} copies read by {_day(scrub['ended'])}"
+    return text + (f"; {scrub['damaged']} CANNOT BE HAD BACK" if scrub["damaged"] else "")
+
+
+def _day(moment: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(moment))
 
 
 @click.command("ls")
