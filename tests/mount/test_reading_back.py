@@ -1,4 +1,4 @@
-"""Copies read back under a real mount: by `tierfs check --read-data`, which may be stopped, and by the scrub."""
+"""Copies read back: by `tierfs check --read-data`, which may be stopped, and by a scrub."""
 
 from __future__ import annotations
 
