@@ -179,6 +179,17 @@ class Problem(msgspec.Struct, frozen=True):
     what: str
 
 
+class Waiting(msgspec.Struct, frozen=True):
+    """A file that is not in the store. `since`: for how many seconds; `open`: somebody may be writing it;
+    `grown`: bytes since it was last closed, which no sum knows yet."""
+
+    path: bytes
+    size: int
+    since: float
+    open: bool = False
+    grown: int = 0
+
+
 class Scrub(msgspec.Struct, frozen=True):
     """The reading back of all copies, every so many seconds (0: never): moments in seconds since the epoch,
     `ended` 0 while a pass is not over; files and bytes it has read; how many copies cannot be had back."""
@@ -219,6 +230,7 @@ class Status(Frame, frozen=True):
     notes: list[str] = []
     binding: dict[str, str] = {}  # name and reason
     scrub: Scrub | None = None
+    waiting: list[Waiting] = []  # those that have waited longest
 
 
 class Progress(Frame, frozen=True):

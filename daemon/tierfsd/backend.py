@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 
-from tierfs import control, volume
+from tierfs import control, terminal, volume
 from tierfs.collecting import Collector
 from tierfs.copying import Item
 from tierfs.errors import StoreUnavailableError, TierError
@@ -21,6 +21,7 @@ from tierfsd.control_server import Job
 from tierfsd.journalling import JournalKeeper
 from tierfsd.reach import Target
 from tierfsd.scrubbing import Scrubber
+from tierfsd.waiting import waiting
 from tierfsd.watcher import ConfigWatcher
 
 Check = Callable[[control.Check, Job], control.Findings]
@@ -75,6 +76,7 @@ class TierBackend:
         self._tier.drain()
         index, runtime = self._kit.index, volume.read_runtime(self._home.state)
         totals, oldest = index.totals(), index.oldest_dirty()
+        unsaved = [] if self._home.identity.view else waiting(self._kit, self._tier.places)
         return control.Status(
             volume=self._home.identity.volume,
             state=self._home.state,
@@ -85,7 +87,7 @@ class TierBackend:
             files=totals.files,
             stubs=totals.stubs,
             dirty_files=totals.dirty_files,
-            dirty_bytes=totals.dirty_bytes,
+            dirty_bytes=max(0, totals.dirty_bytes + sum(file.grown for file in unsaved)),
             queued=self._kit.uploads.queued + self._kit.fetches.queued,
             pids={**runtime.get("pids", {}), "mover": os.getpid()},
             errors=self._problems(),
@@ -96,6 +98,7 @@ class TierBackend:
             journal_behind_seconds=0.0 if self._home.identity.view else self._journal.behind,
             notes=self._all_notes(),
             binding=runtime.get("binding", {}),
+            waiting=unsaved,
             scrub=None if self._home.identity.view else self._scrubber.status(),
         )
 
@@ -211,13 +214,21 @@ class TierBackend:
             staying = [item for item in done if item.reason and not item.reason.startswith("never leaves")]
             failed = any(item.failed for item in staying)
             if not staying or failed or time.monotonic() > deadline or job.cancelled.is_set():
-                stayed = [_outcome(item) for item in staying]
+                stayed = [self._unsaved(item) for item in staying]
                 problem = self._journal.catch_up(job.cancelled)
                 if problem:
                     reason = f"names and attributes are not all in the store: {problem}"
                     stayed.append(control.Outcome(b"", reason, failed=True))  # of the volume as a whole
                 return control.Done(copied, stayed)
             job.cancelled.wait(0.2)
+
+    def _unsaved(self, item: Item) -> control.Outcome:
+        """With how long it has been so."""
+        outcome, since = _outcome(item), self._kit.index.dirty_since(item.ino)
+        if not since or outcome.failed:
+            return outcome
+        age = terminal.age(max(0.0, time.time() - since / 1e9))
+        return control.Outcome(outcome.path, f"{outcome.reason}: not in the store for {age}")
 
     def _dirty(self) -> list[Item]:
         """All dirty files there are now."""

@@ -335,6 +335,6 @@ def _hung_up(fd: int) -> bool:
 
 
 def _without_errors(status: control.Status) -> control.Status:
-    """Errors name files, which other users may not be allowed to know of."""
+    """Errors, and what waits, name files, which other users may not be allowed to know of."""
     fields = {name: getattr(status, name) for name in status.__struct_fields__}
-    return control.Status(**{**fields, "errors": []})
+    return control.Status(**{**fields, "errors": [], "waiting": []})

@@ -142,6 +142,27 @@ def test_the_end_says_what_is_on_this_disk_only(volume: Make) -> None:
     assert "not in the store" not in mounted.log()[said:]
 
 
+def test_status_and_umount_wait_name_what_is_open_with_its_real_size(volume: Make) -> None:
+    """Nothing of an open file has been copied, and no mark tells its size before it is closed."""
+    mounted = volume()
+    fill(mounted, ["closed"])
+    with open(mounted.mountpoint / "open", "wb") as out:
+        out.write(b"o" * 3 * MIB)
+        out.flush()
+        facts = mounted.status()
+        found = {file["path"]: (file["size"], file["open"]) for file in facts["waiting"]}
+        assert found == {"closed": (MIB, False), "open": (3 * MIB, True)}
+        assert (facts["dirty_files"], facts["dirty_bytes"]) == (2, 4 * MIB)
+        assert "open: 3.0M, open, not in the store for" in mounted.cli("status", mounted.mountpoint).stdout
+        refused = mounted.umount("--wait", check=False)
+        assert refused.returncode == 1 and "not in the store for" in refused.stderr
+        assert f"{mounted.mountpoint}/open" in refused.stderr and "closed" not in refused.stderr
+        facts = mounted.status()
+        assert [file["path"] for file in facts["waiting"]] == ["open"]
+    mounted.umount("--wait")
+    assert b"o" * 3 * MIB in {path.read_bytes() for path in mounted.objects()}
+
+
 def test_a_store_on_the_same_filesystem_is_said_to_be_no_backup(volume: Make, tmp_path: Path) -> None:
     """It frees nothing either: a disk that runs low is no reason to copy from one place of it to another."""
     beside = volume()

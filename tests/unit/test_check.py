@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from tierfsd import checking
 from tiering import Volume
 
+from tierfs import recovery
 from tierfs.codec import pack_record, unpack_record
+from tierfs.digests import SIDE_SUFFIX
 from tierfs.errors import IndexError_
 from tierfs.model import Residency, object_key
 from tierfs.past import U64
@@ -234,3 +236,82 @@ def test_whatever_a_record_has_become_content_is_never_wrong(filled, name, flips
         time.sleep(0.002)
     assert filled.server.read(filled.path(name)) == SMALL
     filled.settle(name)
+
+
+# --- each check alone -------------------------------------------------------------------------------------
+
+
+def forget_record(volume):
+    ino = ino_of(volume, "clean")
+    volume.index.commit(lambda w: w.delete(ino)).result()
+
+
+def another_tag(volume):
+    record = volume.record("stub")
+    wrong = replace(record, copy=replace(record.copy, tag=b"x" * 8))
+    raw_put(volume, "files", U64.pack(record.ino), pack_record(wrong))
+
+
+def longer_object(volume):
+    record = volume.record("clean")
+    key = object_key(record.fid, record.copy.generation, record.copy.tag)
+    volume.store.put(key, SMALL + b"more", len(SMALL) + 4)
+
+
+# What is planted, in which file, for which check alone to find.
+DEFECTS = {
+    recovery.check_record: (forget_record, b"clean"),
+    recovery.check_stub: (another_tag, b"stub"),
+    recovery.check_object: (longer_object, b"clean"),
+}
+
+
+def found_alone(volume, check, repair=False):
+    found = [f for case in checking._cases(volume.tier, repair, False, []) for f in check(case)]
+    return [(f.path, f.repaired) for f in found]
+
+
+def test_every_check_has_a_defect_of_its_own():
+    assert set(DEFECTS) == set(recovery.CHECKS)
+
+
+@pytest.mark.parametrize("check", recovery.CHECKS, ids=lambda check: check.__name__)
+def test_a_check_finds_its_defect_alone_and_repairs_it(filled, check):
+    plant, path = DEFECTS[check]
+    plant(filled)
+    for other in recovery.CHECKS:
+        assert found_alone(filled, other) == ([(path, False)] if other is check else []), other
+    assert found_alone(filled, check, repair=True) == [(path, True)]
+    assert [found_alone(filled, each) for each in recovery.CHECKS] == [[], [], []]
+    assert filled.server.read(filled.path(os.fsdecode(path))) == SMALL
+
+
+def test_a_stub_of_another_length_than_its_copy_is_named_and_left(filled):
+    """Truncated behind the mount: the object has all of it still, and is nobody's to cut."""
+    key = filled.stub("stub").key
+    os.truncate(filled.path("stub"), 10)
+    assert found_alone(filled, recovery.check_stub, repair=True) == [(b"stub", False)]
+    run(filled, repair=True)
+    assert filled.stub("stub").key == key and bytes(filled.store.get(key)) == SMALL
+
+
+def test_a_large_file_without_its_list_of_digests_is_found(filled):
+    filled.server.create(filled.path("large"), os.urandom(9 << 20))
+    filled.demote("large", punch=False)
+    record = filled.record("large")
+    key = object_key(record.fid, record.copy.generation, record.copy.tag)
+    filled.store.delete([key + SIDE_SUFFIX])
+    assert found_alone(filled, recovery.check_object) == [(b"large", False)]
+    assert found_alone(filled, recovery.check_object, repair=True) == [(b"large", True)]
+    assert filled.record("large").dirty
+    filled.demote("large", punch=False)
+    assert found_alone(filled, recovery.check_object) == []
+
+
+def test_a_read_finds_the_copy_of_a_stub_whose_record_is_another(filled):
+    """A pass through the index would not come by it."""
+    key = filled.stub("stub").key
+    another_tag(filled)
+    filled.store.put(key, bytes(len(SMALL)), len(SMALL))
+    found = [finding for finding in run(filled, read_data=True) if "digest" in finding.what]
+    assert [(finding.path, finding.repaired) for finding in found] == [(b"stub", False)]

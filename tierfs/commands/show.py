@@ -48,6 +48,7 @@ def _volume_document(mount: locate.Mount) -> dict[str, Any]:
     for answer in control.converse(mount, control.GetStatus()):
         if isinstance(answer, control.Status):
             document = {"mountpoint": mount.mountpoint, **control.to_json(answer)}
+            document["waiting"] = [control.to_json(file) for file in answer.waiting]
             document["local_limit"] = document["local_limit"] or None  # none is not a limit of nothing
             return document
     raise PathError(f"{mount.mountpoint}: its daemon gave no status: try again")
@@ -111,6 +112,7 @@ def _print_volume(document: dict[str, Any]) -> None:
         lines.append(("journal", f"{terminal.age(document['journal_behind_seconds'])} behind"))
     if document["verifying"]:
         lines.append(("verifying", f"{document['verifying']} files after an unclean stop"))
+    lines += [("open", _unsaved(file)) for file in document["waiting"] if file["open"]]
     if document["scrub"]:
         lines.append(("scrub", _scrub(document["scrub"])))
     lines += [("note", note) for note in document["notes"]]
@@ -125,6 +127,11 @@ def _print_volume(document: dict[str, Any]) -> None:
 def _since(document: dict[str, Any]) -> str:
     oldest = document["oldest_dirty"]
     return f", the oldest for {terminal.age(oldest)}" if oldest else ""
+
+
+def _unsaved(file: dict[str, Any]) -> str:
+    size, age = terminal.size(file["size"]), terminal.age(file["since"])
+    return f"{terminal.shown(file['path'])}: {size}, open, not in the store for {age}"
 
 
 def _scrub(scrub: dict[str, Any]) -> str:
