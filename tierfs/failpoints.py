@@ -26,6 +26,10 @@ FILL_BITS = "fill-bits"  # bits of a large file committed
 FILL_SYNCED = "fill-synced"  # all pages durable, attribute present
 FILL_CLEARED = "fill-cleared"  # attribute gone durably, record not yet RESIDENT
 
+# A stub that is opened for a fetch: the attribute and what is on the disk count, whatever its record says.
+OPEN_LISTED = "open-listed"  # the index has the list of digests again, nothing is fetched
+OPEN_KEPT = "open-kept"  # somebody else's content is kept: attribute gone durably, the record still a stub's
+
 # The namespace journal, in order. Whatever has not been committed as written is looked at and written again.
 SEGMENT_PUT = "segment-put"  # the segment is in the store, the index still has its notes
 SEGMENT_COMMITTED = "segment-committed"  # notes gone, the chain goes on from it
@@ -60,6 +64,7 @@ TAKEOVER_BEGUN = "takeover-begun"  # nothing is taken over
 TAKEOVER_RESTORED = "takeover-restored"  # nodes, files and marks are, the kernel has not been asked again
 TAKEOVER_RESENT = "takeover-resent"  # the kernel sends again what had no answer
 
+REPLICATE_POINTS = (COPY_INTENDED, COPY_PUT, COPY_COMMITTED)
 DRAIN_POINTS = (DRAIN_COMMITTED,)
 RECOVER_POINTS = (RECOVER_MENDED, RECOVER_COMMITTED)
 TAKEOVER_POINTS = (TAKEOVER_BEGUN, TAKEOVER_RESTORED, TAKEOVER_RESENT)

@@ -17,6 +17,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
+from tierfs import failpoints
 from tierfs.arrivals import HERE, Arrival, Request, leaves_from_bits, outside, shown_times
 from tierfs.digests import SIDE_SUFFIX, Extents, leaf_digests, sha256, unpack_side
 from tierfs.errors import (
@@ -122,6 +123,7 @@ class Opener:
             lambda: unpack_side(self._kit.store.get(stub.key + SIDE_SUFFIX), size, stub.digest), request
         )
         self._kit.index.commit(lambda w: w.put_leaves(stub.fid, stub.generation, digests, extents))
+        failpoints.hit(failpoints.OPEN_LISTED)
         return digests, extents
 
     def _recognise(self, arrival: Arrival) -> None:
@@ -147,6 +149,7 @@ class Opener:
         with self._kit.writable(arrival.fd):
             self._kit.tree.clear_stub(arrival.fd)
         os.fsync(arrival.fd)
+        failpoints.hit(failpoints.OPEN_KEPT)
         handle, st = self._kit.tree.handle_of(arrival.fd), os.fstat(arrival.fd)
         self._kit.index.commit(partial(_put_foreign, handle, st, arrival.stub.generation)).result()
 

@@ -27,10 +27,11 @@ def open_volume(base: str) -> Volume:
 def main() -> None:
     base, action, *names = sys.argv[1:]
     volume = open_volume(base)
-    if action == "demote":
+    if action in ("demote", "replicate"):
         # A file of this very moment may be told to come again; the failpoints count files that go.
         for _ in range(20):
-            names = [item.name.decode() for item in volume.demote(*names) if item.reason]
+            items = volume.demote(*names, punch=action == "demote")
+            names = [item.name.decode() for item in items if item.reason]
             if not names:
                 break
     elif action == "fetch":
@@ -40,6 +41,8 @@ def main() -> None:
             volume.server.read(volume.path(name), 0, 4096)
         volume.tier._settler.commit_bits(everything=True)
         volume.fetch(*names)
+    elif action == "drain":
+        volume.tier.drain()
     elif action == "recover":
         finish_pending(volume.tier)
     volume.stop()

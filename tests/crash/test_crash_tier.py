@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -128,12 +129,61 @@ def test_crash_in_a_recovery(made, left, point, count):
     check_whole(base, content, before)
 
 
+@pytest.mark.parametrize("point", failpoints.REPLICATE_POINTS)
+def test_crash_in_a_replication(made, point):
+    base, content, before = made
+    done = run(base, "replicate", point)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    check_whole(base, content, before)
+
+
 @pytest.mark.parametrize("point", failpoints.DRAIN_POINTS)
 def test_crash_in_a_drain(made, point):
     base, content, before = made
-    done = run(base, "demote", point)
+    done = run(base, "drain", point)
     assert done.returncode == -signal.SIGKILL, done.stderr
     check_whole(base, content, before)
+
+
+def test_crash_after_the_digests_were_had_from_the_store(made):
+    """A fresh index knows nothing of the stubs that are there."""
+    base, content, _ = made
+    assert run(base, "demote").returncode == 0
+    shutil.rmtree(base / "index")
+    done = run(base, "read-part", failpoints.OPEN_LISTED)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    check_content(base, content)
+
+
+def test_crash_while_content_of_somebody_else_is_kept(made):
+    """All of a stub was written over behind the mount. It counts, also for whoever comes after the crash."""
+    base, content, _ = made
+    assert run(base, "demote").returncode == 0
+    path = base / "tree" / "large"
+    content["large"] = os.urandom(len(content["large"]))
+    with path.open("r+b") as file:
+        file.write(content["large"])
+        os.fsync(file.fileno())
+    done = run(base, "read-part", failpoints.OPEN_KEPT)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert path.read_bytes() == content["large"]
+    check_content(base, content)
+
+
+def check_content(base, content):
+    """Every file reads as it shall, before and after all went to the store and came back."""
+    volume = open_volume(str(base))
+    try:
+        assert finish_pending(volume.tier) == 0
+        for _ in range(2):
+            for name in NAMES:
+                assert volume.server.read(volume.path(name)) == content[name], name
+                volume.settle(name)
+            for item in volume.demote(*NAMES):
+                assert item.demoted, (item.path, item.reason)
+                assert volume.stub(os.fsdecode(item.path)) is not None
+    finally:
+        volume.stop()
 
 
 def test_unused_objects_of_a_crash_are_never_referred_to(made):

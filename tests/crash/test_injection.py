@@ -1,4 +1,4 @@
-"""Each system call of a demotion and of a fetch fails, or is the process's last: nothing is lost by that.
+"""Each system call that the mover's work makes fails, or is the process's last: nothing is lost by that.
 
 strace lets the n-th call of its kind in a thread answer EIO or ENOSPC, or kills the process before it is made.
 Whatever the process makes of it: the next one recovers, and every byte, mode and time is as it was. Bytes that
@@ -8,11 +8,14 @@ were written and not synced survive here, as after a crash of the process; test_
 from __future__ import annotations
 
 import shutil
+import signal
 import subprocess
 import sys
 
 import pytest
 from test_crash_tier import NAMES, SCRIPT, check_whole, make, run
+
+from tierfs import failpoints
 
 pytestmark = pytest.mark.skipif(not shutil.which("strace"), reason="strace is not installed")
 
@@ -20,7 +23,11 @@ FAULTS = ("signal=KILL", "error=EIO", "error=ENOSPC")
 CALLS = {
     "demote": ("fsync", "fdatasync", "pwrite64", "writev", "fallocate", "setxattr", "renameat", "utimensat"),
     "read-part": ("fsync", "fdatasync", "pwrite64", "writev", "fallocate", "removexattr", "utimensat"),
+    "replicate": ("fsync", "fdatasync", "pwrite64", "writev", "renameat"),
+    "drain": ("fdatasync", "pwrite64", "writev"),
+    "recover": ("fsync", "fdatasync", "pwrite64", "writev", "removexattr", "utimensat"),
 }
+LEFT = {"read-part": 0, "recover": -signal.SIGKILL}  # how the demotion before it ends
 MOST = 40  # calls of one kind in one thread; no thread here makes more
 
 
@@ -38,8 +45,9 @@ def inject(base, action, call, fault, when):
 
 def begin(base, action):
     made = make(base)
-    if action != "demote":
-        assert run(base, "demote").returncode == 0
+    if action in LEFT:
+        point = failpoints.PUNCHED if action == "recover" else None
+        assert run(base, "demote", point).returncode == LEFT[action]
     return made
 
 
