@@ -60,6 +60,7 @@ class Scheduler:
         self._touch_lock = threading.Lock()
         self._staying: dict[int, float] = {}  # inode -> until when it is left alone
         self._paused_until = 0.0
+        self._doubtful = False  # most of what was last tried has failed: the store is asked before files are
         self._pause_reason = ""
         self._next_look = 0.0
         self._pending = True
@@ -156,6 +157,7 @@ class Scheduler:
                 if now >= next_heat:
                     next_heat = now + _HEAT_SECONDS
                     self._flush_heat()
+                self._ask_store()
                 self._look_at_space()
                 self._ballast.restore(self._kit.config.min_free)
                 self._replicate()
@@ -216,7 +218,7 @@ class Scheduler:
             share = min(_URGENT_ROOM, self._kit.tree.space().total // 8)
             self._evict(max(self._excess(), share), urgent=True)
             return
-        if time.monotonic() < max(self._paused_until, self._next_look):
+        if time.monotonic() < self._next_look:
             return
         excess = self._excess()
         if excess > 0 and not self._evict(excess, urgent=False):
@@ -248,7 +250,7 @@ class Scheduler:
                 hopeless = tried >= _ENOUGH_TRIES and failed * 2 > tried
                 if freed >= wanted or hopeless or self._stopping.is_set():
                     break
-            if failed * 2 > tried:
+            if failed * 2 > tried and not self._doubtful:
                 self._pause(tried, failed)
             if freed:
                 log.info("freed %d bytes of %d wanted", freed, wanted)
@@ -268,9 +270,23 @@ class Scheduler:
             yield batch
 
     def _pause(self, tried: int, failed: int) -> None:
+        self._doubtful = True
         self._paused_until = time.monotonic() + _PAUSE_SECONDS
         self._pause_reason = f"demotion pauses: {failed} of {tried} files could not be copied out"
         log.warning("%s", self._pause_reason)
+
+    def _ask_store(self) -> None:
+        """One small question instead of many files that fail: each would be read, and leave a trace for the
+        collection of what may have arrived of it."""
+        if not self._doubtful or time.monotonic() < self._paused_until:
+            return
+        try:
+            self._kit.still_ours()
+        except (TierError, OSError) as error:
+            self._paused_until = time.monotonic() + _PAUSE_SECONDS
+            log.debug("the store does not answer yet: %s", error)
+        else:
+            self._doubtful = False
 
     def _victims(self, urgent: bool) -> Iterator[Record]:
         """Records of files that may go, coldest first."""
@@ -283,6 +299,8 @@ class Scheduler:
             seen.add(ino)
             record = self._kit.index.get(ino)
             if record is None or record.residency is Residency.STUB or not record.local:
+                continue
+            if record.dirty and self._doubtful:
                 continue
             last = self._heat.last_use(ino) or 0.0
             if urgent or (record.size >= config.min_size and now - last >= config.min_age):
@@ -317,7 +335,7 @@ class Scheduler:
         """Copy out what has been quiet for a while."""
         config = self._kit.config
         wanted = config.replicate == "all" or (config.replicate == "auto" and self._elsewhere)
-        if not wanted or self._kit.withheld or time.monotonic() < self._paused_until:
+        if not wanted or self._kit.withheld or self._doubtful:
             return
         self._forget_stayers()
         before = time.time_ns() - int(config.quiet_seconds * 1e9)
@@ -332,7 +350,7 @@ class Scheduler:
                 if item.reason or item.already:
                     self._leave_alone(item)
             failed = sum(item.failed for item in done)
-            if len(done) >= _ENOUGH_TRIES and failed * 2 > len(done):
+            if failed * 2 > len(done):
                 self._pause(len(done), failed)
                 return
             if self._excess() > 0:

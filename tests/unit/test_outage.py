@@ -1,0 +1,112 @@
+"""A day without the store: local work goes on, only what has changed piles up, and all goes out by itself."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from journals import VOLUME, Journalled
+from test_journal import store_is_down
+from tierfsd import scheduler as scheduler_module
+from tierfsd.journalling import JournalKeeper
+from tierfsd.scheduler import Scheduler
+
+from tierfs.heat_index import HeatIndex
+from tierfs.model import Stub
+from tierfs.store.faults import FaultyStore
+from tierfs.store.memory import MemoryStore
+
+HOURS, FILES_AN_HOUR = 24, 20
+
+
+class Clock:
+    """The machine's clocks, as far on as a test says."""
+
+    def __init__(self):
+        self.ahead = 0.0
+
+    def monotonic(self):
+        return time.monotonic() + self.ahead
+
+    def time(self):
+        return time.time() + self.ahead
+
+    def time_ns(self):
+        return time.time_ns() + int(self.ahead * 1e9)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    made = Clock()
+    monkeypatch.setattr(scheduler_module, "time", made)
+    return made
+
+
+class Day:
+    """A volume whose rounds are called by hand, a minute apart."""
+
+    def __init__(self, base, clock):
+        self.clock, self.base = clock, base
+        self.faults = FaultyStore(MemoryStore())
+        self.home = Journalled(base, self.faults, replicate="all")
+        self.heat = HeatIndex(str(base / "heat"), 1 << 30)
+        self.attach()
+
+    def attach(self):
+        tier = self.home.volume.tier
+        tier.kit.still_ours = lambda: self.faults.head("volume.json")
+        self.scheduler = Scheduler(tier, self.heat, None, str(self.base / "ballast"))
+        self.keeper = JournalKeeper(tier, VOLUME, lambda _alive: None)
+
+    def minute(self):
+        self.clock.ahead += 60
+        self.home.volume.tier.drain()
+        self.scheduler._ask_store()
+        self.scheduler._replicate()
+        self.keeper._work(False)
+
+    def left(self):
+        """Rows of the index that say what may have arrived in the store and is nobody's."""
+        return len(self.home.volume.index.orphans(1 << 62, limit=1 << 30))
+
+
+def test_a_day_without_the_store(tmp_path, clock):
+    day = Day(tmp_path, clock)
+    home = day.home
+    try:
+        day.faults.put("volume.json", b"{}", 2)
+        home.write("before", b"b" * 5000)
+        day.minute()
+        store_is_down(day.faults, True)
+        most, contents = 0, {}
+        for hour in range(HOURS):
+            for number in range(FILES_AN_HOUR):
+                name = f"h{hour}-{number}"
+                contents[name] = name.encode() * 500
+                home.write(name, contents[name])
+            before = sum(day.faults.calls.values())
+            for _ in range(60):
+                day.minute()
+            most = max(most, sum(day.faults.calls.values()) - before)
+            if hour in (7, 15):  # the mover is replaced meanwhile
+                home.restart(clean=hour == 7)
+                day.attach()
+        assert home.volume.index.totals().dirty_files == HOURS * FILES_AN_HOUR
+        assert day.keeper.behind > 0
+        # A question a minute for files and one for the journal, and what a new mover tries before it knows.
+        assert most <= 60 * 3 + 2 * HOURS * FILES_AN_HOUR, most
+        assert day.left() <= 4 * HOURS * FILES_AN_HOUR
+        for name, content in contents.items():
+            assert home.volume.server.read(home.volume.path(name)) == content
+
+        store_is_down(day.faults, False)
+        for _ in range(3):
+            day.minute()
+        assert home.volume.index.totals().dirty_files == 0
+        assert day.keeper.behind == 0 and home.told() == home.there()
+        for name, content in contents.items():
+            record = home.volume.record(name)
+            assert bytes(day.faults.get(Stub.of(record.fid, record.copy).key)) == content
+    finally:
+        day.heat.close()
+        home.close()
