@@ -177,7 +177,8 @@ class ServerLink:
             self._unbroken.clear()
             answers = list(self._answers.values())
         for future in answers:
-            future.set_exception(BusyError("the mount server is gone"))
+            if not future.done():  # its answer has come, and nobody has taken it yet
+                future.set_exception(BusyError("the mount server is gone"))
         listener.on_lost()
 
     def _sort(self, listener: Listener, message: object, fds: list[int]) -> None:

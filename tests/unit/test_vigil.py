@@ -1,8 +1,12 @@
 """When a mover is given up: never one that answers, always one that does not get on while somebody waits."""
 
+import threading
+from concurrent.futures import Future
+from types import SimpleNamespace
 from typing import get_args
 
 from tierfs import channel, wire
+from tierfs.serverlink import ServerLink
 from tierfs.vigil import GUARD_SECONDS, LOADING_SECONDS, SILENCE_SECONDS, Vigil
 
 
@@ -63,3 +67,15 @@ def test_every_message_can_be_read_by_its_receiver():
         kind for kind in wire.Message.__subclasses__() if kind.__module__ in (wire.__name__, channel.__name__)
     }
     assert sent - read == {wire.Touch}  # a part of Touches
+
+
+def test_a_server_that_ends_between_an_answer_and_its_taking_is_noticed():
+    ours, theirs = wire.make_pair()
+    link, server = ServerLink(wire.Link(theirs, server=False)), wire.Link(ours, server=True)
+    lost = threading.Event()
+    answered: Future[wire.GuardAnswer] = Future()
+    answered.set_result(wire.GuardAnswer(1, []))
+    link._answers[1] = answered
+    link.start(SimpleNamespace(on_lost=lost.set))
+    server.close()
+    assert lost.wait(20) and answered.result().id == 1
