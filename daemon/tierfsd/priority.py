@@ -9,6 +9,7 @@ lowered again without a privilege.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -17,8 +18,19 @@ from collections.abc import Callable
 log = logging.getLogger("mover")
 
 _GROUP = "/proc/self/autogroup"
-_LOW, _USUAL = 19, 0
+_LOW, _LOADING, _USUAL = 19, 10, 0
 _CALM_SECONDS = 1.0  # after the last who waited; the kernel takes a change ten times a second at most
+
+
+def give_way_a_little(pid: int) -> None:
+    """For a mover that has just begun: its loading shall not be felt much, nor a cold read wait long for it."""
+    with contextlib.suppress(OSError):  # no groups here; it has a nice value of its own
+        _write(f"/proc/{pid}/autogroup", _LOADING)
+
+
+def _write(path: str, nice: int) -> None:
+    with open(path, "w") as file:
+        file.write(str(nice))
 
 
 class Priority:
@@ -78,8 +90,7 @@ class Priority:
     def _set(self, nice: int) -> bool:
         """Whether that is what counts now."""
         try:
-            with open(self._path, "w") as file:
-                file.write(str(nice))
+            _write(self._path, nice)
         except OSError as error:
             log.debug("nice %d is not set: %s", nice, error)
             return False

@@ -31,6 +31,7 @@ from tierfsd import handover
 from tierfsd.children import Child
 from tierfsd.indexcare import IndexCare
 from tierfsd.logs import LogFile
+from tierfsd.priority import give_way_a_little
 
 log = logging.getLogger("supervisor")
 
@@ -200,6 +201,7 @@ class Supervisor:
             link_fd = mover_end.fileno()
             arguments = {"state": self._plan.volume.state, "link-fd": link_fd, "control-fd": control_fd}
             self._mover.start(arguments, [link_fd, control_fd, self._lock_fd])
+            give_way_a_little(self._mover.pid)
             with contextlib.suppress(OSError):  # the server's death is noticed by itself
                 self._channel.send(channel.NewMover(), [server_end.fileno()])
 
