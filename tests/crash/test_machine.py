@@ -1,8 +1,8 @@
 """Any order of work, demotions, fetches, outages, remounts and kills leaves a tree equal to a plain directory.
 
 Each step is done on the mount and in a plain directory beside it; both must answer alike, and after steps that
-move content or end processes the two trees are compared: names, kinds, modes, sizes, attributes, links and bytes;
-times where they are set. Files stay open over all of it, and one stays mapped.
+move content or end processes the two trees are compared: names, kinds, modes, sizes, attributes, links and
+bytes; times where they are set. Files stay open over all of it, and one stays mapped.
 """
 
 from __future__ import annotations
