@@ -300,7 +300,7 @@ class Scheduler:
             record = self._kit.index.get(ino)
             if record is None or record.residency is Residency.STUB or not record.local:
                 continue
-            if record.dirty and self._doubtful:
+            if record.dirty and self._doubtful and not urgent:
                 continue
             last = self._heat.last_use(ino) or 0.0
             if urgent or (record.size >= config.min_size and now - last >= config.min_age):

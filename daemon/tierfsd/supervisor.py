@@ -3,8 +3,8 @@
 A mover that dies is replaced at once, later after a growing pause, and the server gets a new link. When the
 server dies another takes its session over: the descriptor of the mount and the ledger are kept here, and so is
 what nameless files would end without. Where that cannot be, or does not help, the mount is detached and made
-anew. A new server comes with a new mover. An unmount, by whomever, ends
-the server in order, and then all.
+anew. A new server comes with a new mover. On SIGUSR2 it becomes another version of itself (see `handover`). An
+unmount, by whomever, ends the server in order, and then all.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 import pytest
@@ -108,6 +109,23 @@ def test_a_day_without_the_store(tmp_path, clock):
         for name, content in contents.items():
             record = home.volume.record(name)
             assert bytes(day.faults.get(Stub.of(record.fid, record.copy).key)) == content
+    finally:
+        day.heat.close()
+        home.close()
+
+
+def test_who_waits_for_room_waits_for_no_pause(tmp_path, clock):
+    """With writers waiting files are tried although the store did not answer a moment ago: it may be back."""
+    day = Day(tmp_path, clock)
+    home = day.home
+    try:
+        home.write("file", b"x" * 50_000)
+        home.volume.tier.drain()
+        ino = os.stat(home.volume.path("file")).st_ino
+        day.heat.touch_many([(ino, 1, 50_000)])
+        day.scheduler._doubtful = True
+        assert day.scheduler._evict(1000, urgent=False) == 0 and home.volume.stub("file") is None
+        assert day.scheduler._evict(1000, urgent=True) and home.volume.stub("file") is not None
     finally:
         day.heat.close()
         home.close()
