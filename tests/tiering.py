@@ -113,6 +113,18 @@ class Server:
         self.run(lambda: self.gate.write(handle, 0, data))
         self.release(handle)
 
+    def chmod(self, path, mode):
+        """As vfs.py does it; what the inode has become."""
+
+        def change():
+            self.gate.before_change(os.stat(path).st_ino)
+            os.chmod(path, mode)
+            st = os.stat(path)
+            self.gate.after_change(st.st_ino, st)
+            return st
+
+        return self.run(change)
+
     def unlink(self, path):
         """As names.py does it for the last name of a file."""
         with self.lock:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from bare import until
 from harness import BLOCK, Volume
 
 pytestmark = pytest.mark.usefixtures("tiers")
@@ -134,12 +135,18 @@ def test_the_end_says_what_is_on_this_disk_only(volume: Make) -> None:
     mounted = volume()
     contents = fill(mounted, ["f0", "f1"])
     size = sum(map(len, contents.values()))
+    assert until(lambda: not any("looked through" in note for note in mounted.status()["notes"]), 60)
     mounted.umount()
     assert f"2 files are not in the store, {size} bytes: on this disk only" in mounted.log()
     said = len(mounted.log())
     mounted.mount()
     mounted.umount("--wait")
     assert "not in the store" not in mounted.log()[said:]
+    said = len(mounted.log())
+    mounted.mount()
+    fill(mounted, ["f2"])
+    mounted.umount()  # before the mover can have heard of it
+    assert f"1 file is not in the store, {MIB} bytes: on this disk only" in mounted.log()[said:]
 
 
 def test_status_and_umount_wait_name_what_is_open_with_its_real_size(volume: Make) -> None:

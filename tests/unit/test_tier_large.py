@@ -131,10 +131,7 @@ def test_times_do_not_move_when_a_part_is_read_and_the_file_closed(volume, cold)
     for offset in (3 * MIB, 0, 5 * MIB):
         volume.server.read(volume.path("big"), offset, 100)
         assert times(volume) == before
-    with volume.server.lock:
-        os.chmod(volume.path("big"), 0o600)
-        st = os.stat(volume.path("big"))
-        volume.server.gate.after_change(st.st_ino, st)
+    st = volume.server.chmod(volume.path("big"), 0o600)
     assert times(volume) == (before[0], st.st_ctime_ns)
     volume.server.read(volume.path("big"))
     volume.settle("big")
@@ -190,8 +187,7 @@ def test_pages_without_bits_are_recognised_after_a_restart(volume, cold):
 def test_a_partial_file_is_demoted_again(volume, cold):
     before = volume.server.shown(volume.path("big"))
     volume.server.read(volume.path("big"), MIB, 4096)
-    os.chmod(volume.path("big"), 0o640)
-    changed = os.stat(volume.path("big")).st_ctime_ns
+    changed = volume.server.chmod(volume.path("big"), 0o640).st_ctime_ns
     (item,) = volume.demote("big")
     assert item.demoted, item.reason
     assert partial_blocks(volume) == 0
