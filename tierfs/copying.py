@@ -32,7 +32,7 @@ from tierfs.errors import (
 )
 from tierfs.index import Writer
 from tierfs.kit import TICK, Kit, proven, read_exactly
-from tierfs.model import LEAF, Copy, Record, Residency, new_fid, new_tag, object_key
+from tierfs.model import DOUBTED, LEAF, Copy, Record, Residency, new_fid, new_tag, object_key
 from tierfs.past import Ending
 from tierfs.transfer import Urgency
 
@@ -289,7 +289,9 @@ class Copier:
         assert item.st is not None
         record, size = item.record, item.st.st_size
         copy = record.copy if record is not None else None
-        if record is None or copy is None or copy.size != size or copy.chunk_shift != self._kit.chunk_shift:
+        if record is None or copy is None or copy.custody == DOUBTED:
+            return None
+        if copy.size != size or copy.chunk_shift != self._kit.chunk_shift:
             return None
         leaves = self._kit.index.get_leaves(record.fid, copy.generation)
         if leaves is None or sha256(leaves.digests) != copy.digest:
@@ -306,7 +308,9 @@ class Copier:
         """The present copy, if it is of a file of one chunk with this digest."""
         assert item.st is not None
         copy = item.record.copy if item.record is not None else None
-        if copy is None or copy.digest != digest or copy.size != item.st.st_size:
+        if copy is None or copy.custody == DOUBTED:
+            return None
+        if copy.digest != digest or copy.size != item.st.st_size:
             return None
         return self._refreshed(item, copy) if copy.size <= 1 << copy.chunk_shift else None
 
@@ -387,16 +391,18 @@ def _put_copy(item: Item, taken: _Taken, w: Writer) -> Record:
         raise BusyError(CHANGED)
     st = item.st
     record = transitions.copied(before, taken.copy, st.st_size, st.st_blocks, st.st_ctime_ns)
+    doubted = before.copy is not None and before.copy.custody == DOUBTED
+    if doubted and not taken.fresh:
+        raise BusyError(CHANGED)  # found bad while the file was compared with it
     if taken.fresh:
         if not w.intended(taken.key):
             raise BusyError(CHANGED)  # given up, and perhaps collected
-        # The former content was the file's until this one was there.
-        w.end(
-            before,
-            Ending(
-                taken.copy.ctime, deleted=False, path=item.path, mode=st.st_mode, uid=st.st_uid, gid=st.st_gid
-            ),
-        )
+        if doubted and before.copy is not None:
+            w.bury_found(object_key(before.fid, before.copy.generation, before.copy.tag))  # no version to offer
+        else:
+            # The former content was the file's until this one was there.
+            when, owner = taken.copy.ctime, (st.st_uid, st.st_gid)
+            w.end(before, Ending(when, False, path=item.path, mode=st.st_mode, uid=owner[0], gid=owner[1]))
         if taken.digests or is_sparse(taken.copy.size, taken.extents):
             w.put_leaves(record.fid, taken.copy.generation, taken.digests, taken.extents)
     w.fulfil(taken.key)

@@ -27,11 +27,15 @@ class Residency(enum.IntEnum):
     STUB = 2
 
 
+DOUBTED = (1 << 32) - 1  # no custody epoch comes so far
+
+
 @dataclass(frozen=True, slots=True)
 class Copy:
     """A verified object in the store, and the inode's tuple under which its content was last proven equal.
 
-    `mtime` and `ctime` are also what a stub shows. `custody` is the custody epoch in which the proof was made.
+    `mtime` and `ctime` are also what a stub shows. `custody` is the custody epoch in which the proof was made,
+    or DOUBTED: the object was found missing or damaged, and comparing it with the file proves nothing any more.
     `digest` is SHA-256 of the content, or of the list of leaf digests for a file larger than one chunk.
     """
 

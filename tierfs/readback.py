@@ -27,7 +27,7 @@ from tierfs.digests import SIDE_SUFFIX, leaf_digests, unpack_side
 from tierfs.errors import ObjectCorruptError, ObjectMissingError
 from tierfs.index import Writer
 from tierfs.kit import Kit
-from tierfs.model import LEAF, Record, Residency, Stub, leaf_count
+from tierfs.model import DOUBTED, LEAF, Record, Residency, Stub, leaf_count
 from tierfs.places import Places, join
 from tierfs.volume import write_json
 
@@ -168,6 +168,21 @@ def drop_copy(kit: Kit, record: Record) -> bool:
         kit.claims.give(record.ino)
 
 
+def doubt_copy(kit: Kit, record: Record) -> None:
+    """A resident file's copy is not to be believed any more: before its content may leave the disk it is copied
+    out anew. Nothing else changes. Raises IndexError_."""
+    kit.index.commit(partial(_doubt, record)).result()
+
+
+def _doubt(before: Record, w: Writer) -> None:
+    record = w.get(before.ino)
+    if record is None or record.copy is None or before.copy is None:
+        return
+    same = replace(record.copy, custody=0) == replace(before.copy, custody=0)
+    if same and record.residency is Residency.RESIDENT and record.copy.custody != DOUBTED:
+        w.put(replace(record, copy=replace(record.copy, custody=DOUBTED)))
+
+
 def _drop(before: Record, w: Writer) -> bool:
     record = w.get(before.ino)
     if record is None or record.copy != before.copy or record.residency is not Residency.RESIDENT:
@@ -230,7 +245,10 @@ class Finding:
 
 
 class Pass:
-    """Reads all copies, from `place` on. `repair`: a bad copy of a resident file is dropped."""
+    """Reads all copies, from `place` on. A bad copy of a resident file is not believed any more.
+
+    `repair`: it is dropped, so that the file goes out again by itself.
+    """
 
     def __init__(
         self,
@@ -370,6 +388,7 @@ class Pass:
         if self._repair and drop_copy(self._kit, record):
             yield Finding(told, path, repaired=True)
             return
+        doubt_copy(self._kit, record)
         self.place.lost += 1
         if len(self.place.bad) < _MOST_BAD:
             self.place.bad.append(Bad(record.ino, ref.key, told, path, time.time()))

@@ -21,7 +21,7 @@ from tierfs.errors import TierError
 from tierfs.index import Writer
 from tierfs.kit import WRITE_FLAGS, Kit, read_exactly
 from tierfs.model import Copy, Record, Residency, Stub
-from tierfs.readback import Pace, Ref, drop_copy, examine, presence
+from tierfs.readback import Pace, Ref, doubt_copy, drop_copy, examine, presence
 from tierfs.survey import fresh_record, put_instead
 from tierfs.tier import Tier
 
@@ -255,7 +255,11 @@ def check_object(case: Case) -> Iterator[Found]:
     if not problem and case.read_data and Ref.of_record(record) != ref:
         problem = examine(case.kit, ref, Pace(lambda: 0.0, threading.Event()))
     if problem:
-        repaired = case.repair and case.stub is None and record is not None and drop_copy(case.kit, record)
+        repaired = False
+        if case.stub is None and record is not None:
+            repaired = case.repair and drop_copy(case.kit, record)
+            if not repaired:
+                doubt_copy(case.kit, record)
         yield Found(f"{problem}: {ref.key}", case.path, repaired)
 
 

@@ -29,7 +29,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from tierfs.errors import TransitionError
-from tierfs.model import Copy, Record, Residency
+from tierfs.model import DOUBTED, Copy, Record, Residency
 
 RESIDENT, PARTIAL, STUB = Residency.RESIDENT, Residency.PARTIAL, Residency.STUB
 
@@ -88,6 +88,8 @@ def stubbed(record: Record, blocks: int, copy: Copy) -> Record:
     """`blocks`: all that the file has, which `stat` goes on showing. `copy`: as it was proven just now."""
     if copy.generation != record.generation:
         raise TransitionError(f"inode {record.ino}: only a file with a copy of its content becomes a stub")
+    if copy.custody == DOUBTED:
+        raise TransitionError(f"inode {record.ino}: its copy was found bad: the good bytes are here")
     return replace(record, residency=STUB, blocks=blocks, local=0, copy=copy)
 
 

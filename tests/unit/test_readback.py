@@ -11,9 +11,9 @@ import pytest
 from tierfsd import checking
 from tiering import MIB, Volume
 
-from tierfs import control
+from tierfs import control, copying, punching, readback, transitions
 from tierfs.digests import SIDE_SUFFIX
-from tierfs.errors import StoreUnavailableError
+from tierfs.errors import BusyError, StoreUnavailableError, TransitionError
 from tierfs.model import object_key
 from tierfs.readback import Pace, Pass, Place, Ref, StoppedError, examine, load_place
 from tierfs.store.decorators import Decorator
@@ -251,6 +251,47 @@ def test_without_leave_to_repair_a_bad_copy_is_named(volume):
     spoil(volume, ref_of(volume, "file").key, 100)
     findings = check(volume)
     assert [(f.path, f.repaired) for f in findings.findings] == [(b"file", False)]
+
+
+@pytest.mark.parametrize("size", [5000, 9 * MIB], ids=["small", "large"])
+@pytest.mark.parametrize("harm", ["damaged", "missing"])
+def test_a_copy_that_was_found_bad_frees_no_disk(volume, size, harm):
+    """Also without leave to repair: the file holds the only good bytes, and comparing it with the copy's digest
+    proves nothing of the object."""
+    data = os.urandom(size)
+    volume.server.create(volume.path("file"), data)
+    volume.demote("file", punch=False)
+    bad = ref_of(volume, "file").key
+    if harm == "damaged":
+        spoil(volume, bad, 100)
+    else:
+        volume.store.delete([bad])
+    assert [finding.repaired for finding in check(volume).findings] == [False]
+    assert [finding.repaired for finding in check(volume).findings] == [False], "named as long as it is so"
+    volume.restart()
+    os.utime(volume.path("file"))  # what needs a proof anew is compared with its copy
+    (item,) = volume.demote("file")
+    assert item.demoted and item.uploaded == size
+    assert ref_of(volume, "file").key != bad
+    assert volume.server.read(volume.path("file")) == data
+    assert check(volume).findings == []
+
+
+def test_a_doubt_overtakes_a_comparison_and_a_proof(volume):
+    volume.server.create(volume.path("file"), b"z" * 5000)
+    volume.demote("file", punch=False)
+    record = volume.record("file")
+    readback.doubt_copy(volume.tier.kit, record)
+    with pytest.raises(BusyError):
+        volume.index.commit(lambda w: punching._put_stub(record, record, w)).result()
+    item = volume.item("file")
+    item.record, item.st = record, os.stat(volume.path("file"))
+    item.generation, item.handle = record.generation, record.handle
+    taken = copying._Taken(record.copy, "", [], b"", fresh=False)
+    with pytest.raises(BusyError):
+        volume.index.commit(lambda w: copying._put_copy(item, taken, w)).result()
+    with pytest.raises(TransitionError):
+        transitions.stubbed(volume.record("file"), 8, volume.record("file").copy)
 
 
 def test_nothing_is_repaired_while_the_store_may_not_be_written(volume):
