@@ -106,8 +106,7 @@ def apply(w: Writer, entry: Entry, now: int) -> None:
         case Mark.CLOSED:
             record = w.get(entry.ino)
             if record is not None:
-                w.put(transitions.closed(record, entry.a, entry.b))
-                w.touch_dirty(entry.ino)
+                w.put(transitions.closed(record, entry.a, entry.b), touched=True)
                 w.note(entry.ino)
         case Mark.GONE:
             record = w.get(entry.ino)

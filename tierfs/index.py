@@ -6,8 +6,8 @@
     fids    file id                  ino                    put, with files      delete, with files
     bits    ino                      leaf bitmap            filling              settling, a new copy
     leaves  file id, generation      digests and extents    copying              collection of that copy
-    dirty   ino                      since ns               put, with files      put with a copy, delete
-    quiet   since ns, ino            (empty)                with dirty           with dirty
+    quiet   since ns, ino            (empty)                put, with files      put with a copy, delete
+    dirty   ino                      since ns               format 1             put, delete
     pins    ino                      parent, name           PIN mark             PIN mark, GONE mark
     dirs    ino                      parent, name           DIR mark, survey     a later hint
     pending ino                      (empty)                before a punch       after it; else by recovery
@@ -16,6 +16,10 @@
 The tables of what is past stand in past.py. Integers are big-endian, so that keys sort. Every value but the
 empty ones carries a CRC: LMDB has none, and a flipped value would come back silently. What a writer may do
 stands in index_writer.py.
+
+Since when a file is dirty stands in its record, so that its row in `quiet` can be found. Beside a record of
+format 1, which has no place for it, it stands in `dirty`; a version that knows format 1 alone opens that table
+before it looks at the format, and then refuses.
 """
 
 from __future__ import annotations
@@ -41,6 +45,7 @@ from tierfs.environment import failure, is_dead, open_tables
 from tierfs.errors import IndexDamagedError, IndexError_, IndexFullError
 from tierfs.index_writer import (
     FORMAT,
+    READABLE,
     U64X2,
     Chain,
     Leaves,
@@ -50,6 +55,7 @@ from tierfs.index_writer import (
     Writer,
     checked_bits,
     note_serial,
+    queued_since,
     read_chain,
 )
 from tierfs.model import Record
@@ -112,8 +118,12 @@ class Index(PastReader):
         try:
             found = index._meta().format
             index.chain()
-            if found != FORMAT:
-                raise IndexError_(f"{path}: the index has format {found}, this version reads {FORMAT}")
+            if found not in READABLE:
+                known = f"this version reads {FORMAT} and older: use the one that wrote it, or a later one"
+                raise IndexError_(f"{path}: the index has format {found}, {known}")
+            if found != FORMAT and not readonly:
+                with index.write() as writer:  # before any record that the former version would misread
+                    writer.meta.format = FORMAT
         except BaseException:
             env.close()
             raise
@@ -316,10 +326,14 @@ class Index(PastReader):
             raise self._told(IndexDamagedError(f"{self.path}: {error}")) from error
 
     def dirty_since(self, ino: int) -> int:
-        """Since when (ns) a file is dirty; 0 where it is not. Raises IndexError_."""
-        raw = self._get("dirty", U64.pack(ino))
-        since = None if raw is None else whole(checked, "dirty queue", raw)
-        return 0 if since is None else int(U64.unpack(since)[0])
+        """When (ns) a file was queued as dirty; 0: it is not. Raises IndexError_."""
+        raw = self._get("files", U64.pack(ino))
+        if raw is None:
+            return 0
+        return whole(lambda at, found: queued_since(at, found, self._dirty), ino, raw) or 0
+
+    def _dirty(self, key: bytes) -> bytes | None:
+        return self._get("dirty", key)
 
     # --- writing ------------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -13,12 +13,14 @@ from typing import Any, NamedTuple
 import msgspec
 
 from tierfs import transitions
-from tierfs.codec import pack_record, unpack_record
+from tierfs.codec import pack_record, unpack_record, unpack_since
 from tierfs.errors import IndexDamagedError, IndexError_
 from tierfs.model import Record, Residency
 from tierfs.past import U64, Garbage, PastWriter, ascending, checked, summed, whole
 
-FORMAT = 1
+FORMAT = 2
+READABLE = (1, FORMAT)  # an index of format 1 becomes one of 2 record by record, as they change
+_UNKNOWN = -1
 U64X2 = struct.Struct(">QQ")
 U32 = struct.Struct("<I")
 
@@ -41,6 +43,15 @@ class Leaves:
 
     digests: bytes
     extents: list[tuple[int, int]]
+
+
+class Recount(NamedTuple):
+    """The sums as kept and as counted over all records, and how many of these and of the queue are wrong."""
+
+    kept: Totals
+    counted: Totals
+    damaged: int
+    misqueued: int
 
 
 class Meta(msgspec.Struct):
@@ -106,6 +117,19 @@ def note_serial(raw: bytes) -> int:
     return -1 if body is None else int(U64.unpack(body)[0])
 
 
+def queued_since(ino: int, raw: bytes, dirty: Callable[[bytes], bytes | None]) -> int:
+    """When (ns) the file of this record was queued as dirty; 0: it is not. `dirty` looks into that table.
+
+    Raises IndexError_ where the record is damaged.
+    """
+    since = unpack_since(ino, raw)
+    if since is not None:
+        return since
+    row = dirty(U64.pack(ino))
+    body = None if row is None else whole(checked, "dirty queue", row)
+    return 0 if body is None else int(U64.unpack(body)[0])
+
+
 def _summed_bits(ino: int, bits: bytes) -> bytes:
     """With a CRC of the inode number too: another's bitmap would show holes as content."""
     return U32.pack(zlib.crc32(bits, zlib.crc32(U64.pack(ino)))) + bits
@@ -167,15 +191,28 @@ class Writer(PastWriter):
 
     def get(self, ino: int) -> Record | None:
         """The record of an inode; a damaged one is none, and the next mount looks through the tree."""
-        raw = self._txn.get(U64.pack(ino), db=self._db["files"])
-        record = None if raw is None else whole(unpack_record, ino, raw)
-        if raw is not None and record is None:
-            self.meta.surveyed = False
-        return record
+        return self._row(ino)[0]
 
-    def put(self, record: Record) -> None:
-        """Set a record; totals, the dirty queue and the file id's entry follow. Raises TransitionError."""
-        before = self.get(record.ino)
+    def _row(self, ino: int) -> tuple[Record | None, int]:
+        """A record, and when (ns) it was queued as dirty; 0: it is not, _UNKNOWN: the record is damaged."""
+        raw = self._txn.get(U64.pack(ino), db=self._db["files"])
+        if raw is None:
+            return None, 0
+        record = whole(unpack_record, ino, raw)
+        if record is None:
+            self.meta.surveyed = False
+            return None, _UNKNOWN
+        return record, self._queued_since(ino, raw)
+
+    def _queued_since(self, ino: int, raw: bytes) -> int:
+        return queued_since(ino, raw, lambda key: self._txn.get(key, db=self._db["dirty"]))
+
+    def put(self, record: Record, touched: bool = False) -> None:
+        """Set a record; totals, the dirty queue and the file id's entry follow. Raises TransitionError.
+
+        `touched`: it was closed only now, so that its quiet time begins again.
+        """
+        before, since = self._row(record.ino)
         transitions.check(before, record)
         if before is not None:
             self._count(before, -1)
@@ -183,10 +220,10 @@ class Writer(PastWriter):
                 self._drop_fid(before)
         self._count(record, 1)
         key = U64.pack(record.ino)
-        self._txn.put(key, pack_record(record), db=self._db["files"])
+        since = self._queue(record, before, since, touched)
+        self._txn.put(key, pack_record(record, since), db=self._db["files"])
         if before is None or before.fid != record.fid:
             self._txn.put(record.fid, key, db=self._db["fids"])
-        self._queue(record, before)
         if before is None or _told(before) != _told(record):
             self.note(record.ino)
         if record.residency is not Residency.PARTIAL and before and before.residency is Residency.PARTIAL:
@@ -197,67 +234,85 @@ class Writer(PastWriter):
         if self._txn.get(record.fid, db=self._db["fids"]) == U64.pack(record.ino):
             self._txn.delete(record.fid, db=self._db["fids"])
 
-    def _queue(self, record: Record, before: Record | None) -> None:
-        """Keep the dirty queue: a file stands in it since its content was last seen to change."""
-        changed = before is None or (before.generation, before.size) != (record.generation, record.size)
-        if record.dirty and not changed and self._dirty_since(record.ino) is not None:
-            return
-        self._unqueue(record.ino)
-        if record.dirty:
-            since = time.time_ns()
-            self._txn.put(U64.pack(record.ino), summed(U64.pack(since)), db=self._db["dirty"])
-            self._txn.put(U64X2.pack(since, record.ino), b"", db=self._db["quiet"])
+    def _queue(self, record: Record, before: Record | None, since: int, touched: bool) -> int:
+        """Keep the dirty queue: a file stands in it since its content was seen to change, or it was closed.
 
-    def recount(self, repair: bool) -> tuple[Totals, Totals, int]:
-        """The sums as kept, as counted over all records now, and how many records are damaged.
-
-        `repair`: the sums become the counted ones, and what is damaged is dropped.
+        `since`: when it was queued; returned is the same for the record as it is now.
         """
-        kept, damaged = Totals(*self._totals), []
+        changed = before is None or (before.generation, before.size) != (record.generation, record.size)
+        if since and record.dirty and not changed and not touched:
+            self._txn.delete(U64.pack(record.ino), db=self._db["dirty"])
+            return since
+        self._unqueue(record.ino, since)
+        return self._enqueue(record.ino) if record.dirty else 0
+
+    def _enqueue(self, ino: int) -> int:
+        since = time.time_ns()
+        self._txn.put(U64X2.pack(since, ino), b"", db=self._db["quiet"])
+        return since
+
+    def _unqueue(self, ino: int, since: int) -> None:
+        if not since:
+            return
+        rows = [U64X2.pack(since, ino)] if since != _UNKNOWN else [*self._rows_of(ino)]
+        for row in rows:
+            self._txn.delete(row, db=self._db["quiet"])
+        self._txn.delete(U64.pack(ino), db=self._db["dirty"])
+
+    def _rows_of(self, ino: int) -> Iterator[bytes]:
+        """Its rows in the queue, by looking at all."""
+        with self._txn.cursor(db=self._db["quiet"]) as cursor:
+            yield from (bytes(key) for key, _ in ascending("quiet", cursor) if U64X2.unpack(key)[1] == ino)
+
+    def recount(self, repair: bool) -> Recount:
+        """Look at all records. `repair`: the sums become the counted ones, what is damaged is dropped, and the
+        dirty files, no others, are queued."""
+        kept, damaged, unqueued = Totals(*self._totals), [], []
         self._totals = [0] * len(self._totals)
         with self._txn.cursor(db=self._db["files"]) as cursor:
             for key, raw in ascending("files", cursor):
-                record = whole(unpack_record, U64.unpack(key)[0], raw)
+                ino = U64.unpack(key)[0]
+                record = whole(unpack_record, ino, raw)
                 if record is None:
                     damaged.append(bytes(key))
-                else:
-                    self._count(record, 1)
+                    continue
+                self._count(record, 1)
+                since = self._queued_since(ino, raw)
+                row = since and self._txn.get(U64X2.pack(since, ino), db=self._db["quiet"])
+                if record.dirty and row != b"":
+                    unqueued.append(record)
         counted = Totals(*self._totals)
+        stale = list(self._stale_rows())
         if not repair:
             self._totals = [getattr(kept, name) for name in Totals.__slots__]
-            return kept, counted, len(damaged)
+            return Recount(kept, counted, len(damaged), len(unqueued) + len(stale))
         for key in damaged:
-            self._txn.delete(key, db=self._db["files"])
-        return kept, counted, len(damaged)
+            for table in ("files", "dirty"):
+                self._txn.delete(key, db=self._db[table])
+        for key in stale:
+            self._txn.delete(key, db=self._db["quiet"])
+        for record in unqueued:
+            raw = pack_record(record, self._enqueue(record.ino))
+            self._txn.put(U64.pack(record.ino), raw, db=self._db["files"])
+        return Recount(kept, counted, len(damaged), len(unqueued) + len(stale))
 
-    def touch_dirty(self, ino: int) -> None:
-        """The file was closed only now: its quiet time begins again."""
-        if self._dirty_since(ino) is None:
-            return
-        self._unqueue(ino)
-        since = time.time_ns()
-        self._txn.put(U64.pack(ino), summed(U64.pack(since)), db=self._db["dirty"])
-        self._txn.put(U64X2.pack(since, ino), b"", db=self._db["quiet"])
-
-    def _dirty_since(self, ino: int) -> int | None:
-        raw = self._txn.get(U64.pack(ino), db=self._db["dirty"])
-        since = None if raw is None else whole(checked, "dirty queue", raw)
-        return None if since is None else int(U64.unpack(since)[0])
-
-    def _unqueue(self, ino: int) -> None:
-        since = self._dirty_since(ino)
-        if since is not None:
-            self._txn.delete(U64.pack(ino), db=self._db["dirty"])
-            self._txn.delete(U64X2.pack(since, ino), db=self._db["quiet"])
+    def _stale_rows(self) -> Iterator[bytes]:
+        """Keys in the queue that no record of a dirty file says to be its own: what damage has left."""
+        with self._txn.cursor(db=self._db["quiet"]) as cursor:
+            for key, _ in ascending("quiet", cursor):
+                since, ino = U64X2.unpack(key)
+                record, said = self._row(ino)
+                if record is None or not record.dirty or said != since:
+                    yield bytes(key)
 
     def delete(self, ino: int) -> None:
         """Forget an inode; what is in the store is another matter (`bury`)."""
-        before = self.get(ino)
+        before, since = self._row(ino)
         key = U64.pack(ino)
         if before is not None:
             self._count(before, -1)
             self._drop_fid(before)
-        self._unqueue(ino)
+        self._unqueue(ino, since)
         for table in ("files", "bits", "pins", "pending"):
             self._txn.delete(key, db=self._db[table])
 

@@ -160,10 +160,12 @@ def _case(tier: Tier, path: bytes, opath: int, st: os.stat_result, repair: bool,
 
 
 def _totals(tier: Tier, repair: bool) -> Iterator[Found]:
-    """The sums that `status` shows are those of the records; no record is damaged."""
-    kept, counted, damaged = tier.kit.index.commit(lambda w: w.recount(repair)).result()
+    """The sums that `status` shows are those of the records, none is damaged, and the dirty are queued."""
+    kept, counted, damaged, misqueued = tier.kit.index.commit(lambda w: w.recount(repair)).result()
     if damaged:
         yield Found(f"{damaged} records of the index are damaged", b"", repair)
+    if misqueued:
+        yield Found(f"{misqueued} entries of the queue of files to copy are wrong or missing", b"", repair)
     if kept != counted:
         yield Found(f"the index's sums are {kept}, its records make {counted}", b"", repair)
 

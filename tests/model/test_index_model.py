@@ -5,7 +5,9 @@ from __future__ import annotations
 import shutil
 import tempfile
 from dataclasses import replace
+from pathlib import Path
 
+import former
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -44,14 +46,18 @@ def legal(before, record):
 
 
 class IndexMachine(RuleBasedStateMachine):
-    @initialize()
-    def begin(self):
+    @initialize(found=st.lists(RECORDS, unique_by=(lambda r: r.ino, lambda r: r.fid)))
+    def begin(self, found):
+        """With an index of the former format, or (nothing in it) a new one."""
         self.path = tempfile.mkdtemp(prefix="tierfs-model-")
+        found = [record for record in found if legal(None, record)]
+        if found:
+            former.write(Path(self.path), [(r, number * r.dirty) for number, r in enumerate(found, 1)])
         self.index = Index.open(self.path)
-        self.records: dict[int, Record] = {}
-        self.fids: dict[bytes, int] = {}
+        self.records: dict[int, Record] = {record.ino: record for record in found}
+        self.fids: dict[bytes, int] = {record.fid: record.ino for record in found}
         self.bits: dict[int, bytes] = {}
-        self.queue: list[int] = []
+        self.queue: list[int] = [record.ino for record in found if record.dirty]
 
     def teardown(self):
         if hasattr(self, "index"):
@@ -100,7 +106,9 @@ class IndexMachine(RuleBasedStateMachine):
 
     @rule(ino=INOS)
     def close_file(self, ino):
-        self.index.commit(lambda w: w.touch_dirty(ino)).result()
+        if ino not in self.records:
+            return
+        self.index.commit(lambda w: w.put(w.get(ino), touched=True)).result()
         if ino in self.queue:
             self.queue.remove(ino)
             self.queue.append(ino)
@@ -132,6 +140,8 @@ class IndexMachine(RuleBasedStateMachine):
             found, expected = self.index.get_by_fid(fid), self.fids.get(fid)
             assert found == (self.records[expected] if expected else None)
         assert self.index.quiet(1 << 63) == self.queue
+        recount = self.index.commit(lambda w: w.recount(False)).result()
+        assert recount.kept == recount.counted and not recount.damaged and not recount.misqueued
         dirty = [r.size for r in self.records.values() if r.dirty]
         everything = self.records.values()
         assert self.index.totals() == Totals(

@@ -89,7 +89,7 @@ def test_the_dirty_queue_is_ordered_by_the_last_change(index):
     put(index, record(5, copied=False), record(6, copied=False))
     assert index.quiet(time.time_ns()) == [5, 6]
     assert index.quiet(0) == []
-    index.commit(lambda w: w.touch_dirty(5)).result()
+    index.commit(lambda w: w.put(w.get(5), touched=True)).result()
     assert index.quiet(time.time_ns()) == [6, 5]
     put(index, record(6))
     assert index.quiet(time.time_ns()) == [5]
