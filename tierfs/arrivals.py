@@ -41,7 +41,9 @@ class Request:
     whole: bool
     ahead: bool
     deadline: float
+    passable: bool = False
     cancelled: bool = False
+    passing: bool = False  # it is being served past the disk, and ends with that
     served: bool = False  # its first range has been asked for
 
 

@@ -25,10 +25,13 @@ from tierfs.errors import BusyError, ForeignStubError, ObjectCorruptError, TierE
 from tierfs.kit import Kit
 from tierfs.model import LEAF
 from tierfs.opening import AlreadyResident, Opener, note_pending
+from tierfs.passing import Passer
 from tierfs.store.base import Body
 from tierfs.transfer import Urgency
 
 log = logging.getLogger("mover")
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Filler:
@@ -47,6 +50,7 @@ class Filler:
         self._waiting: dict[int, list[Request]] = {}  # for one that is being opened
         self._requests: dict[int, Request] = {}
         self._opener = Opener(kit)
+        self._passer = Passer(kit, self._fetched)
 
     # --- the server's messages, in the link's thread ------------------------------------------------------
 
@@ -55,7 +59,7 @@ class Filler:
         request = Request(
             message.id, message.ino, message.stub, message.size, message.start,
             min(message.start + message.length, message.size), message.whole, message.ahead,
-            time.monotonic() + self._kit.config.fetch_timeout,
+            time.monotonic() + self._kit.config.fetch_timeout, message.passable,
         )  # fmt: skip
         with self._lock:
             self._requests[request.id] = request
@@ -232,11 +236,17 @@ class Filler:
 
     def _bring(self, arrival: Arrival, piece: Range, request: Request) -> None:
         """Fetch, check and write one range. `request` is the first that asked for it."""
+        data: Body | None = None
         try:
+            if piece.ahead and self._passer.is_full(piece.end - piece.start):
+                raise self._passer.found_full()
             data = self._get(arrival, piece, request)
             written = data is not None and self._write(arrival, piece, data)
         except (TierError, OSError) as error:
-            self._failed(arrival, piece, error)
+            if isinstance(error, OSError) and error.errno in _FULL:
+                self._pass_on(arrival, piece, data, error)
+            else:
+                self._failed(arrival, piece, error)
             return
         except BaseException as error:
             self._failed(arrival, piece, OSError(errno.EIO, str(error)))
@@ -253,12 +263,19 @@ class Filler:
             with arrival.lock:
                 if not arrival.wanted(piece):
                     return None
-            data = self._kit.store.get(arrival.stub.key, piece.start, piece.end - piece.start)
-            self._check(arrival, piece, data)
-            self._kit.fetched.add(len(data))
-            return data
+            return self._fetch_once(arrival, piece)
 
         return self._opener.patiently(get, request)
+
+    def _fetched(self, arrival: Arrival, piece: Range, request: Request) -> Body:
+        """As `_get`, whoever wants it. Raises TierError."""
+        return self._opener.patiently(partial(self._fetch_once, arrival, piece), request)
+
+    def _fetch_once(self, arrival: Arrival, piece: Range) -> Body:
+        data = self._kit.store.get(arrival.stub.key, piece.start, piece.end - piece.start)
+        self._check(arrival, piece, data)
+        self._kit.fetched.add(len(data))
+        return data
 
     def _check(self, arrival: Arrival, piece: Range, data: Body) -> None:
         if arrival.small:
@@ -272,13 +289,14 @@ class Filler:
 
     def _write(self, arrival: Arrival, piece: Range, data: Body) -> bool:
         if not self._kit.has_room(len(data)):
-            self._make_room(len(data), False)
+            if not self._passer.is_full(len(data)):
+                self._make_room(len(data), False)
             if not self._kit.has_room(len(data)):
-                raise OSError(errno.ENOSPC, "the local disk is full of what cannot leave")
+                raise self._passer.found_full()
         try:
             return self._fill(arrival, piece, data)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno not in _FULL:
                 raise
         self._make_room(len(data), True)
         return self._fill(arrival, piece, data)
@@ -305,7 +323,8 @@ class Filler:
         with arrival.lock:
             complete = arrival.complete
             for request in arrival.requests:
-                more += [(request, piece) for piece in arrival.next_ranges(request)]
+                if not request.passing:
+                    more += [(request, piece) for piece in arrival.next_ranges(request)]
         for request, piece in more:
             self._kit.fetches.submit(self._urgency(request), partial(self._bring, arrival, piece, request))
         if complete:
@@ -329,6 +348,29 @@ class Filler:
         for request in done:
             self._end(request, None)
 
+    def _pass_on(self, arrival: Arrival, piece: Range, data: Body | None, error: OSError) -> None:
+        """There is no room on the disk: who only reads gets the content in memory, others the error."""
+        with arrival.lock:
+            arrival.landed(piece, MISSING)
+            arrival.used = time.monotonic()
+            hit = [r for r in arrival.requests if r.start < piece.end and r.end > piece.start and not r.passing]
+            for request in hit:
+                request.passing = True
+        for request in hit:
+            problem: Exception | None = error
+            try:
+                if self._passer.serve(arrival, request, piece, data) and not request.whole:
+                    problem = None
+            except (TierError, OSError) as failure:
+                problem = failure
+            if not request.ahead:
+                name, why = self._kit.name_of(arrival.fd), _text(problem or error)
+                self._kit.troubles.note(f"{name} cannot be brought to this disk: {why}", arrival.ino)
+            with arrival.lock:
+                if request in arrival.requests:
+                    arrival.requests.remove(request)
+            self._end(request, problem)
+
     def _failed(self, arrival: Arrival, piece: Range, error: Exception) -> None:
         with arrival.lock:
             arrival.landed(piece, MISSING)
@@ -349,7 +391,7 @@ class Filler:
         number = 0
         if error is not None:
             number = getattr(error, "errno", None) or errno.EIO
-            if number != errno.ECANCELED and number not in (errno.ENOSPC, errno.EDQUOT):
+            if number != errno.ECANCELED and number not in _FULL:
                 number = errno.EIO
         reason = _text(error) if error is not None else ""
         if number and request.whole:

@@ -110,7 +110,7 @@ class Gate:
                 self._cut(inode, opath)
             elif inode.content is not None:
                 if inode.content.small:
-                    self._inflow.need(inode.ino, 0, inode.content.size)
+                    self._inflow.need(inode.ino, 0, inode.content.size, passable=True)
                 if writable and inode.content.missing == 0:
                     self._inflow.need_settled(inode.ino)
             handle = self._admit(inode, opath, st, flags)
@@ -379,15 +379,19 @@ class Gate:
                 return b""
             window = handle.ahead.advance(offset, end, content.size)
             try:
-                self._inflow.need(inode.ino, offset, end)
+                self._inflow.need(inode.ino, offset, end, passable=True)
             finally:
                 # Behind what is waited for, so that it comes second, but without waiting for that.
                 if window is not None:
                     self._inflow.ahead(inode.ino, *window)
         if handle.fd >= 0:
-            return os.pread(handle.fd, size, offset)
-        with self.borrowed(handle, writable=False) as fd:
-            return os.pread(fd, size, offset)
+            data = os.pread(handle.fd, size, offset)
+        else:
+            with self.borrowed(handle, writable=False) as fd:
+                data = os.pread(fd, size, offset)
+        if content is not None and content.missing:
+            return content.filled_in(data, offset)
+        return data
 
     def write(self, handle: Handle, offset: int, data: bytes | memoryview) -> int:
         """Write all of `data` at `offset`. Raises Blocked until the file is resident."""
@@ -630,6 +634,8 @@ class Gate:
         match message:
             case wire.Filled():
                 self._inflow.filled(message)
+            case wire.Passing() if len(fds) == 1:
+                self._inflow.passed(message, fds[0])
             case wire.FetchEnd():
                 self._inflow.ended(message)
                 self._leave_if_idle(message.ino)

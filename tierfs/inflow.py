@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from tierfs import wire
 from tierfs.model import LEAF, Stub, leaf_count
+from tierfs.passages import Passages
 from tierfs.waits import Blocked, Wait
 
 log = logging.getLogger("gate")
@@ -35,6 +38,16 @@ class Flight:
     end: int
     whole: bool
     ahead: bool
+    passable: bool  # only readers wait for it: content may be handed past a full disk
+
+
+class Waiting(NamedTuple):
+    """Who waits until bytes [start, end) are local, or (`passable`) can be read anyhow."""
+
+    start: int
+    end: int
+    wait: Wait
+    passable: bool
 
 
 class Content:
@@ -44,8 +57,8 @@ class Content:
     """
 
     __slots__ = (
-        "closing", "flights", "idle", "missing", "present", "settled", "size", "stub", "timed", "waits",
-        "whole_asked",
+        "closing", "flights", "idle", "missing", "passages", "present", "settled", "size", "stub", "timed",
+        "waits", "whole_asked",
     )  # fmt: skip
 
     def __init__(self, stub: Stub, size: int, bits: bytes | None) -> None:
@@ -60,7 +73,8 @@ class Content:
                     self.present[leaf] = 1
         self.missing = self.present.count(0)
         self.flights: list[Flight] = []
-        self.waits: list[tuple[int, int, Wait]] = []
+        self.waits: list[Waiting] = []
+        self.passages = Passages()
         self.timed: set[Wait] = set()  # those with a deadline, which moves while content arrives
         self.settled = Wait()
         self.idle: Wait | None = None
@@ -85,6 +99,16 @@ class Content:
             return None
         last = self.present.rfind(0, low, high)
         return first * LEAF, min((last + 1) * LEAF, self.size)
+
+    def readable(self, start: int, end: int) -> bool:
+        """A read of [start, end) has all it needs, here or handed over in memory."""
+        gap = self.lacks(start, end)
+        return gap is None or self.passages.cover(*gap)
+
+    def filled_in(self, data: bytes, offset: int) -> bytes:
+        """`data`, read from the file at `offset` after `readable`, with what is not in the file."""
+        gap = self.lacks(offset, offset + len(data))
+        return data if gap is None else self.passages.fill_in(data, offset, *gap)
 
     def arrived(self, start: int, end: int) -> None:
         """[start, end) is local now."""
@@ -144,18 +168,20 @@ class Inflow:
 
     def untrack(self, ino: int) -> None:
         """The file is settled or nobody cares any more."""
-        self._contents.pop(ino, None)
+        entry = self._contents.pop(ino, None)
+        if entry is not None:
+            entry[0].passages.close()
 
-    def need(self, ino: int, start: int, end: int) -> None:
-        """Raises Blocked until [start, end) is local."""
+    def need(self, ino: int, start: int, end: int, *, passable: bool = False) -> None:
+        """Raises Blocked until [start, end) is local, or (`passable`) `Content.readable`."""
         content, _ = self._contents[ino]
         gap = content.lacks(start, end)
-        if gap is None:
+        if gap is None or (passable and content.passages.cover(*gap)):
             return
         wait = self._timed_wait(content)
-        content.waits.append((*gap, wait))
-        if not any(f.start <= gap[0] and f.end >= gap[1] and not f.ahead for f in content.flights):
-            self._ask(ino, *gap, whole=content.small, ahead=False)
+        content.waits.append(Waiting(*gap, wait, passable))
+        if not any(_brings(f, *gap, passable) and not f.ahead for f in content.flights):
+            self._ask(ino, *gap, whole=content.small, ahead=False, passable=passable)
         raise Blocked(wait)
 
     def need_settled(self, ino: int) -> None:
@@ -221,10 +247,12 @@ class Inflow:
         wait.keeper = fired
         return wait
 
-    def _ask(self, ino: int, start: int, end: int, *, whole: bool, ahead: bool) -> None:
+    def _ask(
+        self, ino: int, start: int, end: int, *, whole: bool, ahead: bool, passable: bool = False
+    ) -> None:
         self._next += 1
         content, _ = self._contents[ino]
-        flight = Flight(self._next, start, end, whole, ahead)
+        flight = Flight(self._next, start, end, whole, ahead, passable)
         content.flights.append(flight)
         try:
             self._send(ino, flight)
@@ -243,6 +271,7 @@ class Inflow:
             length=flight.end - flight.start,
             whole=flight.whole,
             ahead=flight.ahead,
+            passable=flight.passable,
         )
         self._post(message, (opath,))
 
@@ -255,6 +284,18 @@ class Inflow:
             return
         content = entry[0]
         content.arrived(message.start, message.start + message.length)
+        self._is_coming(content)
+
+    def passed(self, message: wire.Passing, fd: int) -> None:
+        """Content that has no room on the disk: for those who only read. `fd` stays the caller's."""
+        entry = self._contents.get(message.ino)
+        # It may come late, of what the file held before it was cut.
+        if entry is None or entry[0].stub.pack() != message.stub:
+            return
+        entry[0].passages.take(message.start, message.start + message.length, os.dup(fd))
+        self._is_coming(entry[0])
+
+    def _is_coming(self, content: Content) -> None:
         # Whoever waits for more than the link brings in the time of one read still sees it coming.
         deadline = time.monotonic() + self.fetch_timeout
         for wait in content.timed:
@@ -262,10 +303,15 @@ class Inflow:
         self._wake(content)
 
     def _wake(self, content: Content) -> None:
-        ready = [w for start, end, w in content.waits if content.lacks(start, end) is None]
-        content.waits = [entry for entry in content.waits if entry[2] not in ready and not entry[2].done]
-        for wait in ready:
-            wait.fire()
+        ready = [
+            each
+            for each in content.waits
+            if content.lacks(each.start, each.end) is None
+            or (each.passable and content.readable(each.start, each.end))
+        ]
+        content.waits = [each for each in content.waits if each not in ready and not each.wait.done]
+        for each in ready:
+            each.wait.fire()
 
     def ended(self, message: wire.FetchEnd) -> None:
         """A flight has landed or failed. What is still awaited and nobody fetches is asked for again."""
@@ -295,15 +341,17 @@ class Inflow:
             if content.settled.wanted and not content.whole_asked:
                 self._ask(ino, 0, content.size, whole=True, ahead=False)
                 content.whole_asked = True
-            for start, end, _ in content.waits:
-                if not any(f.start <= start and f.end >= end for f in content.flights):
-                    self._ask(ino, start, end, whole=content.small, ahead=False)
+            for start, end, _, passable in content.waits:
+                if not any(_brings(f, start, end, passable) for f in content.flights):
+                    self._ask(ino, start, end, whole=content.small, ahead=False, passable=passable)
 
     def _fail(self, content: Content, flight: Flight, message: wire.FetchEnd) -> None:
-        hit = [w for start, end, w in content.waits if start < flight.end and end > flight.start]
-        content.waits = [entry for entry in content.waits if entry[2] not in hit]
-        for wait in hit:
-            wait.fire(message.errno, message.reason)
+        hit = [each for each in content.waits if each.start < flight.end and each.end > flight.start]
+        if message.errno == errno.ENOSPC and not flight.passable:
+            hit = [each for each in hit if not each.passable]  # those are asked for in another way
+        content.waits = [each for each in content.waits if each not in hit]
+        for each in hit:
+            each.wait.fire(message.errno, message.reason)
         if flight.whole and not content.settled.done:
             failed, content.settled, content.whole_asked = content.settled, Wait(), False
             failed.fire(message.errno, message.reason)
@@ -353,7 +401,8 @@ class Inflow:
         for ino, (content, _) in list(self._contents.items()):
             if content.idle is not None and content.idle.done and (content.idle.deadline or 0.0) <= now:
                 content.closing = False
-            content.waits = [entry for entry in content.waits if not entry[2].done]
+            content.waits = [each for each in content.waits if not each.wait.done]
+            content.passages.expire(now)
             if not content.closing:
                 self._ask_again(ino, content)
         return late
@@ -361,10 +410,16 @@ class Inflow:
     def void(self, ino: int) -> None:
         """The content was truncated away: those who wait for it look again and find an empty file."""
         content, _ = self._contents.pop(ino)
+        content.passages.close()
         waits, content.waits = content.waits, []
         content.settled.fire()
-        for _, _, wait in waits:
-            wait.fire()
+        for each in waits:
+            each.wait.fire()
+
+
+def _brings(flight: Flight, start: int, end: int, passable: bool) -> bool:
+    """Whether bytes [start, end) come with it, also past a full disk where that is enough (`passable`)."""
+    return flight.start <= start and flight.end >= end and (flight.passable or not passable)
 
 
 def _has_expired(content: Content, now: float) -> bool:

@@ -27,9 +27,10 @@ class Message(msgspec.Struct, tag=True, array_like=True, frozen=True):
 class Fetch(Message, frozen=True):
     """Bring [start, start + length) of a stub to the local disk; comes with one O_PATH descriptor of it.
 
-    `whole`: all of it. `ahead`: nobody waits. Readers are woken by Filled; whenever the last missing leaf has
-    arrived the mover settles the file and says Settled, which is what writers wait for. FetchEnd ends the
-    request, always, also a cancelled one, and only when no write of it to the file is under way any more.
+    `whole`: all of it. `ahead`: nobody waits. `passable`: only readers wait, so that Passing may serve them
+    where the local disk is full. Readers are woken by Filled; whenever the last missing leaf has arrived the
+    mover settles the file and says Settled, which is what writers wait for. FetchEnd ends the request, always,
+    also a cancelled one, and only when no write of it to the file is under way any more.
     """
 
     id: int
@@ -40,6 +41,7 @@ class Fetch(Message, frozen=True):
     length: int
     whole: bool
     ahead: bool
+    passable: bool = False
 
 
 class CancelFetch(Message, frozen=True):
@@ -131,6 +133,19 @@ class Filled(Message, frozen=True):
     length: int
 
 
+class Passing(Message, frozen=True):
+    """[start, start + length) of the content that this stub stands for, checked, and not on the local disk, as
+    that is full; comes with one descriptor of a memory file that holds it from its beginning on.
+
+    The FetchEnd of the request follows: errno 0, or ENOSPC where it was for the whole file.
+    """
+
+    ino: int
+    stub: bytes
+    start: int
+    length: int
+
+
 class FetchEnd(Message, frozen=True):
     """A fetch has ended: errno 0 when all it asked for is local."""
 
@@ -196,8 +211,9 @@ class Limits(Message, frozen=True):
 
 ToMover = Fetch | CancelFetch | SealAnswer | SealBroken | GuardAnswer | GuardBreak | Touches | Poke | Ping
 ToServer = (
-    Hello | Pong | Drained | Filled | FetchEnd | Settled | Seal | Unseal | Guard | GuardEnd | Bring | Limits
-)
+    Hello | Pong | Drained | Filled | Passing | FetchEnd | Settled
+    | Seal | Unseal | Guard | GuardEnd | Bring | Limits
+)  # fmt: skip
 
 _encoder = msgspec.msgpack.Encoder()
 _to_mover = msgspec.msgpack.Decoder(ToMover)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import mmap
 import os
 import random
 import shutil
@@ -14,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from harness import Scratch, Volume
+from harness import BLOCK, Scratch, Volume
 
 from tierfs import pages
 from tierfs.errors import IndexFullError
@@ -88,6 +89,33 @@ def test_full_of_what_cannot_leave(small: Volume) -> None:
         assert path.read_bytes() == data
     (small.mountpoint / "after").write_bytes(content(7))
     assert (small.mountpoint / "after").read_bytes() == content(7)
+
+
+def test_cold_files_are_read_past_a_disk_full_of_what_cannot_leave(small: Volume) -> None:
+    """Larger than all that is free and held back: read, mapped and run, and kept nowhere."""
+    large, script = small.mountpoint / "large", small.mountpoint / "script"
+    data = random.Random(1).randbytes(40 * MIB + 123)
+    large.write_bytes(data)
+    script.write_text("#!/bin/sh\necho it runs\n" + "#" * 100_000)
+    script.chmod(0o755)
+    small.demote(large, script)
+    with open(small.mountpoint / "filler", "wb", buffering=0) as held:
+        for size in (MIB, 4096):
+            with pytest.raises(OSError, match="No space"):
+                while True:
+                    held.write(bytes(size))
+        assert large.read_bytes() == data
+        assert subprocess.run([script], capture_output=True, text=True, check=True).stdout == "it runs\n"
+        with open(large, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+            assert mapped[30 * MIB : 30 * MIB + 100] == data[30 * MIB : 30 * MIB + 100]
+        assert os.stat(small.backing(large)).st_blocks * BLOCK < 20 * MIB
+        with open(large, "r+b", buffering=0) as file, pytest.raises(OSError, match="No space"):
+            file.write(b"new")
+        assert any("cannot be brought to this disk" in found["what"] for found in small.status()["errors"])
+    (small.mountpoint / "filler").unlink()
+    with open(large, "r+b", buffering=0) as file:
+        file.write(b"new")
+    assert large.read_bytes() == b"new" + data[3:]
 
 
 def test_full_of_what_can_leave(small: Volume) -> None:
