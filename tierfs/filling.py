@@ -357,15 +357,17 @@ class Filler:
             for request in hit:
                 request.passing = True
         for request in hit:
+            if not request.ahead:
+                what = f"{self._kit.name_of(arrival.fd)} cannot be brought to this disk: {_text(error)}"
+                self._kit.troubles.note(what, arrival.ino)
             problem: Exception | None = error
             try:
-                if self._passer.serve(arrival, request, piece, data) and not request.whole:
+                if self._passer.serve(arrival, request, piece, data):
                     problem = None
             except (TierError, OSError) as failure:
                 problem = failure
-            if not request.ahead:
-                name, why = self._kit.name_of(arrival.fd), _text(problem or error)
-                self._kit.troubles.note(f"{name} cannot be brought to this disk: {why}", arrival.ino)
+                what = f"{self._kit.name_of(arrival.fd)} cannot be fetched: {_text(failure)}"
+                self._kit.troubles.note(what, arrival.ino)
             with arrival.lock:
                 if request in arrival.requests:
                     arrival.requests.remove(request)

@@ -137,7 +137,7 @@ class Passing(Message, frozen=True):
     """[start, start + length) of the content that this stub stands for, checked, and not on the local disk, as
     that is full; comes with one descriptor of a memory file that holds it from its beginning on.
 
-    The FetchEnd of the request follows: errno 0, or ENOSPC where it was for the whole file.
+    The FetchEnd of the request follows, with errno 0: whoever needs the bytes in the file asks again.
     """
 
     ino: int
@@ -147,7 +147,7 @@ class Passing(Message, frozen=True):
 
 
 class FetchEnd(Message, frozen=True):
-    """A fetch has ended: errno 0 when all it asked for is local."""
+    """A fetch has ended: errno 0 when all it asked for is local, or has been passed on."""
 
     id: int
     ino: int
