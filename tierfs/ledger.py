@@ -44,7 +44,7 @@ _INTENT = struct.Struct("@QIIq")  # request, kind, length of the handle, when
 _HANDLE_AT = _INTENT.size + 2 * STAT_SIZE
 _HANDLE_MOST = 255
 _INTENT_SIZE = 512
-_U32_MOST = (1 << 31) - 1
+_MOST_LOOKUPS = (1 << 31) - 1
 
 # Words of the header, of 8 bytes.
 _GENERATION, _NODES, _FILES, _DIRS, _INODES, _LONGS, _SERIAL = range(2, 9)
@@ -62,6 +62,7 @@ _INODES_AT = _DIRS_AT + _MOST_OPEN * _DIR.size
 SIZE = _INODES_AT + 2 * _MOST_OPEN * _INODE.size  # sparse: only what is used takes memory
 
 _LOOKUPS = 24 // 4
+_KIND, _LENGTH, _CONTENT = 28, 29, 30  # bytes into a node
 _NODE_WORDS = _NODE.size // 4
 
 
@@ -243,9 +244,38 @@ class Ledger:
         _LONG.pack_into(self._map, _LONGS_AT + place * _LONG.size, content, len(content))
         return place.to_bytes(4, "little")
 
-    def count(self, number: int, lookups: int) -> None:
-        """The kernel has looked it up so many times; never more than 2^31 are told apart."""
-        self._lookups[(number & _SLOT) * _NODE_WORDS + _LOOKUPS] = min(lookups, _U32_MOST)
+    def name(self, number: int) -> bytes:
+        """The name by which a node is reached; b"" where it is not reached by one."""
+        slot = number & _SLOT
+        at = _NODES_AT + slot * _NODE.size
+        if self._map[at + _KIND]:
+            return b""
+        length = self._map[at + _LENGTH]
+        if length <= _INLINE:
+            return self._map[at + _CONTENT : at + _CONTENT + length]
+        at = _LONGS_AT + self._long_of[slot] * _LONG.size
+        return self._map[at : at + length]
+
+    def lookups(self, number: int) -> int:
+        """How often the kernel has looked a node up."""
+        return self._lookups[(number & _SLOT) * _NODE_WORDS + _LOOKUPS]
+
+    def looked_up(self, number: int) -> None:
+        """The kernel has looked it up once more."""
+        at = (number & _SLOT) * _NODE_WORDS + _LOOKUPS
+        self._lookups[at] = min(self._lookups[at] + 1, _MOST_LOOKUPS)
+
+    def given_back(self, number: int, count: int) -> int:
+        """The kernel gives back so many lookups; how many are left. After 2^31 of them, which are no longer
+        told apart, it never has none."""
+        at = (number & _SLOT) * _NODE_WORDS + _LOOKUPS
+        before = self._lookups[at]
+        if before == _MOST_LOOKUPS:
+            return before
+        left = max(before - count, 0)
+        if left:
+            self._lookups[at] = left
+        return left
 
     def drop_node(self, number: int) -> None:
         """The kernel has forgotten it."""

@@ -51,7 +51,8 @@ Anchor = int | bytes | GoneStat | None
 
 
 class Node(msgspec.Struct, gc=False, eq=False):
-    """One inode that the kernel knows. About 330 bytes with its name, numbers and records.
+    """One inode that the kernel knows. About 165 bytes with its numbers and its places in the tables, and 64 in
+    the ledger, where its name and its lookups are.
 
     A structure without a garbage collector's header: a home has hundreds of thousands, and none forms a cycle.
     """
@@ -59,8 +60,6 @@ class Node(msgspec.Struct, gc=False, eq=False):
     id: int
     ino: int
     parent: Node | None
-    name: bytes
-    lookups: int = 0
     anchor: Anchor = None
 
     @property
@@ -69,14 +68,14 @@ class Node(msgspec.Struct, gc=False, eq=False):
         return self.parent.ino if self.parent is not None else self.ino
 
 
-def stale(node: Node) -> OSError:
+def stale() -> OSError:
     """What the kernel understands as: look it up anew."""
-    return OSError(errno.ESTALE, os.strerror(errno.ESTALE), node.name)
+    return OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
 
-def gone(node: Node) -> OSError:
+def gone() -> OSError:
     """The file has no name and is not open."""
-    return OSError(errno.ENOENT, os.strerror(errno.ENOENT), node.name)
+    return OSError(errno.ENOENT, os.strerror(errno.ENOENT))
 
 
 class NodeTable:
@@ -86,7 +85,7 @@ class NodeTable:
         """`ledger` is a fresh one, or one from which `restore` is about to be called."""
         self._tree = tree
         self._ledger = ledger if ledger is not None else Ledger()
-        self.root = Node(ROOT, tree.root_ino, None, b"")
+        self.root = Node(ROOT, tree.root_ino, None)
         # By the slot in their numbers. Not a dictionary: that would be five times the size.
         self._by_slot: list[Node | None] = [None, self.root]
         self._by_ino: dict[int, Node] = {tree.root_ino: self.root}
@@ -95,6 +94,7 @@ class NodeTable:
         self._dirs: OrderedDict[int, int] = OrderedDict()  # node number -> O_PATH descriptor
         self._most_dirs = max(directory_fds, 2)
         self._opens: dict[int, int] = {}  # node number -> open files
+        self._former: dict[int, bytes] = {}  # node number -> last name, of those that are anchored
         # Told of descriptors without which a file would end with this process, and of the end of the need.
         self.keep: Callable[[int, int], None] = lambda ino, fd: None
         self.let_go: Callable[[int], None] = lambda ino: None
@@ -117,12 +117,10 @@ class NodeTable:
         for kept in self._ledger.load_nodes():
             if kept.number == ROOT:
                 continue
-            node = Node(kept.number, kept.ino, self.root, b"", kept.lookups)
+            node = Node(kept.number, kept.ino, self.root)
             self._put(node)
             parents.append((node, kept.parent))
-            if kept.kind is Kind.NAME:
-                node.name = kept.content
-            else:
+            if kept.kind is not Kind.NAME:
                 self._restore_anchor(node, kept, kept_fds)
             if kept.kind is not Kind.GONE:
                 self._by_ino[kept.ino] = node
@@ -144,7 +142,7 @@ class NodeTable:
         """Raises OSError(ESTALE) for a number that is not in use."""
         node = self._find(nodeid)
         if node is None:
-            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+            raise stale()
         return node
 
     def _find(self, nodeid: int) -> Node | None:
@@ -160,6 +158,10 @@ class NodeTable:
             self._by_slot.append(None)
         self._by_slot[slot] = node
 
+    def name(self, node: Node) -> bytes:
+        """The last known name of a node; b"" where only a server before us knew it."""
+        return self._ledger.name(node.id) if node.anchor is None else self._former.get(node.id, b"")
+
     def known(self, ino: int) -> Node | None:
         """The node of this inode, if the kernel knows it."""
         return self._by_ino.get(ino)
@@ -171,15 +173,14 @@ class NodeTable:
             if stat.S_ISDIR(st.st_mode) and st.st_dev != self._tree.device:
                 # Inode numbers mean nothing across filesystems and subvolumes.
                 raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), name)
-            node = Node(self._ledger.new_node(), st.st_ino, parent, name, 1)
+            node = Node(self._ledger.new_node(), st.st_ino, parent)
             self._ledger.node(node.id, node.ino, parent.id if parent is not None else 0, 1, name)
             self._by_ino[st.st_ino] = node
             self._put(node)
             return node
         if node is not self.root:
             self.moved(node, parent, name)
-        node.lookups += 1
-        self._ledger.count(node.id, node.lookups)
+        self._ledger.looked_up(node.id)
         return node
 
     def made(self, st: os.stat_result, parent: Node | None, name: bytes) -> Node:
@@ -194,27 +195,28 @@ class NodeTable:
 
     def moved(self, node: Node, parent: Node | None, name: bytes) -> None:
         """The node has this name."""
-        if node.anchor is None and node.parent is parent and node.name == name:
+        if node.anchor is None and node.parent is parent and self._ledger.name(node.id) == name:
             return
         self._unanchor(node)
+        self._former.pop(node.id, None)
         node.parent = parent
-        node.name = name
         self._note(node, name)
 
     def _note(self, node: Node, content: bytes, kind: Kind = Kind.NAME) -> None:
         """Write down how it is reached now."""
+        if kind is not Kind.NAME and node.id not in self._former:
+            self._former[node.id] = self._ledger.name(node.id)
         above = node.parent.id if node.parent is not None else 0
-        self._ledger.node(node.id, node.ino, above, max(node.lookups, 1), content, kind)
+        self._ledger.node(node.id, node.ino, above, max(self._ledger.lookups(node.id), 1), content, kind)
 
     def forget(self, nodeid: int, count: int) -> None:
         """The kernel gives back `count` lookups; with the last one goes the node."""
         node = self._find(nodeid)
         if node is None or node is self.root:
             return
-        node.lookups -= count
-        if node.lookups > 0:
-            self._ledger.count(nodeid, node.lookups)
+        if self._ledger.given_back(nodeid, count):
             return
+        self._former.pop(nodeid, None)
         self._by_slot[nodeid & _SLOT] = None
         self._ledger.drop_node(nodeid)
         if self._by_ino.get(node.ino) is node:
@@ -254,7 +256,7 @@ class NodeTable:
         last = st.st_nlink <= 1 or stat.S_ISDIR(st.st_mode)
         if last and node.id not in self._opens:
             return
-        if type(node.anchor) is int or (not last and (node.parent is not parent or node.name != name)):
+        if type(node.anchor) is int or (not last and (node.parent is not parent or self.name(node) != name)):
             return
         fd = os.open(name, _OPATH, dir_fd=self.dirfd(parent))
         if node.id in self._opens or not self._tree.privileged:
@@ -339,14 +341,14 @@ class NodeTable:
 
     def _open_dir(self, node: Node, parent_fd: int) -> int:
         if node.anchor is not None:
-            raise gone(node)
+            raise gone()
         try:
-            fd = os.open(node.name, _OPATH_DIR, dir_fd=parent_fd)
+            fd = os.open(self._ledger.name(node.id), _OPATH_DIR, dir_fd=parent_fd)
         except (FileNotFoundError, NotADirectoryError):
-            raise stale(node) from None
+            raise stale() from None
         if os.fstat(fd).st_ino != node.ino:
             os.close(fd)
-            raise stale(node)
+            raise stale()
         return fd
 
     def stat(self, node: Node) -> os.stat_result | GoneStat:
@@ -355,11 +357,12 @@ class NodeTable:
         anchor = node.anchor
         if anchor is None and parent is not None:
             try:
-                st = os.stat(node.name, dir_fd=self.dirfd(parent), follow_symlinks=False)
+                name = self._ledger.name(node.id)
+                st = os.stat(name, dir_fd=self.dirfd(parent), follow_symlinks=False)
             except (FileNotFoundError, NotADirectoryError):
-                raise stale(node) from None
+                raise stale() from None
             if st.st_ino != node.ino:
-                raise stale(node)
+                raise stale()
             return st
         if anchor is None:
             return os.fstat(self._tree.rootfd)
@@ -379,9 +382,9 @@ class NodeTable:
         anchor = node.anchor
         if anchor is None and node.parent is not None:
             try:
-                fd = os.open(node.name, _OPATH, dir_fd=self.dirfd(node.parent))
+                fd = os.open(self._ledger.name(node.id), _OPATH, dir_fd=self.dirfd(node.parent))
             except (FileNotFoundError, NotADirectoryError):
-                raise stale(node) from None
+                raise stale() from None
         elif anchor is None:
             fd = os.open(".", _OPATH_DIR, dir_fd=self._tree.rootfd)
         elif isinstance(anchor, int):
@@ -389,9 +392,9 @@ class NodeTable:
         elif isinstance(anchor, bytes):
             fd = self._tree.open_handle(anchor, os.O_PATH | os.O_NOFOLLOW)
         else:
-            raise gone(node)
+            raise gone()
         st = os.fstat(fd)
         if st.st_ino != node.ino:
             os.close(fd)
-            raise stale(node)
+            raise stale()
         return fd, st

@@ -70,7 +70,8 @@ class OpenFiles:
         node = self._nodes.get(kept.node)
         opath, st = self._nodes.reach(node)
         try:
-            handle = self._gate.restore(opath, st, kept.flags, kept.backing_id, node.parent_ino, node.name)
+            name = self._nodes.name(node)
+            handle = self._gate.restore(opath, st, kept.flags, kept.backing_id, node.parent_ino, name)
         except BaseException:
             os.close(opath)
             raise

@@ -226,7 +226,7 @@ class Vfs:
                 self.gate.after_change(st.st_ino, st, mtime_set=mtime_ns is not None)
                 if mode is not None and mode & (stat.S_ISUID | stat.S_ISGID):
                     self.gate.given_set_id(st.st_ino, st)
-            self.gate.attributes(st, node.parent_ino, node.name)
+            self.gate.attributes(st, node.parent_ino, self.nodes.name(node))
         finally:
             os.close(opath)
         return self._attr(st)
@@ -248,13 +248,13 @@ class Vfs:
 
     def _resize(self, node: Node, handle: Handle | None, opath: int, st: os.stat_result, size: int) -> None:
         if not stat.S_ISREG(st.st_mode):
-            raise _error(errno.EISDIR if stat.S_ISDIR(st.st_mode) else errno.EINVAL, node.name)
+            raise _error(errno.EISDIR if stat.S_ISDIR(st.st_mode) else errno.EINVAL, self.nodes.name(node))
         if handle is not None and not self.tree.privileged:
             # The mode may forbid what the open descriptor allows.
             with self.gate.borrowed(handle, True) as fd:
                 os.ftruncate(fd, size)
         else:
-            self.gate.truncate(opath, st, size, node.parent_ino, node.name)
+            self.gate.truncate(opath, st, size, node.parent_ino, self.nodes.name(node))
 
     def statfs(self) -> Statfs:
         """The local space; free is also what can be evicted at once. Raises OSError."""
@@ -398,8 +398,8 @@ class Vfs:
         opath, st = self.nodes.reach(node)
         try:
             if not stat.S_ISREG(st.st_mode):
-                raise _error(errno.EISDIR if stat.S_ISDIR(st.st_mode) else errno.ENXIO, node.name)
-            handle = self.gate.open(opath, st, flags, node.parent_ino, node.name, caller.pid)
+                raise _error(errno.EISDIR if stat.S_ISDIR(st.st_mode) else errno.ENXIO, self.nodes.name(node))
+            handle = self.gate.open(opath, st, flags, node.parent_ino, self.nodes.name(node), caller.pid)
         except BaseException:
             os.close(opath)
             raise

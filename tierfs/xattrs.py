@@ -154,7 +154,7 @@ class Xattrs:
             yield node, fd, st
             if regular:
                 self._gate.after_change(st.st_ino, os.fstat(fd))
-            self._gate.attributes(st, node.parent_ino, node.name)
+            self._gate.attributes(st, node.parent_ino, self._nodes.name(node))
         finally:
             os.close(fd)
 
@@ -205,4 +205,4 @@ class Xattrs:
     def _pin(self, node: Node, opath: int, st: os.stat_result, *, on: bool) -> None:
         if not (stat.S_ISREG(st.st_mode) or stat.S_ISDIR(st.st_mode)):
             raise _error(errno.EPERM, _PIN)
-        self._gate.set_pin(opath, st, on, node.parent_ino, node.name)
+        self._gate.set_pin(opath, st, on, node.parent_ino, self._nodes.name(node))

@@ -57,10 +57,48 @@ def test_long_names_come_and_go():
         for number in list(names)[::3]:
             names[number] = b"short" if len(names[number]) > 40 else b"l" * 200
             table.node(number, number, 1, 1, names[number])
+        assert {number: table.name(number) for number in names} == names
     kept = {node.number: node for node in Ledger(fd).load_nodes()}
     assert {number: node.content for number, node in kept.items()} == names
     assert all(node.kind is Kind.NAME for node in kept.values())
+    fresh = Ledger(fd)
+    assert len(list(fresh.load_nodes())) == len(names)
+    assert {number: fresh.name(number) for number in names} == names
     os.close(fd)
+
+
+def test_what_is_not_reached_by_a_name_has_none():
+    table = Ledger()
+    number = table.new_node()
+    table.node(number, 5, 1, 1, b"n" * 100)
+    table.node(number, 5, 1, 1, b"a handle", Kind.HANDLE)
+    assert table.name(number) == b""
+    table.node(number, 5, 1, 1, b"name")
+    assert table.name(number) == b"name"
+
+
+def test_lookups_are_counted_and_given_back():
+    table = Ledger()
+    number, other = table.new_node(), table.new_node()
+    for each in (number, other):
+        table.node(each, 5, 1, 1, b"name")
+    table.looked_up(number)
+    table.looked_up(number)
+    assert (table.lookups(number), table.lookups(other)) == (3, 1)
+    assert table.given_back(number, 2) == 1 == table.lookups(number)
+    assert table.given_back(number, 1) == 0
+    assert table.given_back(other, 7) == 0
+
+
+def test_a_node_looked_up_more_often_than_can_be_counted_is_never_forgotten():
+    """The kernel may still hold it, and would get ESTALE for an open directory or the working directory."""
+    table = Ledger()
+    number = table.new_node()
+    table.node(number, 5, 1, (1 << 31) - 2, b"name")
+    for _ in range(5):
+        table.looked_up(number)
+    for _ in range(3):
+        assert table.given_back(number, (1 << 31) - 1) > 0
 
 
 FAR = dict.fromkeys(("st_atime_ns", "st_mtime_ns", "st_ctime_ns"), 1 << 70) | {"st_blocks": 0, "st_rdev": 0}
