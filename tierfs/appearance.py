@@ -27,12 +27,12 @@ class Appearance:
         """`inodes` and `recent` (inode -> newest undrained mark) are the Gate's own and kept by it."""
         self._tree = tree
         self._index = index
-        self._inodes = inodes
+        self.inodes = inodes
         self._recent = recent
         # What a file showed whose content has come in part, until the index knows the times that this has left.
         self._late: dict[int, tuple[ShownTimes, float]] = {}
         # Resident files that show what they are: only a punch changes that, and it begins with a guard.
-        self._plain: set[int] = set()
+        self.plain: set[int] = set()
         self._plain_until = 0.0
 
     def left(self, inode: Inode, now: float) -> None:
@@ -46,17 +46,17 @@ class Appearance:
 
     def moving(self, ino: int) -> None:
         """Its content is about to change place, or has just done so."""
-        self._plain.discard(ino)
+        self.plain.discard(ino)
 
     def doubt(self) -> None:
         """Another mover begins: the index may have been put right."""
-        self._plain.clear()
+        self.plain.clear()
 
     def tick(self, now: float) -> None:
         """Forget what the index must know by now, and what it may know better."""
         if now >= self._plain_until:
             self._plain_until = now + _PLAIN_SECONDS
-            self._plain.clear()
+            self.plain.clear()
         while self._late:
             ino, (_, until) = next(iter(self._late.items()))
             if until > now:
@@ -65,16 +65,13 @@ class Appearance:
 
     def shown(self, st: os.stat_result, opath: int | None = None) -> Shown:
         """What a stat of this regular file shows."""
-        if st.st_ino in self._plain:
+        if self.is_itself(st.st_ino, st.st_ctime_ns, st.st_blocks):
             return st
-        inode = self._inodes.get(st.st_ino)
+        inode = self.inodes.get(st.st_ino)
         if inode is not None and inode.shown is not None:
             times = inode.shown
             return ShownStat(st, times.mtime, times.ctime, times.blocks)
         late = self._late.get(st.st_ino)
-        # Without blocks it is a stub, most likely, whose whole record is needed anyway.
-        if late is None and st.st_blocks and self._is_plain(st):
-            return st
         record = self.record(st.st_ino)
         if late is not None and (record is None or record.left_ctime != st.st_ctime_ns):
             return ShownStat(st, late[0].mtime, late[0].ctime, late[0].blocks)
@@ -93,24 +90,35 @@ class Appearance:
             return ShownStat(st, st.st_mtime_ns, st.st_ctime_ns, blocks)
         return st
 
-    def _is_plain(self, st: os.stat_result) -> bool:
-        """The index says so without its whole record, and this is kept. False where it is in doubt."""
+    def is_itself(self, ino: int, ctime: int, blocks: int) -> bool:
+        """Whether a regular file shows what it is: known, or said by the index without its whole record.
+
+        False where it is in doubt.
+        """
+        if ino in self.plain:
+            return True
+        inode = self.inodes.get(ino)
+        # Without blocks it is a stub, most likely, whose whole record is needed anyway.
+        if not blocks or self._index is None or ino in self._late:
+            return False
+        if inode is not None and inode.shown is not None:
+            return False
         try:
-            plain = self._index is not None and self._index.is_plain(st.st_ino, st.st_ctime_ns)
+            plain = self._index.is_plain(ino, ctime)
         except IndexError_:
             return False  # the look at the record says what is wrong
         if plain:
-            self._keep_plain(st.st_ino)
+            self._keep_plain(ino)
         return plain
 
     def _keep_plain(self, ino: int) -> None:
-        if len(self._plain) >= _MOST_PLAIN:
-            self._plain.clear()
-        self._plain.add(ino)
+        if len(self.plain) >= _MOST_PLAIN:
+            self.plain.clear()
+        self.plain.add(ino)
 
     def stub_of(self, st: os.stat_result, opath: int) -> Stub | None:
         """What the inode's stub attribute says, None for a resident file."""
-        inode = self._inodes.get(st.st_ino)
+        inode = self.inodes.get(st.st_ino)
         if inode is not None and inode.content is not None:
             return inode.content.stub if inode.content.missing else None
         return self._tree.read_stub(opath)
@@ -132,7 +140,7 @@ class Appearance:
         return b"partial" if st.st_blocks and self._has_data(st, opath) else b"stub"
 
     def _has_data(self, st: os.stat_result, opath: int) -> bool:
-        inode = self._inodes.get(st.st_ino)
+        inode = self.inodes.get(st.st_ino)
         if inode is not None and inode.content is not None:
             return inode.content.missing < len(inode.content.present)
         record = self.record(st.st_ino)

@@ -277,6 +277,10 @@ class Ledger:
             self._lookups[at] = left
         return left
 
+    def table(self) -> tuple[memoryview, int]:
+        """The records of nodes, by slot, and the size of one: for who counts lookups in our place."""
+        return self._view[_NODES_AT:_LONGS_AT], _NODE.size
+
     def drop_node(self, number: int) -> None:
         """The kernel has forgotten it."""
         slot = number & _SLOT

@@ -173,15 +173,29 @@ class NodeTable:
             if stat.S_ISDIR(st.st_mode) and st.st_dev != self._tree.device:
                 # Inode numbers mean nothing across filesystems and subvolumes.
                 raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), name)
-            node = Node(self._ledger.new_node(), st.st_ino, parent)
-            self._ledger.node(node.id, node.ino, parent.id if parent is not None else 0, 1, name)
-            self._by_ino[st.st_ino] = node
-            self._put(node)
-            return node
+            return self._enter(st.st_ino, parent, name)
         if node is not self.root:
             self.moved(node, parent, name)
         self._ledger.looked_up(node.id)
         return node
+
+    def _enter(self, ino: int, parent: Node | None, name: bytes) -> Node:
+        node = Node(self._ledger.new_node(), ino, parent)
+        self._ledger.node(node.id, ino, parent.id if parent is not None else 0, 1, name)
+        self._by_ino[ino] = node
+        self._put(node)
+        return node
+
+    def enter(self, ino: int, parent: Node, name: bytes) -> int:
+        """The number of a new node of an inode that is not known, with one lookup. Raises OSError(ENFILE)."""
+        return self._enter(ino, parent, name).id
+
+    def tables(self) -> tuple[list[Node | None], dict[int, Node], OrderedDict[int, int]]:
+        """For whoever looks things up in our place: nodes by slot, by inode number, descriptors by node number.
+
+        They are these very objects, for good. A descriptor that is used is to be moved to the end.
+        """
+        return self._by_slot, self._by_ino, self._dirs
 
     def made(self, st: os.stat_result, parent: Node | None, name: bytes) -> Node:
         """The node of an inode that has just been made; counts one lookup."""

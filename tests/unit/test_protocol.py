@@ -14,6 +14,7 @@ import pytest
 from tierfs.errors import UsageError, VolumeError
 from tierfs.fuse import mounting
 from tierfs.fuse import protocol as p
+from tierfs.fuse.hot import pure
 from tierfs.fuse.kernel import End, Session
 from tierfs.fuse.operations import Operations
 from tierfs.fuse.spinning import NEAR_SECONDS, Spinner
@@ -154,7 +155,8 @@ class Kernel:
         self.sock, self._device = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.sock.settimeout(5)
         self.vfs = FakeVfs()
-        self.session = Session(self._device.fileno(), self.vfs, passthrough=False)  # type: ignore[arg-type]
+        fd = self._device.fileno()
+        self.session = Session(fd, self.vfs, passthrough=False, receiver=pure)  # type: ignore[arg-type]
 
     def ask(self, opcode: int, unique: int, body: bytes) -> None:
         size = p.IN + len(body)

@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from tierfs.errors import TierError
+from tierfs.fuse import hot
 from tierfs.fuse import protocol as p
 from tierfs.fuse.interrupts import is_wanted
 from tierfs.fuse.mounting import filesystem_of
@@ -82,8 +83,16 @@ class KernelBacking:
 class Session:
     """Serves one mount. Not thread-safe; `gate.backing` is set as soon as passthrough is known to work."""
 
-    def __init__(self, fd: int, vfs: Vfs, *, passthrough: bool, spinner: Spinner | None = None) -> None:
-        """`fd`: /dev/fuse of a mount, made non-blocking; stays the caller's."""
+    def __init__(
+        self,
+        fd: int,
+        vfs: Vfs,
+        *,
+        passthrough: bool,
+        spinner: Spinner | None = None,
+        receiver: hot.Receivers = hot.receiver,
+    ) -> None:
+        """`fd`: /dev/fuse of a mount, made non-blocking; stays the caller's. `receiver`: how requests come."""
         os.set_blocking(fd, False)
         self._device = io.FileIO(fd, "r+", closefd=False)
         self._fd = fd
@@ -93,11 +102,13 @@ class Session:
         self.spinner = spinner or Spinner(enabled=False)
         self._buffer = bytearray(p.BUFFER)
         self._view = memoryview(self._buffer)
+        self._receiver: hot.Receiver = receiver(fd, self._buffer, vfs, self._refused)
         self._parked: dict[int, _Parked] = {}
         self._interrupted: dict[int, _Parked] = {}
         self._runnable: collections.deque[_Parked] = collections.deque()
         self._pool = ThreadPoolExecutor(SLOW_THREADS, "slow")
-        self._table: list[Operation] = [operation or _unsupported for operation in Operations(vfs).table]
+        operations = Operations(vfs, self._receiver.entry)
+        self._table: list[Operation] = [operation or _unsupported for operation in operations.table]
         self._table[p.Op.INIT] = self._init
         self._table[p.Op.INTERRUPT] = self._interrupt
         self._table[p.Op.DESTROY] = self._destroy
@@ -132,26 +143,32 @@ class Session:
     def close(self) -> None:
         """Finish what the threads still do. Parked requests get no answer: the connection's end is theirs."""
         self._pool.shutdown(wait=True)
+        self._receiver.close()
         self._parked.clear()
 
     # --- requests -----------------------------------------------------------------------------------------
 
     def serve(self, most: int) -> int:
         """Answer what is there, at most so many requests, after a burst with a little patience. How many."""
-        receive, table, head = self._device.readinto, self._table, p.HEAD.unpack_from
+        # What a server before has left is counted as it comes, one by one.
+        receiver = hot.Pure(self._fd, self._buffer) if self._resent else self._receiver
+        receive, table, head = receiver.receive, self._table, p.HEAD.unpack_from
         view, buffer, write_request = self._view, self._buffer, p.Op.WRITE
         served = 0
         while served < most:
             try:
-                size = receive(buffer)
+                size = receive(most - served)
                 if size is None:
-                    size = self._linger()
+                    size = self._linger(receiver)
             except OSError as error:
                 if self._at_end(error):
                     return served
                 continue
             if size is None:
                 return served
+            served += receiver.answered
+            if not size:
+                continue
             served += 1
             length, opcode, unique, nodeid = head(buffer)
             message = view[:length] if opcode == write_request else view[:length].tobytes()
@@ -160,15 +177,15 @@ class Session:
                 return served
         return served
 
-    def _linger(self) -> int | None:
+    def _linger(self, receiver: hot.Receiver) -> int | None:
         """Nothing is there: try again for as long as another request is likely. Raises OSError."""
         patience = self.spinner.patience
         if not patience:
             return None
-        receive, buffer, clock = self._device.readinto, self._buffer, time.perf_counter
+        receive, clock = receiver.receive, time.perf_counter
         until = clock() + patience
         while clock() < until:
-            size = receive(buffer)
+            size = receive(1)
             if size is not None:
                 self.spinner.hit()
                 return size
@@ -267,6 +284,9 @@ class Session:
             self._device.write(p.OUT.pack(p.OUT_SIZE, -number, unique))
         except OSError as error:
             self._not_replied(unique, error)
+
+    def _refused(self, unique: int, number: int) -> None:
+        self._not_replied(unique, OSError(number, os.strerror(number)))
 
     def _not_replied(self, unique: int, error: OSError) -> None:
         # The kernel no longer knows the request (aborted), or the connection is gone: reading says which.

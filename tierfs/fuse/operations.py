@@ -64,8 +64,12 @@ def _opened(handle: Handle) -> tuple[int, int]:
 class Operations:
     """One method an opcode; `table` maps opcodes to them."""
 
-    def __init__(self, vfs: Vfs) -> None:
+    def __init__(
+        self, vfs: Vfs, quick: Callable[[int, bytes], bytes | None] = lambda nodeid, name: None
+    ) -> None:
+        """`quick`: another way to a name's packed entry, counted, that may not know (tierfs.fuse.hot)."""
         self._vfs = vfs
+        self._quick = quick
         self._writers_open = vfs.gate.writers_open
         self.table: list[Operation | None] = [None] * p.OPS
         for op in Op:
@@ -277,7 +281,7 @@ class Operations:
         self, nodeid: int, fh: int, offset: int, room: int, entries: list[bytes], counted: list[int]
     ) -> None:
         """Append to `entries` what fits, and to `counted` the nodes of which that counts a lookup."""
-        lookup, pack = self._vfs.lookup, self._entry
+        quick, lookup, pack = self._quick, self._vfs.lookup, self._entry
         for following, name, ino, kind in self._vfs.readdir(fh, offset):
             # Room first: each entry that is packed counts a lookup.
             room -= p.DIRENT_PLUS_SIZE + (len(name) + 7 & ~7)
@@ -286,9 +290,13 @@ class Operations:
             found = None
             if name not in _DOTS:
                 try:
-                    known = lookup(nodeid, name)
-                    counted.append(known[0])
-                    found = pack(known)
+                    found = quick(nodeid, name)
+                    if found is not None:
+                        counted.append(p.U64.unpack_from(found)[0])
+                    else:
+                        known = lookup(nodeid, name)
+                        counted.append(known[0])
+                        found = pack(known)
                 except OSError:
                     found = None  # gone meanwhile, or not to be shown: asked for by name, it says why
             entries.append(p.dirent_plus(found, ino, following, kind, name))

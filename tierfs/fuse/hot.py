@@ -1,0 +1,115 @@
+"""How requests come in: read from the kernel one by one, the simplest perhaps answered before Python sees them.
+
+Two forms of one interface. The compiled one (`_hot.c`) answers a LOOKUP or GETATTR of what is plainly there by
+itself; it has no other meaning than vfs, nodes and operations give the request, and leaves all else to them.
+The pure one leaves everything.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Callable
+from typing import Protocol
+
+from tierfs.fuse import compiled
+from tierfs.fuse import protocol as p
+from tierfs.vfs import Vfs
+
+log = logging.getLogger("fuse")
+
+
+class Receiver(Protocol):
+    """Where requests come from."""
+
+    @property
+    def answered(self) -> int:
+        """How many requests the last `receive` has answered itself."""
+
+    def receive(self, most: int, /) -> int | None:
+        """Put the next request that is not answered here into the buffer: its size.
+
+        0 where `most` have been answered, or some and no more are there; None where nothing is. Raises OSError.
+        """
+
+    def entry(self, nodeid: int, name: bytes, /) -> bytes | None:
+        """The packed entry of a name, with one lookup counted; None: look it up by the vfs."""
+
+    def close(self) -> None:
+        """Let go of the memory that it was given. Not to be used after."""
+
+
+class Pure:
+    """Reads, and answers nothing."""
+
+    answered = 0
+
+    def __init__(self, fd: int, buffer: bytearray) -> None:
+        self._device = io.FileIO(fd, "r+", closefd=False)
+        self._buffer = buffer
+
+    def receive(self, _most: int, /) -> int | None:
+        return self._device.readinto(self._buffer)
+
+    def entry(self, _nodeid: int, _name: bytes, /) -> bytes | None:
+        return None
+
+    def close(self) -> None:
+        pass
+
+
+Receivers = Callable[[int, bytearray, Vfs, Callable[[int, int], None]], Receiver]
+
+
+def pure(fd: int, buffer: bytearray, _vfs: Vfs, _refused: Callable[[int, int], None]) -> Receiver:
+    """The pure form."""
+    return Pure(fd, buffer)
+
+
+def receiver(fd: int, buffer: bytearray, vfs: Vfs, refused: Callable[[int, int], None]) -> Receiver:
+    """The compiled form where it can be had, else the pure one; a line in the log says where one is no good.
+
+    `refused` is told of a reply that the kernel did not take: the request's number, and an errno.
+    """
+    module, why_not = compiled.find()
+    if why_not:
+        log.warning("the compiled part is not used: %s", why_not)
+    if module is None:
+        return Pure(fd, buffer)
+    gate, nodes = vfs.gate, vfs.nodes
+
+    def holds(ino: int, ctime: int, blocks: int) -> int:
+        """For how many seconds attributes as they are hold; -1 where others are shown."""
+        if not gate.appearance.is_itself(ino, ctime, blocks):
+            return -1
+        return 0 if gate.writers_open(ino) else p.ATTR_SECONDS
+
+    lookups, size = vfs.ledger.lookups()
+    by_slot, by_ino, directories = nodes.tables()
+    made: Receiver = module.Hot(
+        fd=fd,
+        buffer=buffer,
+        by_slot=by_slot,
+        by_ino=by_ino,
+        dirs=directories,
+        root=nodes.root,
+        root_fd=vfs.tree.rootfd,
+        device=vfs.tree.device,
+        lookups=lookups,
+        node_size=size,
+        plain=gate.appearance.plain,
+        inodes=gate.appearance.inodes,
+        entry_seconds=p.ENTRY_SECONDS,
+        attr_seconds=p.ATTR_SECONDS,
+        holds=holds,
+        enter=nodes.enter,
+        refused=refused,
+    )
+    return made
+
+
+def form(receiver: Receiver) -> str:
+    """`pure` or `compiled`."""
+    return "pure" if isinstance(receiver, Pure) else "compiled"
+
+
