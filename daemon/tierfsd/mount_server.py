@@ -89,10 +89,13 @@ class Server:
         self._said_ready = self._said_suspect = False
         self._next_tick = 0.0
         self._spinner = session.spinner
+        # All but the kernel, as one descriptor.
+        self._others = select.epoll()
         self._poll = select.epoll()
         self._handlers: dict[int, Callable[[], None]] = {}
         supervisor.sock.setblocking(False)
-        self._watch(session.fileno(), lambda: None)
+        for fd in (session.fileno(), self._others.fileno()):
+            self._poll.register(fd, select.EPOLLIN)
         self._watch(supervisor.fileno(), self._hear_supervisor)
         self._watch(signal_fd, self._signalled)
         self._kept: set[int] = set()
@@ -101,13 +104,14 @@ class Server:
 
     def _watch(self, fd: int, handler: Callable[[], None]) -> None:
         self._handlers[fd] = handler
-        self._poll.register(fd, select.EPOLLIN)
+        self._others.register(fd, select.EPOLLIN)
 
     def run(self) -> bool:
         """Serve until the mount ends or somebody says so. Returns whether custody is unbroken."""
         session = self._session
         while session.end is None and not self._stopping:
-            served = session.serve(BATCH)
+            until = min(self._next_tick, time.monotonic() + TICK_SECONDS)
+            served = session.serve(BATCH, until, self._others.fileno())
             session.run_ready()
             if session.ready and not self._said_ready:
                 self._said_ready = True
@@ -141,12 +145,16 @@ class Server:
         events = self._poll.poll(timeout)
         if timeout and events:
             self._spinner.slept(time.perf_counter() - before)
-        for fd, _ in events:
+        if any(fd == self._others.fileno() for fd, _ in events):
+            self._hear_others()
+        if events:
+            self._next_tick = min(self._next_tick, time.monotonic() + TICK_SECONDS)
+
+    def _hear_others(self) -> None:
+        for fd, _ in self._others.poll(0.0):
             handler = self._handlers.get(fd)
             if handler is not None:
                 handler()
-        if events:
-            self._next_tick = min(self._next_tick, time.monotonic() + TICK_SECONDS)
 
     # --- supervisor and mover -----------------------------------------------------------------------------
 
@@ -199,7 +207,7 @@ class Server:
         if received is None:
             log.error("the supervisor is gone: serving on until the unmount; a dead mover is not replaced")
             del self._handlers[self._supervisor.fileno()]
-            self._poll.unregister(self._supervisor.fileno())
+            self._others.unregister(self._supervisor.fileno())
             return
         message, fds = received
         if isinstance(message, channel.NewMover) and len(fds) == 1:
@@ -218,6 +226,7 @@ class Server:
         """Say goodbye."""
         self._tell(channel.Stopped(clean))
         self._poll.close()
+        self._others.close()
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:

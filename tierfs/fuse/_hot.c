@@ -11,9 +11,11 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
 #include <stdint.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <time.h>
 #include <unistd.h>
 
 #ifndef TIERFS_SOURCES
@@ -45,7 +47,7 @@ enum outcome { PYTHONS, ABSENT, FOUND };
 
 typedef struct {
     PyObject_HEAD
-    int fd, root_fd;
+    int fd, root_fd, others;
     unsigned long long device;
     Py_buffer buffer, lookups;
     Py_ssize_t node_size;
@@ -294,17 +296,36 @@ static int is_open(Hot *hot)
     return hot->buffer.obj && hot->lookups.obj;
 }
 
-static PyObject *hot_receive(Hot *hot, PyObject *argument)
+/* Sleep until the kernel has a request: 1. 0: something else has come, a signal, or it is `until`. */
+static int awaited(Hot *hot, double until)
 {
-    Py_ssize_t most = PyLong_AsSsize_t(argument);
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    double left = until - now.tv_sec - now.tv_nsec * 1e-9;
+    struct pollfd fds[] = {{hot->fd, POLLIN, 0}, {hot->others, POLLIN, 0}};
+    if (left <= 0)
+        return 0;
+    int ready;
+    Py_BEGIN_ALLOW_THREADS
+    ready = poll(fds, 2, left < 3600 ? (int)(left * 1000) + 1 : 3600000);
+    Py_END_ALLOW_THREADS
+    return ready > 0 && fds[0].revents && !fds[1].revents;
+}
+
+static PyObject *hot_receive(Hot *hot, PyObject *arguments)
+{
+    Py_ssize_t most;
+    double until;
     hot->answered = 0;
-    if (PyErr_Occurred())
+    if (!PyArg_ParseTuple(arguments, "nd", &most, &until))
         return NULL;
     if (!is_open(hot))
         return NULL;
     while (hot->answered < most) {
         ssize_t size = read(hot->fd, hot->buffer.buf, hot->buffer.len);
         if (size < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) {
+            if (until > 0 && awaited(hot, until))
+                continue;
             if (hot->answered)
                 break;
             Py_RETURN_NONE;
@@ -371,6 +392,7 @@ static int hot_init(Hot *hot, PyObject *arguments, PyObject *named)
     }
     for (size_t each = 0; each < sizeof kept / sizeof *kept; each++)
         Py_INCREF(*kept[each]);
+    hot->others = -1;
     return 0;
 }
 
@@ -412,13 +434,14 @@ static void hot_dealloc(Hot *hot)
 }
 
 static PyMethodDef hot_methods[] = {
-    {"receive", (PyCFunction)hot_receive, METH_O, "Answer what can be answered here; the size of what cannot."},
+    {"receive", (PyCFunction)hot_receive, METH_VARARGS, "Answer what can be answered here; the size of what cannot."},
     {"entry", (PyCFunction)hot_entry, METH_VARARGS, "A name's packed entry, counted; None: Python is to say."},
     {"close", (PyCFunction)hot_close, METH_NOARGS, "Let go of the buffers. Not to be used after."},
     {NULL},
 };
 static PyMemberDef hot_members[] = {
     {"answered", T_PYSSIZET, offsetof(Hot, answered), READONLY, "Requests that the last receive has answered."},
+    {"others", T_INT, offsetof(Hot, others), 0, "A descriptor that ends a sleep when it can be read; -1: none."},
     {NULL},
 };
 static PyTypeObject HotType = {

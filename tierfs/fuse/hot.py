@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import io
 import logging
+import select
+import time
 from collections.abc import Callable
 from typing import Protocol
 
@@ -20,16 +22,22 @@ log = logging.getLogger("fuse")
 
 
 class Receiver(Protocol):
-    """Where requests come from."""
+    """Where requests come from.
+
+    `others`: a descriptor that ends a sleep as well when it can be read; -1: none.
+    """
+
+    others: int
 
     @property
     def answered(self) -> int:
         """How many requests the last `receive` has answered itself."""
 
-    def receive(self, most: int, /) -> int | None:
+    def receive(self, most: int, until: float, /) -> int | None:
         """Put the next request that is not answered here into the buffer: its size.
 
-        0 where `most` have been answered, or some and no more are there; None where nothing is. Raises OSError.
+        0 where `most` have been answered, or some and no more are there; None where nothing is. Sleeps before
+        it says that no more are, `until` then (CLOCK_MONOTONIC; 0: not at all) or `others`. Raises OSError.
         """
 
     def entry(self, nodeid: int, name: bytes, /) -> bytes | None:
@@ -45,11 +53,26 @@ class Pure:
     answered = 0
 
     def __init__(self, fd: int, buffer: bytearray) -> None:
+        self.others = -1
+        self._fd = fd
         self._device = io.FileIO(fd, "r+", closefd=False)
         self._buffer = buffer
 
-    def receive(self, _most: int, /) -> int | None:
-        return self._device.readinto(self._buffer)
+    def receive(self, _most: int, until: float, /) -> int | None:
+        size = self._device.readinto(self._buffer)
+        if size is None and until > 0 and self._awaited(until):
+            size = self._device.readinto(self._buffer)
+        return size
+
+    def _awaited(self, until: float) -> bool:
+        left = until - time.monotonic()
+        if left <= 0:
+            return False
+        poll = select.poll()
+        poll.register(self._fd, select.POLLIN)
+        if self.others >= 0:
+            poll.register(self.others, select.POLLIN)
+        return [fd for fd, _ in poll.poll(left * 1000)] == [self._fd]
 
     def entry(self, _nodeid: int, _name: bytes, /) -> bytes | None:
         return None

@@ -148,16 +148,20 @@ class Session:
 
     # --- requests -----------------------------------------------------------------------------------------
 
-    def serve(self, most: int) -> int:
-        """Answer what is there, at most so many requests, after a burst with a little patience. How many."""
+    def serve(self, most: int, until: float = 0.0, others: int = -1) -> int:
+        """Answer what is there, at most so many requests, after a burst with a little patience. How many.
+
+        Once there was one it also sleeps for the next, until then (CLOCK_MONOTONIC) or `others` can be read.
+        """
         # What a server before has left is counted as it comes, one by one.
         receiver = hot.Pure(self._fd, self._buffer) if self._resent else self._receiver
         receive, table, head = receiver.receive, self._table, p.HEAD.unpack_from
         view, buffer, write_request = self._view, self._buffer, p.Op.WRITE
-        served = 0
+        receiver.others = others
+        served, asleep = 0, 0.0
         while served < most:
             try:
-                size = receive(most - served)
+                size = receive(most - served, asleep)
                 if size is None:
                     size = self._linger(receiver)
             except OSError as error:
@@ -167,6 +171,8 @@ class Session:
             if size is None:
                 return served
             served += receiver.answered
+            # Those who are to be run again come first; and what spins has to know how long it slept.
+            asleep = 0.0 if self._runnable or self.spinner.enabled else until
             if not size:
                 continue
             served += 1
@@ -185,7 +191,7 @@ class Session:
         receive, clock = receiver.receive, time.perf_counter
         until = clock() + patience
         while clock() < until:
-            size = receive(1)
+            size = receive(1, 0.0)
             if size is not None:
                 self.spinner.hit()
                 return size

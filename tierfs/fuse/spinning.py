@@ -18,7 +18,7 @@ class Spinner:
 
     def __init__(self, enabled: bool | None = None) -> None:
         """`enabled` None: where the process may use more than one CPU; on one, it keeps the caller off."""
-        self._enabled = len(os.sched_getaffinity(0)) > 1 if enabled is None else enabled
+        self.enabled = len(os.sched_getaffinity(0)) > 1 if enabled is None else enabled
         self._credit = 0
 
     @property
@@ -36,5 +36,5 @@ class Spinner:
 
     def slept(self, seconds: float) -> None:
         """A request has ended a sleep of this length."""
-        if self._enabled and seconds < NEAR_SECONDS:
+        if self.enabled and seconds < NEAR_SECONDS:
             self._credit = min(self._credit + 2, _MOST_CREDIT)
