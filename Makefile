@@ -14,7 +14,11 @@ PYTEST_ARGS ?= -n 3 --dist loadfile
 setup: $(VENV)/.installed
 
 # Only what is missing is installed, so that a machine without the right to do so can still be set up by hand.
-$(VENV)/.installed: setup.cfg pyproject.toml Makefile
+# The server's compiled part is optional, and built anew when what it has to agree with has changed.
+COMPILED := $(addprefix tierfs/,appearance.py intents.py ledger.py nodes.py vfs.py \
+	$(addprefix fuse/,_hot.c compiled.py hot.py kernel.py operations.py protocol.py))
+
+$(VENV)/.installed: setup.cfg setup.py pyproject.toml Makefile $(COMPILED)
 	@missing=""; for package in $(PACKAGES); do \
 		dpkg-query -W -f='$${Status}' $$package 2>/dev/null | grep -q 'ok installed' || \
 		dpkg-query -W -f='$${Status}' $${package}t64 2>/dev/null | grep -q 'ok installed' || \
@@ -33,6 +37,10 @@ $(VENV)/.installed: setup.cfg pyproject.toml Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "make setup: $(PYTHON) is too old: give Python 3.11 or later as PYTHON=..." >&2; exit 1; }
 	[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -c 'import os, sys, sysconfig; \
+		sys.exit(not os.path.exists(sysconfig.get_paths()["include"] + "/Python.h"))' || \
+		DEBIAN_FRONTEND=noninteractive $(SUDO) apt-get install -y -qq --no-install-recommends python3-dev >/dev/null || \
+		echo "make setup: python3-dev cannot be installed: the mount is served by pure Python, more slowly" >&2
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
 	@touch $@
 

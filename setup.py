@@ -17,5 +17,7 @@ setup(
             extra_compile_args=["-O2"],
             optional=True,
         )
-    ]
+    ],
+    # What is there may be of sources that have changed without the compiler's own being newer.
+    options={"build_ext": {"force": True}},
 )

@@ -40,10 +40,14 @@ class Prepared(Message, frozen=True):
 
 
 class Ready(Message, frozen=True):
-    """The kernel has been answered: the mount works. `lasting`: another server could take it over."""
+    """The kernel has been answered: the mount works. `lasting`: another server could take it over.
+
+    `form`: how it serves, `compiled` or `pure`; "" where it cannot be chosen.
+    """
 
     passthrough: bool
     lasting: bool
+    form: str = ""
 
 
 class Keep(Message, frozen=True):

@@ -228,7 +228,7 @@ class Status(Frame, frozen=True):
     verifying: int = 0
     journal_behind_seconds: float = 0.0
     notes: list[str] = []
-    binding: dict[str, str] = {}  # name and reason
+    binding: dict[str, str] = {}  # name, reason, and form: compiled or pure
     scrub: Scrub | None = None
     waiting: list[Waiting] = []  # those that have waited longest
 

@@ -116,7 +116,7 @@ class Server:
             if session.ready and not self._said_ready:
                 self._said_ready = True
                 lasting = self._vfs.tree.privileged
-                self._tell(channel.Ready(self._gate.backing is not None, lasting))
+                self._tell(channel.Ready(self._gate.backing is not None, lasting, session.form))
             self._turn(served)
             self._events(0.0 if served == BATCH else self._pause())
             session.run_ready()

@@ -76,6 +76,7 @@ class Supervisor:
         self._ledger_fd = -1
         self._epoch = 0
         self._lasting = False
+        self._form = ""
         self._ready_at = 0.0
         self._takeovers = 0
         self._kept: dict[int, int] = {}  # inode number -> a descriptor without which the file would end
@@ -211,7 +212,7 @@ class Supervisor:
             self._plan.volume.state,
             {
                 "mountpoint": self._plan.mountpoint,
-                "binding": self._plan.binding._asdict(),
+                "binding": {**self._plan.binding._asdict(), "form": self._form},
                 "pids": {"supervisor": os.getpid(), "server": self._server.pid, "mover": self._mover.pid},
                 "mover_deaths": self._mover.total_deaths,
                 "server_deaths": self._server.total_deaths,
@@ -514,6 +515,7 @@ class Supervisor:
             self._prepared = True
         elif isinstance(message, channel.Ready):
             self._ready, self._lasting, self._ready_at = True, message.lasting, time.monotonic()
+            self._form = message.form
         elif isinstance(message, channel.Suspect):
             self._suspect = True
             self._care.doubt("the mount server has met damage")

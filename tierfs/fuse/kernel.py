@@ -122,6 +122,11 @@ class Session:
         """For poll."""
         return self._fd
 
+    @property
+    def form(self) -> str:
+        """How it serves: `compiled` or `pure`."""
+        return hot.form(self._receiver)
+
     def take_over(self) -> None:
         """Go on with a session that another process has begun: have all sent again that it has not answered.
 
