@@ -9,6 +9,8 @@ import time
 
 import pytest
 
+from tierfs.fuse import compiled
+
 pytestmark = [pytest.mark.mount, pytest.mark.usefixtures("tiers")]
 
 
@@ -34,6 +36,19 @@ def test_mounting_is_quick_and_says_nothing(volume):
     assert (done.stdout, done.stderr) == ("", "")
     assert time.monotonic() - began < 3  # well below a second on a machine that does nothing else
     assert stat.S_IMODE(os.stat(made.state).st_mode) == 0o700
+
+
+def test_status_says_which_form_of_the_server_is_in_use(volume, monkeypatch):
+    made = volume(mount=False)
+    monkeypatch.delenv(compiled.PURE, raising=False)
+    made.mount()
+    assert made.status()["binding"]["form"] == ("pure" if compiled.find()[0] is None else "compiled")
+    made.umount()
+    monkeypatch.setenv(compiled.PURE, "1")
+    made.mount()
+    assert made.status()["binding"]["form"] == "pure"
+    (made.mountpoint / "f").write_text("x")
+    assert (made.mountpoint / "f").stat().st_size == 1
 
 
 def test_a_second_mount_is_refused(volume):
