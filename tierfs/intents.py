@@ -41,7 +41,14 @@ def clamped(value: int) -> int:
 
 def pack_stat(target: mmap.mmap | bytearray, at: int, st: os.stat_result) -> None:
     """Put attributes at this place, in STAT_SIZE bytes."""
-    times = (clamped(st.st_atime_ns), clamped(st.st_mtime_ns), clamped(st.st_ctime_ns))
+    times: tuple[int, ...] = st.st_atime_ns, st.st_mtime_ns, st.st_ctime_ns
+    try:
+        _pack_stat(target, at, st, times)
+    except struct.error:
+        _pack_stat(target, at, st, tuple(map(clamped, times)))
+
+
+def _pack_stat(target: mmap.mmap | bytearray, at: int, st: os.stat_result, times: tuple[int, ...]) -> None:
     _STAT.pack_into(
         target, at, st.st_mode, st.st_ino, st.st_dev, st.st_nlink, st.st_uid, st.st_gid,
         st.st_size, *times, st.st_blocks, st.st_rdev,

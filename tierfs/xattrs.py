@@ -58,6 +58,10 @@ class Xattrs:
         if self._internal(name):
             raise _error(errno.ENODATA, name)
         node = self._nodes.get(nodeid)
+        # The kernel asks this at the first write to each file that is open.
+        inode = self._gate.appearance.inodes.get(node.ino) if self._nodes.known(node.ino) is node else None
+        if inode is not None and inode.opens and not name.startswith(_VIRTUAL):
+            return os.getxattr(fd_path(inode.opath), name)
         fd, st = self._nodes.reach(node)
         try:
             if name.startswith(_VIRTUAL):

@@ -26,7 +26,8 @@ enum { LOOKUP = 1, GETATTR = 3 }; /* opcodes */
 enum { GETATTR_FH = 1 };
 #define RESENT (1ULL << 63)
 #define SLOT 0xFFFFFFFFULL
-#define MOST_LOOKUPS 0x7FFFFFFFULL
+#define MOST_LOOKUPS 0x7FFFFFFFU
+#define INLINE 34
 
 /* The layouts of linux/fuse.h. */
 struct in_header { uint32_t len, opcode; uint64_t unique, nodeid; uint32_t uid, gid, pid; uint16_t extlen, padding; };
@@ -42,6 +43,14 @@ struct entry_out {
 };
 struct attr_out { uint64_t attr_valid; uint32_t attr_valid_nsec, dummy; struct attr attr; };
 
+/* A node in the ledger (tierfs/ledger.py). */
+struct kept_node {
+    uint64_t number, ino, parent;
+    uint32_t lookups;
+    uint8_t kind, length;
+    char name[INLINE];
+};
+
 /* What became of a request here. */
 enum outcome { PYTHONS, ABSENT, FOUND };
 
@@ -49,15 +58,14 @@ typedef struct {
     PyObject_HEAD
     int fd, root_fd, others;
     unsigned long long device;
-    Py_buffer buffer, lookups;
-    Py_ssize_t node_size;
+    Py_buffer buffer, table;
     unsigned long entry_seconds, attr_seconds;
     PyObject *by_slot, *by_ino, *dirs, *plain, *inodes, *root;
     PyObject *holds, *enter, *refused;
     Py_ssize_t answered;
 } Hot;
 
-static PyObject *s_id, *s_ino, *s_parent, *s_name, *s_lookups, *s_anchor, *s_move_to_end;
+static PyObject *s_id, *s_ino, *s_parent, *s_anchor, *s_move_to_end;
 
 /* --- nodes ----------------------------------------------------------------------------------------------- */
 
@@ -81,13 +89,14 @@ static int attribute_is(PyObject *node, PyObject *attribute, PyObject *wanted)
     return same;
 }
 
-static int has_name(PyObject *node, const char *name, Py_ssize_t length)
+/* What the ledger has of a node that is reached by a name which it holds itself; NULL of others. */
+static struct kept_node *kept_of(Hot *hot, uint64_t nodeid)
 {
-    PyObject *value = PyObject_GetAttr(node, s_name);
-    int same = value && PyBytes_CheckExact(value) && PyBytes_GET_SIZE(value) == length
-               && !memcmp(PyBytes_AS_STRING(value), name, length);
-    Py_XDECREF(value);
-    return same;
+    size_t at = (size_t)(nodeid & SLOT) * sizeof(struct kept_node);
+    if (at + sizeof(struct kept_node) > (size_t)hot->table.len)
+        return NULL;
+    struct kept_node *kept = (struct kept_node *)((char *)hot->table.buf + at);
+    return kept->number == nodeid && !kept->kind && kept->length <= INLINE ? kept : NULL;
 }
 
 /* The node of this number, borrowed; NULL where it is not in use. */
@@ -116,23 +125,6 @@ static int directory_of(Hot *hot, PyObject *node)
     }
     Py_XDECREF(id);
     return fd;
-}
-
-/* One more lookup of a node, also in the ledger. 0 with an exception set where that failed. */
-static int count_one(Hot *hot, PyObject *node, uint64_t nodeid)
-{
-    uint64_t lookups = number_of(node, s_lookups);
-    size_t at = (size_t)(nodeid & SLOT) * hot->node_size;
-    if (PyErr_Occurred() || at + sizeof(uint32_t) > (size_t)hot->lookups.len)
-        return 0;
-    PyObject *more = PyLong_FromUnsignedLongLong(++lookups);
-    if (!more || PyObject_SetAttr(node, s_lookups, more) < 0) {
-        Py_XDECREF(more);
-        return 0;
-    }
-    Py_DECREF(more);
-    *(volatile uint32_t *)((char *)hot->lookups.buf + at) = lookups < MOST_LOOKUPS ? lookups : MOST_LOOKUPS;
-    return 1;
 }
 
 /* --- attributes ------------------------------------------------------------------------------------------ */
@@ -192,11 +184,13 @@ static uint64_t counted(Hot *hot, PyObject *parent, const char *name, Py_ssize_t
     PyObject *node = ino ? PyDict_GetItemWithError(hot->by_ino, ino) : NULL;
     uint64_t nodeid = 0;
     if (node) {
-        if (node != hot->root && attribute_is(node, s_anchor, Py_None) && attribute_is(node, s_parent, parent)
-            && has_name(node, name, length)) {
-            nodeid = number_of(node, s_id);
-            if (PyErr_Occurred() || !count_one(hot, node, nodeid))
-                nodeid = 0;
+        uint64_t number = number_of(node, s_id);
+        struct kept_node *kept = PyErr_Occurred() ? NULL : kept_of(hot, number);
+        if (kept && node != hot->root && attribute_is(node, s_anchor, Py_None) && attribute_is(node, s_parent, parent)
+            && kept->length == length && !memcmp(kept->name, name, length)) {
+            if (kept->lookups < MOST_LOOKUPS)
+                *(volatile uint32_t *)&kept->lookups = kept->lookups + 1;
+            nodeid = number;
         }
     } else if (ino && !PyErr_Occurred() && (!S_ISDIR(st->st_mode) || st->st_dev == hot->device)) {
         PyObject *number = PyObject_CallFunction(hot->enter, "OOy#", ino, parent, name, length);
@@ -238,11 +232,14 @@ static enum outcome get_attributes(Hot *hot, uint64_t nodeid, struct attr_out *o
         if (status(hot->root_fd, NULL, &st))
             return PYTHONS;
     } else {
-        PyObject *parent = PyObject_GetAttr(node, s_parent), *name = PyObject_GetAttr(node, s_name);
-        int fd = parent && parent != Py_None && name && PyBytes_CheckExact(name) ? directory_of(hot, parent) : -1;
-        int failed = fd < 0 || status(fd, PyBytes_AS_STRING(name), &st);
+        struct kept_node *kept = kept_of(hot, nodeid);
+        char name[INLINE + 1] = "";
+        if (kept)
+            memcpy(name, kept->name, kept->length);
+        PyObject *parent = PyObject_GetAttr(node, s_parent);
+        int fd = kept && *name && parent && parent != Py_None ? directory_of(hot, parent) : -1;
+        int failed = fd < 0 || status(fd, name, &st);
         Py_XDECREF(parent);
-        Py_XDECREF(name);
         if (failed || st.st_ino != number_of(node, s_ino))
             return PYTHONS;
     }
@@ -291,9 +288,9 @@ static int answer(Hot *hot, Py_ssize_t size)
 /* 0 with an exception set where it is not. */
 static int is_open(Hot *hot)
 {
-    if (!hot->buffer.obj || !hot->lookups.obj)
+    if (!hot->buffer.obj || !hot->table.obj)
         PyErr_SetString(PyExc_ValueError, "closed");
-    return hot->buffer.obj && hot->lookups.obj;
+    return hot->buffer.obj && hot->table.obj;
 }
 
 /* Sleep until the kernel has a request: 1. 0: something else has come, a signal, or it is `until`. */
@@ -365,16 +362,17 @@ static PyObject *hot_entry(Hot *hot, PyObject *arguments)
 static PyObject *hot_close(Hot *hot, PyObject *Py_UNUSED(none))
 {
     PyBuffer_Release(&hot->buffer);
-    PyBuffer_Release(&hot->lookups);
+    PyBuffer_Release(&hot->table);
     Py_RETURN_NONE;
 }
 
 static int hot_init(Hot *hot, PyObject *arguments, PyObject *named)
 {
     static char *names[] = {
-        "fd", "buffer", "by_slot", "by_ino", "dirs", "root", "root_fd", "device", "lookups", "node_size",
+        "fd", "buffer", "by_slot", "by_ino", "dirs", "root", "root_fd", "device", "table", "node_size",
         "plain", "inodes", "entry_seconds", "attr_seconds", "holds", "enter", "refused", NULL,
     };
+    Py_ssize_t node_size;
     if (hot->by_slot) {
         PyErr_SetString(PyExc_TypeError, "made already");
         return -1;
@@ -384,7 +382,7 @@ static int hot_init(Hot *hot, PyObject *arguments, PyObject *named)
     if (!PyArg_ParseTupleAndKeywords(
             arguments, named, "iw*O!O!O!OiKw*nO!O!kkOOO", names, &hot->fd, &hot->buffer, &PyList_Type, &hot->by_slot,
             &PyDict_Type, &hot->by_ino, &PyDict_Type, &hot->dirs, &hot->root, &hot->root_fd, &hot->device,
-            &hot->lookups, &hot->node_size, &PySet_Type, &hot->plain, &PyDict_Type, &hot->inodes,
+            &hot->table, &node_size, &PySet_Type, &hot->plain, &PyDict_Type, &hot->inodes,
             &hot->entry_seconds, &hot->attr_seconds, &hot->holds, &hot->enter, &hot->refused)) {
         for (size_t each = 0; each < sizeof kept / sizeof *kept; each++)
             *kept[each] = NULL;
@@ -393,6 +391,10 @@ static int hot_init(Hot *hot, PyObject *arguments, PyObject *named)
     for (size_t each = 0; each < sizeof kept / sizeof *kept; each++)
         Py_INCREF(*kept[each]);
     hot->others = -1;
+    if (node_size != sizeof(struct kept_node)) {
+        PyErr_SetString(PyExc_ValueError, "the ledger's nodes are of another size");
+        return -1;
+    }
     return 0;
 }
 
@@ -428,7 +430,7 @@ static void hot_dealloc(Hot *hot)
 {
     PyObject_GC_UnTrack(hot);
     PyBuffer_Release(&hot->buffer);
-    PyBuffer_Release(&hot->lookups);
+    PyBuffer_Release(&hot->table);
     hot_clear(hot);
     Py_TYPE(hot)->tp_free((PyObject *)hot);
 }
@@ -465,11 +467,9 @@ PyMODINIT_FUNC PyInit__hot(void)
     s_id = PyUnicode_InternFromString("id");
     s_ino = PyUnicode_InternFromString("ino");
     s_parent = PyUnicode_InternFromString("parent");
-    s_name = PyUnicode_InternFromString("name");
-    s_lookups = PyUnicode_InternFromString("lookups");
     s_anchor = PyUnicode_InternFromString("anchor");
     s_move_to_end = PyUnicode_InternFromString("move_to_end");
-    if (!s_id || !s_ino || !s_parent || !s_name || !s_lookups || !s_anchor || !s_move_to_end)
+    if (!s_id || !s_ino || !s_parent || !s_anchor || !s_move_to_end)
         return NULL;
     if (PyType_Ready(&HotType) < 0)
         return NULL;

@@ -107,7 +107,7 @@ def receiver(fd: int, buffer: bytearray, vfs: Vfs, refused: Callable[[int, int],
             return -1
         return 0 if gate.writers_open(ino) else p.ATTR_SECONDS
 
-    lookups, size = vfs.ledger.lookups()
+    table, size = vfs.ledger.table()
     by_slot, by_ino, directories = nodes.tables()
     made: Receiver = module.Hot(
         fd=fd,
@@ -118,7 +118,7 @@ def receiver(fd: int, buffer: bytearray, vfs: Vfs, refused: Callable[[int, int],
         root=nodes.root,
         root_fd=vfs.tree.rootfd,
         device=vfs.tree.device,
-        lookups=lookups,
+        table=table,
         node_size=size,
         plain=gate.appearance.plain,
         inodes=gate.appearance.inodes,
