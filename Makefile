@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
-PACKAGES := python3-venv fuse3 libfuse2 attr acl gcc git make procps psmisc sqlite3 strace util-linux
+PACKAGES := python3-venv fuse3 libfuse2 attr acl gcc libc6-dev e2fsprogs git make procps psmisc sqlite3 strace util-linux
 PYTEST := $(BIN)/pytest
 # Tests wait more than they compute. A file's tests stay together: they share its mounts.
 PYTEST_ARGS ?= -n 3 --dist loadfile
