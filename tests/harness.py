@@ -191,7 +191,8 @@ class Volume:
         return json.loads(self.cli(*args, **more).stdout)
 
     def mount(self, *args: Path_, check: bool = True, timeout: float = 60) -> Done:
-        self.mountpoint.mkdir(exist_ok=True)
+        with contextlib.suppress(FileExistsError):  # no look at it: a mount there may be dead
+            os.mkdir(self.mountpoint)
         given = ("--store", self.store) if self.store else ()
         given += ("--state", self.state, *self.options, *args)
         done = self.cli("mount", *given, self.mountpoint, check=check, timeout=timeout)

@@ -79,6 +79,7 @@ class Side(asyncio.BufferedProtocol):
         self._view = memoryview(self._buffer)
         self._queue: deque[tuple[float, bytes]] = deque()  # due time and bytes; no bytes: the end
         self._queued = 0
+        self._early: list[bytes] = []
         self._line_free = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._held: set[str] = set()  # reasons not to read
@@ -107,10 +108,23 @@ class Side(asyncio.BufferedProtocol):
 
     def _send(self, data: memoryview) -> None:
         settings = self.relay.settings
+        if "connecting" in self._held:
+            # Before Python 3.11.4 a transport that was told to pause as it was made reads all the same.
+            self._early.append(bytes(data))
+            return
         if not (settings.rtt_ms or settings.bandwidth_mbps or self._queue):
             self.other.transport.write(bytes(data))  # a copy: a transport may keep what it cannot send at once
             return
         self._enqueue(bytes(data))
+
+    def _begin(self) -> None:
+        """The way is there: what came before it is sent now."""
+        early, self._early = self._early, []
+        for data in early:
+            if data:
+                self._send(memoryview(data))
+            else:
+                self.eof_received()
 
     def _enqueue(self, data: bytes) -> None:
         settings, now = self.relay.settings, self.relay.loop.time()
@@ -189,6 +203,8 @@ class Side(asyncio.BufferedProtocol):
     def release(self, reason: str) -> None:
         if reason in self._held:
             self._held.discard(reason)
+            if reason == "connecting":
+                self._begin()
             if not self._held and self.transport and not self.transport.is_closing():
                 self.transport.resume_reading()
 
@@ -199,7 +215,9 @@ class Side(asyncio.BufferedProtocol):
         self.other.release("full")
 
     def eof_received(self) -> bool:
-        if self._queue:
+        if "connecting" in self._held:
+            self._early.append(b"")
+        elif self._queue:
             self._enqueue(b"")
         else:
             self._finish()

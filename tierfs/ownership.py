@@ -16,6 +16,7 @@ from typing import Any
 
 from tierfs.errors import ObjectMissingError, PreconditionError, StoreUnavailableError, VolumeError
 from tierfs.store.base import ObjectStore
+from tierfs.syscalls import boot_id
 from tierfs.volume import Identity, Volume, write_json
 
 STORE_KEY = "volume.json"
@@ -130,11 +131,47 @@ class Owner:
     ours: bool = False
 
 
-def show_life(store: ObjectStore, epoch: int, mounted: bool) -> None:
-    """Tell who else might want the store that it is in use, or no more. Raises StoreError."""
+def show_life(store: ObjectStore, epoch: int, mounted: bool, process: str = "") -> None:
+    """Tell who else might want the store that it is in use, or no more. Raises StoreError.
+
+    `process`: who works on it (`this_process`), for `refuse_second`.
+    """
     said = {"host": os.uname().nodename, "epoch": epoch, "mounted": mounted, "at": time.time()}
-    raw = json.dumps(said).encode()
+    raw = json.dumps(said | {"process": process}).encode()
     store.put(ALIVE_KEY, raw, len(raw))
+
+
+def this_process() -> str:
+    """What tells this process from all others of all machines: boot, number, and when it was started."""
+    return f"{boot_id()} {os.getpid()} {_started(os.getpid())}"
+
+
+def refuse_second(volume: Volume, store: ObjectStore) -> None:
+    """Raises VolumeError where a process of this very machine has the store mounted from elsewhere.
+
+    A copy of a state directory that is in use has the same claim on the store as the original: the later mount
+    would take it. Between machines a clone is told from one that was started anew by its claim alone.
+    """
+    try:
+        life = json.loads(bytes(store.get(ALIVE_KEY)))
+        boot, pid, started = str(life["process"]).split(" ")
+        if not life["mounted"] or boot != boot_id() or started != _started(int(pid)):
+            return
+        with open(f"/proc/{int(pid)}/cmdline", "rb") as file:
+            arguments = file.read().split(b"\0")
+    except (ObjectMissingError, ValueError, TypeError, KeyError, OSError):
+        return  # nothing there, of an older version, or that process has ended
+    if os.fsencode(volume.state) not in arguments:
+        raise VolumeError(
+            f"{store.describe()}: is mounted on this machine by process {pid}, with another state directory:"
+            " unmount it there, or go on with this copy by `tierfs mount --force`"
+        )
+
+
+def _started(pid: int) -> str:
+    """When, in clock ticks since the machine was started (proc_pid_stat(5), field 22). Raises OSError."""
+    with open(f"/proc/{pid}/stat", "rb") as file:
+        return file.read().rpartition(b") ")[2].split()[19].decode()
 
 
 def owner(store: ObjectStore, state: str) -> Owner:

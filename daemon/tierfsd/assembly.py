@@ -156,7 +156,8 @@ class Mover:
             raise
 
     def _show_life(self, mounted: bool) -> None:
-        ownership.show_life(self._store, self._index.session.epoch, mounted)
+        process = ownership.this_process()
+        ownership.show_life(self._store, self._index.session.epoch, mounted, process)
 
     def _withhold(self, reason: str) -> None:
         if self._tier.kit.withheld != reason:

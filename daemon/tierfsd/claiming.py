@@ -132,4 +132,5 @@ def _look(home: volume.Volume, force: bool) -> str:
         ownership.take_over(home, store, epoch)
     else:
         ownership.look(home, store)
+        ownership.refuse_second(home, store)
     return "ours"

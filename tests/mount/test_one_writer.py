@@ -159,6 +159,30 @@ def test_a_clone_is_refused_and_a_takeover_fences_the_first(machines: Machines) 
     here.demote(stays)
 
 
+def test_a_copy_of_a_state_directory_in_use_is_refused(volume: Callable[..., Volume]) -> None:
+    """It has the same claim on the store as the original, whose place it would take."""
+    here = volume(mount=False)
+    shared = here.base / "shared"
+    shared.mkdir()
+    here.store = f"file://{shared}"
+    here.mount()
+    path = new_file(here, None, "first")
+    here.demote(path)
+    deadline = time.monotonic() + 30
+    while not (shared / "alive.json").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    there = volume(mount=False)
+    there.store = here.store
+    subprocess.run(["cp", "-a", here.state, there.state], check=True)
+    refused = there.mount(check=False)
+    assert refused.returncode == 1 and refused.stderr.count("\n") == 1, refused.stderr
+    assert "is mounted on this machine by process" in refused.stderr and "--force" in refused.stderr
+    here.umount()
+    there.mount()
+    assert (there.mountpoint / "first").read_bytes()
+
+
 @pytest.mark.parametrize(
     "store", ["directory", pytest.param("moto", marks=[S3, SOAK]), RCLONE, RGW], indirect=True
 )

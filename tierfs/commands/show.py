@@ -140,7 +140,8 @@ def _scrub(scrub: dict[str, Any]) -> str:
     else:
         text = "never: see scrub_every in config.toml"
     if scrub["running"] or not scrub["ended"]:
-        text += f"; {scrub['files']} copies read, {terminal.size(scrub['bytes'])}, since {_day(scrub['began'])}"
+        read = f"{scrub['files']} copies read, {terminal.size(scrub['bytes'])}"
+        text += f"; {read}, since {_day(scrub['began'])}" if scrub["began"] else "; none yet"
     elif scrub["files"]:
         text += f"; {scrub['files']} copies read by {_day(scrub['ended'])}"
     return text + (f"; {scrub['damaged']} CANNOT BE HAD BACK" if scrub["damaged"] else "")
