@@ -21,10 +21,12 @@ from tierfs import failpoints
 from tierfs.arrivals import HERE, Arrival, Request, leaves_from_bits, outside, shown_times
 from tierfs.digests import SIDE_SUFFIX, Extents, leaf_digests, sha256, unpack_side
 from tierfs.errors import (
+    BucketMissingError,
     BusyError,
     FetchTimeoutError,
     ForeignStubError,
     ObjectCorruptError,
+    StoreDeniedError,
     StoreUnavailableError,
 )
 from tierfs.index import Writer
@@ -37,6 +39,8 @@ log = logging.getLogger("mover")
 T = TypeVar("T")
 _CLAIM_SECONDS = 30.0
 _LONGEST_PAUSE = 5.0
+# Credentials are renewed, a disk is plugged in again: whoever reads waits for that as for a network.
+_AWAY = (StoreUnavailableError, StoreDeniedError, BucketMissingError)
 
 
 class AlreadyResident(Exception):
@@ -154,7 +158,7 @@ class Opener:
         self._kit.index.commit(partial(_put_foreign, handle, st, arrival.stub.generation)).result()
 
     def patiently(self, get: Callable[[], T], request: Request) -> T:
-        """Try until the request's deadline while the store is unavailable, and once more after wrong bytes.
+        """Try until the request's deadline while the store is away, and once more after wrong bytes.
 
         Raises FetchTimeoutError, StoreError.
         """
@@ -166,7 +170,7 @@ class Opener:
                 if corrupt:
                     raise
                 corrupt = True
-            except StoreUnavailableError as exc:
+            except _AWAY as exc:
                 left = request.deadline - time.monotonic()
                 if left < pause or request.cancelled or self.stopping.is_set():
                     timeout = self._kit.config.fetch_timeout

@@ -11,7 +11,7 @@ import pytest
 from tiering import MIB, Volume
 
 from tierfs import wire
-from tierfs.errors import StoreUnavailableError
+from tierfs.errors import BucketMissingError, StoreDeniedError, StoreUnavailableError
 from tierfs.model import LEAF, Residency
 from tierfs.store.memory import MemoryStore
 from tierfs.waits import Blocked
@@ -28,12 +28,13 @@ class CountingStore(MemoryStore):
         self.hold = threading.Event()
         self.hold.set()
         self.down = False
+        self.error = StoreUnavailableError
 
     def get(self, key, start=0, length=None):
         self.ranges.append((start, length))
         self.hold.wait(20)
         if self.down:
-            raise StoreUnavailableError("the store is down")
+            raise self.error("the store is down")
         return super().get(key, start, length)
 
 
@@ -253,6 +254,18 @@ def test_a_store_that_is_down_gives_eio_within_the_deadline(volume, cold):
     assert partial_blocks(volume) == 0
     volume.store.down = False
     assert volume.server.read(volume.path("big"), 0, 4096) == cold[:4096]
+
+
+@pytest.mark.parametrize("error", [StoreUnavailableError, StoreDeniedError, BucketMissingError])
+def test_a_read_waits_for_a_store_that_is_away_in_any_way(volume, cold, error):
+    """The network, credentials that have expired, a disk that is not plugged in."""
+    volume.store.down, volume.store.error = True, error
+    back = threading.Timer(0.3, lambda: setattr(volume.store, "down", False))
+    back.start()
+    try:
+        assert volume.server.read(volume.path("big"), 0, 4096) == cold[:4096]
+    finally:
+        back.join()
 
 
 def test_an_altered_leaf_fails_its_range_only(volume, cold):
