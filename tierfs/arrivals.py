@@ -42,6 +42,7 @@ class Request:
     ahead: bool
     deadline: float
     passable: bool = False
+    shown: tuple[int, int] = (0, 0)  # mtime and ctime that the server shows
     cancelled: bool = False
     passing: bool = False  # it is being served past the disk, and ends with that
     served: bool = False  # its first range has been asked for
@@ -242,9 +243,16 @@ def outside(extents: Extents, leaves: bytearray, size: int) -> Extents:
     return found
 
 
-def shown_times(record: Record | None, copy: Copy | None, st: os.stat_result) -> Shown:
-    """What the file shows now: its copy's times while ctime is the one that our last change left."""
+def shown_times(
+    record: Record | None, copy: Copy | None, st: os.stat_result, served: tuple[int, int] | None = None
+) -> Shown:
+    """What the file shows now: its copy's times while ctime is the one that our last change left.
+
+    `served`: the times that the server shows, where a mover died while it moved the file's. If they are the
+    copy's, nobody else has changed them since: what the inode says is the dead mover's write.
+    """
     mtime, ctime = st.st_mtime_ns, st.st_ctime_ns
-    if record is not None and copy is not None and record.left_ctime == ctime:
-        mtime, ctime = copy.mtime, copy.ctime
+    if record is not None and copy is not None:
+        ours = record.left_ctime == ctime or served == (copy.mtime, copy.ctime)
+        mtime, ctime = (copy.mtime, copy.ctime) if ours else (mtime, ctime)
     return Shown(mtime, ctime, st.st_mtime_ns, st.st_ctime_ns)

@@ -60,6 +60,7 @@ class Filler:
             message.id, message.ino, message.stub, message.size, message.start,
             min(message.start + message.length, message.size), message.whole, message.ahead,
             time.monotonic() + self._kit.config.fetch_timeout, message.passable,
+            (message.mtime, message.ctime),
         )  # fmt: skip
         with self._lock:
             self._requests[request.id] = request

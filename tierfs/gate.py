@@ -167,6 +167,7 @@ class Gate:
             self._enter(opath, st, parent, name)
             if inode.content is not None and kept is not None and kept.shown is not None:
                 inode.shown = ShownTimes(*kept.shown)
+                inode.content.shown = kept.shown[:2]
             fd = -1 if backing_id else self.tree.reopen(opath, flags & ~_STRIP)
         except BaseException:
             self._leave(inode, opath)
@@ -308,6 +309,7 @@ class Gate:
             inode.opath = os.dup(opath)  # its owner may close `opath` while flights go on
         inode.shown = ShownTimes(shown.st_mtime_ns, shown.st_ctime_ns, shown.st_blocks)
         inode.content = Content(stub, st.st_size, bits)
+        inode.content.shown = shown.st_mtime_ns, shown.st_ctime_ns
         self._note(inode)
         self._inflow.track(inode.ino, inode.content, inode.opath)
 
@@ -495,6 +497,8 @@ class Gate:
         inode.shown.ctime = st.st_ctime_ns
         if mtime_set:
             inode.shown.mtime = st.st_mtime_ns
+        if inode.content is not None:
+            inode.content.shown = inode.shown.mtime, inode.shown.ctime
         self._note(inode)
         self._append(Mark.TIMES, ino, a=inode.shown.mtime, b=inode.shown.ctime)
 

@@ -57,14 +57,15 @@ class Content:
     """
 
     __slots__ = (
-        "closing", "flights", "idle", "missing", "passages", "present", "settled", "size", "stub", "timed",
-        "waits", "whole_asked",
+        "closing", "flights", "idle", "missing", "passages", "present", "settled", "shown", "size", "stub",
+        "timed", "waits", "whole_asked",
     )  # fmt: skip
 
     def __init__(self, stub: Stub, size: int, bits: bytes | None) -> None:
         """`bits`: the leaves known to be local, one bit each, least significant first; None: none."""
         self.stub = stub
         self.size = size
+        self.shown = (0, 0)  # mtime and ctime (ns) that the file showed when it was opened
         count = leaf_count(size)
         self.present = bytearray(count)
         if bits is not None:
@@ -272,6 +273,8 @@ class Inflow:
             whole=flight.whole,
             ahead=flight.ahead,
             passable=flight.passable,
+            mtime=content.shown[0],
+            ctime=content.shown[1],
         )
         self._post(message, (opath,))
 

@@ -96,7 +96,7 @@ class Opener:
         leaves = leaves_from_bits(st.st_size, bits)
         data = kit.tree.extents(fd, st.st_size) if st.st_blocks else []
         suspect = outside(data, leaves, st.st_size)
-        shown = shown_times(record, copy, st)
+        shown = shown_times(record, copy, st, request.shown if kit.index.is_pending(ino) else None)
         arrival = Arrival(
             ino, stub, st.st_size, fd, record, shown, digests, extents, suspect, leaves, fresh=bits is None
         )

@@ -30,7 +30,8 @@ class Fetch(Message, frozen=True):
     `whole`: all of it. `ahead`: nobody waits. `passable`: only readers wait, so that Passing may serve them
     where the local disk is full. Readers are woken by Filled; whenever the last missing leaf has arrived the
     mover settles the file and says Settled, which is what writers wait for. FetchEnd ends the request, always,
-    also a cancelled one, and only when no write of it to the file is under way any more.
+    also a cancelled one, and only when no write of it to the file is under way any more. `mtime` and `ctime`
+    (ns): what the file shows.
     """
 
     id: int
@@ -42,6 +43,8 @@ class Fetch(Message, frozen=True):
     whole: bool
     ahead: bool
     passable: bool = False
+    mtime: int = 0
+    ctime: int = 0
 
 
 class CancelFetch(Message, frozen=True):

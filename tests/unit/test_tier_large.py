@@ -246,6 +246,34 @@ def test_truncation_during_a_fetch_wins(volume, cold):
         assert file.read() == b"fresh"
 
 
+@pytest.mark.parametrize("touched", [False, True])
+def test_times_that_a_killed_mover_left_are_not_the_files(volume, cold, touched):
+    """It died between a write of what it fetched and the times that it puts back, with the file open."""
+    before, path = times(volume), volume.path("big")
+    handle = volume.server.open(path)
+    volume.server.run(lambda: volume.server.gate.read(handle, 0, 4096))
+    volume.tier._settler.commit_bits(everything=True)
+    ino = os.stat(path).st_ino
+    assert volume.tier.filler.arrival(ino) is None
+    volume.index.commit(lambda w: w.put_pending(ino)).result()
+    with open(path, "r+b", buffering=0) as backing:
+        os.pwrite(backing.fileno(), cold[2 * MIB : 2 * MIB + LEAF], 2 * MIB)
+    assert os.stat(path).st_mtime_ns != before[0]
+    if touched:
+        with volume.server.lock:
+            volume.server.gate.before_change(ino)
+            os.utime(path, ns=(5, 777))
+            volume.server.gate.after_change(ino, os.stat(path), mtime_set=True)
+        volume.tier.drain()
+    wanted = (777, 0) if touched else before
+    assert volume.server.run(lambda: volume.server.gate.read(handle, 0, SIZE)) == cold
+    volume.server.run(lambda: volume.server.gate.ready(handle, True))
+    volume.server.release(handle)
+    volume.settle("big")
+    assert os.stat(path).st_mtime_ns == times(volume)[0] == wanted[0]
+    assert touched or times(volume)[1] == wanted[1]
+
+
 def test_a_store_that_is_down_gives_eio_within_the_deadline(volume, cold):
     volume.store.down = True
     with pytest.raises(OSError) as caught:
