@@ -161,13 +161,14 @@ class Gate:
         inode = self._inodes.setdefault(st.st_ino, Inode(st.st_ino, parent, name))
         if kept is not None:
             inode.slot, inode.backing_id, inode.passthrough = kept.slot, kept.backing_id, bool(kept.backing_id)
+            # Not what the inode says: a mover may have died while it moved its times.
+            inode.shown = ShownTimes(*kept.shown) if kept.shown is not None else None
         if backing_id != inode.backing_id:
             raise OSError(errno.EIO, "its registration is not known")
         try:
             self._enter(opath, st, parent, name)
-            if inode.content is not None and kept is not None and kept.shown is not None:
-                inode.shown = ShownTimes(*kept.shown)
-                inode.content.shown = kept.shown[:2]
+            if inode.content is None:
+                inode.shown = None
             fd = -1 if backing_id else self.tree.reopen(opath, flags & ~_STRIP)
         except BaseException:
             self._leave(inode, opath)
@@ -304,12 +305,13 @@ class Gate:
             copy = record.copy
             if copy is not None and copy.tag == stub.tag and copy.generation == stub.generation:
                 bits = self.index.get_bits(st.st_ino)
-        shown = self.appearance.shown(st, opath)
         if inode.opath < 0:
             inode.opath = os.dup(opath)  # its owner may close `opath` while flights go on
-        inode.shown = ShownTimes(shown.st_mtime_ns, shown.st_ctime_ns, shown.st_blocks)
+        if inode.shown is None:
+            shown = self.appearance.shown(st, opath)
+            inode.shown = ShownTimes(shown.st_mtime_ns, shown.st_ctime_ns, shown.st_blocks)
         inode.content = Content(stub, st.st_size, bits)
-        inode.content.shown = shown.st_mtime_ns, shown.st_ctime_ns
+        inode.content.shown = inode.shown.mtime, inode.shown.ctime
         self._note(inode)
         self._inflow.track(inode.ino, inode.content, inode.opath)
 

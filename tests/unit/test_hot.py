@@ -340,7 +340,10 @@ def change(path, action, name, *more):
     with contextlib.suppress(OSError):
         match action:
             case "file" | "empty":
-                where.write_bytes(b"content" if action == "file" else b"")
+                # A pipe in that place has no reader, and would be waited for.
+                fd = os.open(where, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NONBLOCK)
+                os.write(fd, b"content" if action == "file" else b"")
+                os.close(fd)
             case "dir":
                 where.mkdir()
             case "fifo":
