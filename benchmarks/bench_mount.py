@@ -66,12 +66,20 @@ def each(before: dict[str, float], after: dict[str, float], files: int) -> str:
     return f"{own:.0f} bytes, with its ledger {own + ledger:.0f}"
 
 
-def busy(mounted: Volume, seconds: float) -> list[str]:
+def busy(mounted: Volume, seconds: float) -> dict[str, float]:
     """Share of a processor that each process takes while nothing is asked of the mount."""
     pids = {name: pid for name, pid in mounted.status()["pids"].items() if pid}
     before = {name: used(pid) for name, pid in pids.items()}
     time.sleep(seconds)
-    return [f"{name} {(used(pid) - before[name]) / seconds:.2%}" for name, pid in pids.items()]
+    return {name: (used(pid) - before[name]) / seconds for name, pid in pids.items()}
+
+
+def settled(mounted: Volume, seconds: float) -> float:
+    """Wait, for so long at most, until the work that a mount begins with is done; how long it took."""
+    began = time.monotonic()
+    while sum(busy(mounted, 5).values()) > 0.02 and time.monotonic() - began < seconds:
+        pass
+    return time.monotonic() - began
 
 
 def used(pid: int) -> float:
@@ -116,7 +124,9 @@ def main() -> None:
         rows.append(["for each inode", each(before, after, known)])
         rows.append(["memory of the mover", told(memory(mounted, "mover"))])
         seconds = 6 if options.quick else 60
-        rows.append([f"idle, over {seconds} s", ", ".join(busy(mounted, seconds))])
+        rows.append(["at work by itself after the walks", f"{settled(mounted, 600):.0f} s"])
+        shares = [f"{name} {share:.2%}" for name, share in busy(mounted, seconds).items()]
+        rows.append([f"idle, over {seconds} s", ", ".join(shares)])
     table(f"A volume of {files:,} files", ["", ""], rows)
 
 

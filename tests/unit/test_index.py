@@ -314,17 +314,57 @@ def test_an_unknown_format_is_refused(tmp_path):
         Index.open(str(tmp_path))
 
 
-def test_ten_thousand_stubs_take_at_most_400_bytes_each(tmp_path):
+def numbered(ino, **changes):
+    """As a usual filesystem has it, with its handle."""
+    handle = b"\1\0\0\0" + ino.to_bytes(4, "little") + os.urandom(4)
+    now = time.time_ns()
+    copy = Copy(make_generation(1, ino), os.urandom(8), os.urandom(32), 4096, now - 10**10, now, 1)
+    usual = {"handle": handle, "fid": os.urandom(16), "name": b"file-%06d.txt" % ino, "parent": 5_000_000}
+    return record(ino, **{**usual, "size": 4096, "copy": copy, "left_ctime": now, **changes})
+
+
+def test_ten_thousand_stubs_take_at_most_210_bytes_each(tmp_path):
     """Pages in use: the file also holds pages that later commits will use again."""
     index = Index.open(str(tmp_path))
     with index.write() as writer:
         for ino in range(1, 10_001):
-            stub = record(ino, residency=Residency.STUB, fid=os.urandom(16), name=b"file-%06d.txt" % ino)
-            writer.put(stub)
+            writer.put(numbered(ino, residency=Residency.STUB, local=0))
     index.close()
     with lmdb.open(str(tmp_path), max_dbs=20, readonly=True) as env, env.begin() as txn:
         used = 0
         for name in (b"files", b"fids", b"dirty", b"quiet"):
             stat = txn.stat(env.open_db(name, txn=txn, create=False))
             used += (stat["leaf_pages"] + stat["branch_pages"]) * stat["psize"]
-    assert used / 10_000 <= 310
+    assert used / 10_000 <= 210
+
+
+def test_the_file_of_ten_thousand_files_that_were_made_copied_and_demoted_is_at_most_4_mb(tmp_path):
+    """With what waits for the journal, and free pages: in many small commits, as a mover does it."""
+    index = Index.open(str(tmp_path))
+    index.commit(lambda w: w.begin_notes(True)).result()
+
+    def each(change):
+        for first in range(1, 10_001, 250):
+            with index.write() as writer:
+                for ino in range(first, first + 250):
+                    change(writer, ino)
+
+    def made(w, ino):
+        w.note(5_000_000, b"file-%06d.txt" % ino)
+        w.put(numbered(ino, copy=None, size=0, blocks=0, local=0, left_ctime=0))
+
+    def closed(w, ino):
+        w.put(replace(w.get(ino), size=4096, blocks=8, local=4096), touched=True)
+        w.note(ino)
+
+    def copied(w, ino):
+        w.put(replace(w.get(ino), copy=numbered(ino).copy))
+
+    def punched(w, ino):
+        w.put(replace(w.get(ino), residency=Residency.STUB, local=0, left_ctime=time.time_ns()))
+
+    for change in (made, closed, copied, punched):
+        each(change)
+    assert index.totals().stubs == 10_000 and index.note_count() == 20_000
+    index.close()
+    assert (tmp_path / "data.mdb").stat().st_size <= 400 * 10_000
