@@ -61,6 +61,7 @@ class Scheduler:
         self._staying: dict[int, float] = {}  # inode -> until when it is left alone
         self._paused_until = 0.0
         self._doubtful = False  # most of what was last tried has failed: the store is asked before files are
+        self._trial = False  # it answers again: one file is tried before the others, as its bucket may be full
         self._pause_reason = ""
         self._next_look = 0.0
         self._pending = True
@@ -247,7 +248,8 @@ class Scheduler:
             for batch in self._batches(wanted, urgent):
                 gained, bad = self._demote(batch)
                 freed, tried, failed = freed + gained, tried + len(batch), failed + bad
-                hopeless = tried >= _ENOUGH_TRIES and failed * 2 > tried
+                hopeless = failed * 2 > tried and (tried >= _ENOUGH_TRIES or (self._trial and not urgent))
+                self._trial = self._trial and failed * 2 > tried
                 if freed >= wanted or hopeless or self._stopping.is_set():
                     break
             if failed * 2 > tried and not self._doubtful:
@@ -263,7 +265,7 @@ class Scheduler:
         for record in self._victims(urgent):
             batch.append(_item(record, ordered=urgent))
             size += record.local
-            if len(batch) >= _EVICT_BATCH or size >= wanted:
+            if len(batch) >= _EVICT_BATCH or size >= wanted or (self._trial and not urgent):
                 yield batch
                 batch, size = [], 0
         if batch:
@@ -286,7 +288,7 @@ class Scheduler:
             self._paused_until = time.monotonic() + _PAUSE_SECONDS
             log.debug("the store does not answer yet: %s", error)
         else:
-            self._doubtful = False
+            self._doubtful, self._trial = False, True
 
     def _victims(self, urgent: bool) -> Iterator[Record]:
         """Records of files that may go, coldest first."""
@@ -345,6 +347,8 @@ class Scheduler:
             items = [_item(r) for r in records if r is not None and r.residency is Residency.RESIDENT]
             if not items:
                 return
+            if self._trial:
+                items = items[:1]
             done = self._tier.demote(items, self._stopping, punch=False)
             for item in done:
                 if item.reason or item.already:
@@ -353,6 +357,7 @@ class Scheduler:
             if failed * 2 > len(done):
                 self._pause(len(done), failed)
                 return
+            self._trial = False
             if self._excess() > 0:
                 return
 

@@ -12,9 +12,10 @@ from tierfsd import scheduler as scheduler_module
 from tierfsd.journalling import JournalKeeper
 from tierfsd.scheduler import Scheduler
 
+from tierfs.errors import BucketMissingError, StoreDeniedError, StoreFullError
 from tierfs.heat_index import HeatIndex
 from tierfs.model import Stub
-from tierfs.store.faults import FaultyStore
+from tierfs.store.faults import Fault, FaultyStore, Kind
 from tierfs.store.memory import MemoryStore
 
 HOURS, FILES_AN_HOUR = 24, 20
@@ -106,6 +107,51 @@ def test_a_day_without_the_store(tmp_path, clock):
         day.keeper._work(True)  # its clock is the real one, in which these minutes were moments
         assert home.volume.index.totals().dirty_files == 0
         assert day.keeper.behind == 0 and home.told() == home.there()
+        for name, content in contents.items():
+            record = home.volume.record(name)
+            assert bytes(day.faults.get(Stub.of(record.fid, record.copy).key)) == content
+    finally:
+        day.heat.close()
+        home.close()
+
+
+@pytest.mark.parametrize(
+    ("operation", "error"),
+    [
+        ("put", StoreFullError("the store is full (QuotaExceeded)")),
+        ("*", StoreDeniedError("the credentials have expired (ExpiredToken)")),
+        ("*", BucketMissingError("/disk/store does not exist: mount it")),
+    ],
+    ids=["full", "expired", "unplugged"],
+)
+def test_hours_of_a_store_that_takes_nothing(tmp_path, clock, operation, error):
+    """What is here is served, what is in a full store too; the cause is told, and all goes out in the end."""
+    day = Day(tmp_path, clock)
+    home, volume = day.home, day.home.volume
+    try:
+        day.faults.put("volume.json", b"{}", 2)
+        home.write("cold", b"c" * 50_000)
+        volume.tier.drain()
+        assert all(item.demoted for item in volume.demote("cold"))
+        day.minute()
+        day.faults.arm(Fault(Kind.ERROR, operation, times=float("inf"), error=error))
+        contents = {f"f{number}": b"%d" % number * 5000 for number in range(40)}
+        for name, content in contents.items():
+            home.write(name, content)
+        for _ in range(180):
+            day.minute()
+        assert volume.index.totals().dirty_files == len(contents)
+        assert day.left() <= 8 * len(contents)
+        assert any(str(error) in trouble.what for trouble in volume.tier.kit.troubles.list())
+        for name, content in contents.items():
+            assert volume.server.read(volume.path(name)) == content
+        if operation == "put":
+            assert volume.server.read(volume.path("cold")) == b"c" * 50_000
+        day.faults.disarm()
+        for _ in range(3):
+            day.minute()
+        assert volume.index.totals().dirty_files == 0
+        assert volume.server.read(volume.path("cold")) == b"c" * 50_000
         for name, content in contents.items():
             record = home.volume.record(name)
             assert bytes(day.faults.get(Stub.of(record.fid, record.copy).key)) == content

@@ -254,6 +254,14 @@ def test_a_connection_that_breaks(proxy: netproxy.Proxy, open_s3: Opener, fault:
         assert store.get("key") == BODY
 
 
+def test_a_name_that_nobody_knows(open_s3: Opener) -> None:
+    """DNS says no: as a store that is down (`.invalid` never resolves, RFC 6761)."""
+    store = open_s3("http://store.invalid:9000")
+    for call in (lambda: store.get("key"), lambda: store.put("key", b"x", 1), lambda: store.head("key")):
+        with pytest.raises(StoreUnavailableError):
+            call()
+
+
 def test_a_body_that_stops_coming(proxy: netproxy.Proxy, open_s3: Opener) -> None:
     store = open_s3(proxy.endpoint)
     proxy.fault("hang", after=IN_THE_BODY)
