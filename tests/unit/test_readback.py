@@ -274,6 +274,7 @@ def test_a_copy_that_was_found_bad_frees_no_disk(volume, size, harm):
     assert item.demoted and item.uploaded == size
     assert ref_of(volume, "file").key != bad
     assert volume.server.read(volume.path("file")) == data
+    volume.settle("file")
     assert check(volume).findings == []
 
 
