@@ -194,6 +194,8 @@ class TierBackend:
         if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
             raise TierError(f"{os.fsdecode(name)!r}: is neither a file nor a directory: it always stays local")
         self._tier.set_pin(opath, parent, name, on)
+        if on:
+            self._tier.drainer.pinned.set()  # it comes also if whoever waits for that goes away
 
     def drain(self, job: Job) -> control.Done:
         """Copy out all that is dirty, young or not; what is open is named when it stays so."""

@@ -236,7 +236,7 @@ class ControlServer:
             except (TierError, OSError) as exc:
                 stayed.append(outcome_of(path, exc))
         if on and done:
-            fetched = self._order(sock, peer, done, False, os.O_RDONLY, self._backend.fetch)
+            fetched = self._order(sock, peer, done, True, os.O_RDONLY, self._backend.fetch)
             stayed.extend(fetched.stayed)
         return control.Done(len(done), stayed)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -53,6 +55,29 @@ def test_a_stub_is_fetched_when_it_is_pinned(shared: Volume, work: Path) -> None
     shared.demote(path)
     shared.cli("pin", path)
     assert shared.tier(path) == "resident"
+    assert path.read_bytes() == CONTENT
+
+
+def test_what_is_pinned_comes_though_nobody_waits_any_more(volume: Callable[..., Volume]) -> None:
+    mounted = volume()
+    path, store = mounted.mountpoint / "file", mounted.state / "store"
+    path.write_bytes(CONTENT)
+    mounted.demote(path)
+    store.rename(mounted.base / "away")
+    command = subprocess.Popen([*mounted.program, "pin", path], env=mounted.environment, stderr=subprocess.PIPE)
+    try:
+        deadline = time.monotonic() + 20
+        while not mounted.status(path)["pinned"]:
+            assert time.monotonic() < deadline
+        assert command.poll() is None, "it waits"
+        command.send_signal(signal.SIGINT)
+        command.communicate(timeout=20)
+    finally:
+        command.kill()
+        command.communicate()
+        (mounted.base / "away").rename(store)
+    assert command.returncode == 130
+    assert mounted.tier_becomes(path, "resident", seconds=60)
     assert path.read_bytes() == CONTENT
 
 
