@@ -271,6 +271,21 @@ def found_alone(volume, check, repair=False):
     return [(f.path, f.repaired) for f in found]
 
 
+def test_what_is_just_being_made_to_agree_is_no_finding(filled):
+    """The attribute of a stub and its record are two: a fetch that is settling changes one before the other."""
+    ino = os.stat(filled.path("clean")).st_ino
+    before = filled.record("clean")
+    copy = replace(before.copy, generation=before.generation)
+    stubbed = replace(before, residency=Residency.STUB, copy=copy)
+    filled.index.commit(lambda w: (w.put(stubbed), w.put_pending(ino))).result()
+    assert found_alone(filled, recovery.check_record) == []
+    filled.index.commit(lambda w: w.drop_pending(ino)).result()
+    assert found_alone(filled, recovery.check_record) == [(b"clean", False)]
+    (case,) = [case for case in checking._cases(filled.tier, False, False, []) if case.path == b"clean"]
+    filled.index.commit(lambda w: w.put(before)).result()
+    assert list(recovery.check_record(case)) == []
+
+
 def test_every_check_has_a_defect_of_its_own():
     assert set(DEFECTS) == set(recovery.CHECKS)
 
