@@ -67,6 +67,13 @@ class Day:
         self.scheduler._replicate()
         self.keeper._work(False)
 
+    def arrived(self, contents):
+        """All of it is in the store, as it is."""
+        assert self.home.volume.index.totals().dirty_files == 0
+        for name, content in contents.items():
+            record = self.home.volume.record(name)
+            assert bytes(self.faults.get(Stub.of(record.fid, record.copy).key)) == content
+
     def left(self):
         """Rows of the index that say what may have arrived in the store and is nobody's."""
         return len(self.home.volume.index.orphans(1 << 62, limit=1 << 30))
@@ -105,11 +112,8 @@ def test_a_day_without_the_store(tmp_path, clock):
         for _ in range(3):
             day.minute()
         day.keeper._work(True)  # its clock is the real one, in which these minutes were moments
-        assert home.volume.index.totals().dirty_files == 0
         assert day.keeper.behind == 0 and home.told() == home.there()
-        for name, content in contents.items():
-            record = home.volume.record(name)
-            assert bytes(day.faults.get(Stub.of(record.fid, record.copy).key)) == content
+        day.arrived(contents)
     finally:
         day.heat.close()
         home.close()
@@ -150,11 +154,8 @@ def test_hours_of_a_store_that_takes_nothing(tmp_path, clock, operation, error):
         day.faults.disarm()
         for _ in range(3):
             day.minute()
-        assert volume.index.totals().dirty_files == 0
         assert volume.server.read(volume.path("cold")) == b"c" * 50_000
-        for name, content in contents.items():
-            record = home.volume.record(name)
-            assert bytes(day.faults.get(Stub.of(record.fid, record.copy).key)) == content
+        day.arrived(contents)
     finally:
         day.heat.close()
         home.close()
