@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -140,6 +141,28 @@ def test_a_root_that_vanished_is_not_made_again(store: DirectoryStore, root: Pat
     assert not root.exists()
     (tmp_path / "away").rename(root)
     assert store.get("a") == b"x"
+
+
+def test_two_threads_make_a_store_at_once(tmp_path, monkeypatch):
+    """One has looked in vain when the other makes it."""
+    path, looked = tmp_path / "new", []
+    store = DirectoryStore(path, create=True)
+    stat_ = os.stat
+
+    def disturbed(what, *args, **named):
+        if os.fspath(what) == str(path) and not looked:
+            looked.append(True)
+            store.put("other", b"2", 1)
+            raise FileNotFoundError(what)
+        return stat_(what, *args, **named)
+
+    monkeypatch.setattr(os, "stat", disturbed)
+    store.put("key", b"1", 1)
+    assert looked and bytes(store.get("key")) == b"1" and bytes(store.get("other")) == b"2"
+    shutil.rmtree(path)
+    with pytest.raises(BucketMissingError):
+        store.put("key", b"1", 1)
+    store.close()
 
 
 def test_another_directory_in_the_roots_place_is_refused(

@@ -218,13 +218,23 @@ class DirectoryStore(ObjectStore):
         try:
             now = os.stat(self._path)
         except (FileNotFoundError, NotADirectoryError) as exc:
-            if not (self._create and self._identity is None):
+            made = self._first_root() if self._create else None
+            if made is None:
                 raise BucketMissingError(f"{self._path} does not exist: mount it, or correct the URL") from exc
-            now = self._make_root()
+            now = made
         if (now.st_dev, now.st_ino) == self._identity and self._fd >= 0:
             return self._fd
         with self._lock:
             return self._open_root()
+
+    def _first_root(self) -> os.stat_result | None:
+        """A root where none has ever been; None where the one that was is gone."""
+        with self._lock:
+            if self._identity is None:
+                return self._make_root()
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            return os.stat(self._path)  # another thread has made it since we looked
+        return None
 
     def _make_root(self) -> os.stat_result:
         try:
