@@ -98,9 +98,9 @@ def test_the_user_gives_orders_about_own_files_only(home: Home, user: pwd.struct
     home.login("echo mine >mine")
     (home.mountpoint / "roots").write_text("not theirs")
     (home.mountpoint / "roots").chmod(0o600)
+    program = program_for(user)
     home.adopt()
 
-    program = program_for(user)
 
     def order(*args: str) -> subprocess.CompletedProcess:
         ids = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
