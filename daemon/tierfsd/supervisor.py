@@ -29,6 +29,7 @@ from tierfs.fuse.choice import Choice
 from tierfs.index import Index
 from tierfsd import handover
 from tierfsd.children import Child
+from tierfsd.farewell import say_what_is_local_only
 from tierfsd.indexcare import IndexCare
 from tierfsd.logs import LogFile
 from tierfsd.priority import give_way_a_little
@@ -176,22 +177,6 @@ class Supervisor:
                 index.end_session()
         except TierError as error:
             log.error("copies will be proven again: %s", error)
-
-    def _say_what_is_local_only(self) -> None:
-        """For whoever shuts the machine down, or reads the log before giving it away."""
-        if self._plan.volume.identity.view:
-            return  # nothing of it is for the store
-        try:
-            with contextlib.closing(Index.open(self._plan.volume.path("index"), readonly=True)) as index:
-                totals, surveyed = index.totals(), index.surveyed
-        except TierError as error:
-            log.error("it is not known what is in the store: %s", error)
-            return
-        if totals.dirty_files:
-            files = "1 file is" if totals.dirty_files == 1 else f"{totals.dirty_files} files are"
-            log.warning("%s not in the store, %d bytes: on this disk only", files, totals.dirty_bytes)
-        if not surveyed:
-            log.warning("not all files have been looked through: others may not be in the store either")
 
     def _start_mover(self) -> None:
         if self._channel is None:  # the server has just died, and is about to be replaced with its mover
@@ -424,7 +409,7 @@ class Supervisor:
         self._detach()
         if self._clean:
             self._end_session()
-        self._say_what_is_local_only()
+        say_what_is_local_only(self._plan.volume)
         log.info("unmounted" if self._clean else "ended while files were open")
         return 0
 

@@ -1,0 +1,67 @@
+"""What is said to be on this disk only: also what no mover has heard of yet."""
+
+import os
+
+import pytest
+from tierfsd.farewell import local_only
+from tiering import Volume
+
+
+@pytest.fixture
+def volume(tmp_path):
+    made = Volume(tmp_path)
+    yield made
+    made.stop()
+
+
+def said(volume):
+    return local_only(volume.index, str(volume.base / "marks"))
+
+
+def unsaid(volume):
+    """By the index alone, when all marks have been read."""
+    volume.tier.drain()
+    totals = volume.index.totals()
+    return totals.dirty_files, totals.dirty_bytes
+
+
+def test_marks_that_nobody_has_read_count(volume):
+    assert said(volume) == (0, 0)
+    for number in range(3):
+        volume.server.create(volume.path(f"f{number}"), b"x" * (1000 + number))
+    assert said(volume) == (3, 3003) == unsaid(volume) == said(volume)
+
+
+def test_what_is_known_counts_once(volume):
+    for name in ("copied", "dirty", "removed", "grown"):
+        volume.server.create(volume.path(name), b"x" * 1000)
+    volume.tier.drain()
+    volume.demote("copied", punch=False)
+    assert said(volume) == (3, 3000)
+    volume.server.write(volume.path("copied"), b"new")
+    volume.server.write(volume.path("dirty"), b"new")
+    volume.server.write(volume.path("grown"), b"y" * 500, 1000)
+    volume.server.unlink(volume.path("removed"))
+    volume.server.create(volume.path("short"), b"x")
+    volume.server.create(volume.path("brief"), b"x")
+    volume.server.unlink(volume.path("brief"))
+    assert said(volume) == (4, 1000 + 1000 + 1500 + 1)
+    assert said(volume) == unsaid(volume)
+
+
+def test_a_copied_file_that_is_removed_was_not_here_only(volume):
+    volume.server.create(volume.path("file"), b"x" * 1000)
+    volume.demote("file", punch=False)
+    volume.server.unlink(volume.path("file"))
+    assert said(volume) == (0, 0) == unsaid(volume)
+
+
+def test_an_inode_number_that_is_used_again(volume):
+    """The mark of the former file's end comes before that of the next one's beginning."""
+    volume.server.create(volume.path("file"), b"x" * 1000)
+    volume.tier.drain()
+    former = os.stat(volume.path("file")).st_ino
+    volume.server.unlink(volume.path("file"))
+    volume.server.create(volume.path("file"), b"x" * 300)
+    assert os.stat(volume.path("file")).st_ino == former or said(volume) == (1, 300)
+    assert said(volume) == unsaid(volume)
