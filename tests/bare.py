@@ -26,12 +26,14 @@ _GUARD = """
 import select, subprocess, sys
 where, abort = sys.argv[1:]
 if not select.select([0], [], [], float(%r))[0] or not sys.stdin.readline():
+    # Its number is another mount's as soon as it is gone.
+    if any(line.split()[4] == where for line in open("/proc/self/mountinfo")):
+        try:
+            with open(abort, "w") as file:
+                file.write("1")
+        except OSError:
+            pass
     subprocess.run(["umount", "-l", where], capture_output=True)
-    try:
-        with open(abort, "w") as file:
-            file.write("1")
-    except OSError:
-        pass
 """
 
 
@@ -158,14 +160,11 @@ class Bare:
         """End whatever is left."""
         with contextlib.suppress(OSError):
             mounting.unmount(str(self.mountpoint), lazy=True)
-        if self.server.poll() is None:
-            with contextlib.suppress(OSError):
-                self.abort_path.write_text("1")
-            try:
-                self.server.wait(5)
-            except subprocess.TimeoutExpired:
-                self.server.kill()
-                self.server.wait()
+        try:
+            self.server.wait(5)
+        except subprocess.TimeoutExpired:
+            self.server.kill()  # the last that has the device open: its end aborts the connection
+            self.server.wait()
         self._channel.close()
         with contextlib.suppress(OSError):
             self._guard.communicate(b"done\n", timeout=10)

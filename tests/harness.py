@@ -92,10 +92,14 @@ def connection_of(mountpoint: Path_) -> int | None:
 
 
 def detach(mountpoint: str, device: int, connections: Path) -> None:
-    """The last resort for one mount: unmount lazily, then abort its connection."""
+    """The last resort for one mount: abort its connection, then unmount lazily.
+
+    In this order, and only while it is mounted: its number is another mount's as soon as it is gone.
+    """
+    if connection_of(mountpoint) == device:
+        with contextlib.suppress(OSError):
+            (connections / str(device) / "abort").write_text("1")
     subprocess.run(["umount", "-l", mountpoint], capture_output=True, timeout=20)
-    with contextlib.suppress(OSError):
-        (connections / str(device) / "abort").write_text("1")
 
 
 def pids_with(variable: str, value: str) -> list[int]:

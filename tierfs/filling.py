@@ -98,6 +98,12 @@ class Filler:
         with self._lock:
             return self._arrivals.get(ino)
 
+    def is_wanted(self, ino: int) -> bool:
+        """Somebody waits for content of this file: it does not leave before that has come."""
+        with self._lock:
+            arrival = self._arrivals.get(ino)
+            return ino in self._arrivals and (arrival is None or bool(arrival.requests))
+
     def times_set(self, ino: int, mtime: int, ctime: int) -> None:
         """Somebody has changed the attributes of a file that may be coming in: it shows these times."""
         arrival = self.arrival(ino)

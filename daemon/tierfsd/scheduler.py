@@ -56,6 +56,8 @@ class Scheduler:
         self._urgent = threading.Event()
         self._stopping = threading.Event()
         self._evicting = threading.Lock()
+        self._making = threading.Lock()  # room for fetches, one attempt at a time
+        self._in_vain = 0.0  # when the last one ended that made none
         self._touches: dict[int, tuple[int, int]] = {}
         self._touch_lock = threading.Lock()
         self._staying: dict[int, float] = {}  # inode -> until when it is left alone
@@ -110,15 +112,20 @@ class Scheduler:
 
     def make_room(self, count: int, failed: bool) -> None:
         """Free so many bytes of local disk now, for a fetch; `failed`: a write found none, whatever the
-        filesystem says of its free space."""
-        for attempt in range(_ROOM_ATTEMPTS):
-            self._evict(max(count, _LEAST_ROOM), urgent=True)
-            if attempt == 0 and (failed or not self._kit.has_room(count)):
-                self._ballast.release()
-            if self._kit.has_room(count) or self._stopping.is_set():
+        filesystem says of its free space. Who waited while another tried in vain has had the answer."""
+        asked = time.monotonic()
+        with self._making:
+            if asked < self._in_vain or (not failed and self._kit.has_room(count)):
                 return
-            # What was read a moment ago is about to be closed, or to settle.
-            self._stopping.wait(_ROOM_SECONDS)
+            for attempt in range(_ROOM_ATTEMPTS):
+                self._evict(max(count, _LEAST_ROOM), urgent=True)
+                if attempt == 0 and (failed or not self._kit.has_room(count)):
+                    self._ballast.release()
+                if self._kit.has_room(count) or self._stopping.is_set():
+                    return
+                # What was read a moment ago is about to be closed, or to settle.
+                self._stopping.wait(_ROOM_SECONDS)
+            self._in_vain = time.monotonic()
 
     def make_index_room(self) -> bool:
         """A commit found no room on the disk: whether it is worth trying again. Room is made besides."""
@@ -296,7 +303,7 @@ class Scheduler:
         self._forget_stayers()
         seen: set[int] = set()
         for ino in self._heat.victims(self._kit.index.totals().local_bytes):
-            if ino in seen or (ino in self._staying and not urgent):
+            if ino in seen or (ino in self._staying and not urgent) or self._tier.filler.is_wanted(ino):
                 continue
             seen.add(ino)
             record = self._kit.index.get(ino)

@@ -2,13 +2,18 @@
 
 import errno
 import os
+import sys
 import threading
 
 import pytest
+from bare import until
 from test_tier_large import CountingStore
+from tierfsd import scheduler as scheduling
+from tierfsd.scheduler import Scheduler
 from tiering import MIB, Volume
 
 from tierfs import wire
+from tierfs.heat_index import HeatIndex
 from tierfs.inflow import Content, Inflow
 from tierfs.kit import Kit
 from tierfs.model import LEAF, Residency, Stub
@@ -189,3 +194,71 @@ def test_a_reader_outlives_the_failure_of_a_writer_beside_it():
     assert reader.value.wait.done and not reader.value.wait.errno
     assert content.filled_in(bytes(10), 5) == b"x" * 10
     inflow.untrack(7)
+
+
+class Slow(threading.Event):
+    """Counts evictions; each takes until it is set."""
+
+    def __init__(self):
+        super().__init__()
+        self.evictions, self.begun = 0, threading.Event()
+
+    def evict(self, wanted, *, urgent):
+        self.evictions += 1
+        self.begun.set()
+        assert self.wait(30)
+        return 0
+
+
+@pytest.fixture
+def scheduler(volume, tmp_path):
+    heat = HeatIndex(str(tmp_path / "heat"), 1 << 30)
+    yield Scheduler(volume.tier, heat, 0, str(tmp_path / "ballast"))
+    heat.close()
+
+
+def test_who_waits_while_another_finds_no_room_does_not_look_again(scheduler, full, monkeypatch):
+    slow = Slow()
+    monkeypatch.setattr(scheduler, "_evict", slow.evict)
+    monkeypatch.setattr(scheduling, "_ROOM_SECONDS", 0.0)
+    readers = [threading.Thread(target=scheduler.make_room, args=(MIB, True)) for _ in range(16)]
+    readers[0].start()
+    assert slow.begun.wait(30)
+    for reader in readers[1:]:
+        reader.start()
+    # All of them ask before the first one's attempt has ended: it goes on when they wait for the lock.
+    assert until(lambda: sum(_waits(reader, scheduler._making) for reader in readers[1:]) == 15)
+    slow.set()
+    for reader in readers:
+        reader.join(30)
+    assert slow.evictions == scheduling._ROOM_ATTEMPTS
+    scheduler.make_room(MIB, True)
+    assert slow.evictions == 2 * scheduling._ROOM_ATTEMPTS, "who comes later tries for himself"
+
+
+def _waits(thread, lock):
+    frame = sys._current_frames().get(thread.ident)
+    return frame is not None and frame.f_code.co_name == "make_room" and lock.locked()
+
+
+def test_a_file_that_somebody_reads_is_no_victim(volume, files, scheduler, monkeypatch):
+    """An eviction that waited for its end would keep its own readers waiting."""
+    ino, get, go = os.stat(volume.path("big")).st_ino, volume.store.get, threading.Event()
+    volume.server.read(volume.path("big"), 0, 4096)
+    scheduler._heat.admit(ino, SIZE, SIZE)
+    assert until(lambda: volume.record("big").local > 0)
+
+    def victims():
+        return [record.ino for record in scheduler._victims(urgent=True)]
+
+    assert victims() == [ino]
+    monkeypatch.setattr(volume.store, "get", lambda *args, **more: go.wait(30) and get(*args, **more))
+    reader = threading.Thread(target=volume.server.read, args=(volume.path("big"), 4 * MIB, 4096))
+    reader.start()
+    try:
+        assert until(lambda: volume.tier.filler.is_wanted(ino))
+        assert victims() == []
+    finally:
+        go.set()
+        reader.join(30)
+    assert until(lambda: victims() == [ino])
