@@ -23,7 +23,7 @@ from tierfs.digests import leaf_digests, sha256
 from tierfs.errors import BusyError, TierError
 from tierfs.index import Writer
 from tierfs.kit import WRITE_FLAGS, Kit, proven, read_exactly
-from tierfs.model import LEAF, Copy, Record, Residency, Stub
+from tierfs.model import DOUBTED, LEAF, Copy, Record, Residency, Stub
 from tierfs.places import Places
 
 log = logging.getLogger("mover")
@@ -140,6 +140,8 @@ class Puncher:
             item.stay("has no record: a look through the tree makes one")
         elif self._kit.tree.read_stub(fd) != Stub.of(record.fid, copy) or copy.size != st.st_size:
             item.stay("its stub is not that of its record", failed=True)
+        elif copy.custody == DOUBTED:
+            item.stay("its copy was found bad: what is here of it stays")
         elif self._pinned(item, fd, record):
             item.stay("is pinned")
         else:

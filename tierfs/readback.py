@@ -169,8 +169,8 @@ def drop_copy(kit: Kit, record: Record) -> bool:
 
 
 def doubt_copy(kit: Kit, record: Record) -> None:
-    """A resident file's copy is not to be believed any more: before its content may leave the disk it is copied
-    out anew. Nothing else changes. Raises IndexError_."""
+    """This copy is not to be believed any more: what is here of its content stays, and before all of it may
+    leave the disk it is copied out anew. Nothing else changes. Raises IndexError_."""
     kit.index.commit(partial(_doubt, record)).result()
 
 
@@ -178,8 +178,10 @@ def _doubt(before: Record, w: Writer) -> None:
     record = w.get(before.ino)
     if record is None or record.copy is None or before.copy is None:
         return
-    same = replace(record.copy, custody=0) == replace(before.copy, custody=0)
-    if same and record.residency is Residency.RESIDENT and record.copy.custody != DOUBTED:
+    # The object, not the tuple: times may have been set meanwhile, and content that is only being opened for
+    # writing may be compared with this copy later.
+    was, is_ = ((r.fid, c.generation, c.tag) for r, c in ((before, before.copy), (record, record.copy)))
+    if was == is_ and record.copy.custody != DOUBTED:
         w.put(replace(record, copy=replace(record.copy, custody=DOUBTED)))
 
 
@@ -382,6 +384,7 @@ class Pass:
         self._drain()
         record = self._kit.index.get(before.ino)
         if record is None or record.handle != before.handle or Ref.of_record(record) != ref:
+            doubt_copy(self._kit, before)  # opened for writing perhaps, and not changed
             return  # changed or removed since
         path = _path_of(self._kit, self._places, record)
         told = f"{what}: {ref.key}"

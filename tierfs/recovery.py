@@ -263,7 +263,7 @@ def check_object(case: Case) -> Iterator[Found]:
         problem = examine(case.kit, ref, Pace(lambda: 0.0, threading.Event()))
     if problem:
         repaired = False
-        if case.stub is None and record is not None:
+        if record is not None and Ref.of_record(record) == ref:
             repaired = case.repair and drop_copy(case.kit, record)
             if not repaired:
                 doubt_copy(case.kit, record)

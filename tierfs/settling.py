@@ -25,7 +25,7 @@ from tierfs.errors import BusyError, TierError
 from tierfs.filling import Filler
 from tierfs.index import Writer
 from tierfs.kit import Kit
-from tierfs.model import Copy, Record, Residency, new_fid
+from tierfs.model import DOUBTED, Copy, Record, Residency, new_fid
 from tierfs.opening import current, note_pending
 
 log = logging.getLogger("mover")
@@ -233,7 +233,8 @@ class Settler:
             copy = record.copy
             if record.generation != stub.generation or copy is None:
                 return  # truncated: the mark is newer than what was fetched
-            custody = self._kit.custody if arrival.fresh else copy.custody
+            proven = arrival.fresh and copy.custody != DOUBTED  # found bad since it was read, perhaps
+            custody = self._kit.custody if proven else copy.custody
             copy = replace(copy, mtime=shown.mtime, ctime=shown.ctime, custody=custody)
             w.put(_resident(record, st, copy, shown.own_ctime))
             return

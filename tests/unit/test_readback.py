@@ -14,7 +14,7 @@ from tiering import MIB, Volume
 from tierfs import control, copying, punching, readback, transitions
 from tierfs.digests import SIDE_SUFFIX
 from tierfs.errors import BusyError, StoreUnavailableError, TransitionError
-from tierfs.model import object_key
+from tierfs.model import Residency, object_key
 from tierfs.readback import Pace, Pass, Place, Ref, StoppedError, examine, load_place
 from tierfs.store.decorators import Decorator
 from tierfs.store.memory import MemoryStore
@@ -276,6 +276,33 @@ def test_a_copy_that_was_found_bad_frees_no_disk(volume, size, harm):
     assert volume.server.read(volume.path("file")) == data
     volume.settle("file")
     assert check(volume).findings == []
+
+
+@pytest.mark.parametrize("moment", ["committed", "coming"])
+def test_what_is_here_of_a_copy_that_was_found_bad_stays(filled, moment):
+    """Of a file that is only partly here: these leaves may be the last good ones."""
+    filled.server.read(filled.path("large"), 0, 4096)
+    arrival = filled.tier.filler.arrival(os.stat(filled.path("large")).st_ino)
+    if moment == "committed":
+        filled.tier._settler.release(arrival)
+        assert filled.record("large").residency is Residency.PARTIAL
+    bad = ref_of(filled, "large").key
+    good = filled.store.get(bad)
+    spoil(filled, bad, 100)
+    assert [finding.repaired for finding in check(filled).findings] == [False]
+    (item,) = filled.demote("large")
+    assert not item.demoted and "found bad" in item.reason
+    with open(filled.path("large"), "rb") as backing:
+        assert backing.read(4096) == LARGE[:4096]
+    filled.restart()
+    (item,) = filled.demote("large")
+    assert not item.demoted and "found bad" in item.reason
+    assert filled.server.read(filled.path("large")) == LARGE
+    filled.settle("large")
+    (item,) = filled.demote("large")
+    assert item.demoted and item.uploaded == len(LARGE)
+    assert filled.store.get(ref_of(filled, "large").key) == good
+    assert check(filled).findings == []
 
 
 def test_a_doubt_overtakes_a_comparison_and_a_proof(volume):
