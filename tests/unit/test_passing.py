@@ -130,6 +130,16 @@ def test_an_altered_object_is_not_passed_on(volume, files, full):
     assert failed.value.errno == errno.EIO
 
 
+@pytest.mark.parametrize("name", ["big", "small"])
+def test_what_was_written_behind_the_mount_is_not_hidden_by_its_former_content(volume, files, full, name):
+    """A stub whose blocks somebody has put back in part: neither is to be passed off for the other."""
+    with open(volume.path(name), "r+b") as backing:
+        backing.write(b"restored" * 512)
+    with pytest.raises(OSError) as failed:
+        volume.server.read(volume.path(name), 0, 4096)
+    assert failed.value.errno == errno.EIO
+
+
 def test_read_ahead_costs_nothing_on_a_full_disk(volume, files, full):
     assert volume.server.read(volume.path("big")) == files["big"]
     fetched = sum(length for _, length in volume.store.ranges)
