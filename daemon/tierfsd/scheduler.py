@@ -64,6 +64,7 @@ class Scheduler:
         self._paused_until = 0.0
         self._doubtful = False  # most of what was last tried has failed: the store is asked before files are
         self._trial = False  # it answers again: one file is tried before the others, as its bucket may be full
+        self._tried: set[int] = set()  # of those, whose trial has failed: others come first
         self._pause_reason = ""
         self._next_look = 0.0
         self._pending = True
@@ -256,7 +257,8 @@ class Scheduler:
                 gained, bad = self._demote(batch)
                 freed, tried, failed = freed + gained, tried + len(batch), failed + bad
                 hopeless = failed * 2 > tried and (tried >= _ENOUGH_TRIES or (self._trial and not urgent))
-                self._trial = self._trial and failed * 2 > tried
+                if failed * 2 <= tried:
+                    self._end_trial()
                 if freed >= wanted or hopeless or self._stopping.is_set():
                     break
             if failed * 2 > tried and not self._doubtful:
@@ -302,8 +304,9 @@ class Scheduler:
         config, now = self._kit.config, time.time()
         self._forget_stayers()
         seen: set[int] = set()
+        left_out = self._tried if self._trial and not urgent else set()
         for ino in self._heat.victims(self._kit.index.totals().local_bytes):
-            if ino in seen or (ino in self._staying and not urgent) or self._tier.filler.is_wanted(ino):
+            if ino in left_out or ino in seen or (ino in self._staying and not urgent) or self._tier.filler.is_wanted(ino):
                 continue
             seen.add(ino)
             record = self._kit.index.get(ino)
@@ -332,6 +335,19 @@ class Scheduler:
     def _leave_alone(self, item: Item) -> None:
         seconds = _NEVER_SECONDS if item.reason.startswith("never") else _STAY_SECONDS
         self._staying[item.ino] = time.monotonic() + seconds
+        if item.failed and self._trial:
+            self._tried.add(item.ino)
+
+    def _end_trial(self) -> None:
+        self._trial = False
+        self._tried.clear()
+
+    def _next_trial(self, items: list[Item]) -> list[Item]:
+        """One that has not been tried, else the first: what is wrong may be wrong with a file alone."""
+        left = [item for item in items if item.ino not in self._tried]
+        if not left:
+            self._tried.clear()
+        return (left or items)[:1]
 
     def _forget_stayers(self) -> None:
         now = time.monotonic()
@@ -349,13 +365,13 @@ class Scheduler:
         self._forget_stayers()
         before = time.time_ns() - int(config.quiet_seconds * 1e9)
         while not self._stopping.is_set():
-            inos = self._kit.index.quiet(before, _REPLICATE_BATCH + len(self._staying))
+            inos = self._kit.index.quiet(before, _REPLICATE_BATCH + len(self._staying) + len(self._tried))
             records = [self._kit.index.get(ino) for ino in inos if ino not in self._staying]
             items = [_item(r) for r in records if r is not None and r.residency is Residency.RESIDENT]
             if not items:
                 return
             if self._trial:
-                items = items[:1]
+                items = self._next_trial(items)
             done = self._tier.demote(items, self._stopping, punch=False)
             for item in done:
                 if item.reason or item.already:
@@ -364,7 +380,7 @@ class Scheduler:
             if failed * 2 > len(done):
                 self._pause(len(done), failed)
                 return
-            self._trial = False
+            self._end_trial()
             if self._excess() > 0:
                 return
 

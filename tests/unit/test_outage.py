@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 
@@ -12,6 +13,7 @@ from tierfsd import scheduler as scheduler_module
 from tierfsd.journalling import JournalKeeper
 from tierfsd.scheduler import Scheduler
 
+from tierfs.copying import Copier
 from tierfs.errors import BucketMissingError, StoreDeniedError, StoreFullError
 from tierfs.heat_index import HeatIndex
 from tierfs.model import Stub
@@ -159,6 +161,33 @@ def test_hours_of_a_store_that_takes_nothing(tmp_path, clock, operation, error):
     finally:
         day.heat.close()
         home.close()
+
+
+def test_one_file_that_cannot_be_read_does_not_keep_the_others_here(tmp_path, clock, monkeypatch):
+    """After an outage the first file in the queue is the trial, and it may be that file's own fault."""
+    day = Day(tmp_path, clock)
+    take = Copier._take_small
+
+    def damaged(copier, item, extents):
+        if item.name == b"bad":
+            raise OSError(errno.EIO, "the disk gives it no more")
+        return take(copier, item, extents)
+
+    monkeypatch.setattr(Copier, "_take_small", damaged)
+    try:
+        day.faults.put("volume.json", b"{}", 2)
+        for name in ("bad", "good", "better"):
+            day.home.write(name, b"x" * 5000)
+        store_is_down(day.faults, True)
+        day.minute()
+        store_is_down(day.faults, False)
+        for _ in range(6):
+            day.minute()
+        assert day.home.volume.index.totals().dirty_files == 1
+        assert day.home.volume.record("bad").dirty
+    finally:
+        day.heat.close()
+        day.home.close()
 
 
 def test_who_waits_for_room_waits_for_no_pause(tmp_path, clock):
