@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from dataclasses import replace
 from functools import lru_cache
 
 from tierfs.errors import IndexError_
@@ -114,8 +115,27 @@ def pack_record(record: Record, since: int = 0) -> bytes:
         fields.append(len(handle))
     if record.copy is not None:
         shape |= _COPY | _pack_copy(record, record.copy, fields)
-    body = shape.to_bytes(_SHAPE, "little") + _layout(shape).pack(*fields) + handle + record.name
+    try:
+        packed = _layout(shape).pack(*fields)
+    except struct.error:
+        if (near := _representable(record)) == record:
+            raise
+        return pack_record(near, since)
+    body = shape.to_bytes(_SHAPE, "little") + packed + handle + record.name
     return _HEAD.pack(_VERSION, _sum(_VERSION, record.ino, body)) + body
+
+
+def _representable(record: Record) -> Record:
+    """With times that an i64 holds: a file may have one behind the year 2262. As such a record is not what the
+    file says, no copy is proven by it, and the file stays."""
+    copy = record.copy
+    if copy is not None:
+        copy = replace(copy, mtime=_clamped(copy.mtime), ctime=_clamped(copy.ctime))
+    return replace(record, copy=copy, left_ctime=_clamped(record.left_ctime))
+
+
+def _clamped(time: int) -> int:
+    return max(-(1 << 63), min(time, (1 << 63) - 1))
 
 
 def _numbered(ino: int) -> bytes:

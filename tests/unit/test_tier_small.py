@@ -287,3 +287,31 @@ def test_a_place_that_was_looked_up_before_a_rename_is_not_kept(volume, monkeypa
     monkeypatch.setattr(volume.tier.drainer, "_moved", lambda: None)  # only what was kept wrongly counts
     volume.tier.drain()
     assert places.directory(ino).path == b"f/e"
+
+
+def test_a_time_that_no_record_can_hold_keeps_a_file_here_and_nothing_else(volume):
+    """The filesystem takes years until 2446, a record until 2262: the file is copied, and never a stub."""
+    far = 9_300_000_000 * 10**9
+    for name in ("far", "near"):
+        volume.server.create(volume.path(name), name.encode() * 10_000)
+    os.utime(volume.path("far"), ns=(far, far))
+    if os.stat(volume.path("far")).st_mtime_ns != far:
+        pytest.skip("the filesystem does not take it either")
+    item, near = volume.demote("far", "near")
+    assert not item.demoted and near.demoted
+    assert not volume.record("far").dirty
+    assert volume.server.shown(volume.path("far")).st_mtime_ns == far
+    assert volume.server.read(volume.path("far")) == b"far" * 10_000
+    assert not volume.demote("far")[0].demoted
+
+
+def test_such_a_time_given_to_a_stub_is_shown_and_does_not_keep_it_away(volume):
+    far = 9_300_000_000 * 10**9
+    volume.server.create(volume.path("far"), b"far" * 10_000)
+    assert volume.demote("far")[0].demoted
+    os.utime(volume.path("far"), ns=(far, far))
+    if os.stat(volume.path("far")).st_mtime_ns != far:
+        pytest.skip("the filesystem does not take it either")
+    assert volume.server.read(volume.path("far")) == b"far" * 10_000
+    volume.settle("far")
+    assert os.stat(volume.path("far")).st_mtime_ns == far
