@@ -56,6 +56,14 @@ def test_a_copied_file_that_is_removed_was_not_here_only(volume):
     assert said(volume) == (0, 0) == unsaid(volume)
 
 
+def test_what_was_removed_while_it_was_open_is_not_here(volume):
+    volume.server.create(volume.path("file"), b"x" * 1000)
+    handle = volume.server.open(volume.path("file"), os.O_WRONLY)
+    volume.server.unlink(volume.path("file"))
+    volume.server.release(handle)
+    assert said(volume) == (0, 0) == unsaid(volume)
+
+
 def test_an_inode_number_that_is_used_again(volume):
     """The mark of the former file's end comes before that of the next one's beginning."""
     volume.server.create(volume.path("file"), b"x" * 1000)
