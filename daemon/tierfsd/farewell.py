@@ -61,7 +61,7 @@ def _unread(index: Index, marks: str) -> dict[int, int | None]:
                 if entry.kind is Mark.WRITE:
                     record = index.get(entry.ino)
                     found[entry.ino] = found.get(entry.ino) or (record.size if record is not None else 0)
-                elif entry.kind is Mark.CLOSED and found.get(entry.ino, 0) is not None:  # not removed while open
+                elif entry.kind is Mark.CLOSED and found.get(entry.ino, 0) is not None:  # else removed, open
                     found[entry.ino] = entry.a
                 elif entry.kind is Mark.GONE:
                     found[entry.ino] = None

@@ -304,9 +304,11 @@ class Scheduler:
         config, now = self._kit.config, time.time()
         self._forget_stayers()
         seen: set[int] = set()
-        left_out = self._tried if self._trial and not urgent else set()
+        tried = self._tried if self._trial else set()
         for ino in self._heat.victims(self._kit.index.totals().local_bytes):
-            if ino in left_out or ino in seen or (ino in self._staying and not urgent) or self._tier.filler.is_wanted(ino):
+            if not urgent and (ino in self._staying or ino in tried):
+                continue
+            if ino in seen or self._tier.filler.is_wanted(ino):
                 continue
             seen.add(ino)
             record = self._kit.index.get(ino)
