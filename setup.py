@@ -12,7 +12,8 @@ setup(
     ext_modules=[
         Extension(
             "tierfs.fuse._hot",
-            ["tierfs/fuse/_hot.c"],
+            [f"tierfs/{name}" for name in compiled["C"]],
+            depends=["tierfs/fuse/_hot.h"],
             define_macros=[("TIERFS_SOURCES", f'"{sources}"')],
             extra_compile_args=["-O2"],
             optional=True,

@@ -78,7 +78,7 @@ class Gate:
         self.ledger = ledger if ledger is not None else Ledger()
         self.ledger.generation = max(self.ledger.generation, epoch << EPOCH_SHIFT)
         self._inodes: dict[int, Inode] = {}
-        self._idle = Idle(self._retire)
+        self.idle = Idle(self._retire)
         self._seals: set[int] = set()
         self._recent: dict[int, int] = {}  # ino -> position of its newest mark that the mover has not drained
         self._inflow = Inflow(self._outbox.post)
@@ -136,7 +136,7 @@ class Gate:
             self.need_room()
             if not inode.marked:
                 self._mark_write(inode)
-        self._idle.wake(ino)
+        self.idle.wake(ino)
         handle = Handle(inode, -1, flags, inode.backing_id)
         inode.opens += 1
         inode.writers += writable
@@ -210,7 +210,7 @@ class Gate:
     def created(self, fd: int, st: os.stat_result, flags: int, parent: int, name: bytes) -> Handle:
         """The handle of a file just made; takes the descriptor `fd` (open for reading and writing)."""
         inode = Inode(st.st_ino, parent, name)
-        self._idle.drop(st.st_ino)
+        self.idle.drop(st.st_ino)
         former = self._inodes.get(st.st_ino)
         if former is not None:
             self._end_guard(former)  # it was unlinked under the guard, and its number is used again
@@ -254,7 +254,7 @@ class Gate:
         """It stays registered for a while, for whoever opens it next."""
         if not inode.backing_id or inode.marked or inode.set_id or inode.gone or not inode.name:
             return False
-        self._idle.keep(inode)
+        self.idle.keep(inode)
         return True
 
     def _retire(self, inode: Inode) -> None:
@@ -336,7 +336,7 @@ class Gate:
         whole = inode.content is None or inode.content.missing == 0
         if writable and inode.content is None and not inode.marked:
             self._mark_write(inode)
-        self._idle.wake(inode.ino)
+        self.idle.wake(inode.ino)
         backing_id = self._register(inode, st) if whole else 0
         fd = -1 if backing_id else self.tree.reopen(opath, flags & ~_STRIP)
         handle = Handle(inode, fd, flags, backing_id)
@@ -481,7 +481,7 @@ class Gate:
         Raises Blocked while our own work moves its times, OSError where there is no room for its marks.
         """
         self.need_marks()
-        self._idle.drop(ino)
+        self.idle.drop(ino)
         inode = self._inodes.get(ino)
         if inode is None:
             return
@@ -549,7 +549,7 @@ class Gate:
         inode = self._inodes.get(st.st_ino)
         if inode is not None:
             inode.gone = True
-            self._idle.drop(st.st_ino)
+            self.idle.drop(st.st_ino)
         self._append(Mark.GONE, st.st_ino, parent=parent, a=who, b=st.st_gid, handle=handle, name=name)
 
     def _mark_write(self, inode: Inode) -> None:
@@ -597,7 +597,7 @@ class Gate:
         self._outbox.connect(link)
         self._vigil.begin()
         self._seals.clear()
-        self._idle.drop_all()
+        self.idle.drop_all()
         self.appearance.doubt()
         for inode in list(self._inodes.values()):
             self._end_guard(inode)
@@ -734,7 +734,7 @@ class Gate:
 
     def _guard(self, ino: int, position: int) -> bool:
         """Keep the inode shut; False where it is in use or has a mark that the mover has not seen."""
-        self._idle.drop(ino)
+        self.idle.drop(ino)
         inode = self._inodes.get(ino)
         if inode is not None and (inode.opens or inode.guard is not None or self._inflow.busy(ino)):
             return False
@@ -820,7 +820,7 @@ class Gate:
             self._leave_if_idle(ino)
         self._room.look(now)
         self.appearance.tick(now)
-        next_idle = self._idle.expire(now)
+        next_idle = self.idle.expire(now)
         if now >= self._next_poke:
             self._next_poke = now + POKE_SECONDS
             self._reserve()

@@ -78,7 +78,7 @@ class Inode:
 class Handle:
     """An open file as the binding sees it. `fd` is -1 and `backing_id` set in passthrough; `uid` opened it."""
 
-    __slots__ = ("ahead", "backing_id", "fd", "flags", "inode", "uid", "writable")
+    __slots__ = ("_ahead", "backing_id", "fd", "flags", "inode", "uid", "writable")
 
     def __init__(self, inode: Inode, fd: int, flags: int, backing_id: int) -> None:
         self.inode = inode
@@ -87,4 +87,11 @@ class Handle:
         self.writable = flags & os.O_ACCMODE != os.O_RDONLY
         self.backing_id = backing_id
         self.uid = 0
-        self.ahead = ReadAhead()
+        self._ahead: ReadAhead | None = None
+
+    @property
+    def ahead(self) -> ReadAhead:
+        """How far ahead of it to fetch: of one that reads what is not all here."""
+        if self._ahead is None:
+            self._ahead = ReadAhead()
+        return self._ahead

@@ -25,38 +25,38 @@ class Idle:
 
     def __init__(self, retire: Callable[[Inode], None]) -> None:
         """`retire` ends the registration and drops the inode's state."""
-        self._retire = retire
-        self._most = max(1, min(MOST, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
-        self._inodes: OrderedDict[int, tuple[Inode, float]] = OrderedDict()
+        self.retire = retire
+        self.most = max(1, min(MOST, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
+        self.inodes: OrderedDict[int, tuple[Inode, float]] = OrderedDict()
 
     def __len__(self) -> int:
-        return len(self._inodes)
+        return len(self.inodes)
 
     def keep(self, inode: Inode) -> None:
         """Its last handle is gone."""
-        if len(self._inodes) >= self._most:
-            self._retire(self._inodes.popitem(last=False)[1][0])
-        self._inodes[inode.ino] = inode, time.monotonic() + SECONDS
+        if len(self.inodes) >= self.most:
+            self.retire(self.inodes.popitem(last=False)[1][0])
+        self.inodes[inode.ino] = inode, time.monotonic() + SECONDS
 
     def wake(self, ino: int) -> None:
         """It has a handle again."""
-        self._inodes.pop(ino, None)
+        self.inodes.pop(ino, None)
 
     def drop(self, ino: int) -> None:
         """End it now, if it is idle."""
-        entry = self._inodes.pop(ino, None)
+        entry = self.inodes.pop(ino, None)
         if entry is not None:
-            self._retire(entry[0])
+            self.retire(entry[0])
 
     def drop_all(self) -> None:
         """End all."""
-        while self._inodes:
-            self._retire(self._inodes.popitem()[1][0])
+        while self.inodes:
+            self.retire(self.inodes.popitem()[1][0])
 
     def expire(self, now: float) -> float:
         """End those whose time is over, at `now` of CLOCK_MONOTONIC; after how many seconds to look again."""
-        while self._inodes:
-            ino, (_, until) = next(iter(self._inodes.items()))
+        while self.inodes:
+            ino, (_, until) = next(iter(self.inodes.items()))
             if until > now:
                 return until - now
             self.drop(ino)

@@ -113,6 +113,20 @@ class KeptInode(NamedTuple):
     shown: tuple[int, int, int] | None
 
 
+class Form(NamedTuple):
+    """The table's memory, and where in it nodes, long names, open files and inodes are, in this order.
+
+    `parts`: of each the word of the header that says which slot was never taken yet, the offset of its records,
+    the size of one, and how many there can be. `free`: the slots that have been given back. They and
+    `long_of` (a node's slot -> that of its long name) are the very ones in use.
+    """
+
+    memory: memoryview
+    parts: tuple[tuple[int, int, int, int], ...]
+    free: tuple[list[int], ...]
+    long_of: dict[int, int]
+
+
 class Incompatible(Exception):
     """This table cannot be taken over: it is of another version's form, or too much is pending."""
 
@@ -128,26 +142,25 @@ class _Slots:
     """Places in one part of the table."""
 
     def __init__(self, first: int, most: int, words: memoryview, word: int) -> None:
-        self._next = max(first, words[word])
-        self._most = most
-        self._words = words
-        self._word = word
+        self.most = most
         self.free: list[int] = []
+        self._words = words
+        self._word = word  # where the first stands that has never been taken
+        words[word] = max(first, words[word])
 
     def take(self) -> int:
         """A free one. Raises OSError(ENFILE) where there is none."""
         if self.free:
             return self.free.pop()
-        slot = self._next
-        if slot >= self._most:
+        slot = self._words[self._word]
+        if slot >= self.most:
             raise OSError(errno.ENFILE, "more nodes or open files than a mount can have")
-        self._next = slot + 1
-        self._words[self._word] = self._next
+        self._words[self._word] = slot + 1
         return slot
 
     def used(self, first: int) -> range:
         """All that have ever been taken."""
-        return range(first, self._next)
+        return range(first, self._words[self._word])
 
 
 class Ledger:
@@ -278,8 +291,17 @@ class Ledger:
         return left
 
     def table(self) -> tuple[memoryview, int]:
-        """The records of nodes, by slot, and the size of one: for who counts lookups in our place."""
+        """The records of nodes, by slot, and the size of one."""
         return self._view[_NODES_AT:_LONGS_AT], _NODE.size
+
+    def form(self) -> Form:
+        """For who keeps records in our place."""
+        slots = (self._nodes, self._longs, self._files, self._inodes)
+        places = (_NODES_AT, _LONGS_AT, _FILES_AT, _INODES_AT)
+        sizes = (_NODE.size, _LONG.size, _FILE.size, _INODE.size)
+        words = (_NODES, _LONGS, _FILES, _INODES)
+        parts = zip(words, places, sizes, (each.most for each in slots), strict=True)
+        return Form(self._view, tuple(parts), tuple(each.free for each in slots), self._long_of)
 
     def drop_node(self, number: int) -> None:
         """The kernel has forgotten it."""
@@ -306,7 +328,7 @@ class Ledger:
                 taken.add(place)
                 content, _ = _LONG.unpack_from(self._map, _LONGS_AT + place * _LONG.size)
             yield KeptNode(number, ino, parent, lookups, Kind(kind), content[:length])
-        self._longs.free = [place for place in self._longs.used(0) if place not in taken]
+        self._longs.free[:] = [place for place in self._longs.used(0) if place not in taken]
 
     # --- open files and directories -----------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ import os
 import stat
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import msgspec
 
@@ -76,6 +77,16 @@ def stale() -> OSError:
 def gone() -> OSError:
     """The file has no name and is not open."""
     return OSError(errno.ENOENT, os.strerror(errno.ENOENT))
+
+
+class Tables(NamedTuple):
+    """What a table of nodes consists of. Numbers are those of nodes, if not of inodes."""
+
+    by_slot: list[Node | None]
+    by_ino: dict[int, Node]
+    dirs: OrderedDict[int, int]  # descriptors; one that is used is to be moved to the end
+    opens: dict[int, int]
+    former: dict[int, bytes]
 
 
 class NodeTable:
@@ -186,16 +197,9 @@ class NodeTable:
         self._put(node)
         return node
 
-    def enter(self, ino: int, parent: Node, name: bytes) -> int:
-        """The number of a new node of an inode that is not known, with one lookup. Raises OSError(ENFILE)."""
-        return self._enter(ino, parent, name).id
-
-    def tables(self) -> tuple[list[Node | None], dict[int, Node], OrderedDict[int, int]]:
-        """For whoever looks things up in our place: nodes by slot, by inode number, descriptors by node number.
-
-        They are these very objects, for good. A descriptor that is used is to be moved to the end.
-        """
-        return self._by_slot, self._by_ino, self._dirs
+    def tables(self) -> Tables:
+        """For whoever does this in our place: these very objects, for good."""
+        return Tables(self._by_slot, self._by_ino, self._dirs, self._opens, self._former)
 
     def made(self, st: os.stat_result, parent: Node | None, name: bytes) -> Node:
         """The node of an inode that has just been made; counts one lookup."""

@@ -36,21 +36,21 @@ class OpenFiles:
         self._gate = gate
         self._nodes = nodes
         self._ledger = gate.ledger
-        self._files: dict[int, tuple[Node, Handle]] = {}
+        self.handles: dict[int, tuple[Node, Handle]] = {}  # by number
         self._opened_by: dict[int, int] = {}  # request -> file, of those that were taken over
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self.handles)
 
     @property
     def writers(self) -> int:
         """How many of them are open for writing."""
-        return sum(handle.writable for _, handle in self._files.values())
+        return sum(handle.writable for _, handle in self.handles.values())
 
     def add(self, node: Node, handle: Handle) -> int:
         """Keep this handle; its number."""
         number = self._ledger.file(node.id, handle.flags, handle.uid, handle.backing_id)
-        self._files[number] = node, handle
+        self.handles[number] = node, handle
         self._nodes.opened(node)
         return number
 
@@ -76,31 +76,31 @@ class OpenFiles:
             os.close(opath)
             raise
         handle.uid = kept.uid
-        self._files[kept.number] = node, handle
+        self.handles[kept.number] = node, handle
         self._nodes.reopened(node, handle.inode.opath)
 
     def undo(self, request: int) -> None:
         """A request that is sent again has opened this file, and nobody has been told its number."""
         number = self._opened_by.pop(request, None)
-        if number is not None and number in self._files:
+        if number is not None and number in self.handles:
             self.release(number)
 
     def get(self, fh: int) -> Handle:
         """The handle of this number."""
         try:
-            return self._files[fh][1]
+            return self.handles[fh][1]
         except KeyError:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF)) from None
 
     def find(self, fh: int | None) -> Handle | None:
         """The handle of this number if it is one of a regular file."""
-        entry = self._files.get(fh) if fh is not None else None
+        entry = self.handles.get(fh) if fh is not None else None
         return entry[1] if entry is not None else None
 
     def release(self, fh: int) -> None:
         """The last reference is gone."""
         handle = self.get(fh)
-        node = self._files.pop(fh)[0]
+        node = self.handles.pop(fh)[0]
         inode = handle.inode
         try:
             self._gate.release(handle)

@@ -81,31 +81,28 @@ class HeatReport:
 
     def __init__(self, outbox: Outbox) -> None:
         self._outbox = outbox
-        self._touched: dict[int, list[float]] = {}  # ino -> count, bytes read, last, size
-        self._where: dict[int, tuple[int, bytes]] = {}
+        # ino -> count, last, size, parent, name
+        self.touched: dict[int, tuple[int, float, int, int, bytes]] = {}
 
     def __bool__(self) -> bool:
-        return bool(self._touched)
+        return bool(self.touched)
 
     def touch(self, inode: Inode, size: int) -> None:
         """The file was opened."""
-        entry = self._touched.setdefault(inode.ino, [0, 0, 0.0, 0])
-        entry[0] += 1
-        entry[2] = time.monotonic()
-        entry[3] = size
-        self._where[inode.ino] = inode.parent, inode.name
+        before = self.touched.get(inode.ino)
+        count = before[0] + 1 if before is not None else 1
+        self.touched[inode.ino] = count, time.monotonic(), size, inode.parent, inode.name
 
     def count(self, ino: int) -> int:
         """Uses that have not been reported yet."""
-        return int(self._touched.get(ino, [0])[0])
+        entry = self.touched.get(ino)
+        return entry[0] if entry is not None else 0
 
     def flush(self) -> None:
         """Hand all to the mover."""
         batch: list[wire.Touch] = []
-        for ino, (count, bytes_read, last, size) in self._touched.items():
-            parent, name = self._where.get(ino, (0, b""))
-            batch.append(wire.Touch(ino, int(count), int(bytes_read), last, int(size), parent, name))
-        self._touched.clear()
-        self._where.clear()
+        for ino, (count, last, size, parent, name) in self.touched.items():
+            batch.append(wire.Touch(ino, count, 0, last, size, parent, name))
+        self.touched.clear()
         for start in range(0, len(batch), TOUCH_BATCH):
             self._outbox.post(wire.Touches(batch[start : start + TOUCH_BATCH]))

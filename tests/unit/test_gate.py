@@ -248,7 +248,7 @@ def test_a_file_that_loses_its_last_name_while_open_is_not_kept(world):
 
 
 def test_only_so_many_registrations_are_kept(world, monkeypatch):
-    monkeypatch.setattr(world.gate._idle, "_most", 2)
+    monkeypatch.setattr(world.gate.idle, "most", 2)
     paths = [world.path.with_name(f"other{number}") for number in range(3)]
     for path in paths:
         path.write_bytes(b"content")

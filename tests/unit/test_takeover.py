@@ -51,7 +51,7 @@ class World:
 
     def close(self):
         for vfs in self.servers:
-            for _, handle in vfs.files._files.values():
+            for _, handle in vfs.files.handles.values():
                 if handle.fd >= 0:
                     os.close(handle.fd)
             for inode in vfs.gate._inodes.values():

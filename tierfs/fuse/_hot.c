@@ -1,20 +1,16 @@
-/* LOOKUP and GETATTR of what is plainly there, compiled: the commonest requests, which would cost the interpreter
- * more than the kernel. Everything else, and whatever is not quite plain, is left to Python, before anything has
- * been changed: there is no meaning here that vfs.lookup, vfs.getattr and nodes.found do not have.
+/* The commonest requests, compiled: they would cost the interpreter more than the kernel. LOOKUP and GETATTR of what
+ * is plainly there, OPEN for reading and RELEASE of resident files, FORGET. Everything else, and whatever is not quite
+ * plain, is left to Python, before anything has been changed: there is no meaning here that vfs, nodes, openfiles and
+ * gate do not have.
  *
- * Works on the node table's own Python objects, under the interpreter's lock. SOURCES says from which files it was
- * built: a module of other sources is not used (tierfs/fuse/compiled.py).
+ * SOURCES says from which files it was built: a module of other sources is not used (tierfs/fuse/compiled.py).
  */
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
-#include <structmember.h>
+#include "_hot.h"
 
-#include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
-#include <stdint.h>
+#include <structmember.h>
 #include <string.h>
-#include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -22,110 +18,14 @@
 #define TIERFS_SOURCES ""
 #endif
 
-enum { LOOKUP = 1, GETATTR = 3 }; /* opcodes */
+enum { LOOKUP = 1, FORGET = 2, GETATTR = 3, OPEN = 14, RELEASE = 18, BATCH_FORGET = 42 }; /* opcodes */
 enum { GETATTR_FH = 1 };
 #define RESENT (1ULL << 63)
-#define SLOT 0xFFFFFFFFULL
 #define MOST_LOOKUPS 0x7FFFFFFFU
-#define INLINE 34
 
-/* The layouts of linux/fuse.h. */
-struct in_header { uint32_t len, opcode; uint64_t unique, nodeid; uint32_t uid, gid, pid; uint16_t extlen, padding; };
-struct out_header { uint32_t len; int32_t error; uint64_t unique; };
-struct attr {
-    uint64_t ino, size, blocks, atime, mtime, ctime;
-    uint32_t atimensec, mtimensec, ctimensec, mode, nlink, uid, gid, rdev, blksize, flags;
-};
-struct entry_out {
-    uint64_t nodeid, generation, entry_valid, attr_valid;
-    uint32_t entry_valid_nsec, attr_valid_nsec;
-    struct attr attr;
-};
-struct attr_out { uint64_t attr_valid; uint32_t attr_valid_nsec, dummy; struct attr attr; };
-
-/* A node in the ledger (tierfs/ledger.py). */
-struct kept_node {
-    uint64_t number, ino, parent;
-    uint32_t lookups;
-    uint8_t kind, length;
-    char name[INLINE];
-};
-
-/* What became of a request here. */
-enum outcome { PYTHONS, ABSENT, FOUND };
-
-typedef struct {
-    PyObject_HEAD
-    int fd, root_fd, others;
-    unsigned long long device;
-    Py_buffer buffer, table;
-    unsigned long entry_seconds, attr_seconds;
-    PyObject *by_slot, *by_ino, *dirs, *plain, *inodes, *root;
-    PyObject *holds, *enter, *refused;
-    Py_ssize_t answered;
-} Hot;
-
-static PyObject *s_id, *s_ino, *s_parent, *s_anchor, *s_move_to_end;
-
-/* --- nodes ----------------------------------------------------------------------------------------------- */
-
-/* A number in an attribute; (uint64_t)-1 with an exception set where there is none. */
-static uint64_t number_of(PyObject *node, PyObject *attribute)
-{
-    PyObject *value = PyObject_GetAttr(node, attribute);
-    if (!value)
-        return (uint64_t)-1;
-    uint64_t number = PyLong_AsUnsignedLongLong(value);
-    Py_DECREF(value);
-    return number;
-}
-
-/* Whether an attribute is this very object. */
-static int attribute_is(PyObject *node, PyObject *attribute, PyObject *wanted)
-{
-    PyObject *value = PyObject_GetAttr(node, attribute);
-    int same = value == wanted;
-    Py_XDECREF(value);
-    return same;
-}
-
-/* What the ledger has of a node that is reached by a name which it holds itself; NULL of others. */
-static struct kept_node *kept_of(Hot *hot, uint64_t nodeid)
-{
-    size_t at = (size_t)(nodeid & SLOT) * sizeof(struct kept_node);
-    if (at + sizeof(struct kept_node) > (size_t)hot->table.len)
-        return NULL;
-    struct kept_node *kept = (struct kept_node *)((char *)hot->table.buf + at);
-    return kept->number == nodeid && !kept->kind && kept->length <= INLINE ? kept : NULL;
-}
-
-/* The node of this number, borrowed; NULL where it is not in use. */
-static PyObject *node_at(Hot *hot, uint64_t nodeid)
-{
-    uint64_t slot = nodeid & SLOT;
-    if (slot >= (uint64_t)PyList_GET_SIZE(hot->by_slot))
-        return NULL;
-    PyObject *node = PyList_GET_ITEM(hot->by_slot, slot);
-    return node != Py_None && number_of(node, s_id) == nodeid ? node : NULL;
-}
-
-/* The descriptor kept of a directory, which counts as a use of it; -1 where none is. */
-static int directory_of(Hot *hot, PyObject *node)
-{
-    if (node == hot->root)
-        return hot->root_fd;
-    PyObject *id = PyObject_GetAttr(node, s_id);
-    PyObject *kept = id ? PyDict_GetItemWithError(hot->dirs, id) : NULL;
-    int fd = kept ? (int)PyLong_AsLong(kept) : -1;
-    if (fd >= 0) {
-        PyObject *done = PyObject_CallMethodOneArg(hot->dirs, s_move_to_end, id);
-        if (!done)
-            fd = -1;
-        Py_XDECREF(done);
-    }
-    Py_XDECREF(id);
-    return fd;
-}
+#define NAME(word) PyObject *s_##word;
+NAMES(NAME)
+#undef NAME
 
 /* --- attributes ------------------------------------------------------------------------------------------ */
 
@@ -163,9 +63,11 @@ static long seconds_of(Hot *hot, const struct stat *st)
     if (!ino)
         return -1;
     long seconds = -1;
-    if (PySet_Contains(hot->plain, ino) == 1 && PyDict_Contains(hot->inodes, ino) == 0)
-        seconds = hot->attr_seconds;
-    else if (!PyErr_Occurred()) {
+    if (PySet_Contains(hot->plain, ino) == 1) {
+        PyObject *inode = PyDict_GetItemWithError(hot->inodes, ino);
+        int changing = inode && number_of(inode, s_writers) && attribute_is(inode, s_passthrough, Py_True);
+        seconds = PyErr_Occurred() ? -1 : changing ? 0 : (long)hot->attr_seconds;
+    } else if (!PyErr_Occurred()) {
         long long ctime = (long long)st->st_ctim.tv_sec * 1000000000 + st->st_ctim.tv_nsec;
         PyObject *said = PyObject_CallFunction(hot->holds, "OLL", ino, ctime, (long long)st->st_blocks);
         seconds = said ? PyLong_AsLong(said) : -1;
@@ -187,16 +89,13 @@ static uint64_t counted(Hot *hot, PyObject *parent, const char *name, Py_ssize_t
         uint64_t number = number_of(node, s_id);
         struct kept_node *kept = PyErr_Occurred() ? NULL : kept_of(hot, number);
         if (kept && node != hot->root && attribute_is(node, s_anchor, Py_None) && attribute_is(node, s_parent, parent)
-            && kept->length == length && !memcmp(kept->name, name, length)) {
+            && kept->length == length && !memcmp(kept->content, name, length)) {
             if (kept->lookups < MOST_LOOKUPS)
                 *(volatile uint32_t *)&kept->lookups = kept->lookups + 1;
             nodeid = number;
         }
     } else if (ino && !PyErr_Occurred() && (!S_ISDIR(st->st_mode) || st->st_dev == hot->device)) {
-        PyObject *number = PyObject_CallFunction(hot->enter, "OOy#", ino, parent, name, length);
-        if (number)
-            nodeid = PyLong_AsUnsignedLongLong(number);
-        Py_XDECREF(number);
+        nodeid = enter(hot, ino, parent, name, length);
     }
     Py_XDECREF(ino);
     return PyErr_Occurred() ? 0 : nodeid;
@@ -235,7 +134,7 @@ static enum outcome get_attributes(Hot *hot, uint64_t nodeid, struct attr_out *o
         struct kept_node *kept = kept_of(hot, nodeid);
         char name[INLINE + 1] = "";
         if (kept)
-            memcpy(name, kept->name, kept->length);
+            memcpy(name, kept->content, kept->length);
         PyObject *parent = PyObject_GetAttr(node, s_parent);
         int fd = kept && *name && parent && parent != Py_None ? directory_of(hot, parent) : -1;
         int failed = fd < 0 || status(fd, name, &st);
@@ -249,48 +148,117 @@ static enum outcome get_attributes(Hot *hot, uint64_t nodeid, struct attr_out *o
     return seconds < 0 ? PYTHONS : FOUND;
 }
 
+/* A body's fields; 0 where it is too short. */
+static int fields(const char *message, Py_ssize_t size, void *to, size_t length)
+{
+    if (size < (Py_ssize_t)(sizeof(struct in_header) + length))
+        return 0;
+    memcpy(to, message + sizeof(struct in_header), length);
+    return 1;
+}
+
+/* The nodes that the kernel gives back, one or several. */
+static enum outcome forget_all(Hot *hot, const struct in_header *in, const char *message, Py_ssize_t size)
+{
+    uint64_t count;
+    struct { uint32_t count, padding; } batch;
+    if (in->opcode == FORGET)
+        return !fields(message, size, &count, sizeof count) ? PYTHONS
+               : forget(hot, in->nodeid, count) ? FAILED : FOUND;
+    size_t at = sizeof *in + sizeof batch;
+    if (!fields(message, size, &batch, sizeof batch) || batch.count > (size - at) / (2 * sizeof(uint64_t)))
+        return PYTHONS;
+    for (; batch.count; batch.count--, at += 2 * sizeof(uint64_t)) {
+        uint64_t one[2];
+        memcpy(one, message + at, sizeof one);
+        if (forget(hot, one[0], one[1]))
+            return FAILED;
+    }
+    return FOUND;
+}
+
+union body { struct entry_out entry; struct attr_out attr; struct open_out open; };
+
+/* Carry out a request; `body` is filled in, and *size of it is to be sent. */
+static enum outcome carried_out(Hot *hot, const struct in_header *in, const char *message, Py_ssize_t length,
+                                union body *body, size_t *size)
+{
+    struct { uint32_t flags, more; uint64_t fh; } ask;
+    uint64_t fh;
+    switch (in->opcode) {
+    case LOOKUP:
+        *size = sizeof body->entry;
+        return message[length - 1] ? PYTHONS
+               : look_up(hot, in->nodeid, message + sizeof *in, length - sizeof *in - 1, &body->entry);
+    case GETATTR:
+        *size = sizeof body->attr;
+        return !fields(message, length, &ask, sizeof ask) || ask.flags & GETATTR_FH ? PYTHONS
+               : get_attributes(hot, in->nodeid, &body->attr);
+    case OPEN:
+        *size = sizeof body->open;
+        return !fields(message, length, &ask, 8) ? PYTHONS : open_file(hot, in, ask.flags, &body->open);
+    case RELEASE:
+        *size = 0;
+        return !fields(message, length, &fh, sizeof fh) ? PYTHONS : release_file(hot, fh);
+    case FORGET:
+    case BATCH_FORGET:
+        return forget_all(hot, in, message, length);
+    default:
+        return PYTHONS;
+    }
+}
+
+/* Tell Python what has become of a request. 0, or -1 with an exception. */
+static int told(PyObject *whom, uint64_t unique, PyObject *what)
+{
+    PyObject *done = what ? PyObject_CallFunction(whom, "KO", (unsigned long long)unique, what) : NULL;
+    Py_XDECREF(what);
+    Py_XDECREF(done);
+    return done ? 0 : -1;
+}
+
+/* The error that is set is the answer to this request. 0, or -1 with an exception. */
+static int failed(Hot *hot, uint64_t unique)
+{
+    PyObject *type, *value, *trace;
+    PyErr_Fetch(&type, &value, &trace);
+    PyErr_NormalizeException(&type, &value, &trace);
+    Py_XDECREF(type);
+    Py_XDECREF(trace);
+    return told(hot->failed, unique, value);
+}
+
 /* Answer the request in the buffer: 1, or 0 where it is Python's. -1: with an exception. */
 static int answer(Hot *hot, Py_ssize_t size)
 {
-    struct { struct out_header head; union { struct entry_out entry; struct attr_out attr; } body; } reply;
-    const char *message = hot->buffer.buf;
+    struct { struct out_header head; union body body; } reply;
     struct in_header in;
-    memcpy(&in, message, sizeof in);
-    enum outcome outcome = PYTHONS;
+    memcpy(&in, hot->buffer.buf, sizeof in);
     size_t body = 0;
     if (in.unique & RESENT || in.len != size)
         return 0;
-    if (in.opcode == LOOKUP && !message[size - 1]) {
-        outcome = look_up(hot, in.nodeid, message + sizeof in, size - sizeof in - 1, &reply.body.entry);
-        body = sizeof reply.body.entry;
-    } else if (in.opcode == GETATTR && size >= (Py_ssize_t)(sizeof in + 16)) {
-        uint32_t flags;
-        memcpy(&flags, message + sizeof in, sizeof flags);
-        if (!(flags & GETATTR_FH))
-            outcome = get_attributes(hot, in.nodeid, &reply.body.attr);
-        body = sizeof reply.body.attr;
-    }
+    enum outcome outcome = carried_out(hot, &in, hot->buffer.buf, size, &reply.body, &body);
+    if (outcome == FAILED)
+        return failed(hot, in.unique) ? -1 : 1;
     if (outcome == PYTHONS) {
         PyErr_Clear(); /* Python's own way meets the same, and says it. */
         return 0;
     }
+    if (in.opcode == FORGET || in.opcode == BATCH_FORGET)
+        return 1;
     body = outcome == FOUND ? body : 0;
     reply.head = (struct out_header){sizeof reply.head + body, outcome == FOUND ? 0 : -ENOENT, in.unique};
-    if (write(hot->fd, &reply, reply.head.len) < 0) {
-        PyObject *told = PyObject_CallFunction(hot->refused, "Ki", (unsigned long long)in.unique, errno);
-        if (!told)
-            return -1;
-        Py_DECREF(told);
-    }
+    if (write(hot->fd, &reply, reply.head.len) < 0 && told(hot->refused, in.unique, PyLong_FromLong(errno)))
+        return -1;
     return 1;
 }
 
 /* 0 with an exception set where it is not. */
 static int is_open(Hot *hot)
 {
-    if (!hot->buffer.obj || !hot->table.obj)
+    if (!hot->buffer.obj || !hot->memory.obj)
         PyErr_SetString(PyExc_ValueError, "closed");
-    return hot->buffer.obj && hot->table.obj;
+    return hot->buffer.obj && hot->memory.obj;
 }
 
 /* Sleep until the kernel has a request: 1. 0: something else has come, a signal, or it is `until`. */
@@ -362,37 +330,73 @@ static PyObject *hot_entry(Hot *hot, PyObject *arguments)
 static PyObject *hot_close(Hot *hot, PyObject *Py_UNUSED(none))
 {
     PyBuffer_Release(&hot->buffer);
-    PyBuffer_Release(&hot->table);
+    PyBuffer_Release(&hot->memory);
     Py_RETURN_NONE;
+}
+
+/* All that an object of this type has are slots, which copy_of can copy. */
+static int has_slots_only(PyObject *object)
+{
+    PyTypeObject *type = Py_TYPE(object);
+    return !type->tp_dictoffset && !type->tp_weaklistoffset && !type->tp_itemsize;
+}
+
+/* The ledger's form (ledger.Form). 0, or -1 with an exception. */
+static int take_form(Hot *hot, PyObject *parts, PyObject *free)
+{
+    static const Py_ssize_t sizes[] = {
+        sizeof(struct kept_node), sizeof(struct kept_long), sizeof(struct kept_file), sizeof(struct kept_inode),
+    };
+    int fits = PyTuple_Check(parts) && PyTuple_GET_SIZE(parts) == PARTS && PyTuple_Check(free)
+               && PyTuple_GET_SIZE(free) == PARTS;
+    for (int each = 0; fits && each < PARTS; each++) {
+        Py_ssize_t size;
+        if (!PyArg_ParseTuple(PyTuple_GET_ITEM(parts, each), "nnnn", &hot->parts[each].word, &hot->parts[each].at,
+                              &size, &hot->parts[each].most))
+            return -1;
+        hot->parts[each].free = Py_NewRef(PyTuple_GET_ITEM(free, each));
+        fits = size == sizes[each] && PyList_Check(hot->parts[each].free)
+               && hot->parts[each].at + size * hot->parts[each].most <= hot->memory.len;
+    }
+    if (!fits)
+        PyErr_SetString(PyExc_ValueError, "the ledger's records are of another form");
+    return fits ? 0 : -1;
+}
+
+/* One of the objects, by its name. 0, or -1 with an exception. */
+static int take_object(PyObject *named, const char *name, PyTypeObject *type, PyObject **to)
+{
+    PyObject *given = PyDict_GetItemString(named, name);
+    if (!given || (type && !PyObject_TypeCheck(given, type))) {
+        PyErr_Format(PyExc_TypeError, "%s: %s", name, given ? "of another type" : "missing");
+        return -1;
+    }
+    *to = Py_NewRef(given);
+    return 0;
 }
 
 static int hot_init(Hot *hot, PyObject *arguments, PyObject *named)
 {
     static char *names[] = {
-        "fd", "buffer", "by_slot", "by_ino", "dirs", "root", "root_fd", "device", "table", "node_size",
-        "plain", "inodes", "entry_seconds", "attr_seconds", "holds", "enter", "refused", NULL,
+        "fd", "buffer", "root_fd", "device", "memory", "parts", "free",
+        "entry_seconds", "attr_seconds", "idle_seconds", "objects", NULL,
     };
-    Py_ssize_t node_size;
+    PyObject *parts, *free, *objects;
     if (hot->by_slot) {
         PyErr_SetString(PyExc_TypeError, "made already");
         return -1;
     }
-    PyObject **kept[] = {&hot->by_slot, &hot->by_ino, &hot->dirs, &hot->root, &hot->plain,
-                         &hot->inodes, &hot->holds, &hot->enter, &hot->refused};
-    if (!PyArg_ParseTupleAndKeywords(
-            arguments, named, "iw*O!O!O!OiKw*nO!O!kkOOO", names, &hot->fd, &hot->buffer, &PyList_Type, &hot->by_slot,
-            &PyDict_Type, &hot->by_ino, &PyDict_Type, &hot->dirs, &hot->root, &hot->root_fd, &hot->device,
-            &hot->table, &node_size, &PySet_Type, &hot->plain, &PyDict_Type, &hot->inodes,
-            &hot->entry_seconds, &hot->attr_seconds, &hot->holds, &hot->enter, &hot->refused)) {
-        for (size_t each = 0; each < sizeof kept / sizeof *kept; each++)
-            *kept[each] = NULL;
-        return -1;
-    }
-    for (size_t each = 0; each < sizeof kept / sizeof *kept; each++)
-        Py_INCREF(*kept[each]);
     hot->others = -1;
-    if (node_size != sizeof(struct kept_node)) {
-        PyErr_SetString(PyExc_ValueError, "the ledger's nodes are of another size");
+    if (!PyArg_ParseTupleAndKeywords(arguments, named, "iw*iKw*OOkkdO!", names, &hot->fd, &hot->buffer, &hot->root_fd,
+                                     &hot->device, &hot->memory, &parts, &free, &hot->entry_seconds,
+                                     &hot->attr_seconds, &hot->idle_seconds, &PyDict_Type, &objects)
+        || take_form(hot, parts, free))
+        return -1;
+#define TAKE(name, type) if (take_object(objects, #name, type, &hot->name)) return -1;
+    OBJECTS(TAKE)
+#undef TAKE
+    if (!has_slots_only(hot->inode) || !has_slots_only(hot->handle)) {
+        PyErr_SetString(PyExc_TypeError, "an Inode or a Handle has more than slots");
         return -1;
     }
     return 0;
@@ -400,29 +404,21 @@ static int hot_init(Hot *hot, PyObject *arguments, PyObject *named)
 
 static int hot_traverse(Hot *hot, visitproc visit, void *arg)
 {
-    Py_VISIT(hot->by_slot);
-    Py_VISIT(hot->by_ino);
-    Py_VISIT(hot->dirs);
-    Py_VISIT(hot->root);
-    Py_VISIT(hot->plain);
-    Py_VISIT(hot->inodes);
-    Py_VISIT(hot->holds);
-    Py_VISIT(hot->enter);
-    Py_VISIT(hot->refused);
+#define VISIT(name, type) Py_VISIT(hot->name);
+    OBJECTS(VISIT)
+#undef VISIT
+    for (int each = 0; each < PARTS; each++)
+        Py_VISIT(hot->parts[each].free);
     return 0;
 }
 
 static int hot_clear(Hot *hot)
 {
-    Py_CLEAR(hot->by_slot);
-    Py_CLEAR(hot->by_ino);
-    Py_CLEAR(hot->dirs);
-    Py_CLEAR(hot->root);
-    Py_CLEAR(hot->plain);
-    Py_CLEAR(hot->inodes);
-    Py_CLEAR(hot->holds);
-    Py_CLEAR(hot->enter);
-    Py_CLEAR(hot->refused);
+#define CLEAR(name, type) Py_CLEAR(hot->name);
+    OBJECTS(CLEAR)
+#undef CLEAR
+    for (int each = 0; each < PARTS; each++)
+        Py_CLEAR(hot->parts[each].free);
     return 0;
 }
 
@@ -430,7 +426,7 @@ static void hot_dealloc(Hot *hot)
 {
     PyObject_GC_UnTrack(hot);
     PyBuffer_Release(&hot->buffer);
-    PyBuffer_Release(&hot->table);
+    PyBuffer_Release(&hot->memory);
     hot_clear(hot);
     Py_TYPE(hot)->tp_free((PyObject *)hot);
 }
@@ -464,13 +460,9 @@ static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "tierfs.fuse._hot", N
 
 PyMODINIT_FUNC PyInit__hot(void)
 {
-    s_id = PyUnicode_InternFromString("id");
-    s_ino = PyUnicode_InternFromString("ino");
-    s_parent = PyUnicode_InternFromString("parent");
-    s_anchor = PyUnicode_InternFromString("anchor");
-    s_move_to_end = PyUnicode_InternFromString("move_to_end");
-    if (!s_id || !s_ino || !s_parent || !s_anchor || !s_move_to_end)
-        return NULL;
+#define INTERN(word) if (!(s_##word = PyUnicode_InternFromString(#word))) return NULL;
+    NAMES(INTERN)
+#undef INTERN
     if (PyType_Ready(&HotType) < 0)
         return NULL;
     PyObject *made = PyModule_Create(&module);

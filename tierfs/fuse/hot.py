@@ -1,21 +1,25 @@
 """How requests come in: read from the kernel one by one, the simplest perhaps answered before Python sees them.
 
-Two forms of one interface. The compiled one (`_hot.c`) answers a LOOKUP or GETATTR of what is plainly there by
-itself; it has no other meaning than vfs, nodes and operations give the request, and leaves all else to them.
-The pure one leaves everything.
+Two forms of one interface. The compiled one (`_hot.c`) answers by itself a LOOKUP or GETATTR of what is plainly
+there, an OPEN for reading of what is resident, its RELEASE, and FORGET; it has no other meaning than vfs,
+nodes, openfiles, gate and operations give the request, and leaves all else to them. The pure one leaves all.
 """
 
 from __future__ import annotations
 
 import io
 import logging
+import os
 import select
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
+from tierfs import idle
 from tierfs.fuse import compiled
 from tierfs.fuse import protocol as p
+from tierfs.handles import Handle, Inode
+from tierfs.nodes import Node
 from tierfs.vfs import Vfs
 
 log = logging.getLogger("fuse")
@@ -81,18 +85,20 @@ class Pure:
         pass
 
 
-Receivers = Callable[[int, bytearray, Vfs, Callable[[int, int], None]], Receiver]
+Told = Callable[[int, Any], None]
+Receivers = Callable[[int, bytearray, Vfs, Told, Told], Receiver]
 
 
-def pure(fd: int, buffer: bytearray, _vfs: Vfs, _refused: Callable[[int, int], None]) -> Receiver:
+def pure(fd: int, buffer: bytearray, _vfs: Vfs, _refused: Told, _failed: Told) -> Receiver:
     """The pure form."""
     return Pure(fd, buffer)
 
 
-def receiver(fd: int, buffer: bytearray, vfs: Vfs, refused: Callable[[int, int], None]) -> Receiver:
+def receiver(fd: int, buffer: bytearray, vfs: Vfs, refused: Told, failed: Told) -> Receiver:
     """The compiled form where it can be had, else the pure one; a line in the log says where one is no good.
 
-    `refused` is told of a reply that the kernel did not take: the request's number, and an errno.
+    `refused` is told of a reply that the kernel did not take: the request's number, and an errno. `failed` of a
+    request that is to be answered with an exception, and of that.
     """
     module, why_not = compiled.find()
     if why_not:
@@ -107,26 +113,38 @@ def receiver(fd: int, buffer: bytearray, vfs: Vfs, refused: Callable[[int, int],
             return -1
         return 0 if gate.writers_open(ino) else p.ATTR_SECONDS
 
-    table, size = vfs.ledger.table()
-    by_slot, by_ino, directories = nodes.tables()
+    ledger = vfs.ledger.form()
     made: Receiver = module.Hot(
         fd=fd,
         buffer=buffer,
-        by_slot=by_slot,
-        by_ino=by_ino,
-        dirs=directories,
-        root=nodes.root,
         root_fd=vfs.tree.rootfd,
         device=vfs.tree.device,
-        table=table,
-        node_size=size,
-        plain=gate.appearance.plain,
-        inodes=gate.appearance.inodes,
+        memory=ledger.memory,
+        parts=ledger.parts,
+        free=ledger.free,
         entry_seconds=p.ENTRY_SECONDS,
         attr_seconds=p.ATTR_SECONDS,
-        holds=holds,
-        enter=nodes.enter,
-        refused=refused,
+        idle_seconds=idle.SECONDS,
+        objects={
+            **nodes.tables()._asdict(),
+            "long_of": ledger.long_of,
+            "root": nodes.root,
+            "node": Node,
+            "forget": nodes.forget,
+            "plain": gate.appearance.plain,
+            "inodes": gate.appearance.inodes,
+            "holds": holds,
+            "gate": gate,
+            "idle": gate.idle,
+            "idle_inodes": gate.idle.inodes,
+            "touched": gate.heat.touched,
+            "files": vfs.files.handles,
+            "inode": Inode(0, 0, b""),
+            "handle": Handle(Inode(0, 0, b""), -1, 0, 0),
+            "stub_name": os.fsencode(vfs.tree.stub_name),
+            "refused": refused,
+            "failed": failed,
+        },
     )
     return made
 
@@ -134,5 +152,3 @@ def receiver(fd: int, buffer: bytearray, vfs: Vfs, refused: Callable[[int, int],
 def form(receiver: Receiver) -> str:
     """`pure` or `compiled`."""
     return "pure" if isinstance(receiver, Pure) else "compiled"
-
-

@@ -102,7 +102,7 @@ class Session:
         self.spinner = spinner or Spinner(enabled=False)
         self._buffer = bytearray(p.BUFFER)
         self._view = memoryview(self._buffer)
-        self._receiver: hot.Receiver = receiver(fd, self._buffer, vfs, self._refused)
+        self._receiver: hot.Receiver = receiver(fd, self._buffer, vfs, self._refused, self._failed)
         self._parked: dict[int, _Parked] = {}
         self._interrupted: dict[int, _Parked] = {}
         self._runnable: collections.deque[_Parked] = collections.deque()
@@ -298,6 +298,9 @@ class Session:
 
     def _refused(self, unique: int, number: int) -> None:
         self._not_replied(unique, OSError(number, os.strerror(number)))
+
+    def _failed(self, unique: int, error: Exception) -> None:
+        self._fail(unique, _errno_of(error, self._view[: p.IN]))
 
     def _not_replied(self, unique: int, error: OSError) -> None:
         # The kernel no longer knows the request (aborted), or the connection is gone: reading says which.

@@ -1,0 +1,276 @@
+/* OPEN for reading of a resident file, and the RELEASE of such: what vfs.open, gate.open or gate.reopen, and
+ * files.release with gate.release do where nothing has to be waited for, marked or fetched.
+ */
+#include "_hot.h"
+
+#include <fcntl.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/xattr.h>
+#include <time.h>
+#include <unistd.h>
+
+#define OPEN_NOFLUSH (1 << 5)
+#define OPEN_PASSTHROUGH (1 << 7)
+
+static double now(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec + t.tv_nsec * 1e-9;
+}
+
+/* Resident, nobody is to be waited for. */
+static int is_plain(PyObject *inode)
+{
+    return attribute_is(inode, s_guard, Py_None) && attribute_is(inode, s_content, Py_None);
+}
+
+/* report.HeatReport.touch. 0, or -1 with an exception. */
+static int touch(Hot *hot, PyObject *inode, PyObject *ino)
+{
+    PyObject *before = PyDict_GetItemWithError(hot->touched, ino);
+    long count = before ? PyLong_AsLong(PyTuple_GET_ITEM(before, 0)) : 0;
+    PyObject *size = PyObject_GetAttr(inode, s_size), *parent = PyObject_GetAttr(inode, s_parent);
+    PyObject *name = PyObject_GetAttr(inode, s_name), *entry = NULL;
+    if (size && parent && name && !PyErr_Occurred())
+        entry = Py_BuildValue("ldOOO", count + 1, now(), size, parent, name);
+    Py_XDECREF(size);
+    Py_XDECREF(parent);
+    Py_XDECREF(name);
+    int failed = entry ? PyDict_SetItem(hot->touched, ino, entry) : -1;
+    Py_XDECREF(entry);
+    return failed;
+}
+
+/* --- opening --------------------------------------------------------------------------------------------- */
+
+/* Whether an inode, by an O_PATH descriptor, has no such attribute, without a doubt. */
+static int lacks(int opath, const char *attribute)
+{
+    char path[40];
+    snprintf(path, sizeof path, "/proc/self/fd/%d", opath);
+    return getxattr(path, attribute, NULL, 0) < 0 && errno == ENODATA;
+}
+
+/* An O_PATH descriptor of a file that can be opened in passthrough and is no stub; -1: Python is to look. */
+static int reached(Hot *hot, PyObject *node, uint64_t nodeid, uint64_t ino, struct stat *st)
+{
+    struct kept_node *kept = kept_of(hot, nodeid);
+    char name[INLINE + 1] = "";
+    if (!kept)
+        return -1;
+    memcpy(name, kept->content, kept->length);
+    PyObject *parent = PyObject_GetAttr(node, s_parent);
+    int above = *name && parent && parent != Py_None ? directory_of(hot, parent) : -1;
+    Py_XDECREF(parent);
+    int fd = above < 0 ? -1 : openat(above, name, O_PATH | O_NOFOLLOW | O_CLOEXEC);
+    if (fd < 0)
+        return -1;
+    if (!fstat(fd, st) && st->st_ino == ino && S_ISREG(st->st_mode) && !(st->st_mode & (S_ISUID | S_ISGID))
+        && lacks(fd, PyBytes_AS_STRING(hot->stub_name))
+        && (!(st->st_mode & 0111) || lacks(fd, "security.capability")))
+        return fd;
+    close(fd);
+    return -1;
+}
+
+/* The new state of an inode that is reached by this descriptor, registered; NULL where Python is to try. */
+static PyObject *registered(Hot *hot, PyObject *node, PyObject *name, int fd, const struct stat *st)
+{
+    PyObject *backing = PyObject_GetAttr(hot->gate, s_backing), *number = NULL, *slot = NULL;
+    PyObject *parent = PyObject_GetAttr(node, s_parent), *inode = NULL, *above = NULL, *descriptor = NULL;
+    if (backing && backing != Py_None && parent)
+        inode = copy_of(hot->inode);
+    if (inode && (above = PyObject_GetAttr(parent, s_ino)) && (descriptor = PyLong_FromLong(fd))
+        && !set_number(inode, s_ino, st->st_ino) && !PyObject_SetAttr(inode, s_parent, above)
+        && !PyObject_SetAttr(inode, s_name, name) && !PyObject_SetAttr(inode, s_opath, descriptor)
+        && !set_number(inode, s_size, st->st_size) && !PyObject_SetAttr(inode, s_passthrough, Py_True))
+        number = PyObject_CallMethodOneArg(backing, s_open, descriptor);
+    if (number) {
+        int64_t taken = take_slot(hot, INODES);
+        if (taken >= 0) {
+            struct kept_inode *kept = record_at(hot, INODES, taken);
+            *kept = (struct kept_inode){0, PyLong_AsUnsignedLong(number), 0, 0, 0, 0};
+            *(volatile uint64_t *)&kept->ino = st->st_ino;
+            slot = PyLong_FromLongLong(taken);
+        }
+    }
+    int failed = !number || !slot || PyObject_SetAttr(inode, s_backing_id, number)
+                 || PyObject_SetAttr(inode, s_slot, slot);
+    Py_XDECREF(backing);
+    Py_XDECREF(number);
+    Py_XDECREF(slot);
+    Py_XDECREF(parent);
+    Py_XDECREF(above);
+    Py_XDECREF(descriptor);
+    if (failed)
+        Py_CLEAR(inode);
+    return inode;
+}
+
+/* The state of a resident file that nobody has open, entered. NULL: Python is to open it. */
+static PyObject *entered(Hot *hot, PyObject *node, uint64_t nodeid, PyObject *ino)
+{
+    struct stat st;
+    int fd = reached(hot, node, nodeid, PyLong_AsUnsignedLongLong(ino), &st);
+    if (fd < 0)
+        return NULL;
+    struct kept_node *kept = kept_of(hot, nodeid);
+    PyObject *name = PyBytes_FromStringAndSize(kept->content, kept->length);
+    PyObject *inode = name ? registered(hot, node, name, fd, &st) : NULL;
+    Py_XDECREF(name);
+    if (!inode)
+        close(fd);
+    else if (PyDict_SetItem(hot->inodes, ino, inode))
+        Py_CLEAR(inode);
+    return inode;
+}
+
+/* The number of a new open file, known to the ledger and to files.OpenFiles; 0 with an exception. */
+static uint64_t noted(Hot *hot, const struct in_header *in, PyObject *node, PyObject *handle, uint32_t flags,
+                      uint32_t backing_id)
+{
+    int64_t slot = take_slot(hot, FILES);
+    if (slot < 0)
+        return 0;
+    uint64_t number = ++words_of(hot)[SERIAL] << HANDLE_BITS | slot;
+    struct kept_file *kept = record_at(hot, FILES, slot);
+    *kept = (struct kept_file){0, in->nodeid, in->unique, flags, in->uid, backing_id, 0};
+    *(volatile uint64_t *)&kept->number = number;
+    PyObject *key = PyLong_FromUnsignedLongLong(number), *pair = PyTuple_Pack(2, node, handle);
+    PyObject *id = PyObject_GetAttr(node, s_id);
+    int failed = !key || !pair || !id || PyDict_SetItem(hot->files, key, pair) || count_in(hot->opens, id, 1) < 0;
+    Py_XDECREF(key);
+    Py_XDECREF(pair);
+    Py_XDECREF(id);
+    return failed ? 0 : number;
+}
+
+static PyObject *handle_of(Hot *hot, PyObject *inode, const struct in_header *in, uint32_t flags, uint64_t backing_id)
+{
+    PyObject *handle = copy_of(hot->handle);
+    if (handle && (PyObject_SetAttr(handle, s_inode, inode) || set_number(handle, s_flags, flags)
+                   || set_number(handle, s_backing_id, backing_id) || set_number(handle, s_uid, in->uid)))
+        Py_CLEAR(handle);
+    return handle;
+}
+
+/* One more handle of a registered inode. */
+static enum outcome admitted(Hot *hot, const struct in_header *in, PyObject *node, PyObject *ino, PyObject *inode,
+                             uint32_t flags, struct open_out *out)
+{
+    uint64_t backing_id = number_of(inode, s_backing_id), opens = number_of(inode, s_opens);
+    PyObject *handle = PyErr_Occurred() ? NULL : handle_of(hot, inode, in, flags, backing_id);
+    int failed = !handle || set_number(inode, s_opens, opens + 1) || touch(hot, inode, ino);
+    if (!failed && PyDict_Contains(hot->idle_inodes, ino) == 1)
+        failed = PyODict_DelItem(hot->idle_inodes, ino);
+    if (!failed) {
+        *out = (struct open_out){0, OPEN_PASSTHROUGH | OPEN_NOFLUSH, backing_id};
+        out->fh = noted(hot, in, node, handle, flags, backing_id);
+        failed = !out->fh;
+    }
+    Py_XDECREF(handle);
+    return failed ? FAILED : FOUND;
+}
+
+enum outcome open_file(Hot *hot, const struct in_header *in, uint32_t flags, struct open_out *out)
+{
+    PyObject *node = node_at(hot, in->nodeid);
+    if (!node || (flags & (O_ACCMODE | O_TRUNC)) != O_RDONLY || !attribute_is(node, s_anchor, Py_None))
+        return PYTHONS;
+    PyObject *ino = PyObject_GetAttr(node, s_ino);
+    enum outcome outcome = PYTHONS;
+    if (ino && PyDict_GetItemWithError(hot->by_ino, ino) == node && has_slot(hot, FILES) && has_slot(hot, INODES)) {
+        Py_INCREF(node);
+        PyObject *inode = Py_XNewRef(PyDict_GetItemWithError(hot->inodes, ino));
+        if (!inode && !PyErr_Occurred())
+            inode = entered(hot, node, in->nodeid, ino);
+        else if (inode && (!number_of(inode, s_backing_id) || !is_plain(inode)))
+            Py_CLEAR(inode);
+        if (inode && !PyErr_Occurred())
+            outcome = admitted(hot, in, node, ino, inode, flags, out);
+        Py_XDECREF(inode);
+        Py_DECREF(node);
+    }
+    Py_XDECREF(ino);
+    return outcome;
+}
+
+/* --- closing --------------------------------------------------------------------------------------------- */
+
+/* Let the one go that was used least recently. 0, or -1 with an exception. */
+static int oldest_retired(Hot *hot)
+{
+    PyObject *each = PyObject_GetIter(hot->idle_inodes), *done = NULL;
+    PyObject *ino = each ? PyIter_Next(each) : NULL;
+    PyObject *entry = ino ? Py_XNewRef(PyDict_GetItemWithError(hot->idle_inodes, ino)) : NULL;
+    Py_XDECREF(each);
+    if (entry && !PyODict_DelItem(hot->idle_inodes, ino))
+        done = PyObject_CallMethodOneArg(hot->idle, s_retire, PyTuple_GET_ITEM(entry, 0));
+    Py_XDECREF(done);
+    Py_XDECREF(entry);
+    Py_XDECREF(ino);
+    return done ? 0 : -1;
+}
+
+/* idle.Idle.keep, but for those that are too many then. 0, or -1 with an exception. */
+static int kept_idle(Hot *hot, PyObject *inode, PyObject *ino)
+{
+    PyObject *entry = Py_BuildValue("Od", inode, now() + hot->idle_seconds);
+    int failed = entry ? PyODict_SetItem(hot->idle_inodes, ino, entry) : -1;
+    Py_XDECREF(entry);
+    return failed;
+}
+
+/* gate.release of a file that stays registered for a while. */
+static int may_stay(PyObject *inode)
+{
+    PyObject *name = PyObject_GetAttr(inode, s_name);
+    int named = name && PyObject_IsTrue(name) == 1;
+    Py_XDECREF(name);
+    return named && number_of(inode, s_backing_id) && attribute_is(inode, s_marked, Py_False)
+           && !number_of(inode, s_set_id) && attribute_is(inode, s_gone, Py_False) && is_plain(inode);
+}
+
+/* A node that has a descriptor of its own may end with its last handle. */
+static int needs_look(PyObject *node)
+{
+    PyObject *anchor = PyObject_GetAttr(node, s_anchor);
+    int descriptor = !anchor || PyLong_Check(anchor);
+    Py_XDECREF(anchor);
+    return descriptor;
+}
+
+static enum outcome closed(Hot *hot, PyObject *key, uint64_t fh, PyObject *node, PyObject *inode)
+{
+    uint64_t opens = number_of(inode, s_opens);
+    PyObject *ino = PyObject_GetAttr(inode, s_ino), *id = PyObject_GetAttr(node, s_id);
+    uint64_t slot = fh & ((1 << HANDLE_BITS) - 1);
+    int failed = !ino || !id || PyErr_Occurred() || PyDict_DelItem(hot->files, key)
+                 || set_number(inode, s_opens, opens - 1) || (opens == 1 && kept_idle(hot, inode, ino))
+                 || count_in(hot->opens, id, -1) < 0;
+    *(volatile uint64_t *)record_at(hot, FILES, slot) = 0;
+    failed = failed || give_slot(hot, FILES, slot);
+    if (!failed && (uint64_t)PyDict_GET_SIZE(hot->idle_inodes) > number_of(hot->idle, s_most))
+        failed = oldest_retired(hot);
+    Py_XDECREF(ino);
+    Py_XDECREF(id);
+    return failed ? FAILED : FOUND;
+}
+
+enum outcome release_file(Hot *hot, uint64_t fh)
+{
+    PyObject *key = PyLong_FromUnsignedLongLong(fh);
+    PyObject *pair = key ? Py_XNewRef(PyDict_GetItemWithError(hot->files, key)) : NULL;
+    PyObject *handle = pair ? PyTuple_GET_ITEM(pair, 1) : NULL;
+    PyObject *inode = handle ? PyObject_GetAttr(handle, s_inode) : NULL;
+    enum outcome outcome = PYTHONS;
+    if (inode && number_of(handle, s_backing_id) && attribute_is(handle, s_writable, Py_False)
+        && !needs_look(PyTuple_GET_ITEM(pair, 0)) && may_stay(inode) && !PyErr_Occurred())
+        outcome = closed(hot, key, fh, PyTuple_GET_ITEM(pair, 0), inode);
+    Py_XDECREF(inode);
+    Py_XDECREF(pair);
+    Py_XDECREF(key);
+    return outcome;
+}

@@ -1,0 +1,260 @@
+/* The server's state as the compiled form sees and changes it: objects, the ledger's records, nodes. */
+#include "_hot.h"
+
+#include <string.h>
+#include <unistd.h>
+
+/* --- objects --------------------------------------------------------------------------------------------- */
+
+/* A number in an attribute; (uint64_t)-1 with an exception set where there is none. */
+uint64_t number_of(PyObject *object, PyObject *attribute)
+{
+    PyObject *value = PyObject_GetAttr(object, attribute);
+    if (!value)
+        return (uint64_t)-1;
+    uint64_t number = PyLong_AsUnsignedLongLong(value);
+    Py_DECREF(value);
+    return number;
+}
+
+/* Whether an attribute is this very object. */
+int attribute_is(PyObject *object, PyObject *attribute, PyObject *wanted)
+{
+    PyObject *value = PyObject_GetAttr(object, attribute);
+    int same = value == wanted;
+    Py_XDECREF(value);
+    return same;
+}
+
+/* 0, or -1 with an exception. */
+int set_number(PyObject *object, PyObject *attribute, uint64_t number)
+{
+    PyObject *value = PyLong_FromUnsignedLongLong(number);
+    int failed = value ? PyObject_SetAttr(object, attribute, value) : -1;
+    Py_XDECREF(value);
+    return failed;
+}
+
+/* A new object of the same type with the same attributes; all of them are slots (see hot_init). */
+PyObject *copy_of(PyObject *plain)
+{
+    PyTypeObject *type = Py_TYPE(plain);
+    PyObject *made = type->tp_alloc(type, 0);
+    if (!made)
+        return NULL;
+    for (size_t at = sizeof(PyObject); at < (size_t)type->tp_basicsize; at += sizeof(PyObject *)) {
+        PyObject *value = *(PyObject **)((char *)plain + at);
+        *(PyObject **)((char *)made + at) = Py_XNewRef(value);
+    }
+    return made;
+}
+
+/* Count up or down in a dictionary of counts, which keeps none of 0. The new count; -1 with an exception. */
+int count_in(PyObject *dict, PyObject *key, int by)
+{
+    PyObject *value = PyDict_GetItemWithError(dict, key);
+    if (!value && PyErr_Occurred())
+        return -1;
+    int count = (value ? (int)PyLong_AsLong(value) : 0) + by;
+    if (count <= 0)
+        return value && PyDict_DelItem(dict, key) ? -1 : 0;
+    PyObject *now = PyLong_FromLong(count);
+    int failed = now ? PyDict_SetItem(dict, key, now) : -1;
+    Py_XDECREF(now);
+    return failed ? -1 : count;
+}
+
+/* --- the ledger ------------------------------------------------------------------------------------------ */
+
+/* The words of its header. */
+uint64_t *words_of(Hot *hot)
+{
+    return hot->memory.buf;
+}
+
+void *record_at(Hot *hot, enum part part, uint64_t slot)
+{
+    static const size_t sizes[] = {
+        sizeof(struct kept_node), sizeof(struct kept_long), sizeof(struct kept_file), sizeof(struct kept_inode),
+    };
+    return (char *)hot->memory.buf + hot->parts[part].at + slot * sizes[part];
+}
+
+/* Whether there is a free slot. */
+int has_slot(Hot *hot, enum part part)
+{
+    return PyList_GET_SIZE(hot->parts[part].free)
+           || (Py_ssize_t)words_of(hot)[hot->parts[part].word] < hot->parts[part].most;
+}
+
+/* A free slot, which there is; -1 with an exception. */
+int64_t take_slot(Hot *hot, enum part part)
+{
+    PyObject *free = hot->parts[part].free;
+    Py_ssize_t count = PyList_GET_SIZE(free);
+    if (!count)
+        return words_of(hot)[hot->parts[part].word]++;
+    int64_t slot = PyLong_AsLongLong(PyList_GET_ITEM(free, count - 1));
+    return PyList_SetSlice(free, count - 1, count, NULL) ? -1 : slot;
+}
+
+/* 0, or -1 with an exception. */
+int give_slot(Hot *hot, enum part part, uint64_t slot)
+{
+    PyObject *number = PyLong_FromUnsignedLongLong(slot);
+    int failed = number ? PyList_Append(hot->parts[part].free, number) : -1;
+    Py_XDECREF(number);
+    return failed;
+}
+
+/* --- nodes ----------------------------------------------------------------------------------------------- */
+
+/* What the ledger has of a node that is reached by a name which it holds itself; NULL of others. */
+struct kept_node *kept_of(Hot *hot, uint64_t nodeid)
+{
+    uint64_t slot = nodeid & SLOT;
+    if ((Py_ssize_t)slot >= hot->parts[NODES].most)
+        return NULL;
+    struct kept_node *kept = record_at(hot, NODES, slot);
+    return kept->number == nodeid && !kept->kind && kept->length <= INLINE ? kept : NULL;
+}
+
+/* The node of this number, borrowed; NULL where it is not in use. */
+PyObject *node_at(Hot *hot, uint64_t nodeid)
+{
+    uint64_t slot = nodeid & SLOT;
+    if (slot >= (uint64_t)PyList_GET_SIZE(hot->by_slot))
+        return NULL;
+    PyObject *node = PyList_GET_ITEM(hot->by_slot, slot);
+    return node != Py_None && number_of(node, s_id) == nodeid ? node : NULL;
+}
+
+/* The descriptor kept of a directory, which counts as a use of it; -1 where none is. */
+int directory_of(Hot *hot, PyObject *node)
+{
+    if (node == hot->root)
+        return hot->root_fd;
+    PyObject *id = PyObject_GetAttr(node, s_id);
+    PyObject *kept = id ? PyDict_GetItemWithError(hot->dirs, id) : NULL;
+    int fd = kept ? (int)PyLong_AsLong(kept) : -1;
+    if (fd >= 0) {
+        PyObject *done = PyObject_CallMethodOneArg(hot->dirs, s_move_to_end, id);
+        if (!done)
+            fd = -1;
+        Py_XDECREF(done);
+    }
+    Py_XDECREF(id);
+    return fd;
+}
+
+/* nodes._put and the index by inode number. 0, or -1 with an exception. */
+static int put(Hot *hot, uint64_t slot, PyObject *ino, PyObject *node)
+{
+    if (PyDict_SetItem(hot->by_ino, ino, node))
+        return -1;
+    while (slot >= (uint64_t)PyList_GET_SIZE(hot->by_slot))
+        if (PyList_Append(hot->by_slot, Py_None))
+            return -1;
+    return PyList_SetItem(hot->by_slot, slot, Py_NewRef(node));
+}
+
+/* nodes._enter: the number of a new node of an inode that is not known, with one lookup. 0: with an exception, or
+ * where Python is to do it. */
+uint64_t enter(Hot *hot, PyObject *ino, PyObject *parent, const char *name, Py_ssize_t length)
+{
+    uint64_t above = number_of(parent, s_id), inode = PyLong_AsUnsignedLongLong(ino);
+    if (length > INLINE || !has_slot(hot, NODES) || PyErr_Occurred())
+        return 0;
+    int64_t slot = take_slot(hot, NODES);
+    if (slot < 0)
+        return 0;
+    struct kept_node *kept = record_at(hot, NODES, slot);
+    uint64_t number = kept->number ? ((kept->number >> 32) + 1) << 32 | slot : (uint64_t)slot;
+    PyObject *id = PyLong_FromUnsignedLongLong(number);
+    PyObject *of[] = {id, ino, parent};
+    PyObject *node = id ? PyObject_Vectorcall(hot->node, of, 3, NULL) : NULL;
+    Py_XDECREF(id);
+    if (!node || put(hot, slot, ino, node)) {
+        Py_XDECREF(node);
+        return 0;
+    }
+    Py_DECREF(node);
+    struct kept_node made = {number, inode, above, 1, 0, length, ""};
+    memcpy(made.content, name, length);
+    *kept = made;
+    return number;
+}
+
+/* Give back the place of a node's long name. 0, or -1 with an exception. */
+static int give_long(Hot *hot, PyObject *slot)
+{
+    PyObject *place = PyDict_GetItemWithError(hot->long_of, slot);
+    if (!place)
+        return PyErr_Occurred() ? -1 : 0;
+    return PyList_Append(hot->parts[LONGS].free, place) || PyDict_DelItem(hot->long_of, slot) ? -1 : 0;
+}
+
+/* Remove it if it is there. 0, or -1 with an exception. */
+static int discard(PyObject *dict, PyObject *key)
+{
+    int there = PyDict_Contains(dict, key);
+    return there == 1 ? PyDict_DelItem(dict, key) : there;
+}
+
+/* nodes._drop_directory: close what is kept of it. 0, or -1 with an exception. */
+static int drop_directory(Hot *hot, PyObject *id)
+{
+    PyObject *kept = PyDict_GetItemWithError(hot->dirs, id);
+    int fd = kept ? (int)PyLong_AsLong(kept) : -1;
+    if (PyErr_Occurred() || (kept && PyODict_DelItem(hot->dirs, id)))
+        return -1;
+    if (fd >= 0)
+        close(fd);
+    return 0;
+}
+
+/* nodes.forget of the last lookup. 0, -1 with an exception, 1 where Python is to do it. */
+static int dropped(Hot *hot, uint64_t nodeid, PyObject *node)
+{
+    uint64_t slot = nodeid & SLOT;
+    PyObject *anchor = PyObject_GetAttr(node, s_anchor), *id = PyObject_GetAttr(node, s_id);
+    PyObject *ino = PyObject_GetAttr(node, s_ino), *place = PyLong_FromUnsignedLongLong(slot);
+    int failed = !anchor || !id || !ino || !place ? -1 : PyLong_Check(anchor); /* a descriptor of its own */
+    if (!failed) {
+        struct kept_node *kept = record_at(hot, NODES, slot);
+        failed = discard(hot->former, id) || PyList_SetItem(hot->by_slot, slot, Py_NewRef(Py_None));
+        *(volatile uint32_t *)&kept->lookups = 0;
+        failed = failed || give_long(hot, place) || PyList_Append(hot->parts[NODES].free, place);
+        if (!failed && PyDict_GetItemWithError(hot->by_ino, ino) == node)
+            failed = PyDict_DelItem(hot->by_ino, ino);
+        failed = failed || drop_directory(hot, id) ? -1 : 0;
+    }
+    Py_XDECREF(anchor);
+    Py_XDECREF(id);
+    Py_XDECREF(ino);
+    Py_XDECREF(place);
+    return failed;
+}
+
+/* The kernel gives back so many lookups. 0, or -1 with an exception. */
+int forget(Hot *hot, uint64_t nodeid, uint64_t count)
+{
+    PyObject *node = node_at(hot, nodeid);
+    if (PyErr_Occurred())
+        return -1;
+    if (!node || node == hot->root)
+        return 0;
+    struct kept_node *kept = record_at(hot, NODES, nodeid & SLOT);
+    if (kept->lookups > count && kept->lookups < INT32_MAX) {
+        *(volatile uint32_t *)&kept->lookups = kept->lookups - count;
+        return 0;
+    }
+    Py_INCREF(node);
+    int failed = kept->lookups == INT32_MAX ? 0 : dropped(hot, nodeid, node);
+    Py_DECREF(node);
+    if (failed <= 0)
+        return failed;
+    PyObject *done = PyObject_CallFunction(hot->forget, "KK", (unsigned long long)nodeid, (unsigned long long)count);
+    Py_XDECREF(done);
+    return done ? 0 : -1;
+}
