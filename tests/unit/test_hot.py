@@ -2,119 +2,29 @@
 
 import contextlib
 import errno
-import importlib.util
 import logging
 import os
 import socket
-import subprocess
-import sysconfig
 import threading
 import time
-from pathlib import Path
 
 import pytest
+from hotside import FORMS, Side, build
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_gate import DictIndex
 
 from tierfs.fuse import compiled, hot
 from tierfs.fuse import protocol as p
-from tierfs.fuse.kernel import Session
-from tierfs.gate import Gate
 from tierfs.handles import Inode, ShownTimes
-from tierfs.marks import MarkWriter
-from tierfs.tree import open_tree
-from tierfs.vfs import ROOT, Vfs
+from tierfs.vfs import ROOT
 
-PACKAGE = Path(compiled.__file__).parent.parent
-FORMS = ("pure", "compiled")
 SIZE, MODE, LINKS = 4, 12, 13  # where these are in a fuse_attr_out
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """The compiled part, built from the sources that are under test."""
-    program = tmp_path_factory.mktemp("hot") / "_hot.so"
-    include = sysconfig.get_paths()["include"]
-    if not Path(include, "Python.h").exists():
-        pytest.skip(f"no Python.h in {include}: the compiled part cannot be built here")
-    macro = f'-DTIERFS_SOURCES="{compiled.fingerprint(str(PACKAGE))}"'
-    argv = ["gcc", "-O2", "-Wall", "-Werror", "-shared", "-fPIC", f"-I{include}", macro]
-    subprocess.run([*argv, "-o", str(program), *(str(PACKAGE / name) for name in compiled.C)], check=True)
-    spec = importlib.util.spec_from_file_location("tierfs.fuse._hot", program)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-class PlainIndex(DictIndex):
-    """Every file is resident, and shows what it is."""
-
-    def is_plain(self, ino, ctime):
-        return True
-
-
-class Side:
-    """A session of one form over a tree, and the kernel's end of it."""
-
-    def __init__(self, base, form, monkeypatch, built):
-        (base / "marks").mkdir(parents=True)
-        self.tree = open_tree(str(base.parent / "tree"))
-        self._marks_fd = os.open(base / "marks", os.O_RDONLY)
-        self.gate = Gate(self.tree, PlainIndex(), MarkWriter(self._marks_fd), 1)
-        self.vfs = Vfs(self.tree, self.gate, directory_fds=3)
-        self.sock, self._device = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.sock.settimeout(10)
-        with monkeypatch.context() as patch:
-            patch.setattr(compiled, "find", lambda: (built if form == "compiled" else None, ""))
-            self.session = Session(self._device.fileno(), self.vfs, passthrough=False)
-        assert hot.form(self.session._receiver) == form
-        self._unique = 0
-
-    def send(self, opcode, nodeid, body=b"", flag=0):
-        self._unique += 2
-        unique = self._unique | flag
-        self.sock.send(p.HEAD.pack(p.IN + len(body), opcode, unique, nodeid) + bytes(p.IN - 24) + body)
-        return unique
-
-    def ask(self, opcode, nodeid, body=b"", flag=0):
-        """(errno, body) of the answer."""
-        unique = self.send(opcode, nodeid, body, flag)
-        assert self.session.serve(1) == 1
-        data = self.sock.recv(1 << 16)
-        length, number, answered = p.OUT.unpack_from(data)
-        assert (length, answered) == (len(data), unique)
-        return -number, data[p.OUT_SIZE :]
-
-    def lookup(self, parent, name):
-        number, body = self.ask(p.Op.LOOKUP, parent, name + b"\0")
-        return number or p.ENTRY_OUT.unpack(body)
-
-    def getattr(self, nodeid, flags=0, fh=0):
-        number, body = self.ask(p.Op.GETATTR, nodeid, p.GETATTR_IN.pack(flags, 0, fh))
-        return number or p.ATTR_OUT.unpack(body)
-
-    def table(self):
-        """All nodes, as they and as the ledger have them."""
-        nodes = [
-            (node.id, node.ino, node.parent and node.parent.id, self.vfs.nodes.name(node), node.anchor)
-            for node in self.vfs.nodes._by_slot
-            if node is not None
-        ]
-        view, size = self.vfs.ledger.table()
-        kept = bytes(view[: size * (len(self.vfs.nodes._by_slot) + 1)])
-        view.release()
-        return nodes, kept, list(self.vfs.nodes._dirs)
-
-    def close(self):
-        self.session.close()
-        self.vfs.close()
-        self.gate.marks.close()
-        self.tree.close()
-        os.close(self._marks_fd)
-        self.sock.close()
-        self._device.close()
-        self.vfs.ledger.close()
+    """The compiled part."""
+    return build(tmp_path_factory.mktemp("hot"))
 
 
 @pytest.fixture(params=FORMS)
@@ -122,7 +32,6 @@ def side(request, tmp_path, monkeypatch):
     (tmp_path / "tree").mkdir()
     built = request.getfixturevalue("built") if request.param == "compiled" else None
     made = Side(tmp_path / "side", request.param, monkeypatch, built)
-    made.path = tmp_path / "tree"
     yield made
     made.close()
 

@@ -1,0 +1,166 @@
+"""Two servers, one of the pure and one of the compiled form, asked the same and compared to the last field.
+
+Each has a tree of its own, so that requests may change it; inode numbers are compared by what they pair with.
+"""
+
+import contextlib
+
+from hotside import FORMS, Side
+
+from tierfs.fuse import protocol as p
+from tierfs.ledger import _NODE
+from tierfs.vfs import ROOT
+
+INODE_FIELDS = (
+    "backing_id", "gone", "marked", "name", "opens", "passthrough", "set_id", "size", "slot", "writers",
+)  # fmt: skip
+HANDLE_FIELDS = ("backing_id", "flags", "uid", "writable")
+USED = 12  # slots that are compared
+
+
+class Ino(int):
+    """The number of an inode."""
+
+
+def entry_of(data):
+    """What is the same on both sides of a packed entry."""
+    found = p.ENTRY_OUT.unpack(data)
+    return found[:6], Ino(found[6]), found[7], found[15:19]
+
+
+class Twin(Side):
+    """One of both."""
+
+    def answer(self, opcode, nodeid, body):
+        """The answer, as far as both must give the same; None: it has been put off."""
+        self.send(opcode, nodeid, body)
+        assert self.session.serve(1) == 1
+        if opcode in (p.Op.FORGET, p.Op.BATCH_FORGET) or self.session._parked:
+            return None
+        data = self.sock.recv(1 << 16)
+        number, data = p.OUT.unpack_from(data)[1], data[p.OUT_SIZE :]
+        if opcode == p.Op.LOOKUP and data:
+            return number, entry_of(data)
+        if opcode == p.Op.GETATTR and data:
+            found = p.ATTR_OUT.unpack(data)
+            return number, found[:3], Ino(found[3]), found[4], found[12:16]
+        return number, data
+
+    def inode(self, inode):
+        return {"ino": Ino(inode.ino), "parent": Ino(inode.parent), "opath": inode.opath >= 0,
+                "handle": bool(inode.handle), "guard": inode.guard is not None,
+                "content": inode.content is not None, "shown": inode.shown is not None,
+                **{name: getattr(inode, name) for name in INODE_FIELDS}}  # fmt: skip
+
+    def nodes(self):
+        anchors = {int: "descriptor", bytes: "handle", type(None): None}
+        found = []
+        for node in filter(None, self.vfs.nodes._by_slot):
+            above, anchor = node.parent and node.parent.id, anchors.get(type(node.anchor), "gone")
+            found.append((node.id, Ino(node.ino), above, self.vfs.nodes.name(node), anchor))
+        return found
+
+    def ledger(self):
+        """Its records."""
+        ledger = self.vfs.ledger
+        form, records = ledger.form(), []
+        for part, (_, at, size, _) in enumerate(form.parts):
+            for slot in range(USED):
+                raw = bytes(form.memory[at + slot * size :][:size])
+                if not any(raw):
+                    continue
+                if part == 0:
+                    number, ino, parent, lookups, kind, length, content = _NODE.unpack(raw)
+                    records.append((number, Ino(ino), parent, lookups, kind, length, kind or content[:length]))
+                elif part == 3:
+                    records.append((Ino(int.from_bytes(raw[:8], "little")), raw[8:16]))
+                elif part == 2:
+                    records.append(raw)
+        return records, [list(each) for each in form.free], dict(form.long_of), list(ledger._words[1:9])
+
+    def state(self):
+        """All that a request may leave behind."""
+        nodes, gate = self.vfs.nodes, self.gate
+        return {
+            "nodes": self.nodes(),
+            "by_ino": sorted((node.id, Ino(ino)) for ino, node in nodes._by_ino.items()),
+            "dirs": list(nodes._dirs),
+            "opens": sorted(nodes._opens.items()),
+            "former": sorted(nodes._former.items()),
+            "ledger": self.ledger(),
+            "files": [
+                (number, node.id, Ino(handle.inode.ino), handle.fd >= 0,
+                 [getattr(handle, each) for each in HANDLE_FIELDS])
+                for number, (node, handle) in sorted(self.vfs.files.handles.items())
+            ],
+            "inodes": [self.inode(each) for each in gate._inodes.values()],
+            "idle": [Ino(ino) for ino in gate.idle.inodes],
+            "heat": [(Ino(ino), n, size, Ino(above), name)
+                     for ino, (n, _, size, above, name) in gate.heat.touched.items()],
+            "backing": [(number, Ino(ino)) for number, ino in self.backing.live.items()],
+        }  # fmt: skip
+
+
+def same(one, other, pairs):
+    """Both are equal, numbers of inodes by one and the same pairing throughout."""
+    if isinstance(one, Ino):
+        return isinstance(other, Ino) and pairs.setdefault(int(one), int(other)) == other
+    if isinstance(one, dict):
+        return list(one) == list(other) and all(same(one[key], other[key], pairs) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(same(a, b, pairs) for a, b in zip(one, other))
+    return one == other
+
+
+class Both:
+    """The two sides, and what has been learnt by asking them."""
+
+    def __init__(self, base, monkeypatch, built):
+        self.sides = []
+        for form in FORMS:
+            (base / form / "tree").mkdir(parents=True)
+            self.sides.append(Twin(base / form / "side", form, monkeypatch, built, base / form / "tree"))
+            self.sides[-1].gate.idle.most = 3
+        self.nodes, self.open = [ROOT], []
+
+    def ask(self, opcode, nodeid, body):
+        one, other = (side.answer(opcode, nodeid, body) for side in self.sides)
+        assert same(one, other, {}), (opcode, one, other)
+        self.compare()
+        return one
+
+    def compare(self):
+        one, other = (side.state() for side in self.sides)
+        pairs = {}
+        for key in one:
+            assert same(one[key], other[key], pairs), (key, one[key], other[key], pairs)
+
+    def lookup(self, parent, name):
+        found = self.ask(p.Op.LOOKUP, parent, name + b"\0")
+        if not found[0] and found[1][0][0] not in self.nodes:
+            self.nodes.append(found[1][0][0])
+        return found[1][0][0] if not found[0] else -found[0]
+
+    def opened(self, nodeid, flags):
+        """Open a file; its number, or the errno."""
+        found = self.ask(p.Op.OPEN, nodeid, p.OPEN_IN.pack(flags, 0))
+        if found is None or found[0]:
+            return -found[0] if found else None
+        fh, how, backing_id = p.OPEN_OUT.unpack(found[1])
+        assert bool(how & p.OPEN_PASSTHROUGH) == bool(backing_id)
+        self.open.append((nodeid, fh))
+        return fh
+
+    def release(self, which):
+        nodeid, fh = self.open.pop(which % len(self.open))
+        assert self.ask(p.Op.RELEASE, nodeid, p.RELEASE_IN.pack(fh, 0, 0, 0)) == (0, b"")
+
+    def behind(self, change):
+        """The same change in both trees. It need not succeed."""
+        for side in self.sides:
+            with contextlib.suppress(OSError):
+                change(side.path)
+
+    def close(self):
+        for side in self.sides:
+            side.close()
