@@ -15,7 +15,7 @@ setup: $(VENV)/.installed
 
 # Only what is missing is installed, so that a machine without the right to do so can still be set up by hand.
 # The server's compiled part is optional, and built anew when what it has to agree with has changed.
-COMPILED := $(addprefix tierfs/,$(shell grep -o '"[a-z_/]*\.[cp]y*"' tierfs/fuse/compiled.py | tr -d '"'))
+COMPILED := $(addprefix tierfs/,$(shell grep -o '"[a-z_/]*\.[chp]y*"' tierfs/fuse/compiled.py | tr -d '"'))
 
 $(VENV)/.installed: setup.cfg setup.py pyproject.toml Makefile $(COMPILED)
 	@missing=""; for package in $(PACKAGES); do \
