@@ -402,7 +402,7 @@ def test_new_files_belong_to_the_caller(world):
     assert modes == {"f": 0o6750, "d": 0o1750, "p": 0o640, "r": 0o640}
     assert os.stat(world.path / "c").st_rdev == os.makedev(1, 3)
     assert len(world.entries(Mark.WRITE)) == 2
-    for fh in list(world.vfs.files._files):
+    for fh in list(world.vfs.files.handles):
         world.vfs.release(fh)
 
 
