@@ -30,7 +30,7 @@ class Appearance:
         self.inodes = inodes
         self._recent = recent
         # What a file showed whose content has come in part, until the index knows the times that this has left.
-        self._late: dict[int, tuple[ShownTimes, float]] = {}
+        self.late: dict[int, tuple[ShownTimes, float]] = {}
         # Resident files that show what they are: only a punch changes that, and it begins with a guard.
         self.plain: set[int] = set()
         self._plain_until = 0.0
@@ -38,11 +38,11 @@ class Appearance:
     def left(self, inode: Inode, now: float) -> None:
         """The state of this inode, which is still a stub, is about to be dropped."""
         if inode.shown is not None and os.fstat(inode.opath).st_nlink:
-            self._late[inode.ino] = inode.shown, now + _LATE_SECONDS
+            self.late[inode.ino] = inode.shown, now + _LATE_SECONDS
 
     def changed(self, ino: int) -> None:
         """Somebody has changed it: from now on it shows its own times."""
-        self._late.pop(ino, None)
+        self.late.pop(ino, None)
 
     def moving(self, ino: int) -> None:
         """Its content is about to change place, or has just done so."""
@@ -57,11 +57,11 @@ class Appearance:
         if now >= self._plain_until:
             self._plain_until = now + _PLAIN_SECONDS
             self.plain.clear()
-        while self._late:
-            ino, (_, until) = next(iter(self._late.items()))
+        while self.late:
+            ino, (_, until) = next(iter(self.late.items()))
             if until > now:
                 return
-            del self._late[ino]
+            del self.late[ino]
 
     def shown(self, st: os.stat_result, opath: int | None = None) -> Shown:
         """What a stat of this regular file shows."""
@@ -71,7 +71,7 @@ class Appearance:
         if inode is not None and inode.shown is not None:
             times = inode.shown
             return ShownStat(st, times.mtime, times.ctime, times.blocks)
-        late = self._late.get(st.st_ino)
+        late = self.late.get(st.st_ino)
         record = self.record(st.st_ino)
         if late is not None and (record is None or record.left_ctime != st.st_ctime_ns):
             return ShownStat(st, late[0].mtime, late[0].ctime, late[0].blocks)
@@ -99,7 +99,7 @@ class Appearance:
             return True
         inode = self.inodes.get(ino)
         # Without blocks it is a stub, most likely, whose whole record is needed anyway.
-        if not blocks or self._index is None or ino in self._late:
+        if not blocks or self._index is None or ino in self.late:
             return False
         if inode is not None and inode.shown is not None:
             return False

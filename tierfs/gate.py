@@ -79,11 +79,11 @@ class Gate:
         self.ledger.generation = max(self.ledger.generation, epoch << EPOCH_SHIFT)
         self._inodes: dict[int, Inode] = {}
         self.idle = Idle(self._retire)
-        self._seals: set[int] = set()
-        self._recent: dict[int, int] = {}  # ino -> position of its newest mark that the mover has not drained
+        self.seals: set[int] = set()
+        self.recent: dict[int, int] = {}  # ino -> position of its newest mark that the mover has not drained
         self._inflow = Inflow(self._outbox.post)
-        self._room = Room(tree, lambda: self._outbox.post(wire.Poke(self.marks.position, urgent=True)))
-        self.appearance = Appearance(tree, index, self._inodes, self._recent)
+        self.room = Room(tree, lambda: self._outbox.post(wire.Poke(self.marks.position, urgent=True)))
+        self.appearance = Appearance(tree, index, self._inodes, self.recent)
         self._vigil = Vigil()
         # Told of a mover that does not get on: its pid, and why.
         self.on_stuck: Callable[[int, str], None] = lambda pid, reason: None
@@ -149,7 +149,7 @@ class Gate:
         """Begin where another server has ended: these are the marks that no mover has drained yet."""
         for entry in undrained:
             if entry.kind not in (Mark.ENTRY, Mark.ATTR):
-                self._recent[entry.ino] = entry.end - 1
+                self.recent[entry.ino] = entry.end - 1
         self._left = {kept.ino: kept for kept in self.ledger.load_inodes()}
 
     def restore(
@@ -205,7 +205,7 @@ class Gate:
     def need_room(self) -> None:
         """Call before a file is made. Raises Blocked while the local disk is nearly full and may be emptied."""
         if self._outbox.link is not None:
-            self._room.need()
+            self.room.need()
 
     def created(self, fd: int, st: os.stat_result, flags: int, parent: int, name: bytes) -> Handle:
         """The handle of a file just made; takes the descriptor `fd` (open for reading and writing)."""
@@ -562,8 +562,8 @@ class Gate:
         inode.marked = True
         inode.shown = None
         self.appearance.changed(inode.ino)
-        if inode.ino in self._seals:
-            self._seals.discard(inode.ino)
+        if inode.ino in self.seals:
+            self.seals.discard(inode.ino)
             self._outbox.post(wire.SealBroken([inode.ino]))
 
     def _new_generation(self) -> int:
@@ -588,7 +588,7 @@ class Gate:
         handle: bytes = b"",
         name: bytes = b"",
     ) -> None:
-        self._recent[ino] = self.marks.append(kind, ino, generation, parent, a, b, handle, name)
+        self.recent[ino] = self.marks.append(kind, ino, generation, parent, a, b, handle, name)
 
     # --- the link to the mover ----------------------------------------------------------------------------
 
@@ -596,7 +596,7 @@ class Gate:
         """Talk to this mover from now on. What the old one was doing is void."""
         self._outbox.connect(link)
         self._vigil.begin()
-        self._seals.clear()
+        self.seals.clear()
         self.idle.drop_all()
         self.appearance.doubt()
         for inode in list(self._inodes.values()):
@@ -608,7 +608,7 @@ class Gate:
         """Close our end. The mover may live, and be punching: its guards hold until the next one comes."""
         log.error("talking to the mover failed: %r", error)
         self._outbox.connect(None)
-        self._seals.clear()
+        self.seals.clear()
 
     def on_link_readable(self) -> None:
         """Take what the mover has sent."""
@@ -651,7 +651,7 @@ class Gate:
                 answers = [self._seal(ino, fd) for ino, fd in zip(message.inos, fds, strict=True)]
                 self._outbox.post(wire.SealAnswer(message.id, answers))
             case wire.Unseal():
-                self._seals.difference_update(message.inos)
+                self.seals.difference_update(message.inos)
             case wire.Guard():
                 granted = [self._guard(ino, message.position) for ino in message.inos]
                 self._outbox.post(wire.GuardAnswer(message.id, granted))
@@ -660,7 +660,7 @@ class Gate:
                     inode = self._inodes.get(ino)
                     if inode is not None:
                         self._end_guard(inode)
-                self._room.look(time.monotonic())
+                self.room.look(time.monotonic())
             case wire.Drained():
                 self._on_drained(message.position)
             case wire.Limits():
@@ -705,13 +705,13 @@ class Gate:
             self._leave(inode, -1)
 
     def _on_drained(self, position: int) -> None:
-        for ino in [ino for ino, at in self._recent.items() if at < position]:
-            del self._recent[ino]
+        for ino in [ino for ino, at in self.recent.items() if at < position]:
+            del self.recent[ino]
 
     def _seal(self, ino: int, fd: int) -> int:
         """The generation sealed, or 0 where somebody may be writing: a handle, a mapping, a lost descriptor."""
         inode = self._inodes.get(ino)
-        if os.fstat(fd).st_ino != ino or ino in self._recent:
+        if os.fstat(fd).st_ino != ino or ino in self.recent:
             return 0
         if inode is not None and (inode.writers or inode.content is not None or inode.guard is not None):
             return 0
@@ -729,7 +729,7 @@ class Gate:
             generation = self._new_generation()
         if inode is not None:
             inode.marked = False
-        self._seals.add(ino)
+        self.seals.add(ino)
         return generation
 
     def _guard(self, ino: int, position: int) -> bool:
@@ -738,7 +738,7 @@ class Gate:
         inode = self._inodes.get(ino)
         if inode is not None and (inode.opens or inode.guard is not None or self._inflow.busy(ino)):
             return False
-        if self._recent.get(ino, -1) >= position:
+        if self.recent.get(ino, -1) >= position:
             return False
         if inode is None:
             inode = Inode(ino, 0, b"")
@@ -800,7 +800,7 @@ class Gate:
             "inodes": len(inodes),
             "passthrough": sum(bool(inode.backing_id) for inode in inodes),
             "guarded": sum(inode.guard is not None for inode in inodes),
-            "sealed": len(self._seals),
+            "sealed": len(self.seals),
         }
 
     def _look_after_mover(self, now: float) -> None:
@@ -818,7 +818,7 @@ class Gate:
         self._outbox.flush()
         for ino in self._inflow.expire(now):
             self._leave_if_idle(ino)
-        self._room.look(now)
+        self.room.look(now)
         self.appearance.tick(now)
         next_idle = self.idle.expire(now)
         if now >= self._next_poke:
@@ -830,7 +830,7 @@ class Gate:
         if now >= self._next_heat:
             self._next_heat = now + HEAT_SECONDS
             self.heat.flush()
-        waited_for = self._inflow.waiting or self._room.waiting or self._vigil.guards_waited_for
+        waited_for = self._inflow.waiting or self.room.waiting or self._vigil.guards_waited_for
         if waited_for:
             self._look_after_mover(now)
         busy = self._outbox or self.marks.position != self._poked or self.heat or waited_for

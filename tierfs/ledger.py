@@ -125,6 +125,7 @@ class Form(NamedTuple):
     parts: tuple[tuple[int, int, int, int], ...]
     free: tuple[list[int], ...]
     long_of: dict[int, int]
+    intents: int  # the offset of the one that is being carried out
 
 
 class Incompatible(Exception):
@@ -301,7 +302,7 @@ class Ledger:
         sizes = (_NODE.size, _LONG.size, _FILE.size, _INODE.size)
         words = (_NODES, _LONGS, _FILES, _INODES)
         parts = zip(words, places, sizes, (each.most for each in slots), strict=True)
-        return Form(self._view, tuple(parts), tuple(each.free for each in slots), self._long_of)
+        return Form(self._view, tuple(parts), tuple(each.free for each in slots), self._long_of, _INTENTS_AT)
 
     def drop_node(self, number: int) -> None:
         """The kernel has forgotten it."""

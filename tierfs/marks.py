@@ -87,11 +87,11 @@ class MarkWriter:
 
     def _erase_rest(self) -> None:
         """Behind a torn entry there may be whole ones: they must not follow those that are written now."""
-        offset = self.position - self._start
+        offset = self.position - self.start
         nothing = bytes(SEGMENT - offset)
-        if self._map[offset:] != nothing:
-            self._map[offset:] = nothing
-            self._map.flush()
+        if self.segment[offset:] != nothing:
+            self.segment[offset:] = nothing
+            self.segment.flush()
 
     def reserve(self) -> None:
         """Keep a spare segment at hand. Raises OSError(ENOSPC); then `append` may, at the end of this one."""
@@ -113,7 +113,7 @@ class MarkWriter:
         try:
             # Real blocks, not a hole: a store into a mapped hole on a full disk would be a SIGBUS.
             os.posix_fallocate(fd, 0, SEGMENT)
-            self._map = mmap.mmap(fd, SEGMENT)
+            self.segment = mmap.mmap(fd, SEGMENT)
         except OSError:
             if os.fstat(fd).st_size < SEGMENT:
                 # The next attempt must find the name free for the spare segment.
@@ -121,16 +121,16 @@ class MarkWriter:
             raise
         finally:
             os.close(fd)
-        self._start = start
+        self.start = start
         self.position = position
 
     def ensure(self, size: int) -> None:
         """Make sure that marks of `size` bytes in all can be appended. Raises OSError(ENOSPC)."""
-        if self.position - self._start + size + _HEAD.size > SEGMENT:
+        if self.position - self.start + size + _HEAD.size > SEGMENT:
             self._next_segment()
 
     def _next_segment(self) -> None:
-        full = self._map
+        full = self.segment
         self._open(self.position, self.position)
         full.close()
 
@@ -148,21 +148,21 @@ class MarkWriter:
         """Append one mark and return its position. Raises OSError(ENOSPC) where a new segment does not fit."""
         body = _BODY.pack(ino, generation, parent, a, b, len(handle), len(name)) + handle + name
         size = -(-(_HEAD.size + len(body)) // _ALIGN) * _ALIGN
-        offset = self.position - self._start
+        offset = self.position - self.start
         if offset + size + _HEAD.size > SEGMENT:
             self._next_segment()
             offset = 0
         # The head goes in last: a reader in the other process sees an entry whole or not at all.
         at = offset + _HEAD.size
-        self._map[at : at + len(body)] = body
-        self._map[offset : offset + _HEAD.size] = _HEAD.pack(_crc(kind, body), len(body), kind)
+        self.segment[at : at + len(body)] = body
+        self.segment[offset : offset + _HEAD.size] = _HEAD.pack(_crc(kind, body), len(body), kind)
         position = self.position
         self.position += size
         return position
 
     def close(self) -> None:
         """Unmap."""
-        self._map.close()
+        self.segment.close()
 
 
 def _crc(kind: int, body: bytes) -> int:

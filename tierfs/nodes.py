@@ -38,13 +38,17 @@ _OPATH_DIR = _OPATH | os.O_DIRECTORY
 class GoneStat:
     """The last attributes of a file or directory without a name."""
 
-    __slots__ = ("_stat", "st_nlink")
+    __slots__ = ("_packed", "_stat", "st_nlink")
 
-    def __init__(self, last: os.stat_result) -> None:
-        self._stat = last
+    def __init__(self, packed: bytes) -> None:
+        """As `packed_stat` packs them."""
+        self._packed = packed
+        self._stat: os.stat_result | None = None
         self.st_nlink = 0
 
     def __getattr__(self, name: str) -> int:
+        if self._stat is None:
+            self._stat = unpacked_stat(self._packed)
         return int(getattr(self._stat, name))
 
 
@@ -141,7 +145,7 @@ class NodeTable:
 
     def _restore_anchor(self, node: Node, kept: KeptNode, kept_fds: Mapping[int, int]) -> None:
         if kept.kind is Kind.GONE:
-            node.anchor = GoneStat(unpacked_stat(kept.content))
+            node.anchor = GoneStat(kept.content)
         elif kept.ino in kept_fds:
             node.anchor = os.dup(kept_fds[kept.ino])
         else:
@@ -207,8 +211,7 @@ class NodeTable:
         if old is not None:
             # Removed behind the mount: the number now means another file.
             self._drop(old)
-            old.anchor = GoneStat(st)
-            self._note(old, packed_stat(st), Kind.GONE)
+            self._end(old, st)
         return self.found(st, parent, name)
 
     def moved(self, node: Node, parent: Node | None, name: bytes) -> None:
@@ -297,11 +300,15 @@ class NodeTable:
 
     def _bury(self, node: Node, st: os.stat_result) -> None:
         self._drop(node)
-        node.anchor = GoneStat(st)
-        self._note(node, packed_stat(st), Kind.GONE)
+        self._end(node, st)
         if self._by_ino.get(node.ino) is node:
             # The filesystem may give the number to a new file now.
             del self._by_ino[node.ino]
+
+    def _end(self, node: Node, st: os.stat_result) -> None:
+        packed = packed_stat(st)
+        node.anchor = GoneStat(packed)
+        self._note(node, packed, Kind.GONE)
 
     def _spare_descriptor(self, node: Node) -> None:
         """Anchor it by handle where that can be opened: a tree of hard links must not use up descriptors."""

@@ -25,7 +25,7 @@ class Room:
         """`ask` tells the mover that space is short."""
         self._tree = tree
         self._ask = ask
-        self._low = min(MOST, tree.space().total // SHARE)
+        self.low = min(MOST, tree.space().total // SHARE)
         self._wait: Wait | None = None
         self._hopeless_until = 0.0
 
@@ -61,4 +61,4 @@ class Room:
         wait.fire()
 
     def _ample(self) -> bool:
-        return self._tree.space().available >= self._low
+        return self._tree.space().available >= self.low

@@ -22,7 +22,7 @@ PACKAGE = Path(compiled.__file__).parent.parent
 FORMS = ("pure", "compiled")
 
 
-def build(place):
+def build(place, *macros):
     """The compiled part, built from the sources that are under test."""
     program = place / "_hot.so"
     include = sysconfig.get_paths()["include"]
@@ -30,7 +30,8 @@ def build(place):
         pytest.skip(f"no Python.h in {include}: the compiled part cannot be built here")
     macro = f'-DTIERFS_SOURCES="{compiled.fingerprint(str(PACKAGE))}"'
     argv = ["gcc", "-O2", "-Wall", "-Werror", "-shared", "-fPIC", f"-I{include}", macro]
-    subprocess.run([*argv, "-o", str(program), *(str(PACKAGE / name) for name in compiled.C)], check=True)
+    argv += [*macros, "-o", str(program)]
+    subprocess.run([*argv, *(str(PACKAGE / name) for name in compiled.C)], check=True)
     spec = importlib.util.spec_from_file_location("tierfs.fuse._hot", program)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -63,10 +64,11 @@ class Side:
         self.gate.backing = self.backing = FakeBacking()
         self._unique = 0
 
-    def send(self, opcode, nodeid, body=b"", flag=0):
+    def send(self, opcode, nodeid, body=b"", flag=0, caller=(0, 0)):
         self._unique += 2
         unique = self._unique | flag
-        self.sock.send(p.HEAD.pack(p.IN + len(body), opcode, unique, nodeid) + bytes(p.IN - 24) + body)
+        head = p.HEAD.pack(p.IN + len(body), opcode, unique, nodeid) + p.CALLER.pack(*caller, 0, 0) + bytes(2)
+        self.sock.send(head + body)
         return unique
 
     def ask(self, opcode, nodeid, body=b"", flag=0):

@@ -4,11 +4,13 @@ Each has a tree of its own, so that requests may change it; inode numbers are co
 """
 
 import contextlib
+import os
 
 from hotside import FORMS, Side
 
 from tierfs.fuse import protocol as p
 from tierfs.ledger import _NODE
+from tierfs.marks import Mark, MarkReader
 from tierfs.vfs import ROOT
 
 INODE_FIELDS = (
@@ -31,16 +33,18 @@ def entry_of(data):
 class Twin(Side):
     """One of both."""
 
+    caller = (0, 0)  # user and group
+
     def answer(self, opcode, nodeid, body):
         """The answer, as far as both must give the same; None: it has been put off."""
-        self.send(opcode, nodeid, body)
+        self.send(opcode, nodeid, body, caller=self.caller)
         assert self.session.serve(1) == 1
         if opcode in (p.Op.FORGET, p.Op.BATCH_FORGET) or self.session._parked:
             return None
         data = self.sock.recv(1 << 16)
         number, data = p.OUT.unpack_from(data)[1], data[p.OUT_SIZE :]
-        if opcode == p.Op.LOOKUP and data:
-            return number, entry_of(data)
+        if opcode in (p.Op.LOOKUP, p.Op.MKDIR, p.Op.CREATE) and data:
+            return number, entry_of(data[: p.ENTRY_OUT.size]), data[p.ENTRY_OUT.size :]
         if opcode == p.Op.GETATTR and data:
             found = p.ATTR_OUT.unpack(data)
             return number, found[:3], Ino(found[3]), found[4], found[12:16]
@@ -78,6 +82,24 @@ class Twin(Side):
                     records.append(raw)
         return records, [list(each) for each in form.free], dict(form.long_of), list(ledger._words[1:9])
 
+    def marks(self):
+        """All that the mover is told, and what of it stands in somebody's way."""
+        told = []
+        for entry in MarkReader(self._marks_fd, 0).read():
+            which = entry.kind, Ino(entry.ino), entry.generation, Ino(entry.parent), entry.name
+            first = Ino(entry.a) if entry.kind is Mark.ENTRY else entry.a
+            told.append((*which, first, entry.b, len(entry.handle), entry.end))
+        return told, self.gate.marks.position, [(Ino(ino), at) for ino, at in self.gate.recent.items()]
+
+    def intent(self):
+        """What a successor would find of the change made last."""
+        found = self.vfs.ledger._read_intent(self.vfs.ledger.form().intents)
+        if found is None:
+            return None
+        request, (doing, _, first, second, handle) = found
+        looks = [st and (Ino(st.st_ino), st.st_mode, st.st_nlink, st.st_size) for st in (first, second)]
+        return request, doing, looks, len(handle)
+
     def state(self):
         """All that a request may leave behind."""
         nodes, gate = self.vfs.nodes, self.gate
@@ -97,6 +119,10 @@ class Twin(Side):
             "idle": [Ino(ino) for ino in gate.idle.inodes],
             "heat": [(Ino(ino), n, size, Ino(above), name)
                      for ino, (n, _, size, above, name) in gate.heat.touched.items()],
+            "marks": self.marks(),
+            "intent": self.intent(),
+            "late": [Ino(ino) for ino in gate.appearance.late],
+            "seals": [Ino(ino) for ino in gate.seals],
             "backing": [(number, Ino(ino)) for number, ino in self.backing.live.items()],
         }  # fmt: skip
 
@@ -107,6 +133,8 @@ def same(one, other, pairs):
         return isinstance(other, Ino) and pairs.setdefault(int(one), int(other)) == other
     if isinstance(one, dict):
         return list(one) == list(other) and all(same(one[key], other[key], pairs) for key in one)
+    if type(one) is not type(other):
+        return False
     if isinstance(one, (list, tuple)):
         return len(one) == len(other) and all(same(a, b, pairs) for a, b in zip(one, other))
     return one == other
@@ -150,6 +178,23 @@ class Both:
         assert bool(how & p.OPEN_PASSTHROUGH) == bool(backing_id)
         self.open.append((nodeid, fh))
         return fh
+
+    def made(self, opcode, nodeid, name, mode, umask=0o22, flags=os.O_WRONLY | os.O_CREAT):
+        """Make a file, which is open then, or a directory; its node, or the errno."""
+        how = p.MKDIR_IN.pack(mode, umask) if opcode == p.Op.MKDIR else p.CREATE_IN.pack(flags, mode, umask, 0)
+        found = self.ask(opcode, nodeid, how + name + b"\0")
+        if found is None or found[0]:
+            return -found[0] if found else None
+        made = found[1][0][0]
+        self.nodes.append(made)
+        if opcode == p.Op.CREATE:
+            self.open.append((made, p.OPEN_OUT.unpack(found[2])[0]))
+        return made
+
+    def renamed(self, parent, name, new_parent, new_name, flags=0):
+        how = p.RENAME2_IN.pack(new_parent, flags, 0) if flags else p.U64.pack(new_parent)
+        opcode = p.Op.RENAME2 if flags else p.Op.RENAME
+        return -self.ask(opcode, parent, how + name + b"\0" + new_name + b"\0")[0]
 
     def release(self, which):
         nodeid, fh = self.open.pop(which % len(self.open))

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tierfs.fuse import protocol as p
+from tierfs.marks import SEGMENT
 from tierfs.model import Stub
 from tierfs.vfs import ROOT
 
@@ -83,7 +84,7 @@ def test_what_is_not_plain_is_left_to_python(both, how):
             side.gate.backing = None
         elif how == "anchored":
             os.link(side.path / "a", side.path / "f")
-            side.vfs.unlink(ROOT, b"a")
+            assert side.ask(p.Op.UNLINK, ROOT, b"a\0") == (0, b"")
     both.opened(node, os.O_RDONLY)
     assert asked == [p.Op.OPEN]
     for side in both.sides:
@@ -132,10 +133,103 @@ def test_a_batch_of_nodes_is_forgotten_one_by_one(both):
     both.ask(p.Op.BATCH_FORGET, 0, p.COUNT_IN.pack(1 << 31, 0) + p.FORGET_ONE.pack(found[0], 1))
 
 
+MASKED = [(0o666, 0o22), (0o777, 0), (0o1777, 0o77), (0o4755, 0o22), (0o2755, 2)]
+CHANGES = (p.Op.CREATE, p.Op.RELEASE, p.Op.MKDIR, p.Op.RENAME, p.Op.UNLINK, p.Op.RMDIR, p.Op.FORGET)
+
+
+@pytest.mark.parametrize("caller", [(0, 0), (1000, 1001)])
+def test_names_that_come_and_go_are_left_to_nobody(both, caller):
+    for side in both.sides:
+        side.caller = caller
+    asked = left(both, *CHANGES)
+    above = both.made(p.Op.MKDIR, ROOT, b"above", 0o777, 0o27)
+    both.lookup(above, b"absent")  # from now on its descriptor is at hand
+    asked.clear()
+    for name in (b"a", b"b", b"c", b"d", b"e"):
+        both.made(p.Op.CREATE, above, name, 0o666, 0o27)
+        both.release(0)
+        assert both.renamed(above, name, ROOT, b"new" + name) == 0
+        assert both.ask(p.Op.UNLINK, ROOT, b"new" + name + b"\0") == (0, b"")
+        both.ask(p.Op.FORGET, both.nodes.pop(), p.U64.pack(1))
+    both.made(p.Op.MKDIR, above, b"dir", 0o777)
+    assert both.renamed(above, b"dir", ROOT, b"moved") == 0
+    assert both.ask(p.Op.RMDIR, ROOT, b"moved\0") == (0, b"")
+    assert asked == [] and not any(os.listdir(side.path / "above") for side in both.sides)
+    assert len(both.sides[1].backing.live) == 0
+
+
+def test_whose_what_is_made_becomes_and_what_mode_it_gets(both):
+    for side in both.sides:
+        (side.path / "group").mkdir()
+        os.chown(side.path / "group", 0, 77)
+        (side.path / "group").chmod(0o2777)
+    group = both.lookup(ROOT, b"group")
+    both.lookup(group, b"absent")
+    for caller, above in itertools.product([(0, 0), (0, 5), (1000, 1001)], [ROOT, group]):
+        for side in both.sides:
+            side.caller = caller
+        for number, (mode, umask) in enumerate(MASKED):
+            name = b"%d-%d-%d" % (caller[0], caller[1], number)
+            both.made(p.Op.CREATE, above, b"f" + name, mode, umask)
+            both.made(p.Op.MKDIR, above, b"d" + name, mode, umask)
+    for path, _, names in os.walk(both.sides[0].path):
+        for name in names:
+            one = os.lstat(os.path.join(path, name))
+            other = os.lstat(both.sides[1].path / os.path.relpath(os.path.join(path, name), both.sides[0].path))
+            assert (one.st_mode, one.st_uid, one.st_gid) == (other.st_mode, other.st_uid, other.st_gid)
+
+
+@pytest.mark.parametrize("op", [p.Op.CREATE, p.Op.MKDIR])
+def test_what_gets_the_number_of_something_known_is_left_to_python(both, op):
+    asked, side = left(both, op), both.sides[1]
+    (side.path / "x").touch() if op == p.Op.CREATE else (side.path / "x").mkdir()
+    known = os.stat(side.path / "x").st_ino
+    node = side.lookup(ROOT, b"x")[0]
+    (side.path / "x").unlink() if op == p.Op.CREATE else (side.path / "x").rmdir()
+    how = p.MKDIR_IN.pack(0o755, 0) if op == p.Op.MKDIR else p.CREATE_IN.pack(os.O_WRONLY, 0o644, 0, 0)
+    assert side.answer(op, ROOT, how + b"new\0")[0] == 0
+    if os.stat(side.path / "new").st_ino != known:
+        pytest.skip("this filesystem does not use a number again at once")
+    assert asked == [op] and side.getattr(node)[13] == 0
+
+
+@pytest.mark.parametrize("why", ["", "there", "full", "many marks", "unregistered"])
+def test_what_cannot_be_made_at_once_is_left_to_python(both, why):
+    both.behind(write(b"content"))
+    asked = left(both, p.Op.CREATE)
+    for side in both.sides:
+        if why == "full":
+            side.session._receiver.low = 1 << 62
+        elif why == "many marks":
+            side.gate.marks.position = side.gate.marks.start + SEGMENT - 4096
+        elif why == "unregistered":
+            side.gate.backing = None
+    both.made(p.Op.CREATE, ROOT, b"a" if why == "there" else b"new", 0o644)
+    assert asked == ([p.Op.CREATE] if why else [])
+
+
+def test_a_removed_file_keeps_its_last_attributes(both):
+    both.behind(write(b"content"))
+    both.behind(lambda path: os.utime(path / "a", ns=(-1, -1_500_000_000)))
+    node = both.lookup(ROOT, b"a")
+    before = [os.lstat(side.path / "a") for side in both.sides]
+    assert both.ask(p.Op.UNLINK, ROOT, b"a\0") == (0, b"")
+    for side, was in zip(both.sides, before):
+        _, intent = side.vfs.ledger._read_intent(side.vfs.ledger.form().intents)
+        gone = side.getattr(node)
+        for name in ("mode", "ino", "dev", "nlink", "uid", "gid", "size", "blocks", "rdev"):
+            assert getattr(intent.first, f"st_{name}") == getattr(was, f"st_{name}"), name
+        for name in ("st_atime_ns", "st_mtime_ns", "st_ctime_ns"):
+            assert getattr(intent.first, name) == getattr(was, name), name
+        assert (gone[7] * 10**9 + gone[10], gone[13]) == (was.st_mtime_ns, 0)
+
+
 # --- whatever comes ----------------------------------------------------------------------------------------
 
 NAMES = [b"a", b"b", b"c", b"n" * 40]
 NODES = st.integers(0, 9)
+FLAG = st.integers(0, 1)
+MODES = [0o755, 0o640, 0o2755, 0o1777]
 FLAGS = [os.O_RDONLY, os.O_RDONLY, os.O_WRONLY, os.O_RDWR | os.O_TRUNC]
 STEPS = st.one_of(
     st.tuples(st.just("lookup"), NODES, st.sampled_from([*NAMES, b"d"])),
@@ -144,8 +238,10 @@ STEPS = st.one_of(
     st.tuples(st.just("forget"), NODES, st.integers(1, 3)),
     st.tuples(st.sampled_from(["getattr", "retire"]), NODES),
     st.tuples(st.sampled_from(["file", "dir", "remove", "chmod"]), st.sampled_from(NAMES)),
-    st.tuples(st.sampled_from(["unlink", "rmdir", "link"]), st.sampled_from(NAMES)),
-    st.tuples(st.just("rename"), st.sampled_from(NAMES), st.sampled_from(NAMES)),
+    st.tuples(st.just("link"), st.sampled_from(NAMES)),
+    st.tuples(st.sampled_from(["unlink", "rmdir"]), NODES, st.sampled_from(NAMES)),
+    st.tuples(st.sampled_from(["mkdir", "create"]), NODES, st.sampled_from(NAMES), st.sampled_from(MODES)),
+    st.tuples(st.just("rename"), NODES, st.sampled_from(NAMES), NODES, st.sampled_from(NAMES), FLAG),
 )
 
 
@@ -155,6 +251,10 @@ def step_of(both, step):
     match action:
         case "lookup":
             both.lookup(nodeid, more[1])
+        case "mkdir" | "create":
+            for side in both.sides:
+                side.caller = (0, 0) if more[2] & 1 else (1000, 1001)
+            both.made(p.Op[action.upper()], nodeid, more[1], more[2])
         case "open":
             both.opened(nodeid, more[1])
         case "release":
@@ -171,9 +271,9 @@ def step_of(both, step):
                 for ino in itertools.islice(list(side.gate.idle.inodes), 1):
                     side.gate.idle.drop(ino)
         case "unlink" | "rmdir":
-            both.ask(p.Op[action.upper()], ROOT, more[0] + b"\0")
+            both.ask(p.Op[action.upper()], nodeid, more[1] + b"\0")
         case "rename":
-            both.ask(p.Op.RENAME2, ROOT, p.RENAME2_IN.pack(ROOT, 0, 0) + more[0] + b"\0" + more[1] + b"\0")
+            both.renamed(nodeid, more[1], both.nodes[more[2] % len(both.nodes)], more[3], more[4])
         case _:
             both.behind(lambda path: behind(path, action, os.fsdecode(more[0])))
 

@@ -1,5 +1,5 @@
 /* The commonest requests, compiled: they would cost the interpreter more than the kernel. LOOKUP and GETATTR of what
- * is plainly there, OPEN for reading and RELEASE of resident files, FORGET. Everything else, and whatever is not quite
+ * is plainly there, OPEN for reading and RELEASE of resident files, names that come and go, FORGET. Everything else, and whatever is not quite
  * plain, is left to Python, before anything has been changed: there is no meaning here that vfs, nodes, openfiles and
  * gate do not have.
  *
@@ -7,7 +7,6 @@
  */
 #include "_hot.h"
 
-#include <fcntl.h>
 #include <poll.h>
 #include <structmember.h>
 #include <string.h>
@@ -18,135 +17,18 @@
 #define TIERFS_SOURCES ""
 #endif
 
-enum { LOOKUP = 1, FORGET = 2, GETATTR = 3, OPEN = 14, RELEASE = 18, BATCH_FORGET = 42 }; /* opcodes */
+enum {
+    LOOKUP = 1, FORGET = 2, GETATTR = 3, MKDIR = 9, UNLINK = 10, RMDIR = 11, RENAME = 12, OPEN = 14, RELEASE = 18,
+    CREATE = 35, BATCH_FORGET = 42, RENAME2 = 45,
+}; /* opcodes */
 enum { GETATTR_FH = 1 };
 #define RESENT (1ULL << 63)
-#define MOST_LOOKUPS 0x7FFFFFFFU
 
 #define NAME(word) PyObject *s_##word;
 NAMES(NAME)
 #undef NAME
 
-/* --- attributes ------------------------------------------------------------------------------------------ */
-
-static int status(int fd, const char *name, struct stat *st)
-{
-    int failed;
-    Py_BEGIN_ALLOW_THREADS
-    failed = name ? fstatat(fd, name, st, AT_SYMLINK_NOFOLLOW) : fstat(fd, st);
-    if (failed)
-        failed = errno;
-    Py_END_ALLOW_THREADS
-    return failed;
-}
-
-static int pack(struct attr *to, const struct stat *st)
-{
-    if (st->st_rdev > UINT32_MAX || st->st_nlink > UINT32_MAX)
-        return 0;
-    *to = (struct attr){
-        .ino = st->st_ino, .size = st->st_size, .blocks = st->st_blocks,
-        .atime = st->st_atim.tv_sec, .mtime = st->st_mtim.tv_sec, .ctime = st->st_ctim.tv_sec,
-        .atimensec = st->st_atim.tv_nsec, .mtimensec = st->st_mtim.tv_nsec, .ctimensec = st->st_ctim.tv_nsec,
-        .mode = st->st_mode, .nlink = st->st_nlink, .uid = st->st_uid, .gid = st->st_gid,
-        .rdev = st->st_rdev, .blksize = st->st_blksize,
-    };
-    return 1;
-}
-
-/* For how many seconds the kernel may keep these attributes; -1 where they are not what is to be shown. */
-static long seconds_of(Hot *hot, const struct stat *st)
-{
-    if (!S_ISREG(st->st_mode))
-        return hot->attr_seconds;
-    PyObject *ino = PyLong_FromUnsignedLongLong(st->st_ino);
-    if (!ino)
-        return -1;
-    long seconds = -1;
-    if (PySet_Contains(hot->plain, ino) == 1) {
-        PyObject *inode = PyDict_GetItemWithError(hot->inodes, ino);
-        int changing = inode && number_of(inode, s_writers) && attribute_is(inode, s_passthrough, Py_True);
-        seconds = PyErr_Occurred() ? -1 : changing ? 0 : (long)hot->attr_seconds;
-    } else if (!PyErr_Occurred()) {
-        long long ctime = (long long)st->st_ctim.tv_sec * 1000000000 + st->st_ctim.tv_nsec;
-        PyObject *said = PyObject_CallFunction(hot->holds, "OLL", ino, ctime, (long long)st->st_blocks);
-        seconds = said ? PyLong_AsLong(said) : -1;
-        Py_XDECREF(said);
-    }
-    Py_DECREF(ino);
-    return seconds;
-}
-
 /* --- requests -------------------------------------------------------------------------------------------- */
-
-/* The number of the node that a name means now, one lookup counted; 0 where Python is to say. */
-static uint64_t counted(Hot *hot, PyObject *parent, const char *name, Py_ssize_t length, const struct stat *st)
-{
-    PyObject *ino = PyLong_FromUnsignedLongLong(st->st_ino);
-    PyObject *node = ino ? PyDict_GetItemWithError(hot->by_ino, ino) : NULL;
-    uint64_t nodeid = 0;
-    if (node) {
-        uint64_t number = number_of(node, s_id);
-        struct kept_node *kept = PyErr_Occurred() ? NULL : kept_of(hot, number);
-        if (kept && node != hot->root && attribute_is(node, s_anchor, Py_None) && attribute_is(node, s_parent, parent)
-            && kept->length == length && !memcmp(kept->content, name, length)) {
-            if (kept->lookups < MOST_LOOKUPS)
-                *(volatile uint32_t *)&kept->lookups = kept->lookups + 1;
-            nodeid = number;
-        }
-    } else if (ino && !PyErr_Occurred() && (!S_ISDIR(st->st_mode) || st->st_dev == hot->device)) {
-        nodeid = enter(hot, ino, parent, name, length);
-    }
-    Py_XDECREF(ino);
-    return PyErr_Occurred() ? 0 : nodeid;
-}
-
-static enum outcome look_up(Hot *hot, uint64_t above, const char *name, Py_ssize_t length, struct entry_out *out)
-{
-    struct stat st;
-    PyObject *parent = node_at(hot, above);
-    int fd = parent ? directory_of(hot, parent) : -1;
-    if (fd < 0 || length < 1 || (Py_ssize_t)strnlen(name, length) != length)
-        return PYTHONS;
-    int failed = status(fd, name, &st);
-    if (failed)
-        return failed == ENOENT ? ABSENT : PYTHONS;
-    memset(out, 0, sizeof *out);
-    long seconds = pack(&out->attr, &st) ? seconds_of(hot, &st) : -1;
-    if (seconds < 0)
-        return PYTHONS;
-    out->nodeid = counted(hot, parent, name, length, &st);
-    out->entry_valid = hot->entry_seconds;
-    out->attr_valid = seconds;
-    return out->nodeid ? FOUND : PYTHONS;
-}
-
-static enum outcome get_attributes(Hot *hot, uint64_t nodeid, struct attr_out *out)
-{
-    struct stat st;
-    PyObject *node = node_at(hot, nodeid);
-    if (!node || !attribute_is(node, s_anchor, Py_None))
-        return PYTHONS;
-    if (node == hot->root) {
-        if (status(hot->root_fd, NULL, &st))
-            return PYTHONS;
-    } else {
-        struct kept_node *kept = kept_of(hot, nodeid);
-        char name[INLINE + 1] = "";
-        if (kept)
-            memcpy(name, kept->content, kept->length);
-        PyObject *parent = PyObject_GetAttr(node, s_parent);
-        int fd = kept && *name && parent && parent != Py_None ? directory_of(hot, parent) : -1;
-        int failed = fd < 0 || status(fd, name, &st);
-        Py_XDECREF(parent);
-        if (failed || st.st_ino != number_of(node, s_ino))
-            return PYTHONS;
-    }
-    memset(out, 0, sizeof *out);
-    long seconds = pack(&out->attr, &st) ? seconds_of(hot, &st) : -1;
-    out->attr_valid = seconds;
-    return seconds < 0 ? PYTHONS : FOUND;
-}
 
 /* A body's fields; 0 where it is too short. */
 static int fields(const char *message, Py_ssize_t size, void *to, size_t length)
@@ -177,7 +59,38 @@ static enum outcome forget_all(Hot *hot, const struct in_header *in, const char 
     return FOUND;
 }
 
-union body { struct entry_out entry; struct attr_out attr; struct open_out open; };
+union body { struct entry_out entry; struct attr_out attr; struct open_out open; struct create_out create; };
+
+/* The name at this place of a message; NULL where it does not end within. */
+static const char *name_at(const char *message, Py_ssize_t length, size_t at)
+{
+    return (Py_ssize_t)at < length && memchr(message + at, 0, length - at) ? message + at : NULL;
+}
+
+/* RENAME, and RENAME2 without flags. */
+static enum outcome rename_one(Hot *hot, const struct in_header *in, const char *message, Py_ssize_t length)
+{
+    struct { uint64_t parent; uint32_t flags, padding; } to = {0, 0, 0};
+    size_t fixed = in->opcode == RENAME ? sizeof to.parent : sizeof to;
+    if (!fields(message, length, &to, fixed) || to.flags)
+        return PYTHONS;
+    const char *name = name_at(message, length, sizeof *in + fixed);
+    const char *new_name = name ? name_at(message, length, name - message + strlen(name) + 1) : NULL;
+    return new_name ? rename_name(hot, in, name, to.parent, new_name) : PYTHONS;
+}
+
+/* MKDIR and CREATE. */
+static enum outcome make_one(Hot *hot, const struct in_header *in, const char *message, Py_ssize_t length,
+                             union body *body)
+{
+    uint32_t how[4];
+    size_t fixed = in->opcode == MKDIR ? 8 : 16;
+    const char *name = fields(message, length, how, fixed) ? name_at(message, length, sizeof *in + fixed) : NULL;
+    if (!name)
+        return PYTHONS;
+    return in->opcode == MKDIR ? make_directory(hot, in, how[0], how[1], name, &body->entry)
+                               : create_file(hot, in, how[0], how[1], how[2], name, &body->create);
+}
 
 /* Carry out a request; `body` is filled in, and *size of it is to be sent. */
 static enum outcome carried_out(Hot *hot, const struct in_header *in, const char *message, Py_ssize_t length,
@@ -200,6 +113,19 @@ static enum outcome carried_out(Hot *hot, const struct in_header *in, const char
     case RELEASE:
         *size = 0;
         return !fields(message, length, &fh, sizeof fh) ? PYTHONS : release_file(hot, fh);
+    case UNLINK:
+    case RMDIR:
+        *size = 0;
+        return message[length - 1] ? PYTHONS
+               : remove_name(hot, in, message + sizeof *in, strlen(message + sizeof *in), in->opcode == RMDIR);
+    case RENAME:
+    case RENAME2:
+        *size = 0;
+        return rename_one(hot, in, message, length);
+    case MKDIR:
+    case CREATE:
+        *size = in->opcode == MKDIR ? sizeof body->entry : sizeof body->create;
+        return make_one(hot, in, message, length, body);
     case FORGET:
     case BATCH_FORGET:
         return forget_all(hot, in, message, length);
@@ -379,7 +305,7 @@ static int hot_init(Hot *hot, PyObject *arguments, PyObject *named)
 {
     static char *names[] = {
         "fd", "buffer", "root_fd", "device", "memory", "parts", "free",
-        "entry_seconds", "attr_seconds", "idle_seconds", "objects", NULL,
+        "intents_at", "segment", "low", "entry_seconds", "attr_seconds", "idle_seconds", "objects", NULL,
     };
     PyObject *parts, *free, *objects;
     if (hot->by_slot) {
@@ -387,9 +313,12 @@ static int hot_init(Hot *hot, PyObject *arguments, PyObject *named)
         return -1;
     }
     hot->others = -1;
-    if (!PyArg_ParseTupleAndKeywords(arguments, named, "iw*iKw*OOkkdO!", names, &hot->fd, &hot->buffer, &hot->root_fd,
-                                     &hot->device, &hot->memory, &parts, &free, &hot->entry_seconds,
-                                     &hot->attr_seconds, &hot->idle_seconds, &PyDict_Type, &objects)
+    hot->euid = geteuid();
+    hot->egid = getegid();
+    if (!PyArg_ParseTupleAndKeywords(arguments, named, "iw*iKw*OOnnKkkdO!", names, &hot->fd, &hot->buffer, &hot->root_fd,
+                                     &hot->device, &hot->memory, &parts, &free, &hot->intents_at, &hot->segment,
+                                     &hot->low, &hot->entry_seconds, &hot->attr_seconds,
+                                     &hot->idle_seconds, &PyDict_Type, &objects)
         || take_form(hot, parts, free))
         return -1;
 #define TAKE(name, type) if (take_object(objects, #name, type, &hot->name)) return -1;
@@ -440,6 +369,7 @@ static PyMethodDef hot_methods[] = {
 static PyMemberDef hot_members[] = {
     {"answered", T_PYSSIZET, offsetof(Hot, answered), READONLY, "Requests that the last receive has answered."},
     {"others", T_INT, offsetof(Hot, others), 0, "A descriptor that ends a sleep when it can be read; -1: none."},
+    {"low", T_ULONGLONG, offsetof(Hot, low), 0, "With fewer bytes of room nothing is begun here."},
     {NULL},
 };
 static PyTypeObject HotType = {

@@ -5,9 +5,13 @@
 #ifndef TIERFS_HOT_H
 #define TIERFS_HOT_H
 #define PY_SSIZE_T_CLEAN
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
 #include <Python.h>
 
 #include <errno.h>
+#include <fcntl.h>
 #include <stdint.h>
 #include <sys/stat.h>
 
@@ -28,6 +32,9 @@ struct entry_out {
 };
 struct attr_out { uint64_t attr_valid; uint32_t attr_valid_nsec, dummy; struct attr attr; };
 struct open_out { uint64_t fh; uint32_t open_flags; int32_t backing_id; };
+struct create_out { struct entry_out entry; struct open_out open; };
+#define OPEN_NOFLUSH (1 << 5)
+#define OPEN_PASSTHROUGH (1 << 7)
 
 /* Records of the ledger (tierfs/ledger.py). The field by which one counts is written last, and cleared first. */
 struct kept_node {
@@ -42,10 +49,35 @@ struct kept_inode { uint64_t ino; uint32_t backing_id, shows; int64_t mtime, cti
 
 /* The parts of the ledger, in the order of its Form. */
 enum part { NODES, LONGS, FILES, INODES, PARTS };
-#define SERIAL 8 /* words of the header */
+#define GENERATION 2 /* words of the header */
+#define SERIAL 8
 #define HANDLE_BITS 20
 
+/* Where a server may be killed with other state behind it than before: tests are built to end there. */
+#ifdef TIERFS_POINTS
+void hot_point(void);
+#define POINT() hot_point()
+#else
+#define POINT() ((void)0)
+#endif
+
 /* What became of a request here. FAILED: with an exception, after something has been changed. */
+#define GONE_NODE 2 /* the kind of a node (ledger.Kind) whose content is its last attributes */
+enum doing { DOING_MAKE = 1, DOING_UNLINK = 3, DOING_RMDIR, DOING_RENAME };            /* intents.Doing */
+enum mark { WRITTEN = 1, CLOSED, GONE, NAMED, DIRECTORY, ENTRY = 8 };                  /* marks.Mark */
+
+/* What a mark says, and of which file handle. */
+struct handle { size_t length; char bytes[sizeof(int) + MAX_HANDLE_SZ]; };
+struct mark_of {
+    uint64_t ino, generation, parent;
+    int64_t a, b;
+    const struct handle *handle;
+    const char *name;
+    size_t length;
+};
+/* A name in a directory; `ino` is the directory's. */
+struct place { PyObject *parent; int fd; const char *name; size_t length; uint64_t ino; };
+
 enum outcome { PYTHONS, ABSENT, FOUND, FAILED };
 
 /* What is given to the object by these names, and of which type; anything where that is NULL. */
@@ -54,6 +86,7 @@ enum outcome { PYTHONS, ABSENT, FOUND, FAILED };
     X(plain, &PySet_Type) X(inodes, &PyDict_Type) X(holds, NULL) X(forget, NULL) X(long_of, &PyDict_Type) \
     X(former, &PyDict_Type) X(gate, NULL) X(idle, NULL) X(idle_inodes, &PyODict_Type) X(touched, &PyDict_Type) \
     X(files, &PyDict_Type) X(opens, &PyDict_Type) X(inode, NULL) X(handle, NULL) X(stub_name, &PyBytes_Type) \
+    X(marks, NULL) X(recent, &PyDict_Type) X(seals, &PySet_Type) X(late, &PyDict_Type) X(gone_stat, NULL) \
     X(refused, NULL) X(failed, NULL)
 
 typedef struct {
@@ -63,6 +96,10 @@ typedef struct {
     Py_buffer buffer, memory;
     unsigned long entry_seconds, attr_seconds;
     double idle_seconds;
+    unsigned long long low; /* bytes: with less room nothing is begun here */
+    Py_ssize_t intents_at, segment;
+    uid_t euid;
+    gid_t egid;
     struct { Py_ssize_t word, at, most; PyObject *free; } parts[PARTS];
 #define FIELD(name, type) PyObject *name;
     OBJECTS(FIELD)
@@ -73,8 +110,8 @@ typedef struct {
 /* Attributes of the objects. */
 #define NAMES(X) \
     X(id) X(ino) X(parent) X(anchor) X(move_to_end) X(backing) X(backing_id) X(close) X(content) X(flags) X(gone) \
-    X(guard) X(inode) X(marked) X(most) X(name) X(open) X(opath) X(opens) X(passthrough) X(retire) X(set_id) \
-    X(size) X(slot) X(uid) X(writable) X(writers)
+    X(guard) X(handle) X(inode) X(marked) X(most) X(name) X(open) X(opath) X(opens) X(passthrough) X(retire) X(set_id) \
+    X(size) X(position) X(segment) X(shown) X(slot) X(start) X(uid) X(writable) X(writers)
 #define NAME(word) extern PyObject *s_##word;
 NAMES(NAME)
 #undef NAME
@@ -84,6 +121,8 @@ uint64_t number_of(PyObject *object, PyObject *attribute);
 int attribute_is(PyObject *object, PyObject *attribute, PyObject *wanted);
 int set_number(PyObject *object, PyObject *attribute, uint64_t number);
 PyObject *copy_of(PyObject *plain);
+int discard(PyObject *dict, PyObject *key);
+int is_plain(PyObject *inode);
 int count_in(PyObject *dict, PyObject *key, int by);
 
 /* --- the ledger (_hot_state.c) --- */
@@ -98,10 +137,41 @@ struct kept_node *kept_of(Hot *hot, uint64_t nodeid);
 PyObject *node_at(Hot *hot, uint64_t nodeid);
 int directory_of(Hot *hot, PyObject *node);
 uint64_t enter(Hot *hot, PyObject *ino, PyObject *parent, const char *name, Py_ssize_t length);
+int drop_directory(Hot *hot, PyObject *id);
 int forget(Hot *hot, uint64_t nodeid, uint64_t count);
 
 /* --- open files (_hot_open.c) --- */
 enum outcome open_file(Hot *hot, const struct in_header *in, uint32_t flags, struct open_out *out);
 enum outcome release_file(Hot *hot, uint64_t fh);
+int touch(Hot *hot, PyObject *inode, PyObject *ino);
+int idle_dropped(Hot *hot, PyObject *ino);
+PyObject *noted_inode(Hot *hot, uint64_t ino, PyObject *backing_id);
+PyObject *new_handle(Hot *hot, PyObject *inode, uint32_t uid, uint32_t flags, uint64_t backing_id);
+uint64_t noted_file(Hot *hot, const struct in_header *in, uint64_t nodeid, PyObject *node, PyObject *handle,
+                    uint32_t flags, uint32_t backing_id);
+
+/* --- for others (_hot_marks.c) --- */
+size_t packed_stat(const struct stat *st, char *to);
+void intend(Hot *hot, uint64_t request, enum doing doing, const struct stat *st, const struct handle *handle);
+int has_marks_room(Hot *hot);
+int64_t append_mark(Hot *hot, enum mark kind, const struct mark_of *of);
+int mark(Hot *hot, enum mark kind, PyObject *ino, const struct mark_of *of);
+
+/* --- names (_hot_names.c) --- */
+int found_place(Hot *hot, uint64_t nodeid, const char *name, size_t length, struct place *place);
+int handle_at(int fd, const char *name, struct handle *handle);
+enum outcome remove_name(Hot *hot, const struct in_header *in, const char *name, size_t length, int directory);
+enum outcome rename_name(Hot *hot, const struct in_header *in, const char *name, uint64_t above, const char *new_name);
+
+/* --- new files (_hot_make.c) --- */
+enum outcome make_directory(Hot *hot, const struct in_header *in, uint32_t mode, uint32_t umask_, const char *name,
+                            struct entry_out *out);
+enum outcome create_file(Hot *hot, const struct in_header *in, uint32_t flags, uint32_t mode, uint32_t umask_,
+                         const char *name, struct create_out *out);
+
+/* --- names and attributes (_hot_look.c) --- */
+int pack_attr(struct attr *to, const struct stat *st);
+enum outcome look_up(Hot *hot, uint64_t above, const char *name, Py_ssize_t length, struct entry_out *out);
+enum outcome get_attributes(Hot *hot, uint64_t nodeid, struct attr_out *out);
 
 #endif

@@ -1,4 +1,4 @@
-/* OPEN for reading of a resident file, and the RELEASE of such: what vfs.open, gate.open or gate.reopen, and
+/* OPEN for reading of a resident file, and RELEASE of what is in passthrough: what vfs.open, gate.open or gate.reopen, and
  * files.release with gate.release do where nothing has to be waited for, marked or fetched.
  */
 #include "_hot.h"
@@ -10,9 +10,6 @@
 #include <time.h>
 #include <unistd.h>
 
-#define OPEN_NOFLUSH (1 << 5)
-#define OPEN_PASSTHROUGH (1 << 7)
-
 static double now(void)
 {
     struct timespec t;
@@ -20,14 +17,8 @@ static double now(void)
     return t.tv_sec + t.tv_nsec * 1e-9;
 }
 
-/* Resident, nobody is to be waited for. */
-static int is_plain(PyObject *inode)
-{
-    return attribute_is(inode, s_guard, Py_None) && attribute_is(inode, s_content, Py_None);
-}
-
 /* report.HeatReport.touch. 0, or -1 with an exception. */
-static int touch(Hot *hot, PyObject *inode, PyObject *ino)
+int touch(Hot *hot, PyObject *inode, PyObject *ino)
 {
     PyObject *before = PyDict_GetItemWithError(hot->touched, ino);
     long count = before ? PyLong_AsLong(PyTuple_GET_ITEM(before, 0)) : 0;
@@ -75,6 +66,20 @@ static int reached(Hot *hot, PyObject *node, uint64_t nodeid, uint64_t ino, stru
     return -1;
 }
 
+/* The slot of a new record of a registered inode; NULL with an exception. */
+PyObject *noted_inode(Hot *hot, uint64_t ino, PyObject *backing_id)
+{
+    int64_t slot = take_slot(hot, INODES);
+    if (slot < 0)
+        return NULL;
+    struct kept_inode *kept = record_at(hot, INODES, slot);
+    *kept = (struct kept_inode){0, PyLong_AsUnsignedLong(backing_id), 0, 0, 0, 0};
+    POINT();
+    *(volatile uint64_t *)&kept->ino = ino;
+    POINT();
+    return PyLong_FromLongLong(slot);
+}
+
 /* The new state of an inode that is reached by this descriptor, registered; NULL where Python is to try. */
 static PyObject *registered(Hot *hot, PyObject *node, PyObject *name, int fd, const struct stat *st)
 {
@@ -87,15 +92,8 @@ static PyObject *registered(Hot *hot, PyObject *node, PyObject *name, int fd, co
         && !PyObject_SetAttr(inode, s_name, name) && !PyObject_SetAttr(inode, s_opath, descriptor)
         && !set_number(inode, s_size, st->st_size) && !PyObject_SetAttr(inode, s_passthrough, Py_True))
         number = PyObject_CallMethodOneArg(backing, s_open, descriptor);
-    if (number) {
-        int64_t taken = take_slot(hot, INODES);
-        if (taken >= 0) {
-            struct kept_inode *kept = record_at(hot, INODES, taken);
-            *kept = (struct kept_inode){0, PyLong_AsUnsignedLong(number), 0, 0, 0, 0};
-            *(volatile uint64_t *)&kept->ino = st->st_ino;
-            slot = PyLong_FromLongLong(taken);
-        }
-    }
+    if (number)
+        slot = noted_inode(hot, st->st_ino, number);
     int failed = !number || !slot || PyObject_SetAttr(inode, s_backing_id, number)
                  || PyObject_SetAttr(inode, s_slot, slot);
     Py_XDECREF(backing);
@@ -128,16 +126,18 @@ static PyObject *entered(Hot *hot, PyObject *node, uint64_t nodeid, PyObject *in
 }
 
 /* The number of a new open file, known to the ledger and to files.OpenFiles; 0 with an exception. */
-static uint64_t noted(Hot *hot, const struct in_header *in, PyObject *node, PyObject *handle, uint32_t flags,
-                      uint32_t backing_id)
+uint64_t noted_file(Hot *hot, const struct in_header *in, uint64_t nodeid, PyObject *node, PyObject *handle,
+                    uint32_t flags, uint32_t backing_id)
 {
     int64_t slot = take_slot(hot, FILES);
     if (slot < 0)
         return 0;
     uint64_t number = ++words_of(hot)[SERIAL] << HANDLE_BITS | slot;
     struct kept_file *kept = record_at(hot, FILES, slot);
-    *kept = (struct kept_file){0, in->nodeid, in->unique, flags, in->uid, backing_id, 0};
+    *kept = (struct kept_file){0, nodeid, in->unique, flags, in->uid, backing_id, 0};
+    POINT();
     *(volatile uint64_t *)&kept->number = number;
+    POINT();
     PyObject *key = PyLong_FromUnsignedLongLong(number), *pair = PyTuple_Pack(2, node, handle);
     PyObject *id = PyObject_GetAttr(node, s_id);
     int failed = !key || !pair || !id || PyDict_SetItem(hot->files, key, pair) || count_in(hot->opens, id, 1) < 0;
@@ -147,11 +147,13 @@ static uint64_t noted(Hot *hot, const struct in_header *in, PyObject *node, PyOb
     return failed ? 0 : number;
 }
 
-static PyObject *handle_of(Hot *hot, PyObject *inode, const struct in_header *in, uint32_t flags, uint64_t backing_id)
+/* A passthrough handle. NULL with an exception. */
+PyObject *new_handle(Hot *hot, PyObject *inode, uint32_t uid, uint32_t flags, uint64_t backing_id)
 {
     PyObject *handle = copy_of(hot->handle);
     if (handle && (PyObject_SetAttr(handle, s_inode, inode) || set_number(handle, s_flags, flags)
-                   || set_number(handle, s_backing_id, backing_id) || set_number(handle, s_uid, in->uid)))
+                   || set_number(handle, s_backing_id, backing_id) || set_number(handle, s_uid, uid)
+                   || PyObject_SetAttr(handle, s_writable, (flags & O_ACCMODE) == O_RDONLY ? Py_False : Py_True)))
         Py_CLEAR(handle);
     return handle;
 }
@@ -161,13 +163,13 @@ static enum outcome admitted(Hot *hot, const struct in_header *in, PyObject *nod
                              uint32_t flags, struct open_out *out)
 {
     uint64_t backing_id = number_of(inode, s_backing_id), opens = number_of(inode, s_opens);
-    PyObject *handle = PyErr_Occurred() ? NULL : handle_of(hot, inode, in, flags, backing_id);
+    PyObject *handle = PyErr_Occurred() ? NULL : new_handle(hot, inode, in->uid, flags, backing_id);
     int failed = !handle || set_number(inode, s_opens, opens + 1) || touch(hot, inode, ino);
     if (!failed && PyDict_Contains(hot->idle_inodes, ino) == 1)
         failed = PyODict_DelItem(hot->idle_inodes, ino);
     if (!failed) {
         *out = (struct open_out){0, OPEN_PASSTHROUGH | OPEN_NOFLUSH, backing_id};
-        out->fh = noted(hot, in, node, handle, flags, backing_id);
+        out->fh = noted_file(hot, in, in->nodeid, node, handle, flags, backing_id);
         failed = !out->fh;
     }
     Py_XDECREF(handle);
@@ -223,14 +225,52 @@ static int kept_idle(Hot *hot, PyObject *inode, PyObject *ino)
     return failed;
 }
 
-/* gate.release of a file that stays registered for a while. */
+/* gate.idle.drop. 0, or -1 with an exception. */
+int idle_dropped(Hot *hot, PyObject *ino)
+{
+    PyObject *entry = Py_XNewRef(PyDict_GetItemWithError(hot->idle_inodes, ino)), *done = NULL;
+    if (!entry)
+        return PyErr_Occurred() ? -1 : 0;
+    if (!PyODict_DelItem(hot->idle_inodes, ino))
+        done = PyObject_CallMethodOneArg(hot->idle, s_retire, PyTuple_GET_ITEM(entry, 0));
+    Py_DECREF(entry);
+    Py_XDECREF(done);
+    return done ? 0 : -1;
+}
+
+/* It stays registered when nobody has it open any more, once its mark is made. */
 static int may_stay(PyObject *inode)
 {
     PyObject *name = PyObject_GetAttr(inode, s_name);
     int named = name && PyObject_IsTrue(name) == 1;
     Py_XDECREF(name);
-    return named && number_of(inode, s_backing_id) && attribute_is(inode, s_marked, Py_False)
-           && !number_of(inode, s_set_id) && attribute_is(inode, s_gone, Py_False) && is_plain(inode);
+    return named && number_of(inode, s_backing_id) && !number_of(inode, s_set_id)
+           && attribute_is(inode, s_gone, Py_False) && is_plain(inode);
+}
+
+/* gate._mark_closed of who was the last that had it open for writing. 0, or -1 with an exception. */
+static int close_marked(Hot *hot, PyObject *inode, PyObject *ino)
+{
+    struct stat st;
+    int opath = (int)number_of(inode, s_opath);
+    if (PyErr_Occurred() || fstat(opath, &st)) {
+        if (!PyErr_Occurred())
+            PyErr_SetFromErrno(PyExc_OSError);
+        return -1;
+    }
+    struct mark_of of = {.ino = st.st_ino, .parent = number_of(inode, s_parent), .a = st.st_size, .b = st.st_blocks};
+    if (set_number(inode, s_size, st.st_size) || mark(hot, CLOSED, ino, &of))
+        return -1;
+    return PyObject_SetAttr(inode, s_marked, Py_False);
+}
+
+/* A writer less. 0, or -1 with an exception. */
+static int stopped_writing(Hot *hot, PyObject *inode, PyObject *ino)
+{
+    uint64_t writers = number_of(inode, s_writers);
+    if (PyErr_Occurred() || set_number(inode, s_writers, writers - 1))
+        return -1;
+    return writers == 1 && attribute_is(inode, s_marked, Py_True) ? close_marked(hot, inode, ino) : 0;
 }
 
 /* A node that has a descriptor of its own may end with its last handle. */
@@ -242,15 +282,18 @@ static int needs_look(PyObject *node)
     return descriptor;
 }
 
-static enum outcome closed(Hot *hot, PyObject *key, uint64_t fh, PyObject *node, PyObject *inode)
+static enum outcome closed(Hot *hot, PyObject *key, uint64_t fh, PyObject *node, PyObject *inode, int writable)
 {
     uint64_t opens = number_of(inode, s_opens);
     PyObject *ino = PyObject_GetAttr(inode, s_ino), *id = PyObject_GetAttr(node, s_id);
     uint64_t slot = fh & ((1 << HANDLE_BITS) - 1);
     int failed = !ino || !id || PyErr_Occurred() || PyDict_DelItem(hot->files, key)
-                 || set_number(inode, s_opens, opens - 1) || (opens == 1 && kept_idle(hot, inode, ino))
+                 || set_number(inode, s_opens, opens - 1) || (writable && stopped_writing(hot, inode, ino))
+                 || (opens == 1 && kept_idle(hot, inode, ino))
                  || count_in(hot->opens, id, -1) < 0;
+    POINT();
     *(volatile uint64_t *)record_at(hot, FILES, slot) = 0;
+    POINT();
     failed = failed || give_slot(hot, FILES, slot);
     if (!failed && (uint64_t)PyDict_GET_SIZE(hot->idle_inodes) > number_of(hot->idle, s_most))
         failed = oldest_retired(hot);
@@ -266,9 +309,12 @@ enum outcome release_file(Hot *hot, uint64_t fh)
     PyObject *handle = pair ? PyTuple_GET_ITEM(pair, 1) : NULL;
     PyObject *inode = handle ? PyObject_GetAttr(handle, s_inode) : NULL;
     enum outcome outcome = PYTHONS;
-    if (inode && number_of(handle, s_backing_id) && attribute_is(handle, s_writable, Py_False)
-        && !needs_look(PyTuple_GET_ITEM(pair, 0)) && may_stay(inode) && !PyErr_Occurred())
-        outcome = closed(hot, key, fh, PyTuple_GET_ITEM(pair, 0), inode);
+    if (inode && number_of(handle, s_backing_id) && !needs_look(PyTuple_GET_ITEM(pair, 0)) && may_stay(inode)) {
+        int writable = attribute_is(handle, s_writable, Py_True);
+        int may = writable ? has_marks_room(hot) : attribute_is(inode, s_marked, Py_False);
+        if (may && !PyErr_Occurred())
+            outcome = closed(hot, key, fh, PyTuple_GET_ITEM(pair, 0), inode, writable);
+    }
     Py_XDECREF(inode);
     Py_XDECREF(pair);
     Py_XDECREF(key);

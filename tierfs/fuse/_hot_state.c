@@ -4,6 +4,21 @@
 #include <string.h>
 #include <unistd.h>
 
+#ifdef TIERFS_POINTS
+#include <stdlib.h>
+
+/* End the process at the point of this number. */
+void hot_point(void)
+{
+    static long left = -2;
+    const char *which = left == -2 ? getenv("TIERFS_POINT") : NULL;
+    if (left == -2)
+        left = which ? atol(which) : -1;
+    if (left >= 0 && !left--)
+        _exit(0);
+}
+#endif
+
 /* --- objects --------------------------------------------------------------------------------------------- */
 
 /* A number in an attribute; (uint64_t)-1 with an exception set where there is none. */
@@ -47,6 +62,19 @@ PyObject *copy_of(PyObject *plain)
         *(PyObject **)((char *)made + at) = Py_XNewRef(value);
     }
     return made;
+}
+
+/* Resident, and nobody is to be waited for. */
+int is_plain(PyObject *inode)
+{
+    return attribute_is(inode, s_guard, Py_None) && attribute_is(inode, s_content, Py_None);
+}
+
+/* Remove it if it is there. 0, or -1 with an exception. */
+int discard(PyObject *dict, PyObject *key)
+{
+    int there = PyDict_Contains(dict, key);
+    return there == 1 ? PyDict_DelItem(dict, key) : there;
 }
 
 /* Count up or down in a dictionary of counts, which keeps none of 0. The new count; -1 with an exception. */
@@ -94,6 +122,7 @@ int64_t take_slot(Hot *hot, enum part part)
     Py_ssize_t count = PyList_GET_SIZE(free);
     if (!count)
         return words_of(hot)[hot->parts[part].word]++;
+    POINT();
     int64_t slot = PyLong_AsLongLong(PyList_GET_ITEM(free, count - 1));
     return PyList_SetSlice(free, count - 1, count, NULL) ? -1 : slot;
 }
@@ -181,7 +210,9 @@ uint64_t enter(Hot *hot, PyObject *ino, PyObject *parent, const char *name, Py_s
     Py_DECREF(node);
     struct kept_node made = {number, inode, above, 1, 0, length, ""};
     memcpy(made.content, name, length);
+    POINT();
     *kept = made;
+    POINT();
     return number;
 }
 
@@ -194,15 +225,8 @@ static int give_long(Hot *hot, PyObject *slot)
     return PyList_Append(hot->parts[LONGS].free, place) || PyDict_DelItem(hot->long_of, slot) ? -1 : 0;
 }
 
-/* Remove it if it is there. 0, or -1 with an exception. */
-static int discard(PyObject *dict, PyObject *key)
-{
-    int there = PyDict_Contains(dict, key);
-    return there == 1 ? PyDict_DelItem(dict, key) : there;
-}
-
 /* nodes._drop_directory: close what is kept of it. 0, or -1 with an exception. */
-static int drop_directory(Hot *hot, PyObject *id)
+int drop_directory(Hot *hot, PyObject *id)
 {
     PyObject *kept = PyDict_GetItemWithError(hot->dirs, id);
     int fd = kept ? (int)PyLong_AsLong(kept) : -1;
@@ -224,6 +248,7 @@ static int dropped(Hot *hot, uint64_t nodeid, PyObject *node)
         struct kept_node *kept = record_at(hot, NODES, slot);
         failed = discard(hot->former, id) || PyList_SetItem(hot->by_slot, slot, Py_NewRef(Py_None));
         *(volatile uint32_t *)&kept->lookups = 0;
+        POINT();
         failed = failed || give_long(hot, place) || PyList_Append(hot->parts[NODES].free, place);
         if (!failed && PyDict_GetItemWithError(hot->by_ino, ino) == node)
             failed = PyDict_DelItem(hot->by_ino, ino);

@@ -19,7 +19,8 @@ from tierfs import idle
 from tierfs.fuse import compiled
 from tierfs.fuse import protocol as p
 from tierfs.handles import Handle, Inode
-from tierfs.nodes import Node
+from tierfs.marks import SEGMENT
+from tierfs.nodes import GoneStat, Node
 from tierfs.vfs import Vfs
 
 log = logging.getLogger("fuse")
@@ -122,6 +123,9 @@ def receiver(fd: int, buffer: bytearray, vfs: Vfs, refused: Told, failed: Told) 
         memory=ledger.memory,
         parts=ledger.parts,
         free=ledger.free,
+        intents_at=ledger.intents,
+        segment=SEGMENT,
+        low=gate.room.low,
         entry_seconds=p.ENTRY_SECONDS,
         attr_seconds=p.ATTR_SECONDS,
         idle_seconds=idle.SECONDS,
@@ -142,6 +146,11 @@ def receiver(fd: int, buffer: bytearray, vfs: Vfs, refused: Told, failed: Told) 
             "inode": Inode(0, 0, b""),
             "handle": Handle(Inode(0, 0, b""), -1, 0, 0),
             "stub_name": os.fsencode(vfs.tree.stub_name),
+            "marks": gate.marks,
+            "recent": gate.recent,
+            "seals": gate.seals,
+            "late": gate.appearance.late,
+            "gone_stat": GoneStat,
             "refused": refused,
             "failed": failed,
         },

@@ -1,0 +1,129 @@
+/* LOOKUP and GETATTR of what is plainly there: what vfs.lookup, vfs.getattr and nodes.found do with names that are what
+ * they were, and with files that show what they are.
+ */
+#include "_hot.h"
+
+#include <string.h>
+
+#define MOST_LOOKUPS 0x7FFFFFFFU
+
+/* --- attributes ------------------------------------------------------------------------------------------ */
+
+static int status(int fd, const char *name, struct stat *st)
+{
+    int failed;
+    Py_BEGIN_ALLOW_THREADS
+    failed = name ? fstatat(fd, name, st, AT_SYMLINK_NOFOLLOW) : fstat(fd, st);
+    if (failed)
+        failed = errno;
+    Py_END_ALLOW_THREADS
+    return failed;
+}
+
+int pack_attr(struct attr *to, const struct stat *st)
+{
+    if (st->st_rdev > UINT32_MAX || st->st_nlink > UINT32_MAX)
+        return 0;
+    *to = (struct attr){
+        .ino = st->st_ino, .size = st->st_size, .blocks = st->st_blocks,
+        .atime = st->st_atim.tv_sec, .mtime = st->st_mtim.tv_sec, .ctime = st->st_ctim.tv_sec,
+        .atimensec = st->st_atim.tv_nsec, .mtimensec = st->st_mtim.tv_nsec, .ctimensec = st->st_ctim.tv_nsec,
+        .mode = st->st_mode, .nlink = st->st_nlink, .uid = st->st_uid, .gid = st->st_gid,
+        .rdev = st->st_rdev, .blksize = st->st_blksize,
+    };
+    return 1;
+}
+
+/* For how many seconds the kernel may keep these attributes; -1 where they are not what is to be shown. */
+static long seconds_of(Hot *hot, const struct stat *st)
+{
+    if (!S_ISREG(st->st_mode))
+        return hot->attr_seconds;
+    PyObject *ino = PyLong_FromUnsignedLongLong(st->st_ino);
+    if (!ino)
+        return -1;
+    long seconds = -1;
+    if (PySet_Contains(hot->plain, ino) == 1) {
+        PyObject *inode = PyDict_GetItemWithError(hot->inodes, ino);
+        int changing = inode && number_of(inode, s_writers) && attribute_is(inode, s_passthrough, Py_True);
+        seconds = PyErr_Occurred() ? -1 : changing ? 0 : (long)hot->attr_seconds;
+    } else if (!PyErr_Occurred()) {
+        long long ctime = (long long)st->st_ctim.tv_sec * 1000000000 + st->st_ctim.tv_nsec;
+        PyObject *said = PyObject_CallFunction(hot->holds, "OLL", ino, ctime, (long long)st->st_blocks);
+        seconds = said ? PyLong_AsLong(said) : -1;
+        Py_XDECREF(said);
+    }
+    Py_DECREF(ino);
+    return seconds;
+}
+
+/* --- looking -------------------------------------------------------------------------------------------- */
+
+/* The number of the node that a name means now, one lookup counted; 0 where Python is to say. */
+static uint64_t counted(Hot *hot, PyObject *parent, const char *name, Py_ssize_t length, const struct stat *st)
+{
+    PyObject *ino = PyLong_FromUnsignedLongLong(st->st_ino);
+    PyObject *node = ino ? PyDict_GetItemWithError(hot->by_ino, ino) : NULL;
+    uint64_t nodeid = 0;
+    if (node) {
+        uint64_t number = number_of(node, s_id);
+        struct kept_node *kept = PyErr_Occurred() ? NULL : kept_of(hot, number);
+        if (kept && node != hot->root && attribute_is(node, s_anchor, Py_None) && attribute_is(node, s_parent, parent)
+            && kept->length == length && !memcmp(kept->content, name, length)) {
+            if (kept->lookups < MOST_LOOKUPS)
+                *(volatile uint32_t *)&kept->lookups = kept->lookups + 1;
+            nodeid = number;
+        }
+    } else if (ino && !PyErr_Occurred() && (!S_ISDIR(st->st_mode) || st->st_dev == hot->device)) {
+        nodeid = enter(hot, ino, parent, name, length);
+    }
+    Py_XDECREF(ino);
+    return PyErr_Occurred() ? 0 : nodeid;
+}
+
+enum outcome look_up(Hot *hot, uint64_t above, const char *name, Py_ssize_t length, struct entry_out *out)
+{
+    struct stat st;
+    PyObject *parent = node_at(hot, above);
+    int fd = parent ? directory_of(hot, parent) : -1;
+    if (fd < 0 || length < 1 || (Py_ssize_t)strnlen(name, length) != length)
+        return PYTHONS;
+    int failed = status(fd, name, &st);
+    if (failed)
+        return failed == ENOENT ? ABSENT : PYTHONS;
+    memset(out, 0, sizeof *out);
+    long seconds = pack_attr(&out->attr, &st) ? seconds_of(hot, &st) : -1;
+    if (seconds < 0)
+        return PYTHONS;
+    out->nodeid = counted(hot, parent, name, length, &st);
+    out->entry_valid = hot->entry_seconds;
+    out->attr_valid = seconds;
+    return out->nodeid ? FOUND : PYTHONS;
+}
+
+enum outcome get_attributes(Hot *hot, uint64_t nodeid, struct attr_out *out)
+{
+    struct stat st;
+    PyObject *node = node_at(hot, nodeid);
+    if (!node || !attribute_is(node, s_anchor, Py_None))
+        return PYTHONS;
+    if (node == hot->root) {
+        if (status(hot->root_fd, NULL, &st))
+            return PYTHONS;
+    } else {
+        struct kept_node *kept = kept_of(hot, nodeid);
+        char name[INLINE + 1] = "";
+        if (kept)
+            memcpy(name, kept->content, kept->length);
+        PyObject *parent = PyObject_GetAttr(node, s_parent);
+        int fd = kept && *name && parent && parent != Py_None ? directory_of(hot, parent) : -1;
+        int failed = fd < 0 || status(fd, name, &st);
+        Py_XDECREF(parent);
+        if (failed || st.st_ino != number_of(node, s_ino))
+            return PYTHONS;
+    }
+    memset(out, 0, sizeof *out);
+    long seconds = pack_attr(&out->attr, &st) ? seconds_of(hot, &st) : -1;
+    out->attr_valid = seconds;
+    return seconds < 0 ? PYTHONS : FOUND;
+}

@@ -1,0 +1,225 @@
+/* MKDIR and CREATE: what vfs.mkdir and vfs.create do with making.Maker, gate.made_dir and gate.created, nodes.made and
+ * files.add. What was made and is not quite plain is removed again, and Python makes it anew: nobody has been told.
+ */
+#include "_hot.h"
+
+#include <fcntl.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/statfs.h>
+#include <unistd.h>
+
+#define MODE 01777
+#define SYNC (O_SYNC | O_DSYNC)
+#define NEW (O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC)
+
+/* Whose it must become (making.Maker._owner): 1 with *uid and *gid, 0 where it is already, -1 where that fails. */
+static int owner_of(Hot *hot, const struct in_header *in, int dirfd, const struct stat *st, uid_t *uid, gid_t *gid)
+{
+    struct stat above;
+    if (hot->euid || (!in->uid && in->gid == hot->egid))
+        return 0;
+    if (fstat(dirfd, &above))
+        return -1;
+    *uid = in->uid;
+    *gid = above.st_mode & S_ISGID ? st->st_gid : in->gid;
+    return st->st_uid != *uid || st->st_gid != *gid;
+}
+
+/* Whether an inode of this number is known: it was removed behind the mount, or is still guarded. */
+static int is_known(Hot *hot, uint64_t number)
+{
+    PyObject *ino = PyLong_FromUnsignedLongLong(number);
+    int there = !ino || PyDict_Contains(hot->by_ino, ino) || PyDict_Contains(hot->inodes, ino)
+                || PySet_Contains(hot->seals, ino);
+    Py_XDECREF(ino);
+    return there;
+}
+
+static void fill_entry(Hot *hot, uint64_t nodeid, struct entry_out *out)
+{
+    out->nodeid = nodeid;
+    out->entry_valid = hot->entry_seconds;
+    out->attr_valid = hot->attr_seconds;
+}
+
+/* --- directories ----------------------------------------------------------------------------------------- */
+
+/* A new directory as its owner's, by its stat; 0 where there is none after all. */
+static int made_directory(Hot *hot, const struct in_header *in, const struct place *place, uint32_t mode,
+                          uint32_t umask_, struct stat *st)
+{
+    uid_t uid;
+    gid_t gid;
+    mode_t before = umask(umask_);
+    int failed = mkdirat(place->fd, place->name, mode & MODE);
+    umask(before);
+    if (failed)
+        return 0;
+    POINT();
+    failed = fstatat(place->fd, place->name, st, AT_SYMLINK_NOFOLLOW);
+    int given = failed ? -1 : owner_of(hot, in, place->fd, st, &uid, &gid);
+    if (given > 0)
+        failed = fchownat(place->fd, place->name, uid, gid, AT_SYMLINK_NOFOLLOW)
+                 || fstatat(place->fd, place->name, st, AT_SYMLINK_NOFOLLOW);
+    if (!failed && given >= 0 && !is_known(hot, st->st_ino))
+        return 1;
+    unlinkat(place->fd, place->name, AT_REMOVEDIR);
+    return 0;
+}
+
+enum outcome make_directory(Hot *hot, const struct in_header *in, uint32_t mode, uint32_t umask_, const char *name,
+                            struct entry_out *out)
+{
+    struct place place;
+    struct stat st;
+    memset(out, 0, sizeof *out);
+    if (strlen(name) > INLINE || !has_slot(hot, NODES) || !has_marks_room(hot)
+        || !found_place(hot, in->nodeid, name, strlen(name), &place))
+        return PYTHONS;
+    intend(hot, in->unique, DOING_MAKE, NULL, NULL);
+    if (!made_directory(hot, in, &place, mode, umask_, &st) || !pack_attr(&out->attr, &st))
+        return PYTHONS;
+    struct mark_of of = {.ino = st.st_ino, .parent = place.ino, .name = name, .length = place.length};
+    PyObject *ino = PyLong_FromUnsignedLongLong(st.st_ino);
+    uint64_t nodeid = 0;
+    if (ino && !mark(hot, DIRECTORY, ino, &of))
+        nodeid = enter(hot, ino, place.parent, name, place.length);
+    Py_XDECREF(ino);
+    fill_entry(hot, nodeid, out);
+    return nodeid ? FOUND : FAILED;
+}
+
+/* --- files ----------------------------------------------------------------------------------------------- */
+
+/* What is needed of a new file. */
+struct made { int fd, opath; struct stat st; struct handle handle; PyObject *number; };
+
+/* There is room on the local disk (room.Room). */
+static int is_ample(Hot *hot)
+{
+    struct statfs fs;
+    return !fstatfs(hot->root_fd, &fs) && (unsigned long long)fs.f_bavail * fs.f_frsize >= hot->low;
+}
+
+/* A new file as its owner's; 0 where there is none after all. */
+static int made_file(Hot *hot, const struct in_header *in, const struct place *place, uint32_t flags, uint32_t mode,
+                     uint32_t umask_, struct made *made)
+{
+    char path[40];
+    uid_t uid;
+    gid_t gid;
+    mode_t before = umask(umask_);
+    made->fd = openat(place->fd, place->name, NEW | (flags & SYNC), mode & MODE);
+    umask(before);
+    if (made->fd < 0)
+        return 0;
+    POINT();
+    int failed = fstat(made->fd, &made->st);
+    int given = failed ? -1 : owner_of(hot, in, place->fd, &made->st, &uid, &gid);
+    if (given > 0)
+        failed = fchown(made->fd, uid, gid) || fstat(made->fd, &made->st);
+    snprintf(path, sizeof path, "/proc/self/fd/%d", made->fd);
+    made->opath = failed || given < 0 || is_known(hot, made->st.st_ino) ? -1 : open(path, O_PATH | O_CLOEXEC);
+    POINT();
+    if (made->opath >= 0 && handle_at(made->opath, "", &made->handle))
+        return 1;
+    if (made->opath >= 0)
+        close(made->opath);
+    close(made->fd);
+    unlinkat(place->fd, place->name, 0);
+    return 0;
+}
+
+/* Register it with the kernel: 0, or -1 where that cannot be. */
+static int registered(PyObject *backing, struct made *made)
+{
+    PyObject *opath = PyLong_FromLong(made->opath);
+    made->number = opath ? PyObject_CallMethodOneArg(backing, s_open, opath) : NULL;
+    Py_XDECREF(opath);
+    return made->number ? 0 : -1;
+}
+
+/* gate._mark_write, of a file that nobody has sealed. 0, or -1 with an exception. */
+static int write_marked(Hot *hot, const struct place *place, PyObject *ino, const struct made *made)
+{
+    uint64_t generation = ++words_of(hot)[GENERATION];
+    POINT();
+    struct mark_of of = {.ino = made->st.st_ino, .generation = generation, .parent = place->ino,
+                         .handle = &made->handle, .name = place->name, .length = place->length};
+    return mark(hot, WRITTEN, ino, &of) || discard(hot->late, ino) ? -1 : 0;
+}
+
+/* Its state, as of a file that is open for writing. NULL with an exception. */
+static PyObject *new_inode(Hot *hot, const struct place *place, PyObject *ino, const struct made *made)
+{
+    PyObject *inode = copy_of(hot->inode), *opath = PyLong_FromLong(made->opath);
+    PyObject *name = PyBytes_FromStringAndSize(place->name, place->length);
+    PyObject *handle = PyBytes_FromStringAndSize(made->handle.bytes, made->handle.length);
+    PyObject *slot = noted_inode(hot, made->st.st_ino, made->number);
+    if (!inode || !opath || !name || !handle || !slot || PyObject_SetAttr(inode, s_ino, ino)
+        || set_number(inode, s_parent, place->ino) || PyObject_SetAttr(inode, s_name, name)
+        || PyObject_SetAttr(inode, s_opath, opath) || PyObject_SetAttr(inode, s_handle, handle)
+        || PyObject_SetAttr(inode, s_slot, slot) || PyObject_SetAttr(inode, s_backing_id, made->number)
+        || PyObject_SetAttr(inode, s_marked, Py_True) || PyObject_SetAttr(inode, s_passthrough, Py_True)
+        || set_number(inode, s_opens, 1) || set_number(inode, s_writers, 1))
+        Py_CLEAR(inode);
+    Py_XDECREF(opath);
+    Py_XDECREF(name);
+    Py_XDECREF(handle);
+    Py_XDECREF(slot);
+    return inode;
+}
+
+static enum outcome taken_in(Hot *hot, const struct in_header *in, const struct place *place, uint32_t flags,
+                             const struct made *made, struct create_out *out)
+{
+    PyObject *ino = PyLong_FromUnsignedLongLong(made->st.st_ino), *inode = NULL, *handle = NULL, *node = NULL;
+    uint64_t backing_id = PyLong_AsUnsignedLongLong(made->number), nodeid = 0;
+    if (ino && !write_marked(hot, place, ino, made))
+        inode = new_inode(hot, place, ino, made);
+    if (inode && !PyDict_SetItem(hot->inodes, ino, inode) && !touch(hot, inode, ino))
+        handle = new_handle(hot, inode, in->uid, flags, backing_id);
+    if (handle)
+        nodeid = enter(hot, ino, place->parent, place->name, place->length);
+    node = nodeid ? PyDict_GetItemWithError(hot->by_ino, ino) : NULL;
+    out->open = (struct open_out){0, OPEN_PASSTHROUGH | OPEN_NOFLUSH, backing_id};
+    if (node)
+        out->open.fh = noted_file(hot, in, nodeid, node, handle, flags, backing_id);
+    fill_entry(hot, nodeid, &out->entry);
+    Py_XDECREF(handle);
+    Py_XDECREF(inode);
+    Py_XDECREF(ino);
+    close(made->fd);
+    return out->open.fh ? FOUND : FAILED;
+}
+
+enum outcome create_file(Hot *hot, const struct in_header *in, uint32_t flags, uint32_t mode, uint32_t umask_,
+                         const char *name, struct create_out *out)
+{
+    struct place place;
+    struct made made = {.number = NULL};
+    memset(out, 0, sizeof *out);
+    if (strlen(name) > INLINE || mode & (S_ISUID | S_ISGID) || (flags & O_ACCMODE) == O_RDONLY || !is_ample(hot)
+        || !has_slot(hot, NODES) || !has_slot(hot, FILES) || !has_slot(hot, INODES) || !has_marks_room(hot)
+        || !found_place(hot, in->nodeid, name, strlen(name), &place))
+        return PYTHONS;
+    PyObject *backing = PyObject_GetAttr(hot->gate, s_backing);
+    enum outcome outcome = PYTHONS;
+    if (backing && backing != Py_None) {
+        intend(hot, in->unique, DOING_MAKE, NULL, NULL);
+        if (made_file(hot, in, &place, flags, mode, umask_, &made)) {
+            POINT();
+            if (pack_attr(&out->entry.attr, &made.st) && !registered(backing, &made)) {
+                outcome = taken_in(hot, in, &place, flags, &made, out);
+            } else {
+                close(made.opath);
+                close(made.fd);
+                unlinkat(place.fd, name, 0);
+            }
+        }
+    }
+    Py_XDECREF(made.number);
+    Py_XDECREF(backing);
+    return outcome;
+}
