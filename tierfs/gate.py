@@ -32,6 +32,7 @@ from tierfs.handles import Backing, Handle, Inode, ShownTimes
 from tierfs.idle import Idle
 from tierfs.index import Index
 from tierfs.inflow import Content, Inflow
+from tierfs.intents import clamped
 from tierfs.ledger import KeptInode, Ledger
 from tierfs.marks import MODE_BITS, Entry, Mark, MarkWriter
 from tierfs.model import EPOCH_SHIFT, Residency, Stub
@@ -502,7 +503,7 @@ class Gate:
         if inode.content is not None:
             inode.content.shown = inode.shown.mtime, inode.shown.ctime
         self._note(inode)
-        self._append(Mark.TIMES, ino, a=inode.shown.mtime, b=inode.shown.ctime)
+        self._append(Mark.TIMES, ino, a=clamped(inode.shown.mtime), b=clamped(inode.shown.ctime))
 
     def writers_open(self, ino: int) -> bool:
         """Attributes may change without a request: somebody has it open for writing in passthrough."""

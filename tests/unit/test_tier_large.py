@@ -361,3 +361,21 @@ def test_a_cancelled_fetch_ends_at_once(volume, cold):
     volume.store.hold.set()
     volume.server.release(handle)
     assert volume.server.read(volume.path("big"), 0, 4096) == cold[:4096]
+
+
+def test_a_time_that_no_mark_can_hold_is_shown_of_an_open_stub(volume):
+    """Setting it has been done by then, and must not be told as failed."""
+    far = 9_300_000_000 * 10**9
+    volume.server.create(volume.path("far"), bytes(1000) + os.urandom(5 * MIB))
+    assert volume.demote("far")[0].demoted
+    handle = volume.server.open(volume.path("far"))
+    try:
+        os.utime(volume.path("far"), ns=(far, far))
+        st = os.stat(volume.path("far"))
+        if st.st_mtime_ns != far:
+            pytest.skip("the filesystem does not take it either")
+        volume.server.run(lambda: volume.server.gate.after_change(st.st_ino, st, mtime_set=True))
+        assert volume.server.shown(volume.path("far")).st_mtime_ns == far
+        volume.tier.drain()
+    finally:
+        volume.server.release(handle)
