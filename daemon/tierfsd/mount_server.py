@@ -33,7 +33,7 @@ from tierfsd import logs
 
 log = logging.getLogger("server")
 
-BATCH = 16  # requests between two looks at the mover and the supervisor
+BATCH = 64  # requests between two looks at the mover and the supervisor
 TICK_SECONDS = 0.25  # from the first request after an idle time to the gate's turn
 _STATFS_SECONDS = 2.0  # how long the sum of evictable bytes is believed
 

@@ -7,9 +7,9 @@
  */
 #include "_hot.h"
 
-#include <poll.h>
-#include <structmember.h>
 #include <string.h>
+#include <structmember.h>
+#include <sys/epoll.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -187,20 +187,39 @@ static int is_open(Hot *hot)
     return hot->buffer.obj && hot->memory.obj;
 }
 
+/* What tells of a request of the kernel, and of what else ends a sleep; -1: nothing does. */
+static int sleeper(Hot *hot)
+{
+    if (hot->sleeper >= 0 && hot->watched == hot->others)
+        return hot->sleeper;
+    if (hot->sleeper >= 0)
+        close(hot->sleeper);
+    hot->sleeper = epoll_create1(EPOLL_CLOEXEC);
+    hot->watched = hot->others;
+    int fds[] = {hot->fd, hot->others};
+    for (int each = 0; each < 2 && fds[each] >= 0 && hot->sleeper >= 0; each++)
+        if (epoll_ctl(hot->sleeper, EPOLL_CTL_ADD, fds[each], &(struct epoll_event){EPOLLIN, {.fd = fds[each]}})) {
+            close(hot->sleeper);
+            hot->sleeper = -1;
+        }
+    return hot->sleeper;
+}
+
 /* Sleep until the kernel has a request: 1. 0: something else has come, a signal, or it is `until`. */
 static int awaited(Hot *hot, double until)
 {
+    struct epoll_event events[2];
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
     double left = until - now.tv_sec - now.tv_nsec * 1e-9;
-    struct pollfd fds[] = {{hot->fd, POLLIN, 0}, {hot->others, POLLIN, 0}};
-    if (left <= 0)
+    int fd = left > 0 ? sleeper(hot) : -1;
+    if (fd < 0)
         return 0;
     int ready;
     Py_BEGIN_ALLOW_THREADS
-    ready = poll(fds, 2, left < 3600 ? (int)(left * 1000) + 1 : 3600000);
+    ready = epoll_wait(fd, events, 2, left < 3600 ? (int)(left * 1000) + 1 : 3600000);
     Py_END_ALLOW_THREADS
-    return ready > 0 && fds[0].revents && !fds[1].revents;
+    return ready == 1 && events[0].data.fd == hot->fd;
 }
 
 static PyObject *hot_receive(Hot *hot, PyObject *arguments)
@@ -213,6 +232,9 @@ static PyObject *hot_receive(Hot *hot, PyObject *arguments)
     if (!is_open(hot))
         return NULL;
     while (hot->answered < most) {
+        /* Who has just been answered has nothing more to ask before it runs. */
+        if (hot->answered && until > 0 && !awaited(hot, until))
+            break;
         ssize_t size = read(hot->fd, hot->buffer.buf, hot->buffer.len);
         if (size < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) {
             if (until > 0 && awaited(hot, until))
@@ -257,6 +279,9 @@ static PyObject *hot_close(Hot *hot, PyObject *Py_UNUSED(none))
 {
     PyBuffer_Release(&hot->buffer);
     PyBuffer_Release(&hot->memory);
+    if (hot->sleeper >= 0)
+        close(hot->sleeper);
+    hot->sleeper = -1;
     Py_RETURN_NONE;
 }
 
@@ -312,7 +337,7 @@ static int hot_init(Hot *hot, PyObject *arguments, PyObject *named)
         PyErr_SetString(PyExc_TypeError, "made already");
         return -1;
     }
-    hot->others = -1;
+    hot->others = hot->sleeper = hot->watched = -1;
     hot->euid = geteuid();
     hot->egid = getegid();
     if (!PyArg_ParseTupleAndKeywords(arguments, named, "iw*iKw*OOnnKkkdO!", names, &hot->fd, &hot->buffer, &hot->root_fd,

@@ -91,7 +91,7 @@ enum outcome { PYTHONS, ABSENT, FOUND, FAILED };
 
 typedef struct {
     PyObject_HEAD
-    int fd, root_fd, others;
+    int fd, root_fd, others, sleeper, watched;
     unsigned long long device;
     Py_buffer buffer, memory;
     unsigned long entry_seconds, attr_seconds;

@@ -201,19 +201,63 @@ enum outcome open_file(Hot *hot, const struct in_header *in, uint32_t flags, str
 
 /* --- closing --------------------------------------------------------------------------------------------- */
 
+/* gate._retire of a resident file that nobody has open. 0, or -1 with an exception. */
+static int let_go(Hot *hot, PyObject *inode, PyObject *ino)
+{
+    PyObject *backing = PyObject_GetAttr(hot->gate, s_backing), *number = PyObject_GetAttr(inode, s_backing_id);
+    PyObject *done = backing && number ? PyObject_CallMethodOneArg(backing, s_close, number) : NULL, *error = NULL;
+    PyObject *type = NULL, *trace = NULL;
+    if (!done)
+        PyErr_Fetch(&type, &error, &trace);
+    uint64_t slot = number_of(inode, s_slot);
+    int opath = (int)number_of(inode, s_opath);
+    *(volatile uint64_t *)record_at(hot, INODES, slot) = 0;
+    POINT();
+    int failed = PyErr_Occurred() || set_number(inode, s_backing_id, 0) || set_number(inode, s_slot, 0)
+                 || PyObject_SetAttr(inode, s_passthrough, Py_False) || give_slot(hot, INODES, slot)
+                 || PyDict_DelItem(hot->inodes, ino);
+    close(opath);
+    PyObject *none = PyLong_FromLong(-1);
+    failed = failed || !none || PyObject_SetAttr(inode, s_opath, none);
+    if (!done && !failed)
+        PyErr_Restore(type, error, trace);
+    Py_XDECREF(none);
+    Py_XDECREF(backing);
+    Py_XDECREF(number);
+    Py_XDECREF(done);
+    return failed || PyErr_Occurred() ? -1 : 0;
+}
+
+/* gate._retire. 0, or -1 with an exception. */
+static int retired(Hot *hot, PyObject *inode, PyObject *ino)
+{
+    if (is_plain(inode) && !number_of(inode, s_opens) && number_of(inode, s_backing_id) && number_of(inode, s_slot)
+        && PyDict_GetItemWithError(hot->inodes, ino) == inode && !attribute_is(hot->gate, s_backing, Py_None))
+        return let_go(hot, inode, ino);
+    PyObject *done = PyErr_Occurred() ? NULL : PyObject_CallMethodOneArg(hot->idle, s_retire, inode);
+    Py_XDECREF(done);
+    return done ? 0 : -1;
+}
+
+/* gate.idle.drop. 0, or -1 with an exception. */
+int idle_dropped(Hot *hot, PyObject *ino)
+{
+    PyObject *entry = Py_XNewRef(PyDict_GetItemWithError(hot->idle_inodes, ino));
+    if (!entry)
+        return PyErr_Occurred() ? -1 : 0;
+    int failed = PyODict_DelItem(hot->idle_inodes, ino) || retired(hot, PyTuple_GET_ITEM(entry, 0), ino);
+    Py_DECREF(entry);
+    return failed ? -1 : 0;
+}
+
 /* Let the one go that was used least recently. 0, or -1 with an exception. */
 static int oldest_retired(Hot *hot)
 {
-    PyObject *each = PyObject_GetIter(hot->idle_inodes), *done = NULL;
-    PyObject *ino = each ? PyIter_Next(each) : NULL;
-    PyObject *entry = ino ? Py_XNewRef(PyDict_GetItemWithError(hot->idle_inodes, ino)) : NULL;
+    PyObject *each = PyObject_GetIter(hot->idle_inodes), *ino = each ? PyIter_Next(each) : NULL;
     Py_XDECREF(each);
-    if (entry && !PyODict_DelItem(hot->idle_inodes, ino))
-        done = PyObject_CallMethodOneArg(hot->idle, s_retire, PyTuple_GET_ITEM(entry, 0));
-    Py_XDECREF(done);
-    Py_XDECREF(entry);
+    int failed = ino ? idle_dropped(hot, ino) : -1;
     Py_XDECREF(ino);
-    return done ? 0 : -1;
+    return failed;
 }
 
 /* idle.Idle.keep, but for those that are too many then. 0, or -1 with an exception. */
@@ -223,19 +267,6 @@ static int kept_idle(Hot *hot, PyObject *inode, PyObject *ino)
     int failed = entry ? PyODict_SetItem(hot->idle_inodes, ino, entry) : -1;
     Py_XDECREF(entry);
     return failed;
-}
-
-/* gate.idle.drop. 0, or -1 with an exception. */
-int idle_dropped(Hot *hot, PyObject *ino)
-{
-    PyObject *entry = Py_XNewRef(PyDict_GetItemWithError(hot->idle_inodes, ino)), *done = NULL;
-    if (!entry)
-        return PyErr_Occurred() ? -1 : 0;
-    if (!PyODict_DelItem(hot->idle_inodes, ino))
-        done = PyObject_CallMethodOneArg(hot->idle, s_retire, PyTuple_GET_ITEM(entry, 0));
-    Py_DECREF(entry);
-    Py_XDECREF(done);
-    return done ? 0 : -1;
 }
 
 /* It stays registered when nobody has it open any more, once its mark is made. */
