@@ -20,7 +20,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 from tierfs import channel, failpoints, wire
 from tierfs.errors import IndexError_, TierError, VolumeError
-from tierfs.fuse.kernel import End, KernelBacking, Session
+from tierfs.fuse.backing import KernelBacking
+from tierfs.fuse.kernel import End, Session
 from tierfs.fuse.spinning import Spinner
 from tierfs.gate import Gate
 from tierfs.heat_index import HeatIndex

@@ -150,6 +150,7 @@ class Both:
             self.sides.append(Twin(base / form / "side", form, monkeypatch, built, base / form / "tree"))
             self.sides[-1].gate.idle.most = 3
         self.nodes, self.open = [ROOT], []
+        self._held = {}
 
     def ask(self, opcode, nodeid, body):
         one, other = (side.answer(opcode, nodeid, body) for side in self.sides)
@@ -206,6 +207,18 @@ class Both:
             with contextlib.suppress(OSError):
                 change(side.path)
 
+    def hold(self):
+        """Let no number of what is there now be used again: the two trees may share a filesystem."""
+        for side in self.sides:
+            for top, dirs, files in os.walk(side.path):
+                for name in (*dirs, *files):
+                    path = os.path.join(top, name)
+                    ino = os.lstat(path).st_ino
+                    if ino not in self._held:
+                        self._held[ino] = os.open(path, os.O_PATH | os.O_NOFOLLOW)
+
     def close(self):
         for side in self.sides:
             side.close()
+        for fd in self._held.values():
+            os.close(fd)

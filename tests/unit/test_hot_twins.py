@@ -179,6 +179,23 @@ def test_whose_what_is_made_becomes_and_what_mode_it_gets(both):
             assert (one.st_mode, one.st_uid, one.st_gid) == (other.st_mode, other.st_uid, other.st_gid)
 
 
+def test_that_an_open_file_has_no_capabilities_is_left_to_nobody(both):
+    asked = left(both, p.Op.GETXATTR)
+    node = both.made(p.Op.CREATE, ROOT, b"a", 0o755)
+    question = p.GETXATTR_IN.pack(20, 0) + b"security.capability\0"
+    assert both.ask(p.Op.GETXATTR, node, question) == (-errno.ENODATA, b"")
+    assert asked == []
+    other = p.GETXATTR_IN.pack(0, 0) + b"security.other\0"
+    assert both.ask(p.Op.GETXATTR, node, other) == (-errno.ENODATA, b"")
+    assert both.ask(p.Op.GETXATTR, ROOT, question) == (-errno.ENODATA, b"")
+    for side in both.sides:
+        os.setxattr(side.path / "a", "security.capability", CAPABILITY)
+    assert both.ask(p.Op.GETXATTR, node, question) == (0, CAPABILITY)
+    both.release(0)
+    assert both.ask(p.Op.GETXATTR, node, question) == (0, CAPABILITY)
+    assert len(asked) == 4
+
+
 @pytest.mark.parametrize("op", [p.Op.CREATE, p.Op.MKDIR])
 def test_what_gets_the_number_of_something_known_is_left_to_python(both, op):
     asked, side = left(both, op), both.sides[1]
@@ -246,6 +263,7 @@ STEPS = st.one_of(
 
 
 def step_of(both, step):
+    both.hold()
     action, *more = step
     nodeid = both.nodes[more[0] % len(both.nodes)] if isinstance(more[0], int) else ROOT
     match action:

@@ -19,7 +19,7 @@
 
 enum {
     LOOKUP = 1, FORGET = 2, GETATTR = 3, MKDIR = 9, UNLINK = 10, RMDIR = 11, RENAME = 12, OPEN = 14, RELEASE = 18,
-    CREATE = 35, BATCH_FORGET = 42, RENAME2 = 45,
+    GETXATTR = 22, CREATE = 35, BATCH_FORGET = 42, RENAME2 = 45,
 }; /* opcodes */
 enum { GETATTR_FH = 1 };
 #define RESENT (1ULL << 63)
@@ -113,6 +113,9 @@ static enum outcome carried_out(Hot *hot, const struct in_header *in, const char
     case RELEASE:
         *size = 0;
         return !fields(message, length, &fh, sizeof fh) ? PYTHONS : release_file(hot, fh);
+    case GETXATTR:
+        return message[length - 1] || length <= (Py_ssize_t)sizeof *in + 8 ? PYTHONS
+               : lacks_attribute(hot, in->nodeid, message + sizeof *in + 8);
     case UNLINK:
     case RMDIR:
         *size = 0;
@@ -173,7 +176,8 @@ static int answer(Hot *hot, Py_ssize_t size)
     if (in.opcode == FORGET || in.opcode == BATCH_FORGET)
         return 1;
     body = outcome == FOUND ? body : 0;
-    reply.head = (struct out_header){sizeof reply.head + body, outcome == FOUND ? 0 : -ENOENT, in.unique};
+    int error = outcome == FOUND ? 0 : outcome == ABSENT ? -ENOENT : -ENODATA;
+    reply.head = (struct out_header){sizeof reply.head + body, error, in.unique};
     if (write(hot->fd, &reply, reply.head.len) < 0 && told(hot->refused, in.unique, PyLong_FromLong(errno)))
         return -1;
     return 1;

@@ -78,13 +78,13 @@ struct mark_of {
 /* A name in a directory; `ino` is the directory's. */
 struct place { PyObject *parent; int fd; const char *name; size_t length; uint64_t ino; };
 
-enum outcome { PYTHONS, ABSENT, FOUND, FAILED };
+enum outcome { PYTHONS, ABSENT, NO_DATA, FOUND, FAILED };
 
 /* What is given to the object by these names, and of which type; anything where that is NULL. */
 #define OBJECTS(X) \
     X(by_slot, &PyList_Type) X(by_ino, &PyDict_Type) X(dirs, &PyODict_Type) X(root, NULL) X(node, NULL) \
     X(plain, &PySet_Type) X(inodes, &PyDict_Type) X(holds, NULL) X(forget, NULL) X(long_of, &PyDict_Type) \
-    X(former, &PyDict_Type) X(gate, NULL) X(idle, NULL) X(idle_inodes, &PyODict_Type) X(touched, &PyDict_Type) \
+    X(former, &PyDict_Type) X(gate, NULL) X(kernel_backing, &PyType_Type) X(idle, NULL) X(idle_inodes, &PyODict_Type) X(touched, &PyDict_Type) \
     X(files, &PyDict_Type) X(opens, &PyDict_Type) X(inode, NULL) X(handle, NULL) X(stub_name, &PyBytes_Type) \
     X(marks, NULL) X(recent, &PyDict_Type) X(seals, &PySet_Type) X(late, &PyDict_Type) X(gone_stat, NULL) \
     X(refused, NULL) X(failed, NULL)
@@ -143,6 +143,8 @@ int forget(Hot *hot, uint64_t nodeid, uint64_t count);
 /* --- open files (_hot_open.c) --- */
 enum outcome open_file(Hot *hot, const struct in_header *in, uint32_t flags, struct open_out *out);
 enum outcome release_file(Hot *hot, uint64_t fh);
+enum outcome lacks_attribute(Hot *hot, uint64_t nodeid, const char *name);
+PyObject *backing_id_of(Hot *hot, PyObject *backing, PyObject *opath);
 int touch(Hot *hot, PyObject *inode, PyObject *ino);
 int idle_dropped(Hot *hot, PyObject *ino);
 PyObject *noted_inode(Hot *hot, uint64_t ino, PyObject *backing_id);

@@ -132,10 +132,10 @@ static int made_file(Hot *hot, const struct in_header *in, const struct place *p
 }
 
 /* Register it with the kernel: 0, or -1 where that cannot be. */
-static int registered(PyObject *backing, struct made *made)
+static int registered(Hot *hot, PyObject *backing, struct made *made)
 {
     PyObject *opath = PyLong_FromLong(made->opath);
-    made->number = opath ? PyObject_CallMethodOneArg(backing, s_open, opath) : NULL;
+    made->number = opath ? backing_id_of(hot, backing, opath) : NULL;
     Py_XDECREF(opath);
     return made->number ? 0 : -1;
 }
@@ -210,7 +210,7 @@ enum outcome create_file(Hot *hot, const struct in_header *in, uint32_t flags, u
         intend(hot, in->unique, DOING_MAKE, NULL, NULL);
         if (made_file(hot, in, &place, flags, mode, umask_, &made)) {
             POINT();
-            if (pack_attr(&out->entry.attr, &made.st) && !registered(backing, &made)) {
+            if (pack_attr(&out->entry.attr, &made.st) && !registered(hot, backing, &made)) {
                 outcome = taken_in(hot, in, &place, flags, &made, out);
             } else {
                 close(made.opath);

@@ -6,9 +6,14 @@
 #include <fcntl.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/xattr.h>
 #include <time.h>
 #include <unistd.h>
+
+#define CAPABILITY "security.capability"
+#define BACKING_OPEN 0x4010E501
+#define BACKING_CLOSE 0x4004E502
 
 static double now(void)
 {
@@ -44,6 +49,44 @@ static int lacks(int opath, const char *attribute)
     return getxattr(path, attribute, NULL, 0) < 0 && errno == ENODATA;
 }
 
+/* The kernel asks for file capabilities at the first write to each file: of one that is open, it has none. */
+enum outcome lacks_attribute(Hot *hot, uint64_t nodeid, const char *name)
+{
+    PyObject *node = strcmp(name, CAPABILITY) ? NULL : node_at(hot, nodeid);
+    PyObject *ino = node ? PyObject_GetAttr(node, s_ino) : NULL;
+    PyObject *inode = ino && PyDict_GetItemWithError(hot->by_ino, ino) == node
+                      ? PyDict_GetItemWithError(hot->inodes, ino) : NULL;
+    int has_none = inode && number_of(inode, s_opens) && !PyErr_Occurred()
+                   && lacks((int)number_of(inode, s_opath), CAPABILITY);
+    Py_XDECREF(ino);
+    return has_none ? NO_DATA : PYTHONS;
+}
+
+/* gate.backing.open: the id; NULL with an exception. */
+PyObject *backing_id_of(Hot *hot, PyObject *backing, PyObject *opath)
+{
+    struct { int32_t fd; uint32_t flags; uint64_t padding; } map = {(int32_t)PyLong_AsLong(opath), 0, 0};
+    if ((PyObject *)Py_TYPE(backing) != hot->kernel_backing)
+        return PyObject_CallMethodOneArg(backing, s_open, opath);
+    int id = ioctl(hot->fd, BACKING_OPEN, &map);
+    return id > 0 ? PyLong_FromLong(id) : PyErr_SetFromErrno(PyExc_OSError);
+}
+
+/* gate.backing.close. 0, or -1 with an exception. */
+static int backing_closed(Hot *hot, PyObject *backing, PyObject *number)
+{
+    uint32_t id = (uint32_t)PyLong_AsUnsignedLong(number);
+    if ((PyObject *)Py_TYPE(backing) == hot->kernel_backing) {
+        if (!ioctl(hot->fd, BACKING_CLOSE, &id))
+            return 0;
+        PyErr_SetFromErrno(PyExc_OSError);
+        return -1;
+    }
+    PyObject *done = PyObject_CallMethodOneArg(backing, s_close, number);
+    Py_XDECREF(done);
+    return done ? 0 : -1;
+}
+
 /* An O_PATH descriptor of a file that can be opened in passthrough and is no stub; -1: Python is to look. */
 static int reached(Hot *hot, PyObject *node, uint64_t nodeid, uint64_t ino, struct stat *st)
 {
@@ -60,7 +103,7 @@ static int reached(Hot *hot, PyObject *node, uint64_t nodeid, uint64_t ino, stru
         return -1;
     if (!fstat(fd, st) && st->st_ino == ino && S_ISREG(st->st_mode) && !(st->st_mode & (S_ISUID | S_ISGID))
         && lacks(fd, PyBytes_AS_STRING(hot->stub_name))
-        && (!(st->st_mode & 0111) || lacks(fd, "security.capability")))
+        && (!(st->st_mode & 0111) || lacks(fd, CAPABILITY)))
         return fd;
     close(fd);
     return -1;
@@ -91,7 +134,7 @@ static PyObject *registered(Hot *hot, PyObject *node, PyObject *name, int fd, co
         && !set_number(inode, s_ino, st->st_ino) && !PyObject_SetAttr(inode, s_parent, above)
         && !PyObject_SetAttr(inode, s_name, name) && !PyObject_SetAttr(inode, s_opath, descriptor)
         && !set_number(inode, s_size, st->st_size) && !PyObject_SetAttr(inode, s_passthrough, Py_True))
-        number = PyObject_CallMethodOneArg(backing, s_open, descriptor);
+        number = backing_id_of(hot, backing, descriptor);
     if (number)
         slot = noted_inode(hot, st->st_ino, number);
     int failed = !number || !slot || PyObject_SetAttr(inode, s_backing_id, number)
@@ -205,9 +248,9 @@ enum outcome open_file(Hot *hot, const struct in_header *in, uint32_t flags, str
 static int let_go(Hot *hot, PyObject *inode, PyObject *ino)
 {
     PyObject *backing = PyObject_GetAttr(hot->gate, s_backing), *number = PyObject_GetAttr(inode, s_backing_id);
-    PyObject *done = backing && number ? PyObject_CallMethodOneArg(backing, s_close, number) : NULL, *error = NULL;
-    PyObject *type = NULL, *trace = NULL;
-    if (!done)
+    PyObject *type = NULL, *error = NULL, *trace = NULL;
+    int ended = backing && number && !backing_closed(hot, backing, number);
+    if (!ended)
         PyErr_Fetch(&type, &error, &trace);
     uint64_t slot = number_of(inode, s_slot);
     int opath = (int)number_of(inode, s_opath);
@@ -219,12 +262,11 @@ static int let_go(Hot *hot, PyObject *inode, PyObject *ino)
     close(opath);
     PyObject *none = PyLong_FromLong(-1);
     failed = failed || !none || PyObject_SetAttr(inode, s_opath, none);
-    if (!done && !failed)
+    if (!ended && !failed)
         PyErr_Restore(type, error, trace);
     Py_XDECREF(none);
     Py_XDECREF(backing);
     Py_XDECREF(number);
-    Py_XDECREF(done);
     return failed || PyErr_Occurred() ? -1 : 0;
 }
 

@@ -19,7 +19,8 @@ C = (
 SOURCES = (
     *C, "fuse/_hot.h", "appearance.py", "gate.py", "handles.py", "idle.py", "intents.py", "ledger.py",
     "making.py", "marks.py", "names.py", "nodes.py", "openfiles.py", "report.py", "room.py", "vfs.py",
-    "fuse/compiled.py", "fuse/hot.py", "fuse/kernel.py", "fuse/operations.py", "fuse/protocol.py",
+    "fuse/backing.py", "fuse/compiled.py", "fuse/hot.py", "fuse/kernel.py", "fuse/operations.py",
+    "fuse/protocol.py",
 )  # fmt: skip
 
 

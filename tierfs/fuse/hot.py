@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from tierfs import idle
 from tierfs.fuse import compiled
 from tierfs.fuse import protocol as p
+from tierfs.fuse.backing import KernelBacking
 from tierfs.handles import Handle, Inode
 from tierfs.marks import SEGMENT
 from tierfs.nodes import GoneStat, Node
@@ -139,6 +140,7 @@ def receiver(fd: int, buffer: bytearray, vfs: Vfs, refused: Told, failed: Told) 
             "inodes": gate.appearance.inodes,
             "holds": holds,
             "gate": gate,
+            "kernel_backing": KernelBacking,
             "idle": gate.idle,
             "idle_inodes": gate.idle.inodes,
             "touched": gate.heat.touched,

@@ -10,11 +10,9 @@ from __future__ import annotations
 import collections
 import enum
 import errno
-import fcntl
 import io
 import logging
 import os
-import struct
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +21,7 @@ from dataclasses import dataclass
 from tierfs.errors import TierError
 from tierfs.fuse import hot
 from tierfs.fuse import protocol as p
+from tierfs.fuse.backing import KernelBacking
 from tierfs.fuse.interrupts import is_wanted
 from tierfs.fuse.mounting import filesystem_of
 from tierfs.fuse.operations import Answer, Message, Operation, Operations
@@ -38,7 +37,6 @@ _STACKED = frozenset({"overlay", "ecryptfs"})
 _GATHER = 4096  # a reply larger than this is not worth copying behind its header
 _RESENT = 1 << 63
 _MOST_ERRNO = 511
-_BACKING_ID = struct.Struct("<I")
 
 
 class End(enum.Enum):
@@ -62,22 +60,6 @@ class _Parked:
     def wake(self) -> None:
         """Not run from within the gate, which is in the middle of something when a wait fires."""
         self.runnable.append(self)
-
-
-class KernelBacking:
-    """The passthrough calls of a connection (tierfs.handles.Backing)."""
-
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-
-    def open(self, fd: int) -> int:
-        """Register a regular file by an O_PATH descriptor; its id (> 0). Raises OSError."""
-        # A mutable argument: only then is the call's own result returned.
-        return int(fcntl.ioctl(self._fd, p.BACKING_OPEN, bytearray(p.BACKING_MAP.pack(fd, 0, 0))))
-
-    def close(self, backing_id: int) -> None:
-        """Forget it. Raises OSError."""
-        fcntl.ioctl(self._fd, p.BACKING_CLOSE, bytearray(_BACKING_ID.pack(backing_id)))
 
 
 class Session:
