@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import shutil
 import socket
 import subprocess
 import sysconfig
@@ -49,6 +50,7 @@ class Side:
     """A session of one form over a tree, and the kernel's end of it."""
 
     def __init__(self, base, form, monkeypatch, built, tree=None):
+        self._base = base
         (base / "marks").mkdir(parents=True)
         self.path = tree or base.parent / "tree"
         self.tree = open_tree(str(self.path))
@@ -109,3 +111,4 @@ class Side:
         self.sock.close()
         self._device.close()
         self.vfs.ledger.close()
+        shutil.rmtree(self._base)  # a log of marks is 8 MiB
