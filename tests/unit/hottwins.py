@@ -106,7 +106,7 @@ class Twin(Side):
         return {
             "nodes": self.nodes(),
             "by_ino": sorted((node.id, Ino(ino)) for ino, node in nodes._by_ino.items()),
-            "dirs": list(nodes._dirs),
+            "dirs": sorted(nodes._dirs),
             "opens": sorted(nodes._opens.items()),
             "former": sorted(nodes._former.items()),
             "ledger": self.ledger(),
@@ -147,7 +147,8 @@ class Both:
         self.sides = []
         for form in FORMS:
             (base / form / "tree").mkdir(parents=True)
-            self.sides.append(Twin(base / form / "side", form, monkeypatch, built, base / form / "tree"))
+            twin = Twin(base / form / "side", form, monkeypatch, built, base / form / "tree", 64)
+            self.sides.append(twin)
             self.sides[-1].gate.idle.most = 3
         self.nodes, self.open = [ROOT], []
         self._held = {}
