@@ -22,9 +22,10 @@ from tierfs.waits import Blocked, Wait
 
 log = logging.getLogger("gate")
 
-FIRST_AHEAD = 2 << 20  # read-ahead of a reader that has just proven sequential, bytes
-GROWTH = 4  # at each step: a link of 400 MB/s and 20 ms is filled within three
-MOST_AHEAD = 64 << 20  # enough to keep sixteen ranges of a few MiB in the air
+FIRST_AHEAD = 8 << 20  # read-ahead of a reader that has just proven sequential, bytes
+SMALL_AHEAD = 2 << 20  # the same by small reads: it may be about a head only
+GROWTH = 4  # at each step: a link of 1 GB/s and 20 ms is filled by the second
+MOST_AHEAD = 128 << 20  # sixteen ranges of 8 MiB in the air
 LARGE_READ = 128 << 10  # programs that read whole files ask for at least so much at once
 SLACK = 1 << 20  # the kernel's own read-ahead arrives a little out of order
 
@@ -147,7 +148,8 @@ class ReadAhead:
         self._ahead_end = max(self._ahead_end, end)
         if self._ahead_end >= size or self._ahead_end - end > self._window:
             return None
-        self._window = min(max(self._window * GROWTH, FIRST_AHEAD), MOST_AHEAD)
+        least = FIRST_AHEAD if end - offset >= LARGE_READ else SMALL_AHEAD
+        self._window = min(max(self._window * GROWTH, least), MOST_AHEAD)
         start, self._ahead_end = self._ahead_end, min(self._ahead_end + self._window, size)
         return start, self._ahead_end
 

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from tierfs import wire
-from tierfs.inflow import FIRST_AHEAD, Content, Inflow, ReadAhead
+from tierfs.inflow import FIRST_AHEAD, SMALL_AHEAD, Content, Inflow, ReadAhead
 from tierfs.model import LEAF, Stub
 from tierfs.waits import Blocked, Wait
 
@@ -172,7 +172,7 @@ def test_read_ahead_grows_for_sequential_readers_and_not_for_random_ones():
     size = 1 << 30
     assert ahead.advance(0, 4096, size) is None
     first = ahead.advance(4096, 8192, size)
-    assert first == (8192, 8192 + FIRST_AHEAD)
+    assert first == (8192, 8192 + SMALL_AHEAD)
     asked = []
     for offset in range(8192, 64 * MIB, 128 * 1024):
         window = ahead.advance(offset, offset + 128 * 1024, size)
