@@ -88,6 +88,15 @@ class Disk:
                 raise AssertionError(f"{done.stderr}{used.stdout}{used.stderr}")
             if done.returncode:
                 time.sleep(0.1)
+        self.wait_until_let_go()
+
+    def wait_until_let_go(self) -> None:
+        """A mount namespace that was made meanwhile, by whomever, holds the filesystem that was cut off: while it
+        is there, a mount would give the dead one again, which answers EIO."""
+        deadline = time.monotonic() + 180
+        while held := subprocess.run(["losetup", "-j", self.image], capture_output=True, text=True).stdout:
+            assert time.monotonic() < deadline, f"a mount namespace keeps {held}"
+            time.sleep(0.1)
 
 
 @pytest.fixture
@@ -305,7 +314,7 @@ def test_a_few_power_cuts_lose_nothing(on_disk: Volume, disk: Disk) -> None:
 
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("seed", [1, 2, 3, 4])
+@pytest.mark.parametrize("seed", range(1, 21))
 def test_many_power_cuts_lose_nothing(on_disk: Volume, disk: Disk, seed: int) -> None:
     totals = cycles(on_disk, disk, 100, seed)
     on_disk.umount()
