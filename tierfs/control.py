@@ -231,6 +231,9 @@ class Status(Frame, frozen=True):
     binding: dict[str, str] = {}  # name, reason, and form: compiled or pure
     scrub: Scrub | None = None
     waiting: list[Waiting] = []  # those that have waited longest
+    server_deaths: int = 0  # since it was mounted: ends of these processes that nobody asked for
+    mover_deaths: int = 0
+    restarts: int = 0  # since it was mounted, by `tierfs restart`
 
 
 class Progress(Frame, frozen=True):

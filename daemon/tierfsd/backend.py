@@ -100,6 +100,9 @@ class TierBackend:
             binding=runtime.get("binding", {}),
             waiting=unsaved,
             scrub=None if self._home.identity.view else self._scrubber.status(),
+            server_deaths=runtime.get("server_deaths", 0),
+            mover_deaths=runtime.get("mover_deaths", 0),
+            restarts=runtime.get("restarts", 0),
         )
 
     def _problems(self) -> list[control.Problem]:

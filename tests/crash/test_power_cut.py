@@ -91,8 +91,8 @@ class Disk:
         self.wait_until_let_go()
 
     def wait_until_let_go(self) -> None:
-        """A mount namespace that was made meanwhile, by whomever, holds the filesystem that was cut off: while it
-        is there, a mount would give the dead one again, which answers EIO."""
+        """A mount namespace that was made meanwhile, by whomever, holds the filesystem that was cut off: while
+        it is there, a mount would give the dead one again, which answers EIO."""
         deadline = time.monotonic() + 180
         while held := subprocess.run(["losetup", "-j", self.image], capture_output=True, text=True).stdout:
             assert time.monotonic() < deadline, f"a mount namespace keeps {held}"

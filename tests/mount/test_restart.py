@@ -80,7 +80,7 @@ def test_another_version_goes_on_under_open_files(volume, opened):
     assert os.pread(plain, 9, 0) == b"Plain" and os.pread(unlinked, 9, 0) == b"unlinked"
     assert "mounting anew" not in made.log() and "ERROR" not in made.log(), made.log()[-3000:]
     os.kill(now["pids"]["supervisor"], signal.SIGHUP)  # it hears as before
-    assert made.status()["files"] >= 2
+    assert made.status()["files"] >= 2 and made.status()["restarts"] == 2
 
 
 def test_it_ends_in_order_afterwards(volume):
@@ -171,3 +171,43 @@ def test_stopped_while_it_restarts(volume):
         asking.join()
         assert not os.path.ismount(made.mountpoint)
         made.mount()
+
+
+KILLED_AT = {  # the line of which step is the last that the former or the new version runs
+    "before": ("tierfsd/supervisor", "            self._end_mover()\n            signal.pthread"),
+    "server dead": ("tierfsd/supervisor", "            self._drain_log()\n            handover.become"),
+    "execve": ("tierfsd/handover", "        os.execv(python"),
+    "after execve": ("tierfsd/supervisor", "        self._listen_to_all()\n        signal.pthread_sigmask"),
+    "resumed": ("tierfsd/supervisor", "        if not self._take_over() and not self._mount_anew():\n     "),
+}
+DIE = "__import__('os').kill(__import__('os').getpid(), 9) if __import__('os').path.exists({!r}) else 0\n"
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("step", KILLED_AT)
+def test_killed_at_each_step_of_a_restart(volume, step):
+    """The supervisor holds the session: what ends with it ends cleanly, and the next mount has everything."""
+    made = volume()
+    armed = str(made.base / "armed")
+    module, line = KILLED_AT[step]
+    indent = line[: len(line) - len(line.lstrip())]
+    mined = version(made, {module: (line, indent + DIE.format(armed) + line)})
+    restart(made, mined)
+    top = made.mountpoint
+    (top / "synced").write_bytes(b"synced" * 3000)
+    (top / "cold").write_bytes(b"cold" * 5000)
+    made.demote(top / "cold")
+    pids = list(facts(made)["pids"].values())
+    Path(armed).touch()
+    done = restart(made, mined, check=False, timeout=60)
+    Path(armed).unlink()
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
+    if step == "before":  # server and mover go on
+        assert (top / "synced").read_bytes() == b"synced" * 3000
+        made.umount()
+    assert not wait_gone(pids, 30), made.log()[-2000:]
+    made.mount()
+    assert (top / "synced").read_bytes() == b"synced" * 3000 and (top / "cold").read_bytes() == b"cold" * 5000
+    checked = made.cli("check", top, check=False)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    made.umount()

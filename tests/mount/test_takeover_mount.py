@@ -283,3 +283,6 @@ def test_two_killed_in_quick_succession(volume, opened):
     replaced(made, second)
     assert (made.mountpoint / "f").read_bytes() == b"still here"
     assert "mounting anew" not in made.log()
+    status = made.status()
+    assert (status["server_deaths"], status["mover_deaths"], status["restarts"]) == (2, 0, 0)
+    assert "replaced  the server ended by itself 2 times\n" in made.cli("status", made.mountpoint).stdout

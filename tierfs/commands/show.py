@@ -106,6 +106,7 @@ def _print_volume(document: dict[str, Any]) -> None:
         ("rates", f"up {size(int(document['upload_rate']))}/s, down {size(int(document['fetch_rate']))}/s"),
         ("pids", ", ".join(f"{name} {pid}" for name, pid in document["pids"].items())),
     ]
+    lines += _deaths(document)
     if document["binding"]:
         lines.append(("binding", "{name}: {reason}".format(**document["binding"])))
     if document["journal_behind_seconds"]:
@@ -127,6 +128,14 @@ def _print_volume(document: dict[str, Any]) -> None:
 def _since(document: dict[str, Any]) -> str:
     oldest = document["oldest_dirty"]
     return f", the oldest for {terminal.age(oldest)}" if oldest else ""
+
+
+def _deaths(document: dict[str, Any]) -> list[tuple[str, str]]:
+    """What has ended unasked since it was mounted, and was replaced; and how often it was restarted."""
+    counts = [(document[f"{name}_deaths"], f"the {name} ended by itself") for name in ("server", "mover")]
+    counts.append((document["restarts"], "restarted"))
+    said = ", ".join(f"{what} {count} {'time' if count == 1 else 'times'}" for count, what in counts if count)
+    return [("replaced", said)] if said else []
 
 
 def _unsaved(file: dict[str, Any]) -> str:
