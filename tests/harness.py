@@ -312,7 +312,7 @@ class Volume:
     def tier(self, path: Path_) -> str:
         return os.getxattr(path, "user.tierfs.tier").decode()
 
-    def tier_becomes(self, path: Path_, *tiers: str, seconds: float = 8) -> bool:
+    def tier_becomes(self, path: Path_, *tiers: str, seconds: float = 40) -> bool:
         """Wait until the file has one of these tiers: chunks that were fetched are counted in batches."""
         deadline = time.monotonic() + seconds
         while self.tier(path) not in tiers and time.monotonic() < deadline:

@@ -53,9 +53,13 @@ class Drain:
         return self._reader.position
 
     def run(self) -> int:
-        """Apply all marks that are there now; the position reached. Raises IndexError_, OSError."""
+        """Apply all marks that are there now; the position reached. Raises IndexError_, OSError.
+
+        Not those that come meanwhile: while a program makes and removes files there would be no end of them.
+        """
         with self._lock:
-            while self._step():
+            newest = self._reader.newest_end()
+            while self._step() and self._reader.position < newest:
                 pass
             position = self._reader.position
             if position != self._told:
@@ -65,6 +69,7 @@ class Drain:
             return position
 
     def _step(self) -> bool:
+        """Apply one batch; whether there may be more that was there before it."""
         before = self._reader.position
         entries = list(self._reader.read(_BATCH))
         if not entries:
@@ -95,7 +100,7 @@ class Drain:
         if any(entry.kind in (Mark.PIN, Mark.DIR, Mark.NAMED) for entry in entries):
             self._moved()
         self._reader.forget(position)
-        return True
+        return len(entries) == _BATCH
 
 
 def apply(w: Writer, entry: Entry, now: int) -> None:

@@ -226,6 +226,11 @@ class MarkReader:
         size = -(-(_HEAD.size + length) // _ALIGN) * _ALIGN
         return Entry(Mark(kind), ino, generation, parent, a, b, handle, name, self.position + size)
 
+    def newest_end(self) -> int:
+        """Where the segment ends that is being written: no mark that is there now lies behind it."""
+        segments = _segments(self._dirfd)
+        return segments[-1] + SEGMENT if segments else self.position
+
     def forget(self, position: int) -> None:
         """Remove the segments that end at or before `position` (never the newest)."""
         segments = _segments(self._dirfd)

@@ -1,8 +1,8 @@
 """Each system call that the mount server makes for a program is its last, or fails.
 
-strace kills the server before its n-th call of a kind: another takes the session over, and the program must
 strace kills the server before its n-th call of a kind: another takes the session over, and the program must not
-notice. Or it lets that call answer EIO or ENOSPC: one operation fails with just that, and is as if never
+notice. Or it lets that call answer EIO or ENOSPC: one operation fails with just that, and is as if never asked
+for. In a plain directory the same steps are taken, those that failed left out; at the end
 names, contents, modes, times, links and attributes must be equal.
 """
 

@@ -315,3 +315,21 @@ def test_such_a_time_given_to_a_stub_is_shown_and_does_not_keep_it_away(volume):
     assert volume.server.read(volume.path("far")) == b"far" * 10_000
     volume.settle("far")
     assert os.stat(volume.path("far")).st_mtime_ns == far
+
+
+def test_a_drain_ends_while_others_go_on_making_files(volume, monkeypatch):
+    """Who asks for the volume's status, or an eviction, would otherwise wait as long as a build takes."""
+    commit, made = volume.index.commit, []
+
+    def and_another(change):
+        made.append(volume.server.create(volume.path(f"f{len(made)}"), b"x"))
+        assert len(made) < 20, "it goes on for ever"
+        return commit(change)
+
+    volume.server.create(volume.path("first"), b"x")
+    monkeypatch.setattr(volume.index, "commit", and_another)
+    volume.tier.drain()
+    monkeypatch.undo()
+    assert len(made) == 1 and volume.record("first") is not None
+    volume.tier.drain()
+    assert volume.record("f0") is not None
