@@ -192,16 +192,8 @@ class Gate:
         left, self._left = self._left, {}
         for kept in left.values():
             if kept.backing_id and self.backing is not None:
-                self._end_registration(kept.backing_id)
+                self.backing.close(kept.backing_id)
             self.ledger.drop_inode(kept.slot)
-
-    def _end_registration(self, backing_id: int) -> None:
-        assert self.backing is not None
-        try:
-            self.backing.close(backing_id)
-        except OSError as error:
-            if error.errno != errno.ENOENT:  # it was ended, and the server before it could write that down
-                raise
 
     def need_room(self) -> None:
         """Call before a file is made. Raises Blocked while the local disk is nearly full and may be emptied."""

@@ -14,6 +14,7 @@ import pytest
 from tierfs.errors import UsageError, VolumeError
 from tierfs.fuse import mounting
 from tierfs.fuse import protocol as p
+from tierfs.fuse.backing import KernelBacking
 from tierfs.fuse.hot import pure
 from tierfs.fuse.kernel import End, Session
 from tierfs.fuse.operations import Operations
@@ -275,3 +276,13 @@ def test_an_old_kernel_is_refused(kernel: Kernel) -> None:
 def test_every_opcode_has_an_operation_or_is_the_sessions() -> None:
     table = Operations(FakeVfs()).table  # type: ignore[arg-type]
     assert {op for op in p.Op if table[op] is None} == {p.Op.INIT, p.Op.INTERRUPT, p.Op.DESTROY}
+
+
+def test_a_registration_that_cannot_be_ended_is_told_to_the_log_alone(caplog):
+    """Whoever asked for what led to it has had what he wanted: a rename over a file, say."""
+    fd = os.open(os.devnull, os.O_RDWR)
+    try:
+        KernelBacking(fd).close(5)
+    finally:
+        os.close(fd)
+    assert "stays registered with the kernel" in caplog.text

@@ -76,12 +76,8 @@ PyObject *backing_id_of(Hot *hot, PyObject *backing, PyObject *opath)
 static int backing_closed(Hot *hot, PyObject *backing, PyObject *number)
 {
     uint32_t id = (uint32_t)PyLong_AsUnsignedLong(number);
-    if ((PyObject *)Py_TYPE(backing) == hot->kernel_backing) {
-        if (!ioctl(hot->fd, BACKING_CLOSE, &id))
-            return 0;
-        PyErr_SetFromErrno(PyExc_OSError);
-        return -1;
-    }
+    if ((PyObject *)Py_TYPE(backing) == hot->kernel_backing && !ioctl(hot->fd, BACKING_CLOSE, &id))
+        return 0;
     PyObject *done = PyObject_CallMethodOneArg(backing, s_close, number);
     Py_XDECREF(done);
     return done ? 0 : -1;
