@@ -63,7 +63,7 @@ lint: setup
 # Peers are measured where they can be had; the tables name those that are missing.
 bench: setup
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]' || true
-	@for package in bindfs mergerfs redis-server s3fs; do \
+	@for package in bindfs mergerfs redis-server rsync s3fs; do \
 		dpkg-query -W -f='$${Status}' $$package 2>/dev/null | grep -q 'ok installed' || \
 		DEBIAN_FRONTEND=noninteractive $(SUDO) apt-get install -y -qq --no-install-recommends $$package >/dev/null || \
 		echo "make bench: $$package cannot be installed: its rows will be missing"; \

@@ -27,7 +27,8 @@ from common import (
 BLOCK = 512
 
 
-def bare_upload(server: Any, path: Path, key: str) -> None:
+def bare_upload(server: Any, path: Path, key: str) -> float:
+    """Seconds. The object does not stay: the server keeps all of them in memory."""
     import obstore
     from obstore.store import S3Store
 
@@ -36,7 +37,10 @@ def bare_upload(server: Any, path: Path, key: str) -> None:
         access_key_id=server.env["AWS_ACCESS_KEY_ID"], secret_access_key=server.env["AWS_SECRET_ACCESS_KEY"],
         client_options={"allow_http": True, "timeout": "300s"},
     )  # fmt: skip
-    obstore.put(store, key, path, chunk_size=8 * MIB, max_concurrency=8, use_multipart=True)
+    how = {"chunk_size": 8 * MIB, "max_concurrency": 8, "use_multipart": True}
+    took = timed(lambda: obstore.put(store, key, path, **how))
+    obstore.delete(store, key)
+    return took
 
 
 def write_random(path: Path, size: int) -> None:
@@ -54,8 +58,7 @@ def large(area: Any, server: Any, form: str, size: int, rounds: int) -> list[str
             for target in (plain, path):
                 write_random(target, size)
             os.sync()
-            key = f"bare/{form}{number}"
-            bare.append(timed(lambda plain=plain, key=key: bare_upload(server, plain, key)))
+            bare.append(bare_upload(server, plain, f"bare/{form}{number}"))
             demoted.append(timed(lambda path=path: mounted.demote(path)))
             plain.unlink()
             path.unlink()

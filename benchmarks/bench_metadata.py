@@ -35,7 +35,7 @@ ROWS = (
 
 
 @contextlib.contextmanager
-def fresh_ext4(place: Path) -> Iterator[Path]:
+def fresh_ext4(place: Path, size: int = 1 << 30) -> Iterator[Path]:
     """An empty ext4 on a loop device in memory."""
     memory, root = place / "memory", place / "ext4"
     with contextlib.ExitStack() as stack:
@@ -45,7 +45,7 @@ def fresh_ext4(place: Path) -> Iterator[Path]:
         stack.callback(subprocess.run, ["umount", "-l", memory], check=True)
         image = memory / "image"
         with open(image, "wb") as file:
-            file.truncate(1 << 30)
+            file.truncate(size)
         quiet = "lazy_itable_init=0,lazy_journal_init=0"
         subprocess.run(["mkfs.ext4", "-q", "-E", quiet, image], check=True)
         subprocess.run(["mount", "-o", "loop", image, root], check=True)
