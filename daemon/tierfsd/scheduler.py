@@ -64,7 +64,10 @@ class Scheduler:
         self._paused_until = 0.0
         self._doubtful = False  # most of what was last tried has failed: the store is asked before files are
         self._trial = False  # it answers again: one file is tried before the others, as its bucket may be full
-        self._tried: set[int] = set()  # of those, whose trial has failed: others come first
+        # Those whose trial has failed, of eviction and of replication: others come first. Two sets, as what one
+        # of them may not try yet must not make the other begin with the same file over and over.
+        self._tried_victims: set[int] = set()
+        self._tried: set[int] = set()
         self._pause_reason = ""
         self._next_look = 0.0
         self._pending = True
@@ -304,11 +307,10 @@ class Scheduler:
         config, now = self._kit.config, time.time()
         self._forget_stayers()
         seen: set[int] = set()
-        tried = self._tried if self._trial else set()
+        tried = self._tried_victims if self._trial and not urgent else set()
+        passed_over = others = False
         for ino in self._heat.victims(self._kit.index.totals().local_bytes):
-            if not urgent and (ino in self._staying or ino in tried):
-                continue
-            if ino in seen or self._tier.filler.is_wanted(ino):
+            if ino in seen or (ino in self._staying and not urgent) or self._tier.filler.is_wanted(ino):
                 continue
             seen.add(ino)
             record = self._kit.index.get(ino)
@@ -317,8 +319,15 @@ class Scheduler:
             if record.dirty and self._doubtful and not urgent:
                 continue
             last = self._heat.last_use(ino) or 0.0
-            if urgent or (record.size >= config.min_size and now - last >= config.min_age):
-                yield record
+            if not urgent and (record.size < config.min_size or now - last < config.min_age):
+                continue
+            if ino in tried:
+                passed_over = True
+                continue
+            others = True
+            yield record
+        if passed_over and not others:
+            self._tried_victims.clear()  # each has had its trial: next time the first has another
 
     def _demote(self, batch: list[Item]) -> tuple[int, int]:
         """(bytes freed, failures) of a batch."""
@@ -326,7 +335,7 @@ class Scheduler:
         done = self._tier.demote(batch, self._stopping)
         for item in done:
             if not item.demoted:
-                self._leave_alone(item)
+                self._leave_alone(item, self._tried_victims)
         freed = sum(before[item.ino] for item in done if item.demoted)
         return freed, sum(item.failed for item in done)
 
@@ -334,15 +343,16 @@ class Scheduler:
         record = self._kit.index.get(ino)
         return record.local if record is not None else 0
 
-    def _leave_alone(self, item: Item) -> None:
+    def _leave_alone(self, item: Item, tried: set[int]) -> None:
         seconds = _NEVER_SECONDS if item.reason.startswith("never") else _STAY_SECONDS
         self._staying[item.ino] = time.monotonic() + seconds
         if item.failed and self._trial:
-            self._tried.add(item.ino)
+            tried.add(item.ino)
 
     def _end_trial(self) -> None:
         self._trial = False
         self._tried.clear()
+        self._tried_victims.clear()
 
     def _next_trial(self, items: list[Item]) -> list[Item]:
         """One that has not been tried, else the first: what is wrong may be wrong with a file alone."""
@@ -377,7 +387,7 @@ class Scheduler:
             done = self._tier.demote(items, self._stopping, punch=False)
             for item in done:
                 if item.reason or item.already:
-                    self._leave_alone(item)
+                    self._leave_alone(item, self._tried)
             failed = sum(item.failed for item in done)
             if failed * 2 > len(done):
                 self._pause(len(done), failed)

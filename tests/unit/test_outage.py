@@ -205,3 +205,63 @@ def test_who_waits_for_room_waits_for_no_pause(tmp_path, clock):
     finally:
         day.heat.close()
         home.close()
+
+
+class Evicting(Day):
+    """Three cold files, and a limit that is exceeded."""
+
+    names = ("one", "two", "three")
+
+    def __init__(self, base, clock):
+        super().__init__(base, clock)
+        self.faults.put("volume.json", b"{}", 2)
+        for name in self.names:
+            self.home.write(name, b"x" * 5000)
+            self.heat.admit(os.stat(self.home.volume.path(name)).st_ino, 5000, 5000)
+        self.home.volume.tier.drain()
+
+    def minutes(self, count):
+        for _ in range(count):
+            self.clock.ahead += 60
+            self.scheduler._ask_store()
+            self.scheduler._evict(1 << 20, urgent=False)
+
+    def stubs(self):
+        return {name for name in self.names if self.home.volume.stub(name)}
+
+    def close(self):
+        self.heat.close()
+        self.home.close()
+
+
+def test_eviction_alone_tries_again_after_each_file_has_failed_its_trial(tmp_path, clock):
+    """Where only what is cold goes to the store (`replicate = "cold"`), nothing else begins the trials anew."""
+    day = Evicting(tmp_path, clock)
+    try:
+        day.faults.arm(Fault(Kind.ERROR, "put", times=float("inf"), error=StoreFullError("the store is full")))
+        day.minutes(20)
+        assert not day.stubs()
+        day.faults.disarm()
+        day.minutes(5)
+        assert day.stubs() == set(day.names)
+    finally:
+        day.close()
+
+
+def test_one_file_that_cannot_be_read_does_not_keep_the_others_from_leaving(tmp_path, clock, monkeypatch):
+    day, take = Evicting(tmp_path, clock), Copier._take_small
+
+    def damaged(copier, item, extents):
+        if item.name == b"one":
+            raise OSError(errno.EIO, "the disk gives it no more")
+        return take(copier, item, extents)
+
+    monkeypatch.setattr(Copier, "_take_small", damaged)
+    try:
+        store_is_down(day.faults, True)
+        day.minutes(1)
+        store_is_down(day.faults, False)
+        day.minutes(6)
+        assert day.stubs() == {"two", "three"}
+    finally:
+        day.close()
