@@ -26,6 +26,7 @@ FIRST_AHEAD = 8 << 20  # read-ahead of a reader that has just proven sequential,
 SMALL_AHEAD = 2 << 20  # the same by small reads: it may be about a head only
 GROWTH = 4  # at each step: a link of 1 GB/s and 20 ms is filled by the second
 MOST_AHEAD = 128 << 20  # sixteen ranges of 8 MiB in the air
+AHEAD_SECONDS = 10.0  # at most, as fast as it went last: on a slow link the next bytes must not wait for all
 LARGE_READ = 128 << 10  # programs that read whole files ask for at least so much at once
 SLACK = 1 << 20  # the kernel's own read-ahead arrives a little out of order
 
@@ -126,12 +127,13 @@ class ReadAhead:
     file's head asks for less.
     """
 
-    __slots__ = ("_ahead_end", "_expect", "_last", "_window")
+    __slots__ = ("_ahead_end", "_asked", "_expect", "_last", "_window")
 
     def __init__(self) -> None:
         self._expect = 0
         self._window = 0
         self._ahead_end = 0
+        self._asked = (0, 0.0)  # the last time: how far had been read, and when
         self._last = (-1, -1)
 
     def advance(self, offset: int, end: int, size: int) -> tuple[int, int] | None:
@@ -148,8 +150,14 @@ class ReadAhead:
         self._ahead_end = max(self._ahead_end, end)
         if self._ahead_end >= size or self._ahead_end - end > self._window:
             return None
-        least = FIRST_AHEAD if end - offset >= LARGE_READ else SMALL_AHEAD
-        self._window = min(max(self._window * GROWTH, least), MOST_AHEAD)
+        now = time.monotonic()
+        if self._window:
+            read, took = self._expect - self._asked[0], max(now - self._asked[1], 1e-6)
+            most = max(int(read / took * AHEAD_SECONDS), SMALL_AHEAD)
+            self._window = min(self._window * GROWTH, MOST_AHEAD, most)
+        else:
+            self._window = FIRST_AHEAD if end - offset >= LARGE_READ else SMALL_AHEAD
+        self._asked = self._expect, now
         start, self._ahead_end = self._ahead_end, min(self._ahead_end + self._window, size)
         return start, self._ahead_end
 

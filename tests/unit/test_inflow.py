@@ -185,6 +185,19 @@ def test_read_ahead_grows_for_sequential_readers_and_not_for_random_ones():
     assert ahead.advance(100 * MIB, 100 * MIB + 4096, size) is None
 
 
+@pytest.mark.parametrize(("rate", "least", "most"), [(1 * MIB, 8, 10), (4 * MIB, 32, 40), (1 << 30, 128, 128)])
+def test_no_more_is_asked_for_than_comes_in_a_few_seconds(monkeypatch, rate, least, most):
+    """All that is in the air shares the link: the next bytes would come as late as the last ones."""
+    now, ahead, size, asked = 1000.0, ReadAhead(), 4 << 30, []
+    monkeypatch.setattr("tierfs.inflow.time.monotonic", lambda: now)
+    for offset in range(0, 512 * MIB, MIB):
+        window = ahead.advance(offset, offset + MIB, size)
+        now += MIB / rate
+        if window and offset > 64 * MIB:
+            asked.append((window[1] - window[0]) // MIB)
+    assert least <= min(asked) and max(asked) <= most, asked
+
+
 def test_a_large_read_at_the_beginning_starts_read_ahead_at_once_and_a_sniff_does_not():
     assert ReadAhead().advance(0, MIB, 1 << 30) == (MIB, MIB + FIRST_AHEAD)
     assert ReadAhead().advance(0, 4096, 1 << 30) is None
