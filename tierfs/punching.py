@@ -123,6 +123,8 @@ class Puncher:
             item.stay("is changing right now")
         elif record is None or record.copy is None or record.handle != item.handle:
             item.stay("has no copy")
+        elif max(st.st_mtime_ns, st.st_ctime_ns) >= 1 << 63:  # more than a record holds: no copy is bound to it
+            item.stay("has a time after the year 2262")
         elif not proven(record, before, self._kit.custody) or record.residency is not Residency.RESIDENT:
             item.stay("was changed after it was copied")
         elif self._pinned(item, fd, record):

@@ -237,8 +237,6 @@ class Tier:
             item.stay("is empty")
         elif not item.ordered and st.st_size < config.min_size:
             item.stay("is smaller than min_size")
-        elif max(st.st_mtime_ns, st.st_ctime_ns) >= 1 << 63:
-            item.stay("has a time after the year 2262, which no copy can be bound to")
         elif not item.ordered and time.time() - max(st.st_mtime, st.st_ctime) < config.min_age:
             item.stay("is younger than min_age")
 
