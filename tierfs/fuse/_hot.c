@@ -24,7 +24,7 @@ enum {
 enum { GETATTR_FH = 1 };
 #define RESENT (1ULL << 63)
 
-#define NAME(word) PyObject *s_##word;
+#define NAME(name) struct attribute s_##name[1];
 NAMES(NAME)
 #undef NAME
 
@@ -419,7 +419,7 @@ static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "tierfs.fuse._hot", N
 
 PyMODINIT_FUNC PyInit__hot(void)
 {
-#define INTERN(word) if (!(s_##word = PyUnicode_InternFromString(#word))) return NULL;
+#define INTERN(name) if (!(s_##name->word = PyUnicode_InternFromString(#name))) return NULL;
     NAMES(INTERN)
 #undef INTERN
     if (PyType_Ready(&HotType) < 0)

@@ -112,14 +112,19 @@ typedef struct {
     X(id) X(ino) X(parent) X(anchor) X(move_to_end) X(backing) X(backing_id) X(close) X(content) X(flags) X(gone) \
     X(guard) X(handle) X(inode) X(marked) X(most) X(name) X(open) X(opath) X(opens) X(passthrough) X(retire) X(set_id) \
     X(size) X(position) X(segment) X(shown) X(slot) X(start) X(uid) X(writable) X(writers)
-#define NAME(word) extern PyObject *s_##word;
+/* An attribute, and where in the objects of the types that were met it is: they have slots. */
+enum { KNOWN_TYPES = 3 };
+struct attribute { PyObject *word; struct { PyTypeObject *type; Py_ssize_t at; } known[KNOWN_TYPES]; };
+#define NAME(name) extern struct attribute s_##name[1];
 NAMES(NAME)
 #undef NAME
 
 /* --- objects (_hot_state.c) --- */
-uint64_t number_of(PyObject *object, PyObject *attribute);
-int attribute_is(PyObject *object, PyObject *attribute, PyObject *wanted);
-int set_number(PyObject *object, PyObject *attribute, uint64_t number);
+PyObject *get_of(PyObject *object, struct attribute *attribute);
+int put_of(PyObject *object, struct attribute *attribute, PyObject *value);
+uint64_t number_of(PyObject *object, struct attribute *attribute);
+int attribute_is(PyObject *object, struct attribute *attribute, PyObject *wanted);
+int set_number(PyObject *object, struct attribute *attribute, uint64_t number);
 PyObject *copy_of(PyObject *plain);
 int discard(PyObject *dict, PyObject *key);
 int is_plain(PyObject *inode);

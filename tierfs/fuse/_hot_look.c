@@ -115,7 +115,7 @@ enum outcome get_attributes(Hot *hot, uint64_t nodeid, struct attr_out *out)
         char name[INLINE + 1] = "";
         if (kept)
             memcpy(name, kept->content, kept->length);
-        PyObject *parent = PyObject_GetAttr(node, s_parent);
+        PyObject *parent = get_of(node, s_parent);
         int fd = kept && *name && parent && parent != Py_None ? directory_of(hot, parent) : -1;
         int failed = fd < 0 || status(fd, name, &st);
         Py_XDECREF(parent);

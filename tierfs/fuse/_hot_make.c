@@ -157,11 +157,11 @@ static PyObject *new_inode(Hot *hot, const struct place *place, PyObject *ino, c
     PyObject *name = PyBytes_FromStringAndSize(place->name, place->length);
     PyObject *handle = PyBytes_FromStringAndSize(made->handle.bytes, made->handle.length);
     PyObject *slot = noted_inode(hot, made->st.st_ino, made->number);
-    if (!inode || !opath || !name || !handle || !slot || PyObject_SetAttr(inode, s_ino, ino)
-        || set_number(inode, s_parent, place->ino) || PyObject_SetAttr(inode, s_name, name)
-        || PyObject_SetAttr(inode, s_opath, opath) || PyObject_SetAttr(inode, s_handle, handle)
-        || PyObject_SetAttr(inode, s_slot, slot) || PyObject_SetAttr(inode, s_backing_id, made->number)
-        || PyObject_SetAttr(inode, s_marked, Py_True) || PyObject_SetAttr(inode, s_passthrough, Py_True)
+    if (!inode || !opath || !name || !handle || !slot || put_of(inode, s_ino, ino)
+        || set_number(inode, s_parent, place->ino) || put_of(inode, s_name, name)
+        || put_of(inode, s_opath, opath) || put_of(inode, s_handle, handle)
+        || put_of(inode, s_slot, slot) || put_of(inode, s_backing_id, made->number)
+        || put_of(inode, s_marked, Py_True) || put_of(inode, s_passthrough, Py_True)
         || set_number(inode, s_opens, 1) || set_number(inode, s_writers, 1))
         Py_CLEAR(inode);
     Py_XDECREF(opath);
@@ -204,7 +204,7 @@ enum outcome create_file(Hot *hot, const struct in_header *in, uint32_t flags, u
         || !has_slot(hot, NODES) || !has_slot(hot, FILES) || !has_slot(hot, INODES) || !has_marks_room(hot)
         || !found_place(hot, in->nodeid, name, strlen(name), &place))
         return PYTHONS;
-    PyObject *backing = PyObject_GetAttr(hot->gate, s_backing);
+    PyObject *backing = get_of(hot->gate, s_backing);
     enum outcome outcome = PYTHONS;
     if (backing && backing != Py_None) {
         intend(hot, in->unique, DOING_MAKE, NULL, NULL);

@@ -106,7 +106,7 @@ int has_marks_room(Hot *hot)
 static int put_mark(Hot *hot, uint64_t offset, const struct mark_head *head, const char *body)
 {
     Py_buffer map;
-    PyObject *segment = PyObject_GetAttr(hot->marks, s_segment);
+    PyObject *segment = get_of(hot->marks, s_segment);
     int failed = segment ? PyObject_GetBuffer(segment, &map, PyBUF_WRITABLE) : -1;
     if (!failed) {
         uint64_t whole;

@@ -53,7 +53,7 @@ static int is_simple(Hot *hot, PyObject *node)
 
 static int is_open(Hot *hot, PyObject *node)
 {
-    PyObject *id = node ? PyObject_GetAttr(node, s_id) : NULL;
+    PyObject *id = node ? get_of(node, s_id) : NULL;
     int there = id ? PyDict_Contains(hot->opens, id) : 0;
     Py_XDECREF(id);
     return there;
@@ -85,7 +85,7 @@ static int buried(Hot *hot, PyObject *node, PyObject *ino, const struct stat *st
     PyObject *id = PyLong_FromUnsignedLongLong(number), *at = PyLong_FromUnsignedLongLong(slot);
     PyObject *where = PyLong_FromLongLong(place);
     int failed = !former || !anchor || !id || !at || !where || PyDict_SetItem(hot->former, id, former)
-                 || PyDict_SetItem(hot->long_of, at, where) || PyObject_SetAttr(node, s_anchor, anchor)
+                 || PyDict_SetItem(hot->long_of, at, where) || put_of(node, s_anchor, anchor)
                  || drop_directory(hot, id) || PyDict_DelItem(hot->by_ino, ino);
     memcpy(now.content, &(uint32_t){place}, sizeof(uint32_t));
     POINT();
@@ -108,7 +108,7 @@ static int end_marked(Hot *hot, const struct place *place, const struct known *k
                          .b = st->st_gid, .handle = handle, .name = place->name, .length = place->length};
     if (discard(hot->late, known->ino))
         return -1;
-    if (known->inode && (PyObject_SetAttr(known->inode, s_gone, Py_True) || idle_dropped(hot, known->ino)))
+    if (known->inode && (put_of(known->inode, s_gone, Py_True) || idle_dropped(hot, known->ino)))
         return -1;
     return mark(hot, GONE, known->ino, &of);
 }
@@ -163,8 +163,8 @@ static int moved(Hot *hot, PyObject *node, const struct place *to)
     struct kept_node *kept = record_at(hot, NODES, number & SLOT);
     struct kept_node now = {number, kept->ino, number_of(to->parent, s_id), kept->lookups ? kept->lookups : 1, 0,
                             to->length, ""};
-    PyObject *id = PyObject_GetAttr(node, s_id);
-    int failed = !id || PyErr_Occurred() || discard(hot->former, id) || PyObject_SetAttr(node, s_parent, to->parent);
+    PyObject *id = get_of(node, s_id);
+    int failed = !id || PyErr_Occurred() || discard(hot->former, id) || put_of(node, s_parent, to->parent);
     Py_XDECREF(id);
     memcpy(now.content, to->name, to->length);
     POINT();
@@ -183,7 +183,7 @@ static int new_name_marked(Hot *hot, const struct place *to, const struct known 
         return entry_marked(hot, to, 0);
     if (known->inode) {
         PyObject *name = PyBytes_FromStringAndSize(to->name, to->length);
-        int failed = !name || PyObject_SetAttr(known->inode, s_name, name)
+        int failed = !name || put_of(known->inode, s_name, name)
                      || set_number(known->inode, s_parent, to->ino);
         Py_XDECREF(name);
         if (failed)

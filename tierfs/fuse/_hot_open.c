@@ -27,8 +27,8 @@ int touch(Hot *hot, PyObject *inode, PyObject *ino)
 {
     PyObject *before = PyDict_GetItemWithError(hot->touched, ino);
     long count = before ? PyLong_AsLong(PyTuple_GET_ITEM(before, 0)) : 0;
-    PyObject *size = PyObject_GetAttr(inode, s_size), *parent = PyObject_GetAttr(inode, s_parent);
-    PyObject *name = PyObject_GetAttr(inode, s_name), *entry = NULL;
+    PyObject *size = get_of(inode, s_size), *parent = get_of(inode, s_parent);
+    PyObject *name = get_of(inode, s_name), *entry = NULL;
     if (size && parent && name && !PyErr_Occurred())
         entry = Py_BuildValue("ldOOO", count + 1, now(), size, parent, name);
     Py_XDECREF(size);
@@ -53,7 +53,7 @@ static int lacks(int opath, const char *attribute)
 enum outcome lacks_attribute(Hot *hot, uint64_t nodeid, const char *name)
 {
     PyObject *node = strcmp(name, CAPABILITY) ? NULL : node_at(hot, nodeid);
-    PyObject *ino = node ? PyObject_GetAttr(node, s_ino) : NULL;
+    PyObject *ino = node ? get_of(node, s_ino) : NULL;
     PyObject *inode = ino && PyDict_GetItemWithError(hot->by_ino, ino) == node
                       ? PyDict_GetItemWithError(hot->inodes, ino) : NULL;
     int has_none = inode && number_of(inode, s_opens) && !PyErr_Occurred()
@@ -67,7 +67,7 @@ PyObject *backing_id_of(Hot *hot, PyObject *backing, PyObject *opath)
 {
     struct { int32_t fd; uint32_t flags; uint64_t padding; } map = {(int32_t)PyLong_AsLong(opath), 0, 0};
     if ((PyObject *)Py_TYPE(backing) != hot->kernel_backing)
-        return PyObject_CallMethodOneArg(backing, s_open, opath);
+        return PyObject_CallMethodOneArg(backing, s_open->word, opath);
     int id = ioctl(hot->fd, BACKING_OPEN, &map);
     return id > 0 ? PyLong_FromLong(id) : PyErr_SetFromErrno(PyExc_OSError);
 }
@@ -78,7 +78,7 @@ static int backing_closed(Hot *hot, PyObject *backing, PyObject *number)
     uint32_t id = (uint32_t)PyLong_AsUnsignedLong(number);
     if ((PyObject *)Py_TYPE(backing) == hot->kernel_backing && !ioctl(hot->fd, BACKING_CLOSE, &id))
         return 0;
-    PyObject *done = PyObject_CallMethodOneArg(backing, s_close, number);
+    PyObject *done = PyObject_CallMethodOneArg(backing, s_close->word, number);
     Py_XDECREF(done);
     return done ? 0 : -1;
 }
@@ -91,7 +91,7 @@ static int reached(Hot *hot, PyObject *node, uint64_t nodeid, uint64_t ino, stru
     if (!kept)
         return -1;
     memcpy(name, kept->content, kept->length);
-    PyObject *parent = PyObject_GetAttr(node, s_parent);
+    PyObject *parent = get_of(node, s_parent);
     int above = *name && parent && parent != Py_None ? directory_of(hot, parent) : -1;
     Py_XDECREF(parent);
     int fd = above < 0 ? -1 : openat(above, name, O_PATH | O_NOFOLLOW | O_CLOEXEC);
@@ -122,19 +122,19 @@ PyObject *noted_inode(Hot *hot, uint64_t ino, PyObject *backing_id)
 /* The new state of an inode that is reached by this descriptor, registered; NULL where Python is to try. */
 static PyObject *registered(Hot *hot, PyObject *node, PyObject *name, int fd, const struct stat *st)
 {
-    PyObject *backing = PyObject_GetAttr(hot->gate, s_backing), *number = NULL, *slot = NULL;
-    PyObject *parent = PyObject_GetAttr(node, s_parent), *inode = NULL, *above = NULL, *descriptor = NULL;
+    PyObject *backing = get_of(hot->gate, s_backing), *number = NULL, *slot = NULL;
+    PyObject *parent = get_of(node, s_parent), *inode = NULL, *above = NULL, *descriptor = NULL;
     if (backing && backing != Py_None && parent)
         inode = copy_of(hot->inode);
-    if (inode && (above = PyObject_GetAttr(parent, s_ino)) && (descriptor = PyLong_FromLong(fd))
-        && !set_number(inode, s_ino, st->st_ino) && !PyObject_SetAttr(inode, s_parent, above)
-        && !PyObject_SetAttr(inode, s_name, name) && !PyObject_SetAttr(inode, s_opath, descriptor)
-        && !set_number(inode, s_size, st->st_size) && !PyObject_SetAttr(inode, s_passthrough, Py_True))
+    if (inode && (above = get_of(parent, s_ino)) && (descriptor = PyLong_FromLong(fd))
+        && !set_number(inode, s_ino, st->st_ino) && !put_of(inode, s_parent, above)
+        && !put_of(inode, s_name, name) && !put_of(inode, s_opath, descriptor)
+        && !set_number(inode, s_size, st->st_size) && !put_of(inode, s_passthrough, Py_True))
         number = backing_id_of(hot, backing, descriptor);
     if (number)
         slot = noted_inode(hot, st->st_ino, number);
-    int failed = !number || !slot || PyObject_SetAttr(inode, s_backing_id, number)
-                 || PyObject_SetAttr(inode, s_slot, slot);
+    int failed = !number || !slot || put_of(inode, s_backing_id, number)
+                 || put_of(inode, s_slot, slot);
     Py_XDECREF(backing);
     Py_XDECREF(number);
     Py_XDECREF(slot);
@@ -178,7 +178,7 @@ uint64_t noted_file(Hot *hot, const struct in_header *in, uint64_t nodeid, PyObj
     *(volatile uint64_t *)&kept->number = number;
     POINT();
     PyObject *key = PyLong_FromUnsignedLongLong(number), *pair = PyTuple_Pack(2, node, handle);
-    PyObject *id = PyObject_GetAttr(node, s_id);
+    PyObject *id = get_of(node, s_id);
     int failed = !key || !pair || !id || PyDict_SetItem(hot->files, key, pair) || count_in(hot->opens, id, 1) < 0;
     Py_XDECREF(key);
     Py_XDECREF(pair);
@@ -190,9 +190,9 @@ uint64_t noted_file(Hot *hot, const struct in_header *in, uint64_t nodeid, PyObj
 PyObject *new_handle(Hot *hot, PyObject *inode, uint32_t uid, uint32_t flags, uint64_t backing_id)
 {
     PyObject *handle = copy_of(hot->handle);
-    if (handle && (PyObject_SetAttr(handle, s_inode, inode) || set_number(handle, s_flags, flags)
+    if (handle && (put_of(handle, s_inode, inode) || set_number(handle, s_flags, flags)
                    || set_number(handle, s_backing_id, backing_id) || set_number(handle, s_uid, uid)
-                   || PyObject_SetAttr(handle, s_writable, (flags & O_ACCMODE) == O_RDONLY ? Py_False : Py_True)))
+                   || put_of(handle, s_writable, (flags & O_ACCMODE) == O_RDONLY ? Py_False : Py_True)))
         Py_CLEAR(handle);
     return handle;
 }
@@ -220,7 +220,7 @@ enum outcome open_file(Hot *hot, const struct in_header *in, uint32_t flags, str
     PyObject *node = node_at(hot, in->nodeid);
     if (!node || (flags & (O_ACCMODE | O_TRUNC)) != O_RDONLY || !attribute_is(node, s_anchor, Py_None))
         return PYTHONS;
-    PyObject *ino = PyObject_GetAttr(node, s_ino);
+    PyObject *ino = get_of(node, s_ino);
     enum outcome outcome = PYTHONS;
     if (ino && PyDict_GetItemWithError(hot->by_ino, ino) == node && has_slot(hot, FILES) && has_slot(hot, INODES)) {
         Py_INCREF(node);
@@ -243,7 +243,7 @@ enum outcome open_file(Hot *hot, const struct in_header *in, uint32_t flags, str
 /* gate._retire of a resident file that nobody has open. 0, or -1 with an exception. */
 static int let_go(Hot *hot, PyObject *inode, PyObject *ino)
 {
-    PyObject *backing = PyObject_GetAttr(hot->gate, s_backing), *number = PyObject_GetAttr(inode, s_backing_id);
+    PyObject *backing = get_of(hot->gate, s_backing), *number = get_of(inode, s_backing_id);
     PyObject *type = NULL, *error = NULL, *trace = NULL;
     int ended = backing && number && !backing_closed(hot, backing, number);
     if (!ended)
@@ -253,11 +253,11 @@ static int let_go(Hot *hot, PyObject *inode, PyObject *ino)
     *(volatile uint64_t *)record_at(hot, INODES, slot) = 0;
     POINT();
     int failed = PyErr_Occurred() || set_number(inode, s_backing_id, 0) || set_number(inode, s_slot, 0)
-                 || PyObject_SetAttr(inode, s_passthrough, Py_False) || give_slot(hot, INODES, slot)
+                 || put_of(inode, s_passthrough, Py_False) || give_slot(hot, INODES, slot)
                  || PyDict_DelItem(hot->inodes, ino);
     close(opath);
     PyObject *none = PyLong_FromLong(-1);
-    failed = failed || !none || PyObject_SetAttr(inode, s_opath, none);
+    failed = failed || !none || put_of(inode, s_opath, none);
     if (!ended && !failed)
         PyErr_Restore(type, error, trace);
     Py_XDECREF(none);
@@ -272,7 +272,7 @@ static int retired(Hot *hot, PyObject *inode, PyObject *ino)
     if (is_plain(inode) && !number_of(inode, s_opens) && number_of(inode, s_backing_id) && number_of(inode, s_slot)
         && PyDict_GetItemWithError(hot->inodes, ino) == inode && !attribute_is(hot->gate, s_backing, Py_None))
         return let_go(hot, inode, ino);
-    PyObject *done = PyErr_Occurred() ? NULL : PyObject_CallMethodOneArg(hot->idle, s_retire, inode);
+    PyObject *done = PyErr_Occurred() ? NULL : PyObject_CallMethodOneArg(hot->idle, s_retire->word, inode);
     Py_XDECREF(done);
     return done ? 0 : -1;
 }
@@ -310,7 +310,7 @@ static int kept_idle(Hot *hot, PyObject *inode, PyObject *ino)
 /* It stays registered when nobody has it open any more, once its mark is made. */
 static int may_stay(PyObject *inode)
 {
-    PyObject *name = PyObject_GetAttr(inode, s_name);
+    PyObject *name = get_of(inode, s_name);
     int named = name && PyObject_IsTrue(name) == 1;
     Py_XDECREF(name);
     return named && number_of(inode, s_backing_id) && !number_of(inode, s_set_id)
@@ -330,7 +330,7 @@ static int close_marked(Hot *hot, PyObject *inode, PyObject *ino)
     struct mark_of of = {.ino = st.st_ino, .parent = number_of(inode, s_parent), .a = st.st_size, .b = st.st_blocks};
     if (set_number(inode, s_size, st.st_size) || mark(hot, CLOSED, ino, &of))
         return -1;
-    return PyObject_SetAttr(inode, s_marked, Py_False);
+    return put_of(inode, s_marked, Py_False);
 }
 
 /* A writer less. 0, or -1 with an exception. */
@@ -345,7 +345,7 @@ static int stopped_writing(Hot *hot, PyObject *inode, PyObject *ino)
 /* A node that has a descriptor of its own may end with its last handle. */
 static int needs_look(PyObject *node)
 {
-    PyObject *anchor = PyObject_GetAttr(node, s_anchor);
+    PyObject *anchor = get_of(node, s_anchor);
     int descriptor = !anchor || PyLong_Check(anchor);
     Py_XDECREF(anchor);
     return descriptor;
@@ -354,7 +354,7 @@ static int needs_look(PyObject *node)
 static enum outcome closed(Hot *hot, PyObject *key, uint64_t fh, PyObject *node, PyObject *inode, int writable)
 {
     uint64_t opens = number_of(inode, s_opens);
-    PyObject *ino = PyObject_GetAttr(inode, s_ino), *id = PyObject_GetAttr(node, s_id);
+    PyObject *ino = get_of(inode, s_ino), *id = get_of(node, s_id);
     uint64_t slot = fh & ((1 << HANDLE_BITS) - 1);
     int failed = !ino || !id || PyErr_Occurred() || PyDict_DelItem(hot->files, key)
                  || set_number(inode, s_opens, opens - 1) || (writable && stopped_writing(hot, inode, ino))
@@ -376,7 +376,7 @@ enum outcome release_file(Hot *hot, uint64_t fh)
     PyObject *key = PyLong_FromUnsignedLongLong(fh);
     PyObject *pair = key ? Py_XNewRef(PyDict_GetItemWithError(hot->files, key)) : NULL;
     PyObject *handle = pair ? PyTuple_GET_ITEM(pair, 1) : NULL;
-    PyObject *inode = handle ? PyObject_GetAttr(handle, s_inode) : NULL;
+    PyObject *inode = handle ? get_of(handle, s_inode) : NULL;
     enum outcome outcome = PYTHONS;
     if (inode && number_of(handle, s_backing_id) && !needs_look(PyTuple_GET_ITEM(pair, 0)) && may_stay(inode)) {
         int writable = attribute_is(handle, s_writable, Py_True);

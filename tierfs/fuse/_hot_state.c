@@ -2,6 +2,7 @@
 #include "_hot.h"
 
 #include <string.h>
+#include <structmember.h>
 #include <unistd.h>
 
 #ifdef TIERFS_POINTS
@@ -21,10 +22,53 @@ void hot_point(void)
 
 /* --- objects --------------------------------------------------------------------------------------------- */
 
-/* A number in an attribute; (uint64_t)-1 with an exception set where there is none. */
-uint64_t number_of(PyObject *object, PyObject *attribute)
+/* Where in objects of its type an attribute is; -1 where it is no plain slot. */
+static Py_ssize_t slot_of(PyTypeObject *type, struct attribute *attribute)
 {
-    PyObject *value = PyObject_GetAttr(object, attribute);
+    for (int each = 0; each < KNOWN_TYPES && attribute->known[each].type; each++)
+        if (attribute->known[each].type == type)
+            return attribute->known[each].at;
+    PyObject *found = _PyType_Lookup(type, attribute->word);
+    PyMemberDef *member = found && Py_IS_TYPE(found, &PyMemberDescr_Type) ? ((PyMemberDescrObject *)found)->d_member : NULL;
+    Py_ssize_t at = member && member->type == T_OBJECT_EX && !(member->flags & READONLY) ? member->offset : -1;
+    for (int each = 0; each < KNOWN_TYPES; each++)
+        if (!attribute->known[each].type) {
+            attribute->known[each].type = (PyTypeObject *)Py_NewRef(type);
+            attribute->known[each].at = at;
+            break;
+        }
+    return at;
+}
+
+/* The place of an attribute that has a value; NULL where it is to be asked for by name. */
+static PyObject **place_of(PyObject *object, struct attribute *attribute)
+{
+    Py_ssize_t at = slot_of(Py_TYPE(object), attribute);
+    PyObject **place = at < 0 ? NULL : (PyObject **)((char *)object + at);
+    return place && *place ? place : NULL;
+}
+
+/* A new reference; NULL with an exception. */
+PyObject *get_of(PyObject *object, struct attribute *attribute)
+{
+    PyObject **place = place_of(object, attribute);
+    return place ? Py_NewRef(*place) : PyObject_GetAttr(object, attribute->word);
+}
+
+/* 0, or -1 with an exception. */
+int put_of(PyObject *object, struct attribute *attribute, PyObject *value)
+{
+    PyObject **place = place_of(object, attribute);
+    if (!place)
+        return PyObject_SetAttr(object, attribute->word, value);
+    Py_SETREF(*place, Py_NewRef(value));
+    return 0;
+}
+
+/* A number in an attribute; (uint64_t)-1 with an exception set where there is none. */
+uint64_t number_of(PyObject *object, struct attribute *attribute)
+{
+    PyObject *value = get_of(object, attribute);
     if (!value)
         return (uint64_t)-1;
     uint64_t number = PyLong_AsUnsignedLongLong(value);
@@ -33,19 +77,19 @@ uint64_t number_of(PyObject *object, PyObject *attribute)
 }
 
 /* Whether an attribute is this very object. */
-int attribute_is(PyObject *object, PyObject *attribute, PyObject *wanted)
+int attribute_is(PyObject *object, struct attribute *attribute, PyObject *wanted)
 {
-    PyObject *value = PyObject_GetAttr(object, attribute);
+    PyObject *value = get_of(object, attribute);
     int same = value == wanted;
     Py_XDECREF(value);
     return same;
 }
 
 /* 0, or -1 with an exception. */
-int set_number(PyObject *object, PyObject *attribute, uint64_t number)
+int set_number(PyObject *object, struct attribute *attribute, uint64_t number)
 {
     PyObject *value = PyLong_FromUnsignedLongLong(number);
-    int failed = value ? PyObject_SetAttr(object, attribute, value) : -1;
+    int failed = value ? put_of(object, attribute, value) : -1;
     Py_XDECREF(value);
     return failed;
 }
@@ -163,11 +207,11 @@ int directory_of(Hot *hot, PyObject *node)
 {
     if (node == hot->root)
         return hot->root_fd;
-    PyObject *id = PyObject_GetAttr(node, s_id);
+    PyObject *id = get_of(node, s_id);
     PyObject *kept = id ? PyDict_GetItemWithError(hot->dirs, id) : NULL;
     int fd = kept ? (int)PyLong_AsLong(kept) : -1;
     if (fd >= 0) {
-        PyObject *done = PyObject_CallMethodOneArg(hot->dirs, s_move_to_end, id);
+        PyObject *done = PyObject_CallMethodOneArg(hot->dirs, s_move_to_end->word, id);
         if (!done)
             fd = -1;
         Py_XDECREF(done);
@@ -241,8 +285,8 @@ int drop_directory(Hot *hot, PyObject *id)
 static int dropped(Hot *hot, uint64_t nodeid, PyObject *node)
 {
     uint64_t slot = nodeid & SLOT;
-    PyObject *anchor = PyObject_GetAttr(node, s_anchor), *id = PyObject_GetAttr(node, s_id);
-    PyObject *ino = PyObject_GetAttr(node, s_ino), *place = PyLong_FromUnsignedLongLong(slot);
+    PyObject *anchor = get_of(node, s_anchor), *id = get_of(node, s_id);
+    PyObject *ino = get_of(node, s_ino), *place = PyLong_FromUnsignedLongLong(slot);
     int failed = !anchor || !id || !ino || !place ? -1 : PyLong_Check(anchor); /* a descriptor of its own */
     if (!failed) {
         struct kept_node *kept = record_at(hot, NODES, slot);
