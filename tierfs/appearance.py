@@ -26,7 +26,7 @@ class Appearance:
     ) -> None:
         """`inodes` and `recent` (inode -> newest undrained mark) are the Gate's own and kept by it."""
         self._tree = tree
-        self._index = index
+        self.index = index
         self.inodes = inodes
         self._recent = recent
         # What a file showed whose content has come in part, until the index knows the times that this has left.
@@ -99,12 +99,12 @@ class Appearance:
             return True
         inode = self.inodes.get(ino)
         # Without blocks it is a stub, most likely, whose whole record is needed anyway.
-        if not blocks or self._index is None or ino in self.late:
+        if not blocks or self.index is None or ino in self.late:
             return False
         if inode is not None and inode.shown is not None:
             return False
         try:
-            plain = self._index.is_plain(ino, ctime)
+            plain = self.index.is_plain(ino, ctime)
         except IndexError_:
             return False  # the look at the record says what is wrong
         if plain:
@@ -128,7 +128,7 @@ class Appearance:
         stub = self.stub_of(st, opath)
         if stub is None:
             return None
-        leaves = self._index.get_leaves(stub.fid, stub.generation) if self._index is not None else None
+        leaves = self.index.get_leaves(stub.fid, stub.generation) if self.index is not None else None
         if leaves is None or not leaves.extents:
             return [(0, st.st_size)]
         return list(leaves.extents)
@@ -166,10 +166,10 @@ class Appearance:
 
     def record(self, ino: int) -> Record | None:
         """The index's record; None where it has none or it is damaged."""
-        if self._index is None:
+        if self.index is None:
             return None
         try:
-            return self._index.get(ino)
+            return self.index.get(ino)
         except IndexError_ as error:
             # The stub attribute decides about content; without a record only shown times may be off.
             log.error("index record of inode %d: %s", ino, error)

@@ -19,6 +19,7 @@ from tierfs.errors import IndexDamagedError
 log = logging.getLogger("index")
 
 DATA = "data.mdb"
+LOCK = "lock.mdb"
 ADVICE = "run `tierfs check --repair`"
 _ATTEMPTS = 5
 _PAUSE_SECONDS = 0.002

@@ -40,7 +40,7 @@ import msgspec
 
 from tierfs import pages
 from tierfs.codec import is_plain, unpack_record
-from tierfs.datafile import DATA, keep_length
+from tierfs.datafile import DATA, LOCK, keep_length
 from tierfs.environment import failure, is_dead, open_tables
 from tierfs.errors import IndexDamagedError, IndexError_, IndexFullError
 from tierfs.index_writer import (
@@ -137,6 +137,12 @@ class Index(PastReader):
         if self._committer is not None:
             self._committer.join()
         self._env.close()
+
+    @property
+    def file(self) -> tuple[str, str, int, int]:
+        """The paths of its file and of that with its locks, how large it may become, and the size of its pages."""
+        data, lock = (os.path.join(self.path, name) for name in (DATA, LOCK))
+        return data, lock, self._env.info()["map_size"], self._env.stat()["psize"]
 
     # --- reading ------------------------------------------------------------------------------------------
 

@@ -353,6 +353,10 @@ static int hot_init(Hot *hot, PyObject *arguments, PyObject *named)
 #define TAKE(name, type) if (take_object(objects, #name, type, &hot->name)) return -1;
     OBJECTS(TAKE)
 #undef TAKE
+    if (hot->records != Py_None && !Py_IS_TYPE(hot->records, &RecordsType)) {
+        PyErr_SetString(PyExc_TypeError, "records: of another type");
+        return -1;
+    }
     if (!has_slots_only(hot->inode) || !has_slots_only(hot->handle)) {
         PyErr_SetString(PyExc_TypeError, "an Inode or a Handle has more than slots");
         return -1;
@@ -422,10 +426,11 @@ PyMODINIT_FUNC PyInit__hot(void)
 #define INTERN(name) if (!(s_##name->word = PyUnicode_InternFromString(#name))) return NULL;
     NAMES(INTERN)
 #undef INTERN
-    if (PyType_Ready(&HotType) < 0)
+    if (PyType_Ready(&HotType) < 0 || PyType_Ready(&RecordsType) < 0)
         return NULL;
     PyObject *made = PyModule_Create(&module);
     if (!made || PyModule_AddObjectRef(made, "Hot", (PyObject *)&HotType) < 0
+        || PyModule_AddObjectRef(made, "Records", (PyObject *)&RecordsType) < 0
         || PyModule_AddStringConstant(made, "SOURCES", TIERFS_SOURCES) < 0) {
         Py_XDECREF(made);
         return NULL;

@@ -82,6 +82,7 @@ enum outcome { PYTHONS, ABSENT, NO_DATA, FOUND, FAILED };
 
 /* What is given to the object by these names, and of which type; anything where that is NULL. */
 #define OBJECTS(X) \
+    X(records, NULL) \
     X(by_slot, &PyList_Type) X(by_ino, &PyDict_Type) X(dirs, &PyODict_Type) X(root, NULL) X(node, NULL) \
     X(plain, &PySet_Type) X(inodes, &PyDict_Type) X(holds, NULL) X(forget, NULL) X(long_of, &PyDict_Type) \
     X(former, &PyDict_Type) X(gate, NULL) X(kernel_backing, &PyType_Type) X(idle, NULL) X(idle_inodes, &PyODict_Type) X(touched, &PyDict_Type) \
@@ -163,6 +164,12 @@ void intend(Hot *hot, uint64_t request, enum doing doing, const struct stat *st,
 int has_marks_room(Hot *hot);
 int64_t append_mark(Hot *hot, enum mark kind, const struct mark_of *of);
 int mark(Hot *hot, enum mark kind, PyObject *ino, const struct mark_of *of);
+
+uint32_t crc32_of(uint32_t crc, const unsigned char *at, size_t size);
+
+/* --- the index (_hot_index.c) --- */
+extern PyTypeObject RecordsType;
+enum outcome looked_up_record(PyObject *records, uint64_t ino, int64_t ctime);
 
 /* --- names (_hot_names.c) --- */
 int found_place(Hot *hot, uint64_t nodeid, const char *name, size_t length, struct place *place);

@@ -34,26 +34,40 @@ int pack_attr(struct attr *to, const struct stat *st)
     return 1;
 }
 
+/* Appearance.is_itself, as far as that can be said here: 1. 0: Python is to say. */
+static int is_itself(Hot *hot, PyObject *ino, PyObject *inode, const struct stat *st)
+{
+    int64_t ctime;
+    if (PySet_Contains(hot->plain, ino) == 1)
+        return 1;
+    /* Without blocks it is a stub, most likely, if it has a size. */
+    if (hot->records == Py_None || (!st->st_blocks && st->st_size) || (inode && !attribute_is(inode, s_shown, Py_None))
+        || (PyDict_GET_SIZE(hot->late) && PyDict_Contains(hot->late, ino)))
+        return 0;
+    if (__builtin_mul_overflow((int64_t)st->st_ctim.tv_sec, (int64_t)1000000000, &ctime)
+        || __builtin_add_overflow(ctime, st->st_ctim.tv_nsec, &ctime))
+        return 0;
+    return looked_up_record(hot->records, st->st_ino, ctime) != PYTHONS;
+}
+
 /* For how many seconds the kernel may keep these attributes; -1 where they are not what is to be shown. */
 static long seconds_of(Hot *hot, const struct stat *st)
 {
     if (!S_ISREG(st->st_mode))
         return hot->attr_seconds;
     PyObject *ino = PyLong_FromUnsignedLongLong(st->st_ino);
-    if (!ino)
-        return -1;
+    PyObject *inode = ino ? PyDict_GetItemWithError(hot->inodes, ino) : NULL;
     long seconds = -1;
-    if (PySet_Contains(hot->plain, ino) == 1) {
-        PyObject *inode = PyDict_GetItemWithError(hot->inodes, ino);
+    if (ino && !PyErr_Occurred() && is_itself(hot, ino, inode, st)) {
         int changing = inode && number_of(inode, s_writers) && attribute_is(inode, s_passthrough, Py_True);
         seconds = PyErr_Occurred() ? -1 : changing ? 0 : (long)hot->attr_seconds;
-    } else if (!PyErr_Occurred()) {
+    } else if (ino && !PyErr_Occurred()) {
         long long ctime = (long long)st->st_ctim.tv_sec * 1000000000 + st->st_ctim.tv_nsec;
         PyObject *said = PyObject_CallFunction(hot->holds, "OLL", ino, ctime, (long long)st->st_blocks);
         seconds = said ? PyLong_AsLong(said) : -1;
         Py_XDECREF(said);
     }
-    Py_DECREF(ino);
+    Py_XDECREF(ino);
     return seconds;
 }
 

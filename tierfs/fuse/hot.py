@@ -13,6 +13,7 @@ import os
 import select
 import time
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, Protocol
 
 from tierfs import idle
@@ -20,6 +21,7 @@ from tierfs.fuse import compiled
 from tierfs.fuse import protocol as p
 from tierfs.fuse.backing import KernelBacking
 from tierfs.handles import Handle, Inode
+from tierfs.index import Index
 from tierfs.marks import SEGMENT
 from tierfs.nodes import GoneStat, Node
 from tierfs.vfs import Vfs
@@ -96,6 +98,19 @@ def pure(fd: int, buffer: bytearray, _vfs: Vfs, _refused: Told, _failed: Told) -
     return Pure(fd, buffer)
 
 
+def _records(module: ModuleType, index: Index | None) -> Any:
+    """The index's file, for looks that take no transaction; None where there is none."""
+    if not isinstance(index, Index):
+        return None
+    path, lock, size, page = index.file
+    try:
+        with open(path, "rb") as data, open(lock, "rb") as locks:
+            return module.Records(data.fileno(), locks.fileno(), size, page)
+    except (OSError, ValueError) as error:
+        log.info("the index's file is not mapped a second time: %s", error)  # a limit of address space
+        return None
+
+
 def receiver(fd: int, buffer: bytearray, vfs: Vfs, refused: Told, failed: Told) -> Receiver:
     """The compiled form where it can be had, else the pure one; a line in the log says where one is no good.
 
@@ -132,6 +147,7 @@ def receiver(fd: int, buffer: bytearray, vfs: Vfs, refused: Told, failed: Told) 
         idle_seconds=idle.SECONDS,
         objects={
             **nodes.tables()._asdict(),
+            "records": _records(module, gate.appearance.index),
             "long_of": ledger.long_of,
             "root": nodes.root,
             "node": Node,
