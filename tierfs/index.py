@@ -140,7 +140,7 @@ class Index(PastReader):
 
     @property
     def file(self) -> tuple[str, str, int, int]:
-        """The paths of its file and of that with its locks, how large it may become, and the size of its pages."""
+        """The paths of its file and of its locks, how large it may become, and the size of its pages."""
         data, lock = (os.path.join(self.path, name) for name in (DATA, LOCK))
         return data, lock, self._env.info()["map_size"], self._env.stat()["psize"]
 

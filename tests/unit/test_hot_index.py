@@ -1,4 +1,4 @@
-"""The compiled look into the index: it says what Index says, while another process writes, or leaves it to Index."""
+"""The compiled look into the index says what Index says, while another process writes, or leaves it to Index."""
 
 import random
 import subprocess
@@ -30,8 +30,9 @@ def look(built, index):
 
 
 def a_record(ino, rng):
-    changes = {"left_ctime": rng.choice((0, *CTIMES)), "residency": rng.choice((Residency.RESIDENT, Residency.STUB))}
-    return replace(damaging.a_record(ino), name=b"n" * rng.randrange(1, 60), **changes)
+    residency = rng.choice((Residency.RESIDENT, Residency.STUB))
+    changes = {"left_ctime": rng.choice((0, *CTIMES)), "name": b"n" * rng.randrange(1, 60)}
+    return replace(damaging.a_record(ino), residency=residency, **changes)
 
 
 def make(path, seed):

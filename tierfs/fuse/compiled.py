@@ -17,9 +17,9 @@ C = (
     "fuse/_hot_names.c", "fuse/_hot_open.c", "fuse/_hot_state.c",
 )  # fmt: skip
 SOURCES = (
-    *C, "fuse/_hot.h", "appearance.py", "codec.py", "gate.py", "handles.py", "idle.py", "intents.py", "ledger.py",
-    "making.py", "marks.py", "names.py", "nodes.py", "openfiles.py", "report.py", "room.py", "vfs.py",
-    "fuse/backing.py", "fuse/compiled.py", "fuse/hot.py", "fuse/kernel.py", "fuse/operations.py",
+    *C, "fuse/_hot.h", "appearance.py", "codec.py", "gate.py", "handles.py", "idle.py", "intents.py",
+    "ledger.py", "making.py", "marks.py", "names.py", "nodes.py", "openfiles.py", "report.py", "room.py",
+    "vfs.py", "fuse/backing.py", "fuse/compiled.py", "fuse/hot.py", "fuse/kernel.py", "fuse/operations.py",
     "fuse/protocol.py",
 )  # fmt: skip
 
