@@ -1,4 +1,4 @@
-"""The compiled look into the index says what Index says, while another process writes, or leaves it to Index."""
+"""The compiled look into the index says what Index says, whatever is written meanwhile, or leaves it to it."""
 
 import random
 import subprocess
