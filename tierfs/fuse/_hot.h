@@ -106,6 +106,7 @@ typedef struct {
     OBJECTS(FIELD)
 #undef FIELD
     Py_ssize_t answered;
+    int eager; /* to read before it is known that there is something */
 } Hot;
 
 /* Attributes of the objects. */
