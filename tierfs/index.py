@@ -277,6 +277,10 @@ class Index(PastReader):
         rows = [U64X2.unpack(key) for key, _ in self._scan("quiet", b"", limit)]
         return [ino for since, ino in rows if since < before_ns]
 
+    def misdated(self, now_ns: int, limit: int = 256) -> list[int]:
+        """Dirty files queued under a time that is yet to come: the clock has been set back since."""
+        return [U64X2.unpack(key)[1] for key, _ in self._scan("quiet", U64X2.pack(now_ns, 0), limit)]
+
     def oldest_dirty(self) -> int | None:
         """Since when (ns) the longest waiting dirty file is dirty."""
         rows = self._scan("quiet", b"", 1)

@@ -56,15 +56,21 @@ class Journal:
         self.epoch = epoch
         self._lock = threading.Lock()
         self._nowhere: dict[int, int] = {}  # directory -> flushes in which its place was not known
+        self._seen = 0, 0.0  # `noted_since` as last looked at, and seconds of CLOCK_MONOTONIC of the first look
         self.lost_track = False  # notes were dropped or could not be followed: the tree is to be walked
 
     # --- how it stands ------------------------------------------------------------------------------------
 
     @property
     def behind(self) -> float:
-        """Seconds since the oldest change that the store does not know of."""
+        """Seconds since the oldest change that the store does not know of. Of one whose date lies ahead, as
+        the clock has been set back since, the seconds since it was first seen here."""
         since = self._kit.index.noted_since()
-        return max(0.0, time.time() - since / 1e9) if since else 0.0
+        if not since:
+            return 0.0
+        if self._seen[0] != since:
+            self._seen = since, time.monotonic()
+        return max(time.time() - since / 1e9, time.monotonic() - self._seen[1])
 
     @property
     def due(self) -> bool:

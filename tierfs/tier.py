@@ -32,6 +32,7 @@ from tierfs.index import Index, Writer
 from tierfs.kit import READ_FLAGS, Kit
 from tierfs.model import Record, Residency
 from tierfs.places import Places
+from tierfs.policy.aging import is_young
 from tierfs.punching import BATCH, Puncher
 from tierfs.serverlink import ServerLink
 from tierfs.settling import Settler
@@ -237,7 +238,7 @@ class Tier:
             item.stay("is empty")
         elif not item.ordered and st.st_size < config.min_size:
             item.stay("is smaller than min_size")
-        elif not item.ordered and time.time() - max(st.st_mtime, st.st_ctime) < config.min_age:
+        elif not item.ordered and _is_young(st, config.min_age):
             item.stay("is younger than min_age")
 
     def _put_right(self, ino: int) -> Record | None:
@@ -350,6 +351,11 @@ def _begin(root_ino: int, w: Writer) -> None:
     """What a mover before this one was putting, nothing will refer to."""
     w.set_root(root_ino)
     w.abandon_all()
+
+
+def _is_young(st: os.stat_result, age: float) -> bool:
+    now = time.time()
+    return is_young(st.st_mtime, now, age) or is_young(st.st_ctime, now, age)
 
 
 def _batched(items: Iterable[Item]) -> Iterator[list[Item]]:

@@ -79,9 +79,11 @@ class JournalKeeper:
         """Wait until all that has changed by now is in the store; why it is not, if it cannot be."""
         self._kit.claim_tried.wait(_ANSWER_SECONDS)
         self._tier.drain()
-        begun = time.time_ns()
+        begun, oldest = time.time_ns(), self._kit.index.noted_since()
         while not cancelled.is_set() and not self._stopping.is_set():
-            if not self.snapshots.due and not 0 < self._kit.index.noted_since() <= begun:
+            # What waits by now was noted before, also where the clock has been set back since.
+            since = self._kit.index.noted_since()
+            if not self.snapshots.due and (not since or (since > begun and since != oldest)):
                 return ""
             with self._turn:
                 before, self._hurry = self._turns, True

@@ -17,6 +17,7 @@ from tierfs.collecting import Collector
 from tierfs.errors import TierError
 from tierfs.heat_index import HeatIndex
 from tierfs.model import Record, Residency
+from tierfs.policy.aging import is_young
 from tierfs.survey import Survey
 from tierfs.tier import Item, Tier
 from tierfsd.ballast import Ballast
@@ -39,6 +40,7 @@ _ROOM_SECONDS = 0.1
 _IN_VAIN_SECONDS = 2.0  # after nothing was found that may leave
 _PAUSE_SECONDS = 60.0  # after most of what was tried has failed
 _ENOUGH_TRIES = 20
+_AHEAD_SECONDS = 1.0  # a date so far ahead is one from before the clock was set back
 
 
 class Scheduler:
@@ -319,7 +321,7 @@ class Scheduler:
             if record.dirty and self._doubtful and not urgent:
                 continue
             last = self._heat.last_use(ino) or 0.0
-            if not urgent and (record.size < config.min_size or now - last < config.min_age):
+            if not urgent and (record.size < config.min_size or is_young(last, now, config.min_age)):
                 continue
             if ino in tried:
                 passed_over = True
@@ -377,7 +379,7 @@ class Scheduler:
         self._forget_stayers()
         before = time.time_ns() - int(config.quiet_seconds * 1e9)
         while not self._stopping.is_set():
-            inos = self._kit.index.quiet(before, _REPLICATE_BATCH + len(self._staying) + len(self._tried))
+            inos = self._quiet(before, _REPLICATE_BATCH + len(self._staying) + len(self._tried))
             records = [self._kit.index.get(ino) for ino in inos if ino not in self._staying]
             items = [_item(r) for r in records if r is not None and r.residency is Residency.RESIDENT]
             if not items:
@@ -395,6 +397,12 @@ class Scheduler:
             self._end_trial()
             if self._excess() > 0:
                 return
+
+    def _quiet(self, before: int, count: int) -> list[int]:
+        """Dirty files that nobody has touched since then (ns). What was queued before the clock was set back
+        would wait until that date comes again."""
+        index, ahead = self._kit.index, time.time_ns() + int(_AHEAD_SECONDS * 1e9)
+        return index.quiet(before, count) + index.misdated(ahead, count)
 
     # --- the rest -----------------------------------------------------------------------------------------
 

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 import time
 
+import msgspec
 import pytest
 from journals import VOLUME, Journalled
 from test_journal import store_is_down
+from tierfsd import journalling as journalling_module
 from tierfsd import scheduler as scheduler_module
 from tierfsd.journalling import JournalKeeper
 from tierfsd.scheduler import Scheduler
 
+from tierfs import journal as journal_module
+from tierfs import tier as tier_module
 from tierfs.copying import Copier
 from tierfs.errors import BucketMissingError, StoreDeniedError, StoreFullError
 from tierfs.heat_index import HeatIndex
@@ -161,6 +166,56 @@ def test_hours_of_a_store_that_takes_nothing(tmp_path, clock, operation, error):
     finally:
         day.heat.close()
         home.close()
+
+
+def test_a_clock_that_is_set_back_keeps_nothing_here(tmp_path, clock, monkeypatch):
+    """What was queued while the clock was ahead by years (a laptop whose battery was empty) goes out all the
+    same, and so do names; `umount --wait` does not take them for told."""
+    day = Day(tmp_path, clock)
+    home = day.home
+    monkeypatch.setattr(journal_module, "time", clock)
+    monkeypatch.setattr(journalling_module, "time", clock)
+    try:
+        home.snapshots.take()
+        home.write("file", b"f" * 5000)
+        home.volume.tier.drain()
+        clock.ahead = -3 * 365 * 86400.0
+        assert home.journal.behind < 60
+        assert not home.journal.due
+        clock.ahead += 60  # seconds pass
+        day.scheduler._replicate()
+        day.arrived({"file": b"f" * 5000})
+        assert home.journal.due and home.journal.behind >= 60
+
+        home.volume.tier.kit.claim_tried.set()
+        day.keeper.start()
+        assert day.keeper.catch_up(threading.Event()) == ""
+        assert home.told() == home.there()
+        day.keeper.stop()
+    finally:
+        day.heat.close()
+        home.close()
+
+
+def test_a_date_that_is_yet_to_come_keeps_no_file_young(tmp_path, clock, monkeypatch):
+    day = Day(tmp_path, clock)
+    volume = day.home.volume
+    monkeypatch.setattr(tier_module, "time", clock)
+    try:
+        day.home.write("file", b"f" * 50_000)
+        os.utime(volume.path("file"), (2**32, 2**32))
+        volume.tier.reconfigure(msgspec.structs.replace(volume.config, min_age=600.0))
+        assert volume.tier.demote([volume.item("file", ordered=False)])[0].reason == "is younger than min_age"
+        clock.ahead = 3600
+        assert volume.tier.demote([volume.item("file", ordered=False)])[0].demoted
+        ino = os.stat(volume.path("file")).st_ino
+        assert volume.fetch("file")[0].reason == ""
+        day.heat.touch_many([(ino, 1, 50_000)], now=time.time() + 10 * 365 * 86400)
+        day.heat.admit(ino, 50_000, 0)
+        assert [record.ino for record in day.scheduler._victims(False)] == [ino]
+    finally:
+        day.heat.close()
+        day.home.close()
 
 
 def test_one_file_that_cannot_be_read_does_not_keep_the_others_here(tmp_path, clock, monkeypatch):

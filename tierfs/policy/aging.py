@@ -1,4 +1,4 @@
-"""How old garbage is: by a clock that no jump of another one can hurry.
+"""How old things are, whatever clocks do; and how old garbage is: by a clock that no jump of another can hurry.
 
 Believed time grows with the store's own dates, and never faster than this machine's clock of seconds since its
 boot. Over a reboot the latter says nothing: then at most a day is believed, however long the machine was off.
@@ -10,6 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 OVER_A_BOOT = 86400.0  # seconds
+
+
+def is_young(moment: float, now: float, age: float) -> bool:
+    """Whether a date is less than `age` seconds ago. One that lies further ahead, as somebody has set it or the
+    clock was ahead then, says nothing: its file would stay young for years."""
+    return abs(now - moment) < age
 
 
 @dataclass(frozen=True, slots=True)
