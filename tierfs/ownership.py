@@ -42,7 +42,7 @@ def check(volume: Volume, store: ObjectStore) -> dict[str, Any]:
     """Make sure that the store is this volume's; returns what it says. Raises StoreError, and in particular
 
     VolumeError where it is another's; StoreUnavailableError where it has no `volume.json`: something else
-    is mounted there, or the bucket is a wrong one.
+    is mounted there, or the bucket is a wrong one; and where what it has once made sense.
     """
     try:
         raw = bytes(store.get(STORE_KEY))
@@ -54,6 +54,9 @@ def check(volume: Volume, store: ObjectStore) -> dict[str, Any]:
         claim = json.loads(raw)
         ident, created = str(claim["volume"]), float(claim["created"])
     except (ValueError, TypeError, KeyError) as exc:
+        if volume.identity.complete:
+            # It was ours: a login page or a cut body says nothing of an owner, and passes.
+            raise StoreUnavailableError(f"{store.describe()}: its {STORE_KEY} makes no sense") from exc
         raise VolumeError(f"{store.describe()}: its {STORE_KEY} is not ours: use another prefix") from exc
     if ident != volume.identity.volume:
         raise VolumeError(

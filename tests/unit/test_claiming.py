@@ -82,6 +82,25 @@ def test_a_mount_is_refused_where_another_machine_has_the_store(home):
         refuse_if_taken(made, False)
 
 
+@pytest.mark.parametrize("body", [b"<html>Log in to the hotel's network</html>", b"", b'{"volume": "12', b"[]"])
+def test_a_store_that_answers_nonsense_is_not_lost(home, tmp_path, body):
+    """As a login page does in its place: when that is over, work goes on by itself."""
+    made, _, store = home
+    kept = (tmp_path / "store/volume.json").read_bytes()
+    (tmp_path / "store/volume.json").write_bytes(body)
+    for ask in (ownership.verify, ownership.look, lambda *where: ownership.renew(*where, 2)):
+        with pytest.raises(StoreUnavailableError, match="makes no sense"):
+            ask(made, store)
+    now = [0.0]
+    fence = Fence(lambda: ownership.verify(made, store), lambda: now[0])
+    fence.check()
+    refuse_if_taken(made, False)
+    (tmp_path / "store/volume.json").write_bytes(kept)
+    now[0] += 60
+    fence.check()
+    ownership.renew(made, store, 2)
+
+
 def test_a_store_that_is_away_hinders_no_mount_but_a_takeover(home, tmp_path):
     made, _, _ = home
     shutil.move(tmp_path / "store", tmp_path / "away")
