@@ -41,6 +41,7 @@ _DEPTH = 4096
 _KEY_SIZE = 16 + 8 + 8
 Buried = tuple[int, str]  # the beat before, the object's key
 _OBJECT = rb"data/[0-9a-f]{2}/[0-9a-f]{32}/[0-9a-f]{12}-[0-9a-f]{16}"
+_is_object = re.compile(_OBJECT).fullmatch
 # What a key can look like: one that cannot be is damaged, and passed over.
 KEY_FORMS = {
     table: re.compile(form, re.DOTALL)
@@ -58,6 +59,11 @@ KEY_FORMS = {
     }.items()
 }
 PAST_TABLES = ("tombs", "versions", "places", "orphans", "intents", "twins", "beats", "lists")
+
+
+def is_object(key: str) -> bool:
+    """Whether a file's content could stand under this key; others may have put anything into the store."""
+    return _is_object(key.encode()) is not None
 
 
 def summed(value: bytes) -> bytes:

@@ -15,6 +15,7 @@ from tierfs.digests import SIDE_SUFFIX
 from tierfs.errors import ForeignStubError, IndexDamagedError, IndexError_
 from tierfs.index import Writer
 from tierfs.model import object_key
+from tierfs.past import is_object
 from tierfs.places import join
 from tierfs.readback import Pace, Pass, Place, load_place
 from tierfs.recovery import CHECKS, Case, Found, check_object, finish_pending
@@ -176,7 +177,7 @@ def _orphans(tier: Tier, repair: bool, referred: set[str]) -> Iterator[Found]:
     buried = _expected(tier)
     for info in kit.store.list("data/"):
         key = info.key.removesuffix(SIDE_SUFFIX)
-        if key in referred or key in buried or _is_referred(tier, key):
+        if key in referred or key in buried or not is_object(key) or _is_referred(tier, key):
             continue
         repaired = False
         if repair:

@@ -185,6 +185,14 @@ def test_an_object_that_nothing_refers_to_is_buried(filled):
     assert key in {buried for _, buried in filled.index.tombstones(1 << 62)}
 
 
+def test_what_others_put_into_the_bucket_is_theirs(filled):
+    strange = ["data/readme.txt", "data/ab", "data/ab/cd/ef-01", "data/a/b/c/d/e"]
+    for key in strange:
+        filled.store.put(key, b"x", 1)
+    assert run(filled, repair=True) == []
+    assert {info.key for info in filled.store.list("data/")} >= set(strange)
+
+
 def test_sums_that_are_not_those_of_the_records(filled):
     def spoil_sums(w):
         w._totals[0] += 5
