@@ -10,7 +10,7 @@ import threading
 from urllib.parse import unquote, urlsplit
 
 from tierfs import control, ownership, volume, wire
-from tierfs.config import FILE_NAME, VolumeConfig
+from tierfs.config import EMBEDDED_STORE, FILE_NAME, VolumeConfig
 from tierfs.errors import BusyError, StoreError, VolumeError
 from tierfs.heat_index import HeatIndex
 from tierfs.index import Index
@@ -68,7 +68,7 @@ class Mover:
         self._tier.kit.still_ours = self._verify_claim
         self._tier.kit.fence = Fence(self._verify_claim).check
         self._journal = JournalKeeper(self._tier, home.identity.volume, self._show_life)
-        self._scheduler = Scheduler(self._tier, self._heat, _device_of(home.store_url), home.path("ballast"))
+        self._scheduler = Scheduler(self._tier, self._heat, _is_beside(home), home.path("ballast"))
         self._index.make_room = self._scheduler.make_index_room
         self._scrubber = Scrubber(self._tier, home.path("scrub.json"), home.store_url.startswith("file:"))
         backend = TierBackend(
@@ -125,6 +125,7 @@ class Mover:
         if self._home.identity.view:
             self._tier.kit.withheld = "this is a view of the past"
             self._tier.kit.claim_tried.set()
+            self._note_where_the_store_is()
             return
         while not self.stopping.is_set():
             try:
@@ -140,9 +141,15 @@ class Mover:
                 self._tier.kit.claim_tried.set()
                 self.stopping.wait(_CLAIM_SECONDS)
             else:
+                self._note_where_the_store_is()
                 self._tier.kit.withheld = ""
                 self._tier.kit.claim_tried.set()
                 return
+
+    def _note_where_the_store_is(self) -> None:
+        if self._scheduler.beside is None:
+            with contextlib.suppress(OSError):  # gone again: it is no worse than before
+                self._scheduler.beside = _device_of(self._home.store_url) == self._tree.device
 
     def _verify_claim(self) -> None:
         """Nothing more is written to a store that another machine has taken over. Raises TierError, OSError."""
@@ -253,10 +260,14 @@ def _open_store(home: volume.Volume, config: VolumeConfig) -> ObjectStore:
     return ReadOnlyStore(opened) if home.identity.view else opened
 
 
-def _device_of(url: str) -> int | None:
-    """The device of a directory store, None where it is elsewhere (or not there now: a NAS)."""
-    if not url.startswith("file:"):
-        return None
-    with contextlib.suppress(OSError):
-        return os.stat(unquote(urlsplit(url).path)).st_dev
-    return None
+def _is_beside(home: volume.Volume) -> bool | None:
+    """Whether the store is on the filesystem of the tree. Of a directory elsewhere that is known when the store
+    has answered: where a disk of the network is not mounted, or hangs, nothing can be told."""
+    if not home.store_url.startswith("file:"):
+        return False
+    return True if home.identity.store == EMBEDDED_STORE else None
+
+
+def _device_of(url: str) -> int:
+    """The device of a directory store. Raises OSError."""
+    return os.stat(unquote(urlsplit(url).path)).st_dev

@@ -46,12 +46,13 @@ _AHEAD_SECONDS = 1.0  # a date so far ahead is one from before the clock was set
 class Scheduler:
     """Start with `start`, end with `stop`. The link's reports about heat and marks go to it."""
 
-    def __init__(self, tier: Tier, heat: HeatIndex, store_device: int | None, ballast: str) -> None:
-        """`store_device`: that of a directory store, None for one elsewhere. `ballast`: path of its file."""
+    def __init__(self, tier: Tier, heat: HeatIndex, beside: bool | None, ballast: str) -> None:
+        """`beside`: the store is on the filesystem of the tree (None: not known as yet, which may be set
+        later). `ballast`: path of its file."""
         self._tier = tier
         self._kit = tier.kit
         self._heat = heat
-        self._elsewhere = store_device != tier.kit.tree.device
+        self.beside = beside
         self.collector = Collector(tier.kit)
         self._ballast = Ballast(ballast, tier.kit.tree)
         self._wake = threading.Event()
@@ -154,9 +155,14 @@ class Scheduler:
             notes.append(self._pause_reason)
         if not self._kit.store.capabilities.conditional_put:
             notes.append("the store cannot refuse a second machine: mount this volume on one only")
-        if not self._elsewhere:
+        if self.beside:
             notes.append("the store is on the same filesystem as the files: it is no backup and frees nothing")
         return notes
+
+    @property
+    def _elsewhere(self) -> bool:
+        """What leaves for the store leaves this filesystem."""
+        return self.beside is False
 
     # --- rounds -------------------------------------------------------------------------------------------
 

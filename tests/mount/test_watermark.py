@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import random
+import subprocess
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -168,6 +170,37 @@ def test_status_and_umount_wait_name_what_is_open_with_its_real_size(volume: Mak
         assert [file["path"] for file in facts["waiting"]] == ["open"]
     mounted.umount("--wait")
     assert b"o" * 3 * MIB in {path.read_bytes() for path in mounted.objects()}
+
+
+@pytest.fixture
+def nas(tmp_path: Path, needs_root: None) -> Iterator[Path]:
+    """A directory in which `mount --bind` shows one of another filesystem, mounted."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as there:
+        place = tmp_path / "nas"
+        place.mkdir()
+        bind = ["mount", "--bind", there, place]
+        subprocess.run(bind, check=True)
+        (place / ".bind").write_text("\n".join(map(str, bind)))
+        try:
+            yield place
+        finally:
+            subprocess.run(["umount", "-l", place], check=True)
+
+
+def test_a_store_that_comes_after_the_volume_is_copied_to(volume: Make, nas: Path) -> None:
+    """A NAS is mounted late: its empty mountpoint, on the disk of the files, is not taken for the store."""
+    bind = (nas / ".bind").read_text().split("\n")
+    mounted = volume(store=f"file://{nas}")
+    mounted.configure(quiet="0s")
+    mounted.umount()
+    subprocess.run(["umount", nas], check=True)
+    mounted.mount()
+    (mounted.mountpoint / "f").write_bytes(b"f" * 10_000)
+    facts = mounted.status()
+    assert facts["dirty_files"] == 1 and not any("no backup" in note for note in facts["notes"])
+    subprocess.run(bind, check=True)
+    assert until(lambda: not mounted.status()["dirty_files"], 60)
+    assert [path.stat().st_size for path in (nas / "data").rglob("*-*")] == [10_000]
 
 
 def test_a_store_on_the_same_filesystem_is_said_to_be_no_backup(volume: Make, tmp_path: Path) -> None:

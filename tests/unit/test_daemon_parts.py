@@ -167,7 +167,7 @@ def test_nobody_waits_for_a_look_at_the_tree_that_has_failed(tmp_path, monkeypat
     made = Volume(tmp_path)
     heat = HeatIndex(str(tmp_path / "heat"), 1 << 30)
     try:
-        scheduler = Scheduler(made.tier, heat, 0, str(tmp_path / "ballast"))
+        scheduler = Scheduler(made.tier, heat, False, str(tmp_path / "ballast"))
         monkeypatch.setattr(Survey, "run", lambda self: (_ for _ in ()).throw(OSError(5, "the disk is broken")))
         scheduler._look_through()
         assert scheduler.looked.is_set() and not made.index.surveyed

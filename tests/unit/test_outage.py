@@ -64,7 +64,7 @@ class Day:
     def attach(self):
         tier = self.home.volume.tier
         tier.kit.still_ours = lambda: self.faults.head("volume.json")
-        self.scheduler = Scheduler(tier, self.heat, None, str(self.base / "ballast"))
+        self.scheduler = Scheduler(tier, self.heat, False, str(self.base / "ballast"))
         self.keeper = JournalKeeper(tier, VOLUME, lambda _alive: None)
 
     def minute(self):

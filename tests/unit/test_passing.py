@@ -223,7 +223,7 @@ class Slow(threading.Event):
 @pytest.fixture
 def scheduler(volume, tmp_path):
     heat = HeatIndex(str(tmp_path / "heat"), 1 << 30)
-    yield Scheduler(volume.tier, heat, 0, str(tmp_path / "ballast"))
+    yield Scheduler(volume.tier, heat, False, str(tmp_path / "ballast"))
     heat.close()
 
 
