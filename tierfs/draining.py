@@ -19,6 +19,7 @@ from tierfs.kit import Movements
 from tierfs.marks import MODE_BITS, Entry, Mark, MarkReader
 from tierfs.model import Record, new_fid
 from tierfs.past import Ending
+from tierfs.restless import Restless
 from tierfs.serverlink import ServerLink
 
 _BATCH = 5000
@@ -33,6 +34,7 @@ class Drain:
         index: Index,
         server: ServerLink,
         movements: Movements,
+        restless: Restless,
         moved: Callable[[], None],
         times: Callable[[int, int, int], None] = lambda ino, mtime, ctime: None,
     ) -> None:
@@ -44,6 +46,7 @@ class Drain:
         self._reader = MarkReader(marks_dirfd, index.log_position())
         self._told = -1
         self.pinned = threading.Event()
+        self._restless = restless
         self._moved = moved
         self._times = times
 
@@ -90,7 +93,10 @@ class Drain:
             self._reader.position = before
             raise
         failpoints.hit(failpoints.DRAIN_COMMITTED)
+        now = time.monotonic()
         for entry in entries:
+            if entry.kind in (Mark.WRITE, Mark.NAMED) and entry.name:
+                self._restless.changed(entry.ino, entry.parent, entry.name, now)
             if entry.kind is Mark.CLOSED:
                 self._movements.here(entry.ino, entry.b * 512, entry.b * 512)
             if entry.kind is Mark.GONE:

@@ -17,6 +17,7 @@ from tierfs.config import VolumeConfig
 from tierfs.errors import BusyError, IndexError_
 from tierfs.index import Index
 from tierfs.model import Copy, Record
+from tierfs.restless import Restless
 from tierfs.serverlink import ServerLink
 from tierfs.store.base import ObjectStore
 from tierfs.transfer import Pool, Rate, Troubles
@@ -169,6 +170,7 @@ class Kit:
     withheld: str = ""
     claim_tried: threading.Event = field(default_factory=threading.Event)
     movements: Movements = field(default_factory=Movements)
+    restless: Restless = field(default_factory=Restless)
     still_ours: Callable[[], None] = lambda: None
     fence: Callable[[], None] = lambda: None
     snapshot_wanted: threading.Event = field(default_factory=threading.Event)

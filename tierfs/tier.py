@@ -71,7 +71,7 @@ class Tier:
         self.places = Places(tree, index)
         index.commit(partial(_begin, tree.root_ino)).result()
         self.drainer = Drain(
-            marks_dirfd, index, server, self.kit.movements, self.places.forget,
+            marks_dirfd, index, server, self.kit.movements, self.kit.restless, self.places.forget,
             lambda ino, mtime, ctime: self.filler.times_set(ino, mtime, ctime),
         )  # fmt: skip
         self._copier = Copier(self.kit, self.drain)

@@ -18,6 +18,7 @@ from tierfs.errors import TierError
 from tierfs.heat_index import HeatIndex
 from tierfs.model import Record, Residency
 from tierfs.policy.aging import is_young
+from tierfs.restless import patience
 from tierfs.survey import Survey
 from tierfs.tier import Item, Tier
 from tierfsd.ballast import Ballast
@@ -396,6 +397,8 @@ class Scheduler:
             for item in done:
                 if item.reason or item.already:
                     self._leave_alone(item, self._tried)
+                else:
+                    self._kit.restless.copied(item.ino)
             failed = sum(item.failed for item in done)
             if failed * 2 > len(done):
                 self._pause(len(done), failed)
@@ -405,10 +408,16 @@ class Scheduler:
                 return
 
     def _quiet(self, before: int, count: int) -> list[int]:
-        """Dirty files that nobody has touched since then (ns). What was queued before the clock was set back
-        would wait until that date comes again."""
+        """Dirty files that nobody has touched since then (ns), and those that would wait for that too long.
+        What was queued before the clock was set back would wait until that date comes again."""
         index, ahead = self._kit.index, time.time_ns() + int(_AHEAD_SECONDS * 1e9)
-        return index.quiet(before, count) + index.misdated(ahead, count)
+        found = dict.fromkeys(index.quiet(before, count) + index.misdated(ahead, count))
+        quiet = self._kit.config.quiet_seconds
+        for ino, seconds in self._kit.restless.waiting(time.monotonic(), quiet):
+            record = index.get(ino)
+            if record is not None and record.dirty and seconds >= patience(record.size, quiet):
+                found[ino] = None
+        return list(found)
 
     # --- the rest -----------------------------------------------------------------------------------------
 

@@ -42,6 +42,7 @@ PARTS_OF = {
     "vfs": {"nodes", "dirs", "xattrs", "making", "names", "openfiles"},
     "tier": {
         "kit",
+        "restless",
         "serverlink",
         "places",
         "digests",

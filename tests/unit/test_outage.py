@@ -16,12 +16,15 @@ from tierfsd import scheduler as scheduler_module
 from tierfsd.journalling import JournalKeeper
 from tierfsd.scheduler import Scheduler
 
+from tierfs import draining as draining_module
+from tierfs import index_writer as index_writer_module
 from tierfs import journal as journal_module
 from tierfs import tier as tier_module
 from tierfs.copying import Copier
 from tierfs.errors import BucketMissingError, StoreDeniedError, StoreFullError
 from tierfs.heat_index import HeatIndex
 from tierfs.model import Stub
+from tierfs.restless import MOST, Restless, patience
 from tierfs.store.faults import Fault, FaultyStore, Kind
 from tierfs.store.memory import MemoryStore
 
@@ -195,6 +198,66 @@ def test_a_clock_that_is_set_back_keeps_nothing_here(tmp_path, clock, monkeypatc
     finally:
         day.heat.close()
         home.close()
+
+
+@pytest.mark.parametrize("how", ["appended", "replaced"])
+def test_what_is_never_quiet_is_copied_all_the_same(tmp_path, clock, monkeypatch, how):
+    """A log that is opened for each line, a state that is renamed over the last one: every ten seconds."""
+    day = Day(tmp_path, clock)
+    home, volume = day.home, day.home.volume
+    for module in (draining_module, index_writer_module):
+        monkeypatch.setattr(module, "time", clock)
+    try:
+        copies, content = [], b""
+        for turn in range(130):
+            content += b"%d\n" % turn
+            if how == "replaced":
+                home.write("new", content)
+                home.run("rename", *home.above("new"), *home.above("state"))
+            elif not turn:
+                home.write("state", content)
+            else:
+                volume.server.write(volume.path("state"), content)
+            clock.ahead += 10
+            volume.tier.drain()
+            before = puts(day)
+            day.scheduler._replicate()
+            if puts(day) > before:
+                copies.append(turn)
+                assert not volume.record("state").dirty
+        assert len(copies) == 2, copies
+        assert copies[0] * 10 >= 590 and copies[1] - copies[0] >= 59
+        clock.ahead += 60
+        before = puts(day)
+        day.scheduler._replicate()
+        assert puts(day) == before + 1, "and when it is quiet it is copied for the last time"
+        day.arrived({"state": content})
+    finally:
+        day.heat.close()
+        home.close()
+
+
+def puts(day):
+    return day.faults.calls.get("put", 0)
+
+
+def test_a_large_file_that_is_never_quiet_does_not_fill_the_line():
+    assert patience(1000, 30.0) == 600
+    assert patience(1 << 30, 30.0) * (64 << 10) == 1 << 30
+    assert patience(1 << 50, 30.0) == 86400
+    assert patience(1000, 3600.0) == 7200
+
+
+def test_names_that_are_watched_are_few():
+    restless = Restless()
+    for number in range(MOST * 2):
+        restless.changed(number, 1, b"%d" % number, number / MOST)
+    restless.changed(0, 1, b"0", 3.0)  # forgotten, and begins anew
+    restless.changed(MOST * 2, 1, b"%d" % (MOST * 2 - 1), 602.0)  # another inode of that name
+    assert restless.waiting(603.0, 1000.0) == [(MOST * 2, 603.0 - (MOST * 2 - 1) / MOST)]
+    restless.copied(MOST * 2)
+    assert restless.waiting(603.0, 1000.0) == []
+    assert restless.waiting(9000.0, 1000.0) == [], "what has been quiet is nobody's business here"
 
 
 def test_a_date_that_is_yet_to_come_keeps_no_file_young(tmp_path, clock, monkeypatch):
