@@ -256,10 +256,14 @@ class Outcome(msgspec.Struct, frozen=True):
 
 
 class Done(Frame, frozen=True):
-    """The end of a request: how many files it changed (or will), and those that it did not."""
+    """The end of a request: how many files it changed (or will), and those that it did not.
+
+    `position`: of a Drain, what has marks in the log from there on may not be in the store.
+    """
 
     files: int = 0
     stayed: list[Outcome] = []
+    position: int = 0
 
 
 class Finding(msgspec.Struct, frozen=True):

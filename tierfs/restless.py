@@ -2,7 +2,8 @@
 
 A log that is opened for each line, or a state that a program writes aside and renames over the last one every
 few seconds, would never be copied if a copy waited for quiet alone, and a lost disk would take all of it. A
-name counts, not an inode: of the latter kind each one lives for seconds. Kept in memory: a new mover counts anew.
+name counts, not an inode: of the latter kind each one lives for seconds. Kept in memory: a new mover begins
+to count anew.
 """
 
 from __future__ import annotations

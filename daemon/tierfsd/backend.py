@@ -213,6 +213,7 @@ class TierBackend:
         copied = 0
         deadline = time.monotonic() + _OPEN_SECONDS
         while True:
+            position = self._tier.drain()
             items = self._dirty()
             done = self._tier.demote(items, job.cancelled, _Count(items, job), punch=False)
             copied += sum(not item.reason for item in done)
@@ -224,7 +225,7 @@ class TierBackend:
                 if problem:
                     reason = f"names and attributes are not all in the store: {problem}"
                     stayed.append(control.Outcome(b"", reason, failed=True))  # of the volume as a whole
-                return control.Done(copied, stayed)
+                return control.Done(copied, stayed, position)
             job.cancelled.wait(0.2)
 
     def _unsaved(self, item: Item) -> control.Outcome:
@@ -236,8 +237,7 @@ class TierBackend:
         return control.Outcome(outcome.path, f"{outcome.reason}: not in the store for {age}")
 
     def _dirty(self) -> list[Item]:
-        """All dirty files there are now."""
-        self._tier.drain()
+        """All dirty files that the index knows of."""
         inos = self._kit.index.quiet(1 << 63, limit=self._kit.index.totals().dirty_files + _ROUND)
         records = [self._kit.index.get(ino) for ino in inos]
         return [

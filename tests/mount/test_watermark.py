@@ -14,6 +14,10 @@ import pytest
 from bare import until
 from harness import BLOCK, Volume
 
+from tierfs.commands import mount as command
+from tierfs.commands.late import refuse_what_came_late
+from tierfs.errors import VolumeError
+
 pytestmark = pytest.mark.usefixtures("tiers")
 MIB = 1 << 20
 LIMIT = 32 * MIB
@@ -131,6 +135,20 @@ def test_umount_wait_leaves_nothing_uncopied(volume: Make) -> None:
     assert set(contents.values()) <= kept
     mounted.mount()
     assert all(path.read_bytes() == content for path, content in contents.items())
+
+
+def test_umount_wait_is_no_success_where_something_came_late(volume: Make) -> None:
+    """Between the last look and the unmount a program goes on."""
+    mounted = volume()
+    fill(mounted, ["f0"])
+    found = command.mounted_at(str(mounted.mountpoint))
+    position = command.drain(found)
+    fill(mounted, ["late", "later"])
+    command.unmount(found)
+    with pytest.raises(VolumeError, match="is unmounted, but 2 files were changed meanwhile"):
+        refuse_what_came_late(str(mounted.mountpoint), str(mounted.state), position)
+    mounted.mount()
+    mounted.umount("--wait")
 
 
 def test_the_end_says_what_is_on_this_disk_only(volume: Make) -> None:

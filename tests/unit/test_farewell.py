@@ -6,6 +6,9 @@ import pytest
 from tierfsd.farewell import local_only
 from tiering import Volume
 
+from tierfs.commands.late import left
+from tierfs.config import Never
+
 
 @pytest.fixture
 def volume(tmp_path):
@@ -73,3 +76,25 @@ def test_an_inode_number_that_is_used_again(volume):
     volume.server.create(volume.path("file"), b"x" * 300)
     assert os.stat(volume.path("file")).st_ino == former or said(volume) == (1, 300)
     assert said(volume) == unsaid(volume)
+
+
+def test_what_came_after_the_last_look(volume):
+    """Not what is in the store, is gone again, or never leaves."""
+    volume.server.create(volume.path("before"), b"x")
+    volume.server.mkdir(volume.path("node_modules"))
+    position = volume.tier.drain()
+
+    def came_late():
+        return left(volume.index, str(volume.base / "marks"), position, Never().matcher())
+
+    assert came_late() == 0
+    volume.server.create(volume.path("node_modules/f"), b"x")
+    volume.server.create(volume.path("brief"), b"x")
+    volume.server.unlink(volume.path("brief"))
+    volume.server.create(volume.path("copied"), b"x")
+    volume.server.write(volume.path("before"), b"y")
+    volume.tier.drain()
+    volume.demote("copied", punch=False)
+    assert came_late() == 1
+    volume.server.create(volume.path("unread"), b"x")
+    assert came_late() == 2

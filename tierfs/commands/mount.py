@@ -118,9 +118,15 @@ def clear_dead_mount(mountpoint: str) -> None:
 def umount(wait: bool, mountpoint: str) -> None:
     """Unmount MOUNTPOINT and end its daemon."""
     found = mounted_at(mountpoint)
-    if wait:
-        drain(found)
+    if not wait:
+        unmount(found)
+        return
+    position, state = drain(found), _state_of(found)
     unmount(found)
+    if position:
+        from tierfs.commands.late import refuse_what_came_late
+
+        refuse_what_came_late(mountpoint, state, position)
 
 
 @click.command()
@@ -158,8 +164,9 @@ def mounted_at(mountpoint: str) -> locate.Mount:
     return found
 
 
-def drain(mount: locate.Mount) -> None:
-    """Wait, with a progress bar, until all is in the store. Raises VolumeError where something cannot leave."""
+def drain(mount: locate.Mount) -> int:
+    """Wait, with a progress bar, until all is in the store. Returns up to which place in the mark log it was
+    looked at; 0: nothing is for the store. Raises VolumeError where something cannot leave."""
     with terminal.bar("Copying to the store") as bar:
         for answer in control.converse(mount, control.Drain()):
             if isinstance(answer, control.Progress):
@@ -176,6 +183,7 @@ def drain(mount: locate.Mount) -> None:
         raise VolumeError(
             f"{mount.mountpoint}: {len(lines)} files are not in the store: close them, or leave out --wait"
         )
+    return done.position
 
 
 def unmount(mount: locate.Mount) -> None:
