@@ -145,8 +145,10 @@ class Tier:
                     item.stay("is being worked on")
             self._copier.bring_up(batch, cancelled)
             self._once_more(batch, cancelled)
-            if punch:
-                self._puncher.punch([item for item in batch if item.going])
+            going = [item for item in batch if item.going]
+            # Asked again: copying may have taken hours.
+            if punch and going and not self._is_fenced(going):
+                self._puncher.punch(going)
         finally:
             for item in batch:
                 item.close()

@@ -9,6 +9,7 @@ import time
 import pytest
 from tiering import Volume
 
+from tierfs.errors import VolumeError
 from tierfs.marks import Mark
 from tierfs.model import Residency
 
@@ -333,3 +334,22 @@ def test_a_drain_ends_while_others_go_on_making_files(volume, monkeypatch):
     assert len(made) == 1 and volume.record("first") is not None
     volume.tier.drain()
     assert volume.record("f0") is not None
+
+
+def test_a_store_that_was_taken_while_a_file_was_copied_frees_nothing(volume):
+    """The new owner may remove what it does not know of: copying may have taken hours."""
+    volume.server.create(volume.path("a"), b"x" * 50_000)
+    put = volume.store.put
+
+    def taken():
+        raise VolumeError("the store is used by host 'other'")
+
+    def put_and_be_taken_over(*args):
+        answer = put(*args)
+        volume.tier.kit.fence = taken
+        return answer
+
+    volume.store.put = put_and_be_taken_over
+    (item,) = volume.demote("a")
+    assert not item.demoted and item.failed and "'other'" in item.reason
+    assert volume.stub("a") is None and os.stat(volume.path("a")).st_blocks
