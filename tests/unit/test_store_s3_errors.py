@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -179,6 +181,33 @@ def test_nonsense(server: FakeS3, open_s3: Opener, raw: bytes) -> None:
     for call in (lambda: store.get("key"), lambda: store.put("key", b"x", 1), lambda: list(store.list(""))):
         with pytest.raises(StoreUnavailableError):
             call()
+
+
+UPLOADS = {
+    "POST ?uploads": b"<InitiateMultipartUploadResult><UploadId>u</UploadId></InitiateMultipartUploadResult>",
+    "POST ": b"<CompleteMultipartUploadResult><ETag>&quot;e&quot;</ETag></CompleteMultipartUploadResult>",
+}
+
+
+@pytest.mark.parametrize("bad", [Answer(raw=b""), error(503, "SlowDown"), error(500, "InternalError")])
+def test_of_a_large_upload_the_part_that_failed_is_sent_again(
+    server: FakeS3, open_s3: Opener, bad: Answer
+) -> None:
+    """On a bad line one of a thousand parts always fails: no upload of that size would ever end."""
+    size, sent = 20 << 20, Counter()
+
+    def answer(request: Request) -> Answer:
+        if request.method == "PUT":
+            (part,) = re.findall(r"partNumber=(\d+)", request.path)
+            sent[part] += 1
+            return bad if part == "2" and sent[part] == 1 else Answer(headers={"ETag": f'"{part}"'})
+        if request.method == "HEAD":
+            return Answer(200, bytes(size), {"ETag": '"e"', "Last-Modified": fakes3.DATE})
+        return Answer(200, UPLOADS["POST ?uploads" if "uploads" in request.path else "POST "])
+
+    server.answer = answer
+    assert open_s3().put("a", iter([bytes(size)]), size).etag == '"e"'
+    assert sent == {"1": 1, "2": 2, "3": 1}
 
 
 def test_a_web_page_instead_of_a_listing(server: FakeS3, open_s3: Opener) -> None:

@@ -34,6 +34,10 @@ from tierfs.store.s3_obstore import ONE_REQUEST, Data, ObstoreData
 
 COLD_PREFIX = "data/"  # only these keys get the storage class: a journal in Glacier could not restore anything
 _LOOK_EVERY = 10.0  # seconds between looks whether the credential files have changed
+# Of an upload in parts one that fails is sent again: else all would have to be, and with enough of them no
+# upload would end on a bad line. Whole requests are tried again by the retry decorator.
+_PART_TRIES = 8
+_PART_SECONDS = 180
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,16 +270,16 @@ class S3Store(ObjectStore):
             self._look_again = time.monotonic() + _LOOK_EVERY
             if self._connected is None or self._connected[0] is not session:
                 admin = self._make_admin(session)
-                self._connected = (session, admin, self._make_data(admin))
+                self._connected = (session, admin, self._make_data(session, admin))
             return self._connected
 
-    def _make_admin(self, session: Any) -> Any:
+    def _make_admin(self, session: Any, tries: int = 1) -> Any:
         if session.get_credentials() is None:
             raise StoreDeniedError(f"{self._place}: {NO_CREDENTIALS}")
         config = botocore.config.Config(
             connect_timeout=self.timeouts.connect,
             read_timeout=self.timeouts.read,
-            retries={"mode": "standard", "total_max_attempts": 1},  # the retry decorator's job
+            retries={"mode": "standard", "total_max_attempts": tries},
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
             max_pool_connections=32,
@@ -283,15 +287,16 @@ class S3Store(ObjectStore):
         )
         return session.client("s3", endpoint_url=self.settings.endpoint or None, config=config)
 
-    def _make_data(self, admin: Any) -> Data:
+    def _make_data(self, session: Any, admin: Any) -> Data:
         verified = self.capabilities.checks_sha256
         if self.capabilities.client == "boto3":
-            return BotoData(admin, self.settings.bucket, verified)
+            return BotoData(admin, self._make_admin(session, _PART_TRIES), self.settings.bucket, verified)
         quick = self._make_obstore(admin, self.timeouts.read)
         patient = self._make_obstore(admin, self.timeouts.upload)
-        return ObstoreData(quick, patient, verified)
+        dogged = self._make_obstore(admin, self.timeouts.upload, _PART_TRIES)
+        return ObstoreData(quick, patient, dogged, verified)
 
-    def _make_obstore(self, admin: Any, read_timeout: float) -> Any:
+    def _make_obstore(self, admin: Any, read_timeout: float, tries: int = 1) -> Any:
         endpoint: str = admin.meta.endpoint_url
         own_server = not str(urlsplit(endpoint).hostname).endswith((".amazonaws.com", ".amazonaws.com.cn"))
         config: dict[str, Any] = {
@@ -313,7 +318,7 @@ class S3Store(ObjectStore):
                     days=1
                 ),  # of a whole request; a stream takes as long as its object is large
             },
-            retry_config={"max_retries": 0},
+            retry_config={"max_retries": tries - 1, "retry_timeout": timedelta(seconds=_PART_SECONDS)},
             credential_provider=self._credentials,
         )
 

@@ -23,10 +23,11 @@ _DELETES_A_REQUEST = 1000  # the limit of S3
 
 
 class BotoData:
-    """`verified`: the server checks SHA-256 sums, so each request carries one."""
+    """`dogged`: a client that tries again. `verified`: the server checks SHA-256 sums: each request has one."""
 
-    def __init__(self, client: Any, bucket: str, verified: bool) -> None:
+    def __init__(self, client: Any, dogged: Any, bucket: str, verified: bool) -> None:
         self._client = client
+        self._dogged = dogged
         self._bucket = bucket
         self._verified = verified
 
@@ -51,13 +52,13 @@ class BotoData:
     def _put_parts(self, key: str, pieces: Iterator[bytes], size: int, extra: dict[str, str]) -> Put:
         if self._verified:
             extra = {**extra, "ChecksumAlgorithm": "SHA256"}
-        upload = self._client.create_multipart_upload(Bucket=self._bucket, Key=key, **extra)
+        upload = self._dogged.create_multipart_upload(Bucket=self._bucket, Key=key, **extra)
         target = {"Bucket": self._bucket, "Key": key, "UploadId": upload["UploadId"]}
         try:
             parts = self._send_parts(target, regrouped(pieces, size))
-            answer = self._client.complete_multipart_upload(**target, MultipartUpload={"Parts": parts})
+            answer = self._dogged.complete_multipart_upload(**target, MultipartUpload={"Parts": parts})
         except BaseException:
-            self._client.abort_multipart_upload(**target)
+            self._dogged.abort_multipart_upload(**target)
             raise
         return Put(_field(answer, "ETag"), self._verified)
 
@@ -75,7 +76,7 @@ class BotoData:
 
     def _send_part(self, target: dict[str, str], number: int, body: bytes) -> dict[str, Any]:
         checksum = self._checksum(body)
-        answer = self._client.upload_part(**target, PartNumber=number, Body=body, **checksum)
+        answer = self._dogged.upload_part(**target, PartNumber=number, Body=body, **checksum)
         return {"PartNumber": number, "ETag": _field(answer, "ETag"), **checksum}
 
     def get(self, key: str, start: int, length: int | None) -> Body:

@@ -39,14 +39,15 @@ def part_size(size: int) -> int:
 
 
 class ObstoreData:
-    """`quick` and `patient` are obstore S3 stores that differ in their timeouts.
+    """`quick` and `patient` are obstore S3 stores that differ in their timeouts; `dogged` tries again.
 
     A timeout runs until the answer's first byte, so that a large body needs more of it than a read.
     """
 
-    def __init__(self, quick: Any, patient: Any, verified: bool) -> None:
+    def __init__(self, quick: Any, patient: Any, dogged: Any, verified: bool) -> None:
         self._quick = quick
         self._patient = patient
+        self._dogged = dogged
         self._verified = verified
 
     def put(self, key: str, body: bytes | Iterable[bytes], size: int, storage_class: str) -> Put:
@@ -55,7 +56,7 @@ class ObstoreData:
             client = self._quick if size <= _QUICK else self._patient
             result = client.put(key, whole(key, body, size), attributes=attributes, use_multipart=False)
         else:
-            result = self._patient.put(
+            result = self._dogged.put(
                 key,
                 exactly(key, body, size),
                 attributes=attributes,
