@@ -205,7 +205,8 @@ class Snapshots:
     # --- what is no longer needed -------------------------------------------------------------------------
 
     def prune(self) -> int:
-        """Remove what precedes the last snapshot older than `keep_versions`, keeping two of them at least.
+        """Remove what precedes the last snapshot older than `keep_versions`, keeping two of them at least. Old
+        is what the store's clock and this machine's both say to be: one alone may have jumped.
 
         Returns how many objects went. Raises StoreError."""
         store, config = self._kit.store, self._kit.config
@@ -219,11 +220,12 @@ class Snapshots:
             for key, info in sorted(infos, key=lambda item: item[0])
             if key.part >= 0
         }
-        whole = [(key[:2], modified) for key, modified in lasts.values() if self._is_end(key)]
-        old = [place for place, modified in whole if now - modified > keep]
+        ends = [(key, modified, self._end_of(key)) for key, modified in lasts.values()]
+        whole = [(key[:2], modified, end.at / 1e9) for key, modified, end in ends if end is not None]
+        old = [place for place, by_store, by_us in whole if min(now - by_store, time.time() - by_us) > keep]
         if len(whole) < 3 or not old:
             return 0
-        before = min(max(old), sorted(place for place, _ in whole)[-2])
+        before = min(max(old), sorted(place for place, _, _ in whole)[-2])
         gone = [str(key) for key, _ in infos if (key.epoch, key.sequence) < before]
         if gone:
             store.delete(gone)
@@ -231,10 +233,15 @@ class Snapshots:
 
     def _is_end(self, key: manifest.Key) -> bool:
         """The last part of a whole snapshot."""
+        return self._end_of(key) is not None
+
+    def _end_of(self, key: manifest.Key) -> manifest.End | None:
+        """The last line of a whole snapshot, if this is its last part."""
         try:
-            return manifest.unpack(key, self._kit.store.get(str(key))).end.last
+            end = manifest.unpack(key, self._kit.store.get(str(key))).end
         except (ObjectMissingError, ObjectCorruptError):
-            return False
+            return None
+        return end if end.last else None
 
 
 class _Parts:

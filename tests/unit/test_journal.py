@@ -7,6 +7,8 @@ import os
 import stat
 import tempfile
 import time
+from dataclasses import replace
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -17,6 +19,7 @@ from tierfsd.journalling import JournalKeeper
 
 from tierfs import journal as journal_module
 from tierfs import manifest, namespace
+from tierfs import snapshots as snapshots_module
 from tierfs.errors import ObjectCorruptError, StoreUnavailableError, VolumeError
 from tierfs.namespace import Chronicle
 from tierfs.store.faults import Fault, FaultyStore, Kind
@@ -460,6 +463,26 @@ def test_a_journal_that_somebody_removed_is_written_anew(begun):
     begun.snapshots.take()
     assert not begun.snapshots.is_lost()
     assert begun.told() == begun.there()
+
+
+@pytest.mark.parametrize("whose", ["store", "machine"])
+def test_one_clock_that_jumps_makes_no_snapshot_old(begun, monkeypatch, whose):
+    """A NAS that lost its clock dates one object years ahead: the past is kept all the same."""
+    for number in range(4):
+        begun.write(f"f{number}", b"x")
+        begun.snapshots.take()
+    store = begun.volume.store
+    before = {info.key for info in store.list("meta/")}
+    ahead = 40 * 86400
+    if whose == "store":
+        dated = list(store.list("meta/"))
+        dated[-1] = replace(dated[-1], modified=dated[-1].modified + ahead)
+        monkeypatch.setattr(store, "list", lambda prefix: iter(dated))
+    else:
+        monkeypatch.setattr(snapshots_module, "time", SimpleNamespace(time=lambda: time.time() + ahead))
+    assert begun.snapshots.prune() == 0
+    monkeypatch.undo()
+    assert {info.key for info in store.list("meta/")} == before
 
 
 def test_old_snapshots_go(begun):
