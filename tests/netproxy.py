@@ -25,6 +25,8 @@ import asyncio
 import contextlib
 import ctypes
 import json
+import resource
+import select
 import selectors
 import signal
 import socket
@@ -293,6 +295,19 @@ class Relay:
             side.reset()
 
 
+class ExactSelector(selectors.EpollSelector):
+    """Waits to the microsecond, with any number of connections.
+
+    epoll alone waits to the millisecond, too coarse for a local network, and select() knows no descriptor above
+    1023. So select() waits, for epoll's own descriptor.
+    """
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        if timeout is None or timeout > 0:
+            select.select([self.fileno()], [], [], timeout)
+        return super().select(0)
+
+
 async def serve(listen: tuple[str, int], to: tuple[str, int], settings: Settings) -> None:
     relay = Relay(listen, to, settings)
     await relay.open()
@@ -364,9 +379,10 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=-1)
     args = parser.parse_args()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     settings = Settings(args.rtt_ms, args.bandwidth_mbps, args.fault, args.after, args.times)
-    # select() waits to the microsecond, epoll to the millisecond: too coarse for a local network.
-    loop = asyncio.SelectorEventLoop(selectors.SelectSelector())
+    loop = asyncio.SelectorEventLoop(ExactSelector())
     with contextlib.suppress(KeyboardInterrupt):
         loop.run_until_complete(serve(args.listen, args.to, settings))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import resource
 import socket
 import sys
 import threading
@@ -78,6 +79,22 @@ def test_bandwidth(address: tuple[str, int]) -> None:
         begun = time.monotonic()
         assert fetch(proxy, 8 << 20) == BLOCK * 8
         assert 0.35 < time.monotonic() - begun < 0.8
+
+
+def test_as_many_connections_as_there_are(address: tuple[str, int]) -> None:
+    """Each takes two of the proxy's descriptors: more than select() knows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(2048, hard)), hard))
+    try:
+        with netproxy.proxy(address, rtt_ms=2) as proxy, contextlib.ExitStack() as stack:
+            place = (proxy.host, proxy.port)
+            many = [stack.enter_context(socket.create_connection(place, timeout=10)) for _ in range(600)]
+            for connection in many:
+                connection.sendall(b"1000\n")
+            for connection in many:
+                assert connection.recv(1000, socket.MSG_WAITALL) == BLOCK[:1000]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_faults(address: tuple[str, int]) -> None:
