@@ -89,7 +89,9 @@ class Mover:
 
     def run(self) -> None:
         """Work until told to stop."""
-        self._priority.start(lambda: self._tier.filler.waiting > 0)
+        self._priority.start(
+            lambda: self._tier.filler.waiting > 0 or self._control.asked, lambda: self._control.ordered
+        )
         self._link.start(self)
         self._greet()
         self._scheduler.start()

@@ -28,6 +28,8 @@ _MAX_CONNECTIONS = 64
 _IDLE_SECONDS = 30.0
 _PROGRESS_SECONDS = 0.1
 _LIST_LIMIT = 100_000  # outcomes named in one answer
+# What may take hours; all else is answered as soon as it can be.
+_ORDERS = (control.Demote, control.Fetch, control.SetPin, control.Drain, control.Check, control.Collect)
 
 
 class Job(Protocol):
@@ -92,6 +94,18 @@ class ControlServer:
         self._versions = VersionRequests(self._reach, backend)
         self._stopping = threading.Event()
         self._places = threading.BoundedSemaphore(_MAX_CONNECTIONS)
+        self._counting = threading.Lock()
+        self._questions = self._orders = 0
+
+    @property
+    def asked(self) -> bool:
+        """Whether somebody waits for an answer that is not an order's."""
+        return self._questions > 0
+
+    @property
+    def ordered(self) -> bool:
+        """Whether somebody waits for an order."""
+        return self._orders > 0
 
     def start(self) -> None:
         """Serve in threads of its own."""
@@ -121,14 +135,31 @@ class ControlServer:
                 sock.settimeout(_IDLE_SECONDS)
                 peer = peer_of(sock)
                 while (request := control.receive_request(sock)) is not None:
-                    self._hurry()
-                    self._answer(sock, peer, request)
+                    with self._counted(request):
+                        self._hurry()
+                        self._answer(sock, peer, request)
         except UsageError as exc:
             log.warning("a client sent nonsense: %s", exc)
         except OSError as exc:
             log.debug("a client went away: %s", exc)
         finally:
             self._places.release()
+
+    @contextlib.contextmanager
+    def _counted(self, request: control.Request) -> Iterator[None]:
+        order = isinstance(request, _ORDERS)
+        self._count(order, 1)
+        try:
+            yield
+        finally:
+            self._count(order, -1)
+
+    def _count(self, order: bool, change: int) -> None:
+        with self._counting:
+            if order:
+                self._orders += change
+            else:
+                self._questions += change
 
     def _answer(self, sock: socket.socket, peer: Peer, request: control.Request) -> None:
         """Carry out one request and send its last frame. Raises OSError where the client is gone."""

@@ -1,5 +1,8 @@
 """How much of a busy processor the mover takes: next to nothing, but for what somebody waits for.
 
+Who reads a stub, or asks how things are, is answered with a usual share for as long as that takes. Who has
+ordered something long gets a small one: enough to get on beside a build, too little to be felt by others.
+
 `nice` counts within a scheduling group only, and with autogroups (sched(7)) every session is a group: beside a
 program in another session a mover of nice 19 would get half of a processor. So it has a session of its own
 (see `Child.start`), and it is the nice value of that group that changes. Where there are no autogroups, or a
@@ -18,7 +21,7 @@ from collections.abc import Callable
 log = logging.getLogger("mover")
 
 _GROUP = "/proc/self/autogroup"
-_LOW, _LOADING, _USUAL = 19, 10, 0
+_LOW, _LOADING, _ORDERED, _USUAL = 19, 10, 10, 0
 _CALM_SECONDS = 1.0  # after the last who waited; the kernel takes a change ten times a second at most
 
 
@@ -41,20 +44,19 @@ class Priority:
         self._calm_seconds = calm_seconds
         self._lock = threading.Lock()
         self._asked = threading.Event()
-        self._low = False
+        self._nice = _USUAL
         self._until = 0.0
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def start(self, waiting: Callable[[], bool]) -> None:
+    def start(self, waiting: Callable[[], bool], ordered: Callable[[], bool] = lambda: False) -> None:
         """Give way to everybody else, from now on: while it loads a cold read may be waiting for it already.
 
-        `waiting`: whether somebody waits; asked in a thread of its own.
+        `waiting`: whether somebody waits; `ordered`: whether for an order. A thread of its own asks both.
         """
-        self._low = self._set(_LOW)
-        if self._low:
+        if self._become(_LOW):
             self._thread = threading.Thread(
-                target=self._calm_down, args=(waiting,), name="priority", daemon=True
+                target=self._calm_down, args=(waiting, ordered), name="priority", daemon=True
             )
             self._thread.start()
 
@@ -70,28 +72,31 @@ class Priority:
         """Somebody waits for us: take a usual share, for a moment at least."""
         with self._lock:
             self._until = time.monotonic() + self._calm_seconds
-            if self._low:
-                self._low = not self._set(_USUAL)
+            if self._nice != _USUAL:
+                self._become(_USUAL)
                 self._asked.set()  # also where it was changed too lately: then the thread does it
 
-    def _calm_down(self, waiting: Callable[[], bool]) -> None:
+    def _calm_down(self, waiting: Callable[[], bool], ordered: Callable[[], bool]) -> None:
         while True:
             self._asked.wait()
             if self._stopping.wait(self._calm_seconds):
                 return
             with self._lock:
                 if waiting() or time.monotonic() < self._until:
-                    self._low = self._low and not self._set(_USUAL)
-                else:
-                    self._low = self._set(_LOW)
-                    if self._low:
-                        self._asked.clear()
+                    self._become(_USUAL)
+                elif ordered():
+                    self._become(_ORDERED)
+                elif self._become(_LOW):
+                    self._asked.clear()
 
-    def _set(self, nice: int) -> bool:
+    def _become(self, nice: int) -> bool:
         """Whether that is what counts now."""
+        if nice == self._nice:
+            return True
         try:
             _write(self._path, nice)
         except OSError as error:
             log.debug("nice %d is not set: %s", nice, error)
             return False
+        self._nice = nice
         return True

@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 from tierfsd import control_server
@@ -86,7 +87,7 @@ def backend():
 
 
 @pytest.fixture
-def mount(tree, backend, tmp_path, monkeypatch):
+def server(tree, backend, tmp_path, monkeypatch):
     path = str(tmp_path / "abc.sock")
     monkeypatch.setattr(control, "socket_path", lambda volume, uid: path)
     listener = socket.socket(socket.AF_UNIX)
@@ -95,10 +96,15 @@ def mount(tree, backend, tmp_path, monkeypatch):
     rootfd = os.open(tree, os.O_RDONLY | os.O_DIRECTORY)
     server = control_server.ControlServer(listener, rootfd, backend)
     server.start()
-    yield locate.Mount("/m", locate.FSTYPE, "tierfs#abc", os.geteuid())
+    yield server
     server.close()
     listener.close()
     os.close(rootfd)
+
+
+@pytest.fixture
+def mount(server):
+    return locate.Mount("/m", locate.FSTYPE, "tierfs#abc", os.geteuid())
 
 
 def ask(mount, request):
@@ -154,6 +160,26 @@ def test_hanging_up_cancels(mount, backend):
     assert isinstance(next(answers), control.Progress)
     answers.close()
     assert backend.cancelled.wait(5)
+
+
+def test_who_waits_for_an_answer_or_an_order_is_known_for_as_long(mount, server, backend, monkeypatch):
+    backend.block = True
+    answers = control.converse(mount, control.Fetch([b"d"], True))
+    assert isinstance(next(answers), control.Progress)
+    assert (server.asked, server.ordered) == (False, True)
+    answers.close()
+    assert backend.cancelled.wait(5)
+    seen = []
+    monkeypatch.setattr(backend, "pins", lambda: seen.append((server.asked, server.ordered)) or [])
+    until = time.monotonic() + 20
+    while server.ordered:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    ask(mount, control.GetPins())
+    assert seen == [(True, False)]
+    while server.asked:
+        assert time.monotonic() < until
+        time.sleep(0.01)
 
 
 def test_pinning_fetches_and_pins_are_listed(mount, backend):

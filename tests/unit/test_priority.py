@@ -39,6 +39,25 @@ def test_it_gives_way_but_for_who_waits(tmp_path):
     assert group.read_text() == "0"  # whoever unmounts waits for what is left
 
 
+def test_an_order_gets_a_small_share_for_as_long_as_it_runs(tmp_path):
+    group = tmp_path / "autogroup"
+    ordered = threading.Event()
+    priority = Priority(str(group), 0.05)
+    priority.start(lambda: False, ordered.is_set)
+    try:
+        ordered.set()
+        priority.hurry()
+        eventually(lambda: group.read_text() == "10")
+        time.sleep(0.2)  # several looks
+        assert group.read_text() == "10"
+        priority.hurry()
+        assert group.read_text() == "0"
+        ordered.clear()
+        eventually(lambda: group.read_text() == "19")
+    finally:
+        priority.stop()
+
+
 def test_where_there_are_no_groups_it_does_without(tmp_path):
     priority = Priority(str(tmp_path / "absent" / "autogroup"))
     priority.start(lambda: False)
