@@ -56,8 +56,9 @@ class Survey:
 
     @property
     def left(self) -> int:
-        """Known files not yet looked at."""
-        return max(0, self._known - len(self._seen)) + len(self._doubtful)
+        """Known files not yet looked at; in a first look none has a copy that could be doubted for that."""
+        unseen = 0 if self._first else self._known - len(self._seen)
+        return max(0, unseen) + len(self._doubtful)
 
     def run(self) -> bool:
         """Look at everything; False if it was stopped. Raises IndexError_, OSError."""

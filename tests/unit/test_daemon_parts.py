@@ -180,3 +180,20 @@ def test_nobody_waits_for_a_look_at_the_tree_that_has_failed(tmp_path, monkeypat
     finally:
         heat.close()
         made.stop()
+
+
+def test_a_first_look_through_the_tree_verifies_nothing(tmp_path):
+    class Looking(Survey):
+        def _directory(self, path):
+            lefts.append(self.left)
+            return super()._directory(path)
+
+    made = Volume(tmp_path)
+    lefts = []
+    try:
+        made.server.create(made.path("a"), b"a" * 5000)
+        for _ in range(2):
+            assert Looking(made.tier, lambda guesses: None, threading.Event()).run()
+        assert lefts == [0, 1]  # in a second look its record may say what is not so any more
+    finally:
+        made.stop()
