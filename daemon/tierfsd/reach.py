@@ -92,8 +92,9 @@ class Reach:
     def targets(
         self, peer: Peer, paths: list[bytes], access: int, cancelled: threading.Event
     ) -> tuple[list[Target], list[control.Outcome]]:
-        """All regular files that the paths name or contain, and what could not be reached."""
-        targets: list[Target] = []
+        """All regular files that the paths name or contain, each once whatever its links, and what could not be
+        reached."""
+        targets: dict[int, Target] = {}
         stayed: list[control.Outcome] = []
         for path in paths:
             try:
@@ -101,12 +102,12 @@ class Reach:
                     if stat.S_ISDIR(found.status.st_mode):
                         self._gather(peer, found.opath, path, access, targets, stayed, cancelled)
                     elif stat.S_ISREG(found.status.st_mode):
-                        targets.append(self._target(found, path, named=True))
+                        _add(targets, self._target(found, path, named=True))
                     else:
                         stayed.append(control.Outcome(path, "is not a regular file: it always stays local"))
             except (TierError, OSError) as exc:
                 stayed.append(outcome_of(path, exc))
-        return targets, stayed
+        return list(targets.values()), stayed
 
     def _target(self, found: Found, path: bytes, *, named: bool) -> Target:
         return Target(
@@ -125,7 +126,7 @@ class Reach:
         top: int,
         path: bytes,
         access: int,
-        targets: list[Target],
+        targets: dict[int, Target],
         stayed: list[control.Outcome],
         cancelled: threading.Event,
     ) -> None:
@@ -145,7 +146,7 @@ class Reach:
                     with contextlib.suppress(FileNotFoundError, PermissionError, NotPermittedError):
                         child = self._child(peer, directory, parent, name, join(here, name), access)
                         if isinstance(child, Target):
-                            targets.append(child)
+                            _add(targets, child)
                         elif child is not None:
                             pending.append(child)
             finally:
@@ -180,6 +181,12 @@ class Reach:
             return self._target(found, path, named=False)
         finally:
             os.close(opath)
+
+
+def _add(targets: dict[int, Target], target: Target) -> None:
+    """Two links to a file are one target; the one that was given itself counts, as its user is told of it."""
+    if target.named or target.ino not in targets:
+        targets[target.ino] = target
 
 
 def _permit(peer: Peer, found: Found, path: bytes, access: int) -> None:
