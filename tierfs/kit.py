@@ -238,6 +238,15 @@ class Kit:
             os.chmod(fd_path(fd), mode)
 
 
+def unopened(error: OSError) -> str:
+    """Why a file that could not be opened stays."""
+    if error.errno == errno.ETXTBSY:
+        return "is being run"
+    if error.errno == errno.EPERM:
+        return "may not be changed: it is immutable or append-only (`lsattr` shows it)"
+    return f"cannot be opened: {error.strerror}"
+
+
 def proven(record: Record | None, st: os.stat_result, custody: int) -> bool:
     """The file's bytes are known to equal its copy's: clean, unbroken custody, tuple unchanged."""
     if record is None or record.copy is None or record.dirty:

@@ -22,7 +22,7 @@ from tierfs.copying import Item
 from tierfs.digests import leaf_digests, sha256
 from tierfs.errors import BusyError, TierError
 from tierfs.index import Writer
-from tierfs.kit import WRITE_FLAGS, Kit, proven, read_exactly
+from tierfs.kit import WRITE_FLAGS, Kit, proven, read_exactly, unopened
 from tierfs.model import DOUBTED, LEAF, Copy, Record, Residency, Stub
 from tierfs.places import Places
 
@@ -95,7 +95,7 @@ class Puncher:
         try:
             fd = self._open(item)
         except OSError as error:
-            item.stay(f"cannot be opened: {error.strerror}")
+            item.stay(unopened(error))
             return
         file = _Held(item, fd)
         held.append(file)

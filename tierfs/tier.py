@@ -29,7 +29,7 @@ from tierfs.draining import Drain
 from tierfs.errors import TierError, VolumeError
 from tierfs.filling import Filler
 from tierfs.index import Index, Writer
-from tierfs.kit import READ_FLAGS, Kit
+from tierfs.kit import READ_FLAGS, Kit, unopened
 from tierfs.model import Record, Residency
 from tierfs.places import Places
 from tierfs.policy.aging import is_young
@@ -203,7 +203,7 @@ class Tier:
             item.fd = kit.open(item.ino, item.handle, READ_FLAGS, item.path or self._hint(item))
             st = item.st = os.fstat(item.fd)
         except OSError as error:
-            item.stay(f"cannot be opened: {error.strerror}")
+            item.stay(unopened(error))
             return
         item.size = st.st_size
         if not stat.S_ISREG(st.st_mode):
@@ -315,7 +315,8 @@ class Tier:
     def set_pin(self, opath: int, parent: int, name: bytes, on: bool) -> None:
         """Pin or unpin a file or directory itself. Raises OSError, IndexError_."""
         ino = os.fstat(opath).st_ino
-        self.kit.tree.set_pin(opath, on)
+        with self.kit.writable(opath):
+            self.kit.tree.set_pin(opath, on)
         # A mark of a former file of this inode number, applied later, would drop the pin from the list.
         self.drain()
         self.kit.index.commit(lambda w: w.put_pin(ino, parent, name) if on else w.drop_pin(ino)).result()

@@ -127,12 +127,7 @@ class Tree:
 
     def read_stub(self, fd: int) -> Stub | None:
         """What the stub attribute says; None without one. Raises ForeignStubError for an unknown format."""
-        try:
-            raw = self._xattr(fd, self.stub_name)
-        except PermissionError:
-            # user.* asks for the right to read, which even the owner may lack.
-            with self._readable(fd):
-                raw = self._xattr(fd, self.stub_name)
+        raw = self._xattr(fd, self.stub_name)
         if raw is None:
             return None
         try:
@@ -173,6 +168,14 @@ class Tree:
         return self._xattr(fd, name) is not None
 
     def _xattr(self, fd: int, name: str) -> bytes | None:
+        try:
+            return self._present(fd, name)
+        except PermissionError:
+            # user.* asks for the right to read, which even the owner may lack.
+            with self._readable(fd):
+                return self._present(fd, name)
+
+    def _present(self, fd: int, name: str) -> bytes | None:
         try:
             return os.getxattr(fd_path(fd), name)
         except OSError as error:

@@ -228,24 +228,38 @@ class ControlServer:
         return control.Done(len(paths) - len(stayed), stayed)
 
     def _send_names(self, sock: socket.socket, peer: Peer, path: bytes) -> control.Done:
-        with self._reach.find(peer, path, os.O_RDONLY) as found:
-            if not stat.S_ISDIR(found.status.st_mode):
-                control.send(sock, self._backend.facts(found.opath, found.status, path))
-                return control.Done(1)
-            fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=found.opath)
         try:
-            names = sorted(os.fsencode(name) for name in os.listdir(fd))
+            with self._reach.find(peer, path, os.O_RDONLY) as found:
+                if not stat.S_ISDIR(found.status.st_mode):
+                    control.send(sock, self._backend.facts(found.opath, found.status, path))
+                    return control.Done(1)
+                directory = os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=found.opath)
+        except OSError as exc:
+            return control.Done(0, [outcome_of(path, exc)])
+        stayed: list[control.Outcome] = []
+        try:
+            names = sorted(os.fsencode(name) for name in os.listdir(directory))
             for name in names:
-                with contextlib.suppress(FileNotFoundError):
-                    opath = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=fd)
-                    try:
-                        facts = self._backend.facts(opath, os.fstat(opath), join(path, name))
-                    finally:
-                        os.close(opath)
-                    control.send(sock, facts)
+                whole = join(path, name)
+                try:
+                    facts = self._facts_in(directory, name, whole)
+                except FileNotFoundError:
+                    continue
+                except OSError as exc:
+                    stayed.append(outcome_of(whole, exc))
+                    continue
+                control.send(sock, facts)
         finally:
-            os.close(fd)
-        return control.Done(len(names))
+            os.close(directory)
+        return control.Done(len(names) - len(stayed), stayed)
+
+    def _facts_in(self, directory: int, name: bytes, path: bytes) -> control.Facts:
+        opath = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=directory)
+        try:
+            return self._backend.facts(opath, os.fstat(opath), path)
+        finally:
+            os.close(opath)
+
 
     def _send_pins(self, sock: socket.socket, peer: Peer) -> control.Done:
         count = 0

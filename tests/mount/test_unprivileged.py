@@ -69,6 +69,21 @@ def test_work_demote_and_read(theirs: Volume) -> None:
     as_user(theirs, "cmp mnt/large large")
 
 
+def test_files_that_their_owner_may_not_write_or_read(theirs: Volume) -> None:
+    script = "cd mnt; mkdir d; echo 1 >d/ro; echo 2 >d/shut; chmod 444 d/ro; chmod 0 d/shut; chmod 555 d"
+    as_user(theirs, script)
+    assert [item["name"] for item in theirs.json("ls", "--json", theirs.mountpoint / "d")] == ["ro", "shut"]
+    for name in ("d/ro", "d"):
+        theirs.cli("pin", theirs.mountpoint / name)
+        assert theirs.status(theirs.mountpoint / name)["pinned"]
+        theirs.cli("unpin", theirs.mountpoint / name)
+        assert not theirs.status(theirs.mountpoint / name)["pinned"]
+    modes = as_user(theirs, "stat -c %a mnt/d mnt/d/ro mnt/d/shut").stdout.split()
+    assert modes == ["555", "444", "0"]
+    as_user(theirs, "chmod 755 mnt/d")
+
+
+
 def test_others_see_nothing(theirs: Volume) -> None:
     as_user(theirs, "echo private >mnt/f")
     done = subprocess.run(

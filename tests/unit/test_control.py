@@ -1,6 +1,7 @@
 """The control socket: framing, rights of peers, cancelling, and a daemon that is down."""
 
 import contextlib
+import errno
 import os
 import socket
 import stat
@@ -129,21 +130,45 @@ def test_names_are_listed_in_order(mount):
     assert done.files == 4
     *facts, _ = ask(mount, control.ListNames(b"d/g"))
     assert [fact.path for fact in facts] == [b"d/g"]
-    with pytest.raises(TierError, match="No such file"):
-        ask(mount, control.ListNames(b"none"))
+    (done,) = ask(mount, control.ListNames(b"none"))
+    assert done.stayed == [control.Outcome(b"none", "does not exist", failed=True)]
+
+
+def test_a_name_that_cannot_be_looked_at_hides_no_other(mount, backend, monkeypatch):
+    usual = backend.facts
+
+    def facts(opath, status, path):
+        if path == b"f":
+            raise PermissionError(errno.EACCES, "no")
+        return usual(opath, status, path)
+
+    monkeypatch.setattr(backend, "facts", facts)
+    *found, done = ask(mount, control.ListNames(b""))
+    assert [item.path for item in found] == [b"d", b"fifo", b"link"]
+    assert [(item.path, item.reason) for item in done.stayed] == [(b"f", "you may not reach it")]
 
 
 def test_an_order_reaches_all_files_below_and_says_which_were_named(mount, backend, tree):
     (done,) = ask(mount, control.Demote([b"", b"f", b"fifo"], True))
     (targets,) = backend.orders
     assert sorted((target.path, target.named) for target in targets) == [
-        (b"d/e/h", False), (b"d/g", False), (b"f", False), (b"f", True),
+        (b"d/e/h", False), (b"d/g", False), (b"f", True),
     ]  # fmt: skip
     by_path = {target.path: target for target in targets}
     assert by_path[b"d/g"].parent == (tree / "d").stat().st_ino
     assert by_path[b"d/g"].name == b"g"
     assert by_path[b"f"].size == 5
     assert [item.path for item in done.stayed] == [b"fifo"]
+
+
+def test_links_of_a_file_are_one_target(mount, backend, tree):
+    os.link(tree / "f", tree / "d" / "a-link")
+    os.link(tree / "f", tree / "other")
+    ask(mount, control.Demote([b"d", b"other"], True))
+    targets = backend.orders[-1]
+    assert sorted((target.path, target.named) for target in targets) == [
+        (b"d/e/h", False), (b"d/g", False), (b"other", True),
+    ]  # fmt: skip
 
 
 def test_without_wait_the_order_runs_in_the_background(mount, backend):

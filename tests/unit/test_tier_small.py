@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
+import subprocess
 import time
 
 import pytest
@@ -46,6 +48,30 @@ def test_demote_frees_the_blocks_and_a_read_brings_them_back(volume):
     assert record.residency is Residency.RESIDENT and not record.dirty
     shown = volume.server.shown(volume.path("a"))
     assert (shown.st_mtime_ns, shown.st_ctime_ns) == (before.st_mtime_ns, before.st_ctime_ns)
+
+
+def test_a_program_that_runs_stays_and_says_so(volume):
+    shutil.copy("/bin/sleep", volume.path("a"))
+    volume.server.create(volume.path("b"), b"b" * 10_000)
+    with subprocess.Popen([volume.path("a"), "60"]) as running:
+        try:
+            items = volume.demote("a", "b")
+        finally:
+            running.kill()
+    assert reasons(items) == ["is being run", ""]
+    assert volume.demote("a")[0].demoted
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root makes a file immutable")
+def test_an_immutable_file_stays_and_says_so(volume):
+    volume.server.create(volume.path("a"), b"a" * 10_000)
+    if subprocess.run(["chattr", "+i", volume.path("a")], check=False, capture_output=True).returncode:
+        pytest.skip("this filesystem knows no immutable files")
+    try:
+        (item,) = volume.demote("a")
+    finally:
+        subprocess.run(["chattr", "-i", volume.path("a")], check=True)
+    assert "immutable or append-only" in item.reason
 
 
 def test_a_second_demotion_uploads_nothing(volume):

@@ -55,19 +55,26 @@ def _volume_document(mount: locate.Mount) -> dict[str, Any]:
 
 
 def _path_document(path: str, place: locate.Place) -> dict[str, Any]:
-    facts = _facts(place, control.GetFacts([place.relative]), path)
+    facts, _ = _facts(place, control.GetFacts([place.relative]), path)
     return {**facts[0], "path": os.path.abspath(path)}
 
 
-def _facts(place: locate.Place, request: control.Request, path: str) -> list[dict[str, Any]]:
-    """The facts that a request is answered with. Raises PathError where a path was refused."""
-    found = []
+def _facts(
+    place: locate.Place, request: control.Request, path: str
+) -> tuple[list[dict[str, Any]], list[control.Outcome]]:
+    """The facts that a request is answered with, and what could not be looked at beneath the path.
+
+    Raises PathError where the path itself was refused.
+    """
+    found, unseen = [], []
     for answer in control.converse(place.mount, request):
         if isinstance(answer, control.Facts):
             found.append(control.to_json(answer))
-        elif isinstance(answer, control.Done) and answer.stayed:
-            raise PathError(f"{path}: {answer.stayed[0].reason}")
-    return found
+        elif isinstance(answer, control.Done):
+            unseen = answer.stayed
+    if unseen and not found and unseen[0].path == place.relative:
+        raise PathError(f"{path}: {unseen[0].reason}")
+    return found, unseen
 
 
 def _print_path(document: dict[str, Any]) -> None:
@@ -163,18 +170,21 @@ def _day(moment: float) -> str:
 @click.command("ls")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
 @click.argument("path", default=".", type=click.Path(readable=False))
-def ls(as_json: bool, path: str) -> None:
+def ls(as_json: bool, path: str) -> int:
     """List the names in PATH with tier, local and total size, heat and pin."""
     place = locate.locate(path)
-    documents = _facts(place, control.ListNames(place.relative), path)
+    documents, unseen = _facts(place, control.ListNames(place.relative), path)
     base = os.fsdecode(place.relative)
     for document in documents:
-        document["name"] = os.path.relpath(document["path"], base) if document["path"] != base else path
+        document["name"] = os.path.basename(document["path"]) if document["path"] != base else path
         document["path"] = os.path.join(place.mount.mountpoint, document["path"])
     if as_json:
         terminal.print_json(documents)
-        return
-    _print_table(documents, lambda document: str(document["name"]))
+    else:
+        _print_table(documents, lambda document: str(document["name"]))
+    at = os.fsencode(place.mount.mountpoint)
+    terminal.complain_all([(os.fsdecode(os.path.join(at, item.path)), item.reason) for item in unseen])
+    return 1 if unseen else 0
 
 
 @click.command()
@@ -185,7 +195,7 @@ def pins(as_json: bool, mountpoints: tuple[str, ...]) -> None:
     documents = []
     for mount, named in _volumes(mountpoints):
         try:
-            found = _facts(locate.Place(mount, b""), control.GetPins(), mount.mountpoint)
+            found, _ = _facts(locate.Place(mount, b""), control.GetPins(), mount.mountpoint)
         except TierError as exc:
             if named:
                 raise
