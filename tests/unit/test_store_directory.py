@@ -62,6 +62,16 @@ DirectoryStore({str(root)!r}, create=True).put("data/ab/id/1-tag", b"content", 7
     assert len(list((root / ".tmp").iterdir())) == 1
 
 
+def test_a_directory_that_is_only_looked_at_stays_as_it_is(root: Path) -> None:
+    root.mkdir()
+    store = DirectoryStore(str(root))
+    with pytest.raises(ObjectMissingError):
+        store.get("volume.json")
+    assert list(store.list("")) == [] and list(root.iterdir()) == []
+    store.put("a", b"x", 1)
+    assert store.get("a") == b"x"
+
+
 def test_old_unfinished_objects_are_removed_and_young_ones_kept(store: DirectoryStore, root: Path) -> None:
     store.put("a", b"x", 1)
     for name, age in (("old", 25 * 3600), ("young", 23 * 3600)):

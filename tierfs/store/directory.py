@@ -63,7 +63,7 @@ class DirectoryStore(ObjectStore):
         temporary = f"{_TMP}/{secrets.token_hex(8)}"
         with DiskErrors(self._path, key):
             root = self._root()
-            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=root)
+            fd = _new_file(root, temporary)
         try:
             for piece in exactly(key, body, size):  # not in DiskErrors: its errors are not the store's
                 with DiskErrors(self._path, key):
@@ -278,6 +278,17 @@ def _check(key: str) -> None:
         raise UsageError(f"not a key for a directory store: {key!r}")
 
 
+def _new_file(root: int, temporary: str) -> int:
+    """A descriptor of a new unfinished object; a directory that is only looked at gets nothing of ours."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    try:
+        return os.open(temporary, flags, 0o600, dir_fd=root)
+    except FileNotFoundError:
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(_TMP, 0o700, dir_fd=root)
+        return os.open(temporary, flags, 0o600, dir_fd=root)
+
+
 def _write_all(fd: int, piece: bytes) -> None:
     rest = memoryview(piece)
     while rest:
@@ -316,10 +327,8 @@ def _exists(root: int, name: str) -> bool:
 
 
 def _clean(root: int) -> None:
-    """Make the directory of unfinished objects, and remove those that a crash left there long ago."""
-    with contextlib.suppress(OSError):  # it is there, or the store can only be read
-        os.mkdir(_TMP, 0o700, dir_fd=root)
-    with contextlib.suppress(OSError):
+    """Remove the unfinished objects that a crash left there long ago."""
+    with contextlib.suppress(OSError):  # there are none, or the store can only be read
         fd = os.open(_TMP, _DIRECTORY | os.O_NOFOLLOW, dir_fd=root)
         try:
             for name in os.listdir(fd):
