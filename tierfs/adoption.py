@@ -104,8 +104,10 @@ def read_intent(state: str) -> dict[str, Any] | None:
             intent = json.load(file)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as exc:
-        raise VolumeError(f"{path}: cannot be read: {exc}") from exc
+    except OSError as exc:
+        raise VolumeError(f"{path}: cannot be read: {exc.strerror}") from exc
+    except ValueError as exc:
+        raise VolumeError(f"{path}: is damaged: put it back from a backup") from exc
     return intent if isinstance(intent, dict) and "directory" in intent else None
 
 

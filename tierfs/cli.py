@@ -84,7 +84,7 @@ def _run() -> int:
         return 2
     except click.ClickException as exc:
         where = exc.ctx.command_path if isinstance(exc, click.UsageError) and exc.ctx else "tierfs"
-        return _fail(f"{exc.format_message()}: see `{where} --help`", exc.exit_code)
+        return _fail(f"{exc.format_message().rstrip('.')}: see `{where} --help`", exc.exit_code)
     except UsageError as exc:
         return _fail(str(exc), 2)
     except TierError as exc:

@@ -235,6 +235,8 @@ def parse(text: str, path: str = FILE_NAME) -> VolumeConfig:
         match = re.search(r"\(at (?:line (\d+), column \d+|end of document)\)", str(exc))
         line = match[1] if match and match[1] else str(text.count("\n") + 1)
         reason = str(exc).split(" (at ")[0]
+        if "overwrite a value" in reason:
+            raise ConfigError(f"{path}:{line}: a key is given twice: take one of them away") from exc
         raise ConfigError(f"{path}:{line}: is not valid TOML: {reason[:1].lower()}{reason[1:]}") from exc
     never = raw.pop("never", None)
     values = {}
@@ -246,7 +248,9 @@ def parse(text: str, path: str = FILE_NAME) -> VolumeConfig:
         values["never"] = _parse_never(text, path, never)
     config = VolumeConfig(**values)
     if config.low > config.high:
-        raise ConfigError(f"{path}:{_line(text, '', 'low')}: low: must not be above high ({config.high:.0%})")
+        key, other = ("low", "high") if "low" in raw else ("high", "low")
+        shares = f"low ({config.low:.0%}) must not be above high ({config.high:.0%})"
+        raise ConfigError(f"{path}:{_line(text, '', key)}: {key}: {shares}: change it, or {other} too")
     return config
 
 

@@ -70,6 +70,16 @@ def test_wrong_usage_is_one_line_and_exit_2(run, arguments):
     assert err.startswith("tierfs: ") and err.count("\n") == 1
 
 
+def test_usage_errors_have_one_punctuation_mark(run):
+    assert run("umount")[2] == "tierfs: Missing argument 'MOUNTPOINT': see `tierfs umount --help`\n"
+
+
+def test_leaving_what_is_no_volume_says_so(run, daemon, tmp_path):
+    code, out, err = run("leave", str(tmp_path))
+    assert (code, out) == (1, "")
+    assert err == f"tierfs: {tmp_path}: is no mounted TierFS volume: mount it first\n"
+
+
 def test_without_arguments_the_commands_are_shown(run):
     code, out, err = run()
     assert code == 2
@@ -131,6 +141,17 @@ def test_a_missing_path_fails_and_the_others_are_shown(run, daemon):
     assert code == 1
     assert err == "tierfs: /vol/x: does not exist\n"
     assert "file:///store" in out
+
+
+def test_ls_names_what_it_cannot_show_and_shows_the_rest(run, daemon):
+    daemon.answers[control.ListNames] = [
+        facts(b"d/c"), control.Done(1, [control.Outcome(b"d/x", "you may not reach it", True)])
+    ]  # fmt: skip
+    code, out, err = run("ls", "/vol/d")
+    assert code == 1 and out.splitlines()[1].endswith(" c")
+    assert err == "tierfs: /vol/d/x: you may not reach it\n"
+    daemon.answers[control.ListNames] = [control.Done(0, [control.Outcome(b"d", "does not exist", True)])]
+    assert run("ls", "/vol/d") == (1, "", "tierfs: /vol/d: does not exist\n")
 
 
 def test_ls_shows_strange_names_on_one_line(run, daemon):

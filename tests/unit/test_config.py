@@ -75,10 +75,11 @@ def test_what_is_no_duration(text):
         ("uploads = 0\n", r"c\.toml:1: uploads: 0 is not a whole number"),
         ("never = 3\n", r"c\.toml:1: never: write it as a table"),
         ("[never]\npatterns = [1]\n", r"c\.toml:2: never\.patterns: "),
-        ('high = "50%"\nlow = "60%"\n', r"c\.toml:2: low: must not be above high \(50%\)"),
+        ('high = "50%"\nlow = "60%"\n', r"c\.toml:2: low: low \(60%\) must not be above high \(50%\)"),
+        ('# low = "90%"\nhigh = "50%"\n', r"c\.toml:2: high: low \(90%\) must not be above high \(50%\)"),
         ("store = \n", r"c\.toml:1: is not valid TOML: invalid value"),
         ('store = "a', r"c\.toml:1: is not valid TOML"),
-        ("uploads = 1\nuploads = 2\n", r"c\.toml:2: is not valid TOML: cannot overwrite"),
+        ("uploads = 1\nuploads = 2\n", r"c\.toml:2: a key is given twice: take one of them away"),
     ],
 )
 def test_mistakes_are_named_with_file_line_and_key(text, message):

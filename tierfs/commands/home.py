@@ -36,6 +36,8 @@ def leave(directory: str) -> None:
     clear_dead_mount(real)
     if locate.mount_at(real, locate.read_mounts()) is None:
         state = volume.find_state(real, None)
+        if not volume.exists(state):
+            raise VolumeError(f"{directory}: is no mounted TierFS volume: mount it first")
     else:
         state = _bring_home(mounted_at(real))
     _give_back(real, state)

@@ -68,7 +68,8 @@ def parse_options(options: Iterable[str]) -> Options:
         elif name in _IMPLIED or name.startswith("x-"):
             continue
         else:
-            raise UsageError(f"-o {name}: unknown mount option: use {', '.join(sorted(_SETS))} or allow_other")
+            known = ", ".join(sorted({*_SETS, *_CLEARS}))
+            raise UsageError(f"-o {name}: unknown mount option: use {known} or allow_other")
         names.append(name)
     return Options(flags, allow_other, tuple(names))
 

@@ -103,7 +103,7 @@ def translate(exc: Exception, place: str, key: str = "") -> StoreError:
         _of_credentials(facts, place)
         or _of_code(facts, place, subject)
         or _of_status(facts, subject)
-        or _of_transport(facts, subject)
+        or _of_transport(facts, place, subject)
     )
 
 
@@ -186,7 +186,7 @@ def _of_status(facts: _Facts, subject: str) -> StoreError | None:
     return None
 
 
-def _of_transport(facts: _Facts, subject: str) -> StoreError:
+def _of_transport(facts: _Facts, place: str, subject: str) -> StoreError:
     text = facts.text
     if "NotPartial" in text:
         return StoreDeniedError(
@@ -195,5 +195,5 @@ def _of_transport(facts: _Facts, subject: str) -> StoreError:
     if "Timeout" in facts.name or "TimedOut" in text or "kind: Timeout" in text:
         return StoreUnavailableError(f"{subject}: the server did not answer in time")
     if "Connect" in facts.name or "kind: Connect" in text:
-        return StoreUnavailableError(f"{subject}: cannot connect to the server")
+        return StoreUnavailableError(f"{place}: cannot connect to the server: check endpoint and network")
     return StoreUnavailableError(f"{subject}: the connection broke or the answer makes no sense ({facts.name})")
