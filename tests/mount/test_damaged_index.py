@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -104,6 +105,31 @@ def test_the_whole_file_lost(filled) -> None:
         made.mount()
         sound(made, files)
         made.umount()
+
+
+def test_with_the_index_lost_only_the_ctime_of_stubs_moves(volume: Make) -> None:
+    made = volume()
+    file = made.mountpoint / "file"
+    file.write_bytes(b"content " * 1000)
+    os.utime(file, ns=(1, 2))
+    os.setxattr(file, "user.a", b"b")
+    before = os.stat(file)
+    made.demote(file)
+    demoted = time.time_ns()
+    assert made.tier(file) == "stub" and os.stat(file).st_ctime_ns == before.st_ctime_ns
+    made.umount()
+    shutil.rmtree(made.state / "index")
+    made.mount()
+    until = time.monotonic() + 60
+    while any("looked through" in note for note in made.status()["notes"]):
+        assert time.monotonic() < until, made.log()
+        time.sleep(0.1)
+    after = os.stat(file)
+    assert made.tier(file) == "stub"
+    assert before.st_ctime_ns < after.st_ctime_ns <= demoted, "it is that of the demotion"
+    for name in ("st_mode", "st_nlink", "st_uid", "st_gid", "st_size", "st_blocks", "st_mtime_ns"):
+        assert getattr(after, name) == getattr(before, name), name
+    assert file.read_bytes() == b"content " * 1000 and os.getxattr(file, "user.a") == b"b"
 
 
 def test_a_check_finds_damage_that_nobody_has_met_and_makes_a_new_index(filled) -> None:

@@ -129,6 +129,28 @@ def test_a_store_that_is_away(home: Volume, tmp_path: Path) -> None:
     assert told(tmp_path) == as_it_is(home.mountpoint)
 
 
+def test_what_is_made_behind_the_mount_is_told_by_the_next_snapshot(home: Volume, tmp_path: Path) -> None:
+    (home.mountpoint / "d").mkdir()
+    (home.mountpoint / "d" / "before").write_bytes(b"x")
+    caught_up(home)
+    Path(home.backing(home.mountpoint / "d" / "behind")).write_bytes(b"y")
+    os.rename(home.backing(home.mountpoint / "d" / "before"), home.backing(home.mountpoint / "d" / "moved"))
+    (home.mountpoint / "d" / "after").write_bytes(b"z")
+    home.umount("--wait")
+    assert {b"d/before", b"d/after"} <= told(tmp_path).keys()
+    assert not {b"d/behind", b"d/moved"} & told(tmp_path).keys()
+    for path in (tmp_path / "store" / "meta").glob("*.snapshot-*"):
+        path.unlink()  # the next mount takes another one
+    home.mount()
+    until = time.monotonic() + 60
+    while not list((tmp_path / "store" / "meta").glob("*.snapshot-*")):
+        assert time.monotonic() < until, home.log()
+        time.sleep(0.1)
+    caught_up(home)
+    assert {b"d/behind", b"d/moved", b"d/after"} <= told(tmp_path).keys()
+    assert b"d/before" not in told(tmp_path)
+
+
 def test_an_adopted_directory_is_told(volume: Make, tmp_path: Path) -> None:
     made = volume(mount=False)
     directory = made.base / "mnt"
