@@ -101,6 +101,11 @@ class Arrival:
         """Every leaf is here."""
         return self.leaves.count(HERE) == len(self.leaves)
 
+    @property
+    def bytes_here(self) -> int:
+        """How much of the file is here."""
+        return min(self.leaves.count(HERE) * LEAF, self.size)
+
     def bits(self) -> bytes:
         """One bit a leaf, least significant first."""
         packed = bytearray(-(-len(self.leaves) // 8))

@@ -70,6 +70,7 @@ class Item:
     again: bool = False  # a stub of which something is local
     demoted: bool = False
     uploaded: int = 0
+    moved: int = 0  # how far its content has come, for those who watch
 
     @property
     def going(self) -> bool:
@@ -265,6 +266,7 @@ class Copier:
                     coming = _readers.submit(_read_piece, item.fd, at + PIECE, size)
                 digests.append(found)
                 yield piece
+                item.moved = at + len(piece)
                 self._kit.uploaded.add(len(piece))
         finally:
             wait([coming])  # it reads from a descriptor that is about to be closed

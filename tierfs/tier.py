@@ -302,6 +302,8 @@ class Tier:
                 try:
                     number, reason = future.result(0.2)
                 except FutureTimeout:
+                    arrival = self.filler.arrival(item.ino)
+                    item.moved = arrival.bytes_here if arrival is not None else item.moved
                     continue
                 if number:
                     item.stay(reason or os.strerror(number), failed=True)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from tierfs import control, terminal, volume
 from tierfs.collecting import Collector
-from tierfs.copying import Item
+from tierfs.copying import PIECE, Item
 from tierfs.errors import StoreUnavailableError, TierError
 from tierfs.heat_index import HeatIndex
 from tierfs.model import Record, Residency, object_key
@@ -28,6 +28,7 @@ Check = Callable[[control.Check, Job], control.Findings]
 
 _DRAIN_SECONDS = 0.05  # facts are at most so old
 _OPEN_SECONDS = 10.0  # how long `--wait` waits for a file that is open, before it names it
+_LOOK_SECONDS = 0.2  # between looks how far large files have come
 _ROUND = 1000  # dirty files that are looked at together
 
 
@@ -185,12 +186,14 @@ class TierBackend:
     def demote(self, targets: list[Target], job: Job) -> control.Done:
         """Carry out an order to demote."""
         items = [_item(target) for target in targets]
-        return _done(self._tier.demote(items, job.cancelled, _Count(items, job)))
+        with _Count(items, job) as count:
+            return _done(self._tier.demote(items, job.cancelled, count))
 
     def fetch(self, targets: list[Target], job: Job) -> control.Done:
         """Carry out an order to fetch."""
         items = [_item(target) for target in targets]
-        return _done(self._tier.fetch(items, job.cancelled, _Count(items, job)))
+        with _Count(items, job) as count:
+            return _done(self._tier.fetch(items, job.cancelled, count))
 
     def set_pin(self, opath: int, status: os.stat_result, parent: int, name: bytes, on: bool) -> None:
         """Pin or unpin one file or directory."""
@@ -215,7 +218,8 @@ class TierBackend:
         while True:
             position = self._tier.drain()
             items = self._dirty()
-            done = self._tier.demote(items, job.cancelled, _Count(items, job), punch=False)
+            with _Count(items, job) as count:
+                done = self._tier.demote(items, job.cancelled, count, punch=False)
             copied += sum(not item.reason for item in done)
             staying = [item for item in done if item.reason and not item.reason.startswith("never leaves")]
             failed = any(item.failed for item in staying)
@@ -293,23 +297,49 @@ class TierBackend:
 
 
 class _Count:
-    """Turns finished items into progress."""
+    """Turns finished items into progress, and while it is entered also what has come of large ones."""
 
     def __init__(self, items: list[Item], job: Job) -> None:
         self._job = job
         self._lock = threading.Lock()
         self._files_total, self._bytes_total = len(items), sum(item.size for item in items)
         self._files = self._bytes = 0
+        self._large = {item.ino: item for item in items if item.size > PIECE}
+        self._over = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, name="progress", daemon=True)
         job.report(control.Progress(0, self._files_total, 0, self._bytes_total))
+
+    def __enter__(self) -> _Count:
+        if self._large:
+            self._watcher.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        if self._watcher.ident is not None:
+            self._watcher.join()
 
     def __call__(self, item: Item) -> None:
         with self._lock:
             self._files += 1
-            self._bytes = min(self._bytes + item.size, self._bytes_total)
-            progress = control.Progress(
-                self._files, self._files_total, self._bytes, self._bytes_total, item.path or item.name
-            )
+            self._bytes += item.size
+            self._large.pop(item.ino, None)
+            progress = self._progress(item)
         self._job.report(progress)
+
+    def _watch(self) -> None:
+        while not self._over.wait(_LOOK_SECONDS):
+            with self._lock:
+                moving = [item for item in self._large.values() if item.moved]
+                progress = self._progress(moving[0]) if moving else None
+            if progress is not None:
+                self._job.report(progress)
+
+    def _progress(self, of: Item) -> control.Progress:
+        moved = self._bytes + sum(min(item.moved, item.size) for item in self._large.values())
+        return control.Progress(
+            self._files, self._files_total, min(moved, self._bytes_total), self._bytes_total, of.path or of.name
+        )
 
 
 def _item(target: Target) -> Item:

@@ -6,11 +6,14 @@ import errno
 import os
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
+from tierfsd.backend import _Count
 from tiering import MIB, Volume
 
 from tierfs import wire
+from tierfs.copying import PIECE
 from tierfs.errors import BucketMissingError, StoreDeniedError, StoreUnavailableError
 from tierfs.model import LEAF, Residency
 from tierfs.store.memory import MemoryStore
@@ -379,3 +382,56 @@ def test_a_time_that_no_mark_can_hold_is_shown_of_an_open_stub(volume):
         volume.tier.drain()
     finally:
         volume.server.release(handle)
+
+
+class Halting(MemoryStore):
+    """Stops each put and each get when so many bytes have passed, until it may go on."""
+
+    def __init__(self, after):
+        super().__init__()
+        self.left = after
+        self.go_on = threading.Event()
+
+    def put(self, key, body, size):
+        pieces = [body] if isinstance(body, bytes) else body
+        return super().put(key, (self._passed(piece) for piece in pieces), size)
+
+    def get(self, key, start=0, length=None):
+        return self._passed(super().get(key, start, length))
+
+    def _passed(self, data):
+        if self.left <= 0:
+            self.go_on.wait(20)
+        self.left -= len(data)
+        return data
+
+
+@pytest.mark.parametrize("how", ["demote", "fetch"])
+def test_how_far_a_large_file_has_come_is_told_meanwhile(tmp_path, how):
+    size, reports = 4 * PIECE, []
+    store = Halting(size if how == "demote" else 1 << 40)
+    made = Volume(tmp_path, store, chunk_size=MIB, fetch_timeout=20.0)
+    job = SimpleNamespace(report=reports.append)
+    try:
+        made.server.create(made.path("big"), os.urandom(size))
+        if how == "fetch":
+            assert made.demote("big")[0].demoted
+        store.left, item = 2 * PIECE, made.item("big")
+
+        def run():
+            with _Count([item], job) as count:
+                getattr(made.tier, how)([item], None, count)
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        until = time.monotonic() + 20
+        while not any(0 < report.bytes_done < size for report in reports):
+            assert time.monotonic() < until, reports
+            time.sleep(0.02)
+        store.go_on.set()
+        thread.join()
+        assert not item.reason and (reports[-1].files_done, reports[-1].bytes_done) == (1, size)
+        assert [r.bytes_done for r in reports] == sorted(r.bytes_done for r in reports)
+    finally:
+        store.go_on.set()
+        made.stop()
