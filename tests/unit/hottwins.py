@@ -45,10 +45,22 @@ class Twin(Side):
         number, data = p.OUT.unpack_from(data)[1], data[p.OUT_SIZE :]
         if opcode in (p.Op.LOOKUP, p.Op.MKDIR, p.Op.CREATE) and data:
             return number, entry_of(data[: p.ENTRY_OUT.size]), data[p.ENTRY_OUT.size :]
-        if opcode == p.Op.GETATTR and data:
+        if opcode in (p.Op.GETATTR, p.Op.SETATTR) and data:
             found = p.ATTR_OUT.unpack(data)
             return number, found[:3], Ino(found[3]), found[4], found[12:16]
         return number, data
+
+    def looks(self):
+        """What there is in the tree, but for times."""
+        found = []
+        for top, dirs, files in os.walk(self.path):
+            for name in sorted((*dirs, *files)):
+                path = os.path.join(top, name)
+                st = os.lstat(path)
+                place = os.path.relpath(path, self.path)
+                found.append((place, Ino(st.st_ino), st.st_mode, st.st_nlink, st.st_uid, st.st_gid, st.st_size))
+            dirs.sort()
+        return found
 
     def inode(self, inode):
         return {"ino": Ino(inode.ino), "parent": Ino(inode.parent), "opath": inode.opath >= 0,
@@ -104,6 +116,7 @@ class Twin(Side):
         """All that a request may leave behind."""
         nodes, gate = self.vfs.nodes, self.gate
         return {
+            "tree": self.looks(),
             "nodes": self.nodes(),
             "by_ino": sorted((node.id, Ino(ino)) for ino, node in nodes._by_ino.items()),
             "dirs": sorted(nodes._dirs),
@@ -197,6 +210,15 @@ class Both:
         how = p.RENAME2_IN.pack(new_parent, flags, 0) if flags else p.U64.pack(new_parent)
         opcode = p.Op.RENAME2 if flags else p.Op.RENAME
         return -self.ask(opcode, parent, how + name + b"\0" + new_name + b"\0")[0]
+
+    def set(self, nodeid, valid, fh=0, size=0, times=(0, 0), mode=0, uid=0, gid=0):
+        """SETATTR; the errno. `times`: of access and modification, in nanoseconds."""
+        (atime, atime_ns), (mtime, mtime_ns) = (divmod(each, 10**9) for each in times)
+        body = p.SETATTR_IN.pack(
+            valid, 0, fh, size, 0, atime, mtime, 0, atime_ns, mtime_ns, 0, mode, 0, uid, gid, 0
+        )  # fmt: skip
+        found = self.ask(p.Op.SETATTR, nodeid, body)
+        return None if found is None else -found[0]
 
     def release(self, which):
         nodeid, fh = self.open.pop(which % len(self.open))

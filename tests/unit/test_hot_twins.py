@@ -3,6 +3,8 @@
 import errno
 import itertools
 import os
+import stat
+import time
 
 import pytest
 from hotside import build
@@ -11,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tierfs.fuse import protocol as p
+from tierfs.handles import Inode, ShownTimes
 from tierfs.marks import SEGMENT
 from tierfs.model import Stub
 from tierfs.vfs import ROOT
@@ -179,21 +182,222 @@ def test_whose_what_is_made_becomes_and_what_mode_it_gets(both):
             assert (one.st_mode, one.st_uid, one.st_gid) == (other.st_mode, other.st_uid, other.st_gid)
 
 
-def test_that_an_open_file_has_no_capabilities_is_left_to_nobody(both):
-    asked = left(both, p.Op.GETXATTR)
+def value(both, node, name, size=100):
+    """(errno, value) of an extended attribute."""
+    number, found = both.ask(p.Op.GETXATTR, node, p.GETXATTR_IN.pack(size, 0) + name + b"\0")
+    return -number, found
+
+
+@pytest.mark.parametrize("opened", [True, False])
+def test_which_attributes_a_file_has_is_left_to_nobody(both, opened):
+    asked = left(both, p.Op.GETXATTR, p.Op.LISTXATTR)
     node = both.made(p.Op.CREATE, ROOT, b"a", 0o755)
-    question = p.GETXATTR_IN.pack(20, 0) + b"security.capability\0"
-    assert both.ask(p.Op.GETXATTR, node, question) == (-errno.ENODATA, b"")
-    assert asked == []
-    other = p.GETXATTR_IN.pack(0, 0) + b"security.other\0"
-    assert both.ask(p.Op.GETXATTR, node, other) == (-errno.ENODATA, b"")
-    assert both.ask(p.Op.GETXATTR, ROOT, question) == (-errno.ENODATA, b"")
+    if not opened:
+        both.release(0)
+    none = errno.ENODATA, b""
+    for name in (b"security.capability", b"system.posix_acl_access", b"user.none", b"security.selinux"):
+        assert value(both, node, name) == none
+    assert both.ask(p.Op.LISTXATTR, node, p.GETXATTR_IN.pack(100, 0)) == (0, b"")
+    assert both.ask(p.Op.LISTXATTR, node, p.GETXATTR_IN.pack(0, 0)) == (0, p.SIZE_OUT.pack(0, 0))
     for side in both.sides:
         os.setxattr(side.path / "a", "security.capability", CAPABILITY)
-    assert both.ask(p.Op.GETXATTR, node, question) == (0, CAPABILITY)
-    both.release(0)
-    assert both.ask(p.Op.GETXATTR, node, question) == (0, CAPABILITY)
-    assert len(asked) == 4
+        os.setxattr(side.path / "a", "user.empty", b"")
+        os.setxattr(side.path / "a", "trusted.tierfs_pin", b"1")
+    assert value(both, node, b"security.capability") == (0, CAPABILITY)
+    assert value(both, node, b"security.capability", 0) == (0, p.SIZE_OUT.pack(len(CAPABILITY), 0))
+    assert value(both, node, b"user.empty") == (0, b"")
+    names = both.ask(p.Op.LISTXATTR, node, p.GETXATTR_IN.pack(100, 0))[1]
+    assert set(names.split(b"\0")) == {b"security.capability", b"user.empty", b""}
+    assert both.ask(p.Op.LISTXATTR, node, p.GETXATTR_IN.pack(0, 0)) == (0, p.SIZE_OUT.pack(len(names), 0))
+    assert asked == []
+
+
+def test_what_is_asked_of_attributes_and_is_not_plain_is_left_to_python(both):
+    both.behind(write(b"content"))
+    for side in both.sides:
+        os.setxattr(side.path / "a", "user.long", b"v" * 1025)
+        for number in range(30):
+            os.setxattr(side.path / "b", f"user.{number:040}", b"")
+        os.setxattr(side.path / "c", "user.tierfs_pin", b"1")
+        os.setxattr(side.path / "d", "trusted.tierfs", b"")
+    a, b, c, d = (both.lookup(ROOT, name) for name in (b"a", b"b", b"c", b"d"))
+    asked = left(both, p.Op.GETXATTR, p.Op.LISTXATTR)
+    assert value(both, a, b"user.long", 2000) == (0, b"v" * 1025)
+    assert value(both, a, b"user.long", 9) == (errno.ERANGE, b"")
+    assert value(both, a, b"user.tierfs.tier") == (0, b"resident")
+    assert value(both, d, b"trusted.tierfs") == (errno.ENODATA, b"")
+    assert value(both, ROOT, b"user.none") == (errno.ENODATA, b"")
+    assert value(both, 77, b"user.none") == (errno.ESTALE, b"")
+    for room in (0, 2000, 10):
+        both.ask(p.Op.LISTXATTR, b, p.GETXATTR_IN.pack(room, 0))
+    assert both.ask(p.Op.LISTXATTR, c, p.GETXATTR_IN.pack(50, 0)) == (0, b"user.tierfs_pin\0")
+    assert asked == [p.Op.GETXATTR] * 6 + [p.Op.LISTXATTR] * 4
+    both.behind(lambda path: os.rename(path / "b", path / "a"))
+    assert value(both, a, b"user.none") == (errno.ESTALE, b"")
+
+
+def test_no_file_is_a_terminal(both):
+    asked = left(both, p.Op.IOCTL)
+    node = both.made(p.Op.CREATE, ROOT, b"a", 0o644)
+    for nodeid in (node, ROOT, 77):
+        assert both.ask(p.Op.IOCTL, nodeid, bytes(32)) == (-errno.ENOTTY, b"")
+    assert asked == []
+
+
+# --- attributes that are set -------------------------------------------------------------------------------
+
+OWNER = p.SET_UID | p.SET_GID
+TIMES = p.SET_ATIME | p.SET_MTIME
+NOW = TIMES | p.SET_ATIME_NOW | p.SET_MTIME_NOW
+
+
+def stats(both, name):
+    return [os.lstat(side.path / name) for side in both.sides]
+
+
+def times_of(both, name):
+    """Of access and modification."""
+    return {(st.st_atime_ns, st.st_mtime_ns) for st in stats(both, name)}
+
+
+@pytest.mark.parametrize("caller", [(0, 0), (1000, 1001)])
+@pytest.mark.parametrize("what", ["open", "closed", "idle", "directory", "symlink"])
+def test_attributes_that_are_set_are_left_to_nobody(both, what, caller):
+    for side in both.sides:
+        side.caller = caller
+        (side.path / "a").symlink_to("nowhere") if what == "symlink" else None
+        (side.path / "a").write_bytes(b"content") if what == "closed" else None
+    if what in ("open", "idle"):
+        node = both.made(p.Op.CREATE, ROOT, b"a", 0o644)
+    elif what == "directory":
+        node = both.made(p.Op.MKDIR, ROOT, b"a", 0o755)
+    else:
+        node = both.lookup(ROOT, b"a")
+    if what in ("open", "idle"):
+        both.behind(lambda path: (path / "a").write_bytes(b"content"))
+    if what == "idle":
+        both.release(0)
+    asked = left(both, p.Op.SETATTR)
+    assert both.set(node, OWNER, uid=5, gid=6) == 0
+    assert both.set(node, p.SET_GID, uid=9, gid=7) == 0
+    assert all((st.st_uid, st.st_gid) == (5, 7) for st in stats(both, "a"))
+    far = 4_000_000_000_000_000_001  # no look at it comes later than that
+    assert both.set(node, TIMES, times=(far, -1_500_000_000)) == 0
+    assert times_of(both, "a") == {(far, -1_500_000_000)}
+    assert both.set(node, p.SET_MTIME | p.SET_ATIME_NOW, times=(1, 3_000_000_001)) == 0
+    assert times_of(both, "a") == {(far, 3_000_000_001)}
+    before = time.time_ns()
+    assert both.set(node, NOW) == 0
+    assert all(min(st.st_atime_ns, st.st_mtime_ns) > before - 10**9 for st in stats(both, "a"))
+    if what != "symlink":
+        assert both.set(node, p.SET_MODE, mode=stat.S_IFREG | 0o1604) == 0
+        assert both.set(node, p.SET_MODE | OWNER | TIMES, mode=0o640, uid=1, gid=2, times=(far, 4)) == 0
+        assert all(stat.S_IMODE(st.st_mode) == 0o640 for st in stats(both, "a"))
+        assert all((st.st_uid, st.st_gid) == (1, 2) for st in stats(both, "a"))
+        assert times_of(both, "a") == {(far, 4)}
+    if what == "directory":
+        assert both.set(node, p.SET_MODE, mode=0o2755) == 0
+        assert both.set(node, OWNER, uid=5, gid=6) == 0
+    assert asked == []
+
+
+def test_a_file_that_is_being_written_gets_another_size(both):
+    asked = left(both, p.Op.SETATTR)
+    node = both.made(p.Op.CREATE, ROOT, b"a", 0o644)
+    fh = both.open[0][1]
+    for valid in (p.SET_SIZE, p.SET_SIZE | p.SET_FH, p.SET_SIZE | p.SET_FH | p.SET_KILL_SUIDGID):
+        both.behind(lambda path: (path / "a").write_bytes(b"content"))
+        for size in (7, 5, 5, 9):  # where it stays, time goes on as well
+            both.behind(lambda path: os.utime(path / "a", ns=(1, 1)))
+            assert both.set(node, valid, fh, size=size) == 0
+            assert all(st.st_size == size and st.st_mtime_ns > 1 for st in stats(both, "a"))
+    assert asked == []
+    for size in (0, 9):  # nothing of it is there: perhaps it is a stub
+        assert both.set(node, p.SET_SIZE, size=size) == 0
+        assert all(st.st_size == size for st in stats(both, "a"))
+
+
+def test_what_an_open_file_looks_like_is_left_to_nobody(both):
+    asked = left(both, p.Op.GETATTR)
+    node = both.made(p.Op.CREATE, ROOT, b"a", 0o644)
+    both.behind(lambda path: (path / "a").write_bytes(b"content"))
+    fh = both.open[0][1]
+    for number in (fh, 99):  # 99: of a directory, say
+        assert both.ask(p.Op.GETATTR, node, p.GETATTR_IN.pack(p.GETATTR_FH, 0, number))[0] == 0
+    both.behind(lambda path: os.rename(path / "a", path / "b"))
+    assert both.ask(p.Op.GETATTR, node, p.GETATTR_IN.pack(p.GETATTR_FH, 0, fh))[0] == 0
+    assert asked == []
+
+
+NOT_PLAIN = {
+    "unknown": (p.SET_MODE, {}),
+    "root": (p.SET_MODE, {"mode": 0o755}),
+    "set-id": (OWNER, {"uid": 5, "gid": 6}),
+    "to be set-id": (p.SET_MODE, {"mode": 0o4755}),
+    "no owner": (p.SET_UID, {"uid": 0xFFFFFFFF}),
+    "replaced": (p.SET_MODE, {"mode": 0o600}),
+    "removed": (p.SET_MODE, {"mode": 0o600}),
+    "moved, by an open file": (p.SET_MODE | p.SET_FH, {"mode": 0o600}),
+    "late": (p.SET_MODE, {"mode": 0o600}),
+    "shown": (p.SET_MODE, {"mode": 0o600}),
+    "guard": (p.SET_MODE, {"mode": 0o600}),
+    "many marks": (p.SET_MODE, {"mode": 0o600}),
+    "size, closed": (p.SET_SIZE, {"size": 3}),
+    "size, idle": (p.SET_SIZE, {"size": 3}),
+    "size, read": (p.SET_SIZE, {"size": 0}),
+    "size, of a directory": (p.SET_SIZE, {"size": 0}),
+    "mode, of a symlink": (p.SET_MODE, {"mode": 0o600}),
+}
+
+
+@pytest.mark.parametrize("how", NOT_PLAIN)
+def test_attributes_that_are_not_plainly_set_are_left_to_python(both, how):
+    both.behind(write(b"content"))
+    both.behind(lambda path: (path / "dir").mkdir())
+    both.behind(lambda path: (path / "link").symlink_to("a"))
+    name = b"dir" if "directory" in how else b"link" if "symlink" in how else b"a"
+    node, more = both.lookup(ROOT, name), {}
+    if how in ("size, idle", "size, read", "moved, by an open file"):
+        more["fh"] = both.opened(node, os.O_RDONLY)
+    if how == "size, idle":
+        both.release(0)
+    for side in both.sides:
+        ino = os.stat(side.path / "a").st_ino
+        match how:
+            case "set-id":
+                (side.path / "a").chmod(0o2644)
+            case "replaced":
+                os.rename(side.path / "b", side.path / "a")
+            case "removed":
+                assert side.ask(p.Op.UNLINK, ROOT, b"a\0") == (0, b"")
+            case "moved, by an open file":
+                assert side.ask(p.Op.UNLINK, ROOT, b"a\0") == (0, b"")
+            case "late":
+                side.gate.appearance.late[ino] = ShownTimes(1, 2, 3), 1e12
+            case "shown":
+                side.gate._inodes[ino] = inode = Inode(ino, ROOT, b"a")
+                inode.shown = ShownTimes(1, 2, 3)
+            case "guard":
+                assert side.gate._guard(ino, 0)
+            case "many marks":
+                side.gate.marks.position = side.gate.marks.start + SEGMENT - 4096
+    asked = left(both, p.Op.SETATTR)
+    valid, given = NOT_PLAIN[how]
+    both.set({"unknown": 77, "root": ROOT}.get(how, node), valid, **given, **more)
+    assert asked == [p.Op.SETATTR]
+    for side in both.sides:
+        for inode in list(side.gate._inodes.values()):
+            side.gate._end_guard(inode)
+
+
+def test_a_name_that_is_anothers_by_now_changes_nothing_of_either(both):
+    """Also where somebody has the file open that had it."""
+    for name in (b"a", b"b"):
+        both.made(p.Op.CREATE, ROOT, name, 0o644)
+    both.behind(lambda path: os.link(path / "a", path / "c"))
+    both.behind(lambda path: os.rename(path / "b", path / "a"))
+    assert both.set(both.nodes[1], p.SET_MODE, mode=0o600) == errno.ESTALE
+    assert {st.st_mode & 0o777 for name in ("a", "c") for st in stats(both, name)} == {0o644}
 
 
 @pytest.mark.parametrize("op", [p.Op.CREATE, p.Op.MKDIR])
@@ -247,13 +451,19 @@ NAMES = [b"a", b"b", b"c", b"n" * 40]
 NODES = st.integers(0, 9)
 FLAG = st.integers(0, 1)
 MODES = [0o755, 0o640, 0o2755, 0o1777]
+SETS = [
+    p.SET_MODE, OWNER, TIMES, NOW, p.SET_SIZE, p.SET_SIZE | p.SET_FH | p.SET_KILL_SUIDGID,
+    p.SET_MODE | OWNER | TIMES, p.SET_MODE | p.SET_SIZE, OWNER | p.SET_KILL_SUIDGID, p.SET_FH | TIMES,
+]  # fmt: skip
 FLAGS = [os.O_RDONLY, os.O_RDONLY, os.O_WRONLY, os.O_RDWR | os.O_TRUNC]
 STEPS = st.one_of(
     st.tuples(st.just("lookup"), NODES, st.sampled_from([*NAMES, b"d"])),
     st.tuples(st.just("open"), NODES, st.sampled_from(FLAGS)),
     st.tuples(st.just("release"), st.integers(0, 9)),
     st.tuples(st.just("forget"), NODES, st.integers(1, 3)),
-    st.tuples(st.sampled_from(["getattr", "retire"]), NODES),
+    st.tuples(st.sampled_from(["getattr", "retire", "listxattr"]), NODES),
+    st.tuples(st.just("set"), NODES, st.sampled_from(SETS), st.sampled_from(MODES), st.integers(0, 9)),
+    st.tuples(st.just("getxattr"), NODES, st.sampled_from([b"security.capability", b"user.tierfs.tier"])),
     st.tuples(st.sampled_from(["file", "dir", "remove", "chmod"]), st.sampled_from(NAMES)),
     st.tuples(st.just("link"), st.sampled_from(NAMES)),
     st.tuples(st.sampled_from(["unlink", "rmdir"]), NODES, st.sampled_from(NAMES)),
@@ -284,6 +494,13 @@ def step_of(both, step):
                 both.ask(p.Op.FORGET, nodeid, p.U64.pack(more[1]))
         case "getattr":
             both.ask(p.Op.GETATTR, nodeid, p.GETATTR_IN.pack(0, 0, 0))
+        case "set":
+            fh = both.open[more[3] % len(both.open)][1] if both.open else 0
+            both.set(nodeid, more[1], fh, more[3], (-5, 10**9 + 7), more[2], 5, 6)
+        case "listxattr":
+            both.ask(p.Op.LISTXATTR, nodeid, p.GETXATTR_IN.pack(100, 0))
+        case "getxattr":
+            value(both, nodeid, more[1])
         case "retire":
             for side in both.sides:
                 for ino in itertools.islice(list(side.gate.idle.inodes), 1):

@@ -143,6 +143,10 @@ OPERATIONS = {
     "replace xattr": lambda vfs, nodes, files: vfs.setxattr(nodes["g"], b"user.old", b"2", os.XATTR_REPLACE),
     "removexattr": lambda vfs, nodes, files: vfs.removexattr(nodes["g"], b"user.old"),
     "chmod and truncate": lambda vfs, nodes, files: vfs.setattr(nodes["g"], mode=0o600, size=77),
+    "attributes": lambda vfs, nodes, files: vfs.setattr(
+        nodes["g"], mode=0o640, uid=7, gid=8, atime_ns=4 * 10**18, mtime_ns=-5
+    ),
+    "truncate what is open": lambda vfs, nodes, files: vfs.setattr(nodes["f"], files["f"], size=77),
     "truncating open": lambda vfs, nodes, files: vfs.open(nodes["g"], os.O_RDWR | os.O_TRUNC, ME)[1].writable,
     "write": lambda vfs, nodes, files: vfs.write(files["f"], 5000, b"new"),
 }  # fmt: skip

@@ -18,8 +18,8 @@
 #endif
 
 enum {
-    LOOKUP = 1, FORGET = 2, GETATTR = 3, MKDIR = 9, UNLINK = 10, RMDIR = 11, RENAME = 12, OPEN = 14, RELEASE = 18,
-    GETXATTR = 22, CREATE = 35, BATCH_FORGET = 42, RENAME2 = 45,
+    LOOKUP = 1, FORGET = 2, GETATTR = 3, SETATTR = 4, MKDIR = 9, UNLINK = 10, RMDIR = 11, RENAME = 12, OPEN = 14, RELEASE = 18,
+    GETXATTR = 22, LISTXATTR = 23, CREATE = 35, IOCTL = 39, BATCH_FORGET = 42, RENAME2 = 45,
 }; /* opcodes */
 enum { GETATTR_FH = 1 };
 #define RESENT (1ULL << 63)
@@ -61,7 +61,7 @@ static enum outcome forget_all(Hot *hot, const struct in_header *in, const char 
     return FOUND;
 }
 
-union body { struct entry_out entry; struct attr_out attr; struct open_out open; struct create_out create; };
+union body { struct entry_out entry; struct attr_out attr; struct open_out open; struct create_out create; char value[MOST_VALUE]; };
 
 /* The name at this place of a message; NULL where it does not end within. */
 static const char *name_at(const char *message, Py_ssize_t length, size_t at)
@@ -99,6 +99,8 @@ static enum outcome carried_out(Hot *hot, const struct in_header *in, const char
                                 union body *body, size_t *size)
 {
     struct { uint32_t flags, more; uint64_t fh; } ask;
+    struct setattr_in set;
+    const char *name;
     uint64_t fh;
     switch (in->opcode) {
     case LOOKUP:
@@ -107,8 +109,14 @@ static enum outcome carried_out(Hot *hot, const struct in_header *in, const char
                : look_up(hot, in->nodeid, message + sizeof *in, length - sizeof *in - 1, &body->entry);
     case GETATTR:
         *size = sizeof body->attr;
-        return !fields(message, length, &ask, sizeof ask) || ask.flags & GETATTR_FH ? PYTHONS
-               : get_attributes(hot, in->nodeid, &body->attr);
+        if (!fields(message, length, &ask, sizeof ask))
+            return PYTHONS;
+        return ask.flags & GETATTR_FH ? get_attributes_of_file(hot, in->nodeid, ask.fh, &body->attr)
+                                      : get_attributes(hot, in->nodeid, &body->attr);
+    case SETATTR:
+        *size = sizeof body->attr;
+        return !fields(message, length, &set, sizeof set) ? PYTHONS
+               : set_attributes(hot, in->nodeid, &set, &body->attr);
     case OPEN:
         *size = sizeof body->open;
         return !fields(message, length, &ask, 8) ? PYTHONS : open_file(hot, in, ask.flags, &body->open);
@@ -116,8 +124,13 @@ static enum outcome carried_out(Hot *hot, const struct in_header *in, const char
         *size = 0;
         return !fields(message, length, &fh, sizeof fh) ? PYTHONS : release_file(hot, fh);
     case GETXATTR:
-        return message[length - 1] || length <= (Py_ssize_t)sizeof *in + 8 ? PYTHONS
-               : lacks_attribute(hot, in->nodeid, message + sizeof *in + 8);
+        name = fields(message, length, &ask, 8) ? name_at(message, length, sizeof *in + 8) : NULL;
+        return name ? get_xattr(hot, in->nodeid, ask.flags, name, body->value, size) : PYTHONS;
+    case LISTXATTR:
+        return !fields(message, length, &ask, 8) ? PYTHONS
+               : list_xattrs(hot, in->nodeid, ask.flags, body->value, size);
+    case IOCTL:
+        return NO_TERMINAL; /* no file of ours is one, nor knows another */
     case UNLINK:
     case RMDIR:
         *size = 0;
@@ -178,8 +191,8 @@ static int answer(Hot *hot, Py_ssize_t size)
     if (in.opcode == FORGET || in.opcode == BATCH_FORGET)
         return 1;
     body = outcome == FOUND ? body : 0;
-    int error = outcome == FOUND ? 0 : outcome == ABSENT ? -ENOENT : -ENODATA;
-    reply.head = (struct out_header){sizeof reply.head + body, error, in.unique};
+    static const int errors[] = {[ABSENT] = ENOENT, [NO_DATA] = ENODATA, [NO_TERMINAL] = ENOTTY, [FOUND] = 0};
+    reply.head = (struct out_header){sizeof reply.head + body, -errors[outcome], in.unique};
     if (write(hot->fd, &reply, reply.head.len) < 0 && told(hot->refused, in.unique, PyLong_FromLong(errno)))
         return -1;
     return 1;

@@ -31,6 +31,12 @@ struct entry_out {
     struct attr attr;
 };
 struct attr_out { uint64_t attr_valid; uint32_t attr_valid_nsec, dummy; struct attr attr; };
+struct setattr_in {
+    uint32_t valid, padding;
+    uint64_t fh, size, lock_owner;
+    int64_t atime, mtime, ctime;
+    uint32_t atimensec, mtimensec, ctimensec, mode, unused, uid, gid, unused_too;
+};
 struct open_out { uint64_t fh; uint32_t open_flags; int32_t backing_id; };
 struct create_out { struct entry_out entry; struct open_out open; };
 #define OPEN_NOFLUSH (1 << 5)
@@ -64,7 +70,7 @@ void hot_point(void);
 /* What became of a request here. FAILED: with an exception, after something has been changed. */
 #define GONE_NODE 2 /* the kind of a node (ledger.Kind) whose content is its last attributes */
 enum doing { DOING_MAKE = 1, DOING_UNLINK = 3, DOING_RMDIR, DOING_RENAME };            /* intents.Doing */
-enum mark { WRITTEN = 1, CLOSED, GONE, NAMED, DIRECTORY, ENTRY = 8 };                  /* marks.Mark */
+enum mark { WRITTEN = 1, CLOSED, GONE, NAMED, DIRECTORY, ENTRY = 8, ATTRIBUTES };      /* marks.Mark */
 
 /* What a mark says, and of which file handle. */
 struct handle { size_t length; char bytes[sizeof(int) + MAX_HANDLE_SZ]; };
@@ -78,7 +84,7 @@ struct mark_of {
 /* A name in a directory; `ino` is the directory's. */
 struct place { PyObject *parent; int fd; const char *name; size_t length; uint64_t ino; };
 
-enum outcome { PYTHONS, ABSENT, NO_DATA, FOUND, FAILED };
+enum outcome { PYTHONS, ABSENT, NO_DATA, NO_TERMINAL, FOUND, FAILED };
 
 /* What is given to the object by these names, and of which type; anything where that is NULL. */
 #define OBJECTS(X) \
@@ -150,7 +156,6 @@ int forget(Hot *hot, uint64_t nodeid, uint64_t count);
 /* --- open files (_hot_open.c) --- */
 enum outcome open_file(Hot *hot, const struct in_header *in, uint32_t flags, struct open_out *out);
 enum outcome release_file(Hot *hot, uint64_t fh);
-enum outcome lacks_attribute(Hot *hot, uint64_t nodeid, const char *name);
 PyObject *backing_id_of(Hot *hot, PyObject *backing, PyObject *opath);
 int touch(Hot *hot, PyObject *inode, PyObject *ino);
 int idle_dropped(Hot *hot, PyObject *ino);
@@ -188,5 +193,14 @@ enum outcome create_file(Hot *hot, const struct in_header *in, uint32_t flags, u
 int pack_attr(struct attr *to, const struct stat *st);
 enum outcome look_up(Hot *hot, uint64_t above, const char *name, Py_ssize_t length, struct entry_out *out);
 enum outcome get_attributes(Hot *hot, uint64_t nodeid, struct attr_out *out);
+enum outcome fill_attributes(Hot *hot, const struct stat *st, struct attr_out *out);
+
+/* --- attributes that change, or are extended (_hot_attrs.c) --- */
+#define MOST_VALUE 1024 /* bytes: what is longer is Python's */
+int lacks(int opath, const char *attribute);
+enum outcome get_attributes_of_file(Hot *hot, uint64_t nodeid, uint64_t fh, struct attr_out *out);
+enum outcome set_attributes(Hot *hot, uint64_t nodeid, const struct setattr_in *ask, struct attr_out *out);
+enum outcome get_xattr(Hot *hot, uint64_t nodeid, uint32_t room, const char *name, char *value, size_t *size);
+enum outcome list_xattrs(Hot *hot, uint64_t nodeid, uint32_t room, char *names, size_t *size);
 
 #endif

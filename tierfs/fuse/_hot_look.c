@@ -115,6 +115,14 @@ enum outcome look_up(Hot *hot, uint64_t above, const char *name, Py_ssize_t leng
     return out->nodeid ? FOUND : PYTHONS;
 }
 
+enum outcome fill_attributes(Hot *hot, const struct stat *st, struct attr_out *out)
+{
+    memset(out, 0, sizeof *out);
+    long seconds = pack_attr(&out->attr, st) ? seconds_of(hot, st) : -1;
+    out->attr_valid = seconds;
+    return seconds < 0 ? PYTHONS : FOUND;
+}
+
 enum outcome get_attributes(Hot *hot, uint64_t nodeid, struct attr_out *out)
 {
     struct stat st;
@@ -136,8 +144,5 @@ enum outcome get_attributes(Hot *hot, uint64_t nodeid, struct attr_out *out)
         if (failed || st.st_ino != number_of(node, s_ino))
             return PYTHONS;
     }
-    memset(out, 0, sizeof *out);
-    long seconds = pack_attr(&out->attr, &st) ? seconds_of(hot, &st) : -1;
-    out->attr_valid = seconds;
-    return seconds < 0 ? PYTHONS : FOUND;
+    return fill_attributes(hot, &st, out);
 }

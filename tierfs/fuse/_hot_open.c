@@ -41,27 +41,6 @@ int touch(Hot *hot, PyObject *inode, PyObject *ino)
 
 /* --- opening --------------------------------------------------------------------------------------------- */
 
-/* Whether an inode, by an O_PATH descriptor, has no such attribute, without a doubt. */
-static int lacks(int opath, const char *attribute)
-{
-    char path[40];
-    snprintf(path, sizeof path, "/proc/self/fd/%d", opath);
-    return getxattr(path, attribute, NULL, 0) < 0 && errno == ENODATA;
-}
-
-/* The kernel asks for file capabilities at the first write to each file: of one that is open, it has none. */
-enum outcome lacks_attribute(Hot *hot, uint64_t nodeid, const char *name)
-{
-    PyObject *node = strcmp(name, CAPABILITY) ? NULL : node_at(hot, nodeid);
-    PyObject *ino = node ? get_of(node, s_ino) : NULL;
-    PyObject *inode = ino && PyDict_GetItemWithError(hot->by_ino, ino) == node
-                      ? PyDict_GetItemWithError(hot->inodes, ino) : NULL;
-    int has_none = inode && number_of(inode, s_opens) && !PyErr_Occurred()
-                   && lacks((int)number_of(inode, s_opath), CAPABILITY);
-    Py_XDECREF(ino);
-    return has_none ? NO_DATA : PYTHONS;
-}
-
 /* gate.backing.open: the id; NULL with an exception. */
 PyObject *backing_id_of(Hot *hot, PyObject *backing, PyObject *opath)
 {

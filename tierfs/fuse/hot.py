@@ -1,8 +1,9 @@
 """How requests come in: read from the kernel one by one, the simplest perhaps answered before Python sees them.
 
 Two forms of one interface. The compiled one (`_hot.c`) answers by itself a LOOKUP or GETATTR of what is plainly
-there, an OPEN for reading of what is resident, its RELEASE, and FORGET; it has no other meaning than vfs,
-nodes, openfiles, gate and operations give the request, and leaves all else to them. The pure one leaves all.
+there, a SETATTR or OPEN for reading of what is resident, its RELEASE, and FORGET; it has no other meaning
+than vfs, nodes, openfiles, gate and operations give the request, and leaves all else to them. The pure one
+leaves all.
 """
 
 from __future__ import annotations
