@@ -57,8 +57,9 @@ class Twin(Side):
             for name in sorted((*dirs, *files)):
                 path = os.path.join(top, name)
                 st = os.lstat(path)
+                owner, more = (st.st_uid, st.st_gid), os.listxattr(path, follow_symlinks=False)
                 place = os.path.relpath(path, self.path)
-                found.append((place, Ino(st.st_ino), st.st_mode, st.st_nlink, st.st_uid, st.st_gid, st.st_size))
+                found.append((place, Ino(st.st_ino), st.st_mode, st.st_nlink, owner, st.st_size, more))
             dirs.sort()
         return found
 
@@ -100,7 +101,8 @@ class Twin(Side):
         for entry in MarkReader(self._marks_fd, 0).read():
             which = entry.kind, Ino(entry.ino), entry.generation, Ino(entry.parent), entry.name
             first = Ino(entry.a) if entry.kind is Mark.ENTRY else entry.a
-            told.append((*which, first, entry.b, len(entry.handle), entry.end))
+            second = 0 if entry.kind is Mark.TIMES else entry.b  # of TIMES: when it was
+            told.append((*which, first, second, len(entry.handle), entry.end))
         return told, self.gate.marks.position, [(Ino(ino), at) for ino, at in self.gate.recent.items()]
 
     def intent(self):

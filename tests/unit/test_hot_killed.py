@@ -32,8 +32,10 @@ BODIES = {
         p.Op.SETATTR, nodes["g"], setattr_in(p.SET_MODE | p.SET_UID | p.SET_GID | p.SET_ATIME | p.SET_MTIME), 0,
     ),
     "truncate what is open": lambda nodes: (p.Op.SETATTR, nodes["f"], setattr_in(p.SET_SIZE), 0),
+    "set xattr": lambda nodes: (p.Op.SETXATTR, nodes["g"], p.SETXATTR_IN.pack(1, 0, 0, 0) + b"user.new\0v", 0),
+    "removexattr": lambda nodes: (p.Op.REMOVEXATTR, nodes["g"], b"user.old\0", 0),
 }  # fmt: skip
-LEAST = {"attributes": 5, "truncate what is open": 3}  # points, where these are few
+LEAST = {"attributes": 5, "truncate what is open": 3, "set xattr": 3}  # points, where these are few
 
 
 def setattr_in(valid):

@@ -4,6 +4,7 @@ import errno
 import itertools
 import os
 import stat
+import struct
 import time
 
 import pytest
@@ -150,6 +151,7 @@ def test_names_that_come_and_go_are_left_to_nobody(both, caller):
     asked.clear()
     for name in (b"a", b"b", b"c", b"d", b"e"):
         both.made(p.Op.CREATE, above, name, 0o666, 0o27)
+        both.hold()
         both.release(0)
         assert both.renamed(above, name, ROOT, b"new" + name) == 0
         assert both.ask(p.Op.UNLINK, ROOT, b"new" + name + b"\0") == (0, b"")
@@ -234,6 +236,78 @@ def test_what_is_asked_of_attributes_and_is_not_plain_is_left_to_python(both):
     assert asked == [p.Op.GETXATTR] * 6 + [p.Op.LISTXATTR] * 4
     both.behind(lambda path: os.rename(path / "b", path / "a"))
     assert value(both, a, b"user.none") == (errno.ESTALE, b"")
+
+
+def put(both, node, name, content, flags=0, more=0):
+    """SETXATTR; the errno."""
+    head = p.SETXATTR_IN.pack(len(content), flags, more, 0)
+    found = both.ask(p.Op.SETXATTR, node, head + name + b"\0" + content)
+    return found and -found[0]
+
+
+def take(both, node, name):
+    """REMOVEXATTR; the errno."""
+    found = both.ask(p.Op.REMOVEXATTR, node, name + b"\0")
+    return found and -found[0]
+
+
+ACL = struct.pack("<I", 2) + b"".join(
+    struct.pack("<HHi", tag, mode, who)
+    for tag, mode, who in ((1, 7, -1), (2, 5, 77), (4, 5, -1), (16, 5, -1), (32, 0, -1))
+)
+
+
+@pytest.mark.parametrize("what", ["open", "closed", "idle", "directory"])
+def test_attributes_that_are_extended_are_left_to_nobody(both, what):
+    if what == "closed":
+        both.behind(write(b"content"))
+        node = both.lookup(ROOT, b"a")
+    else:
+        node = both.made(p.Op.MKDIR if what == "directory" else p.Op.CREATE, ROOT, b"a", 0o750)
+    if what == "idle":
+        both.release(0)
+    asked = left(both, p.Op.SETXATTR, p.Op.REMOVEXATTR)
+    for name, content in ((b"user.x", b"value"), (b"user.x", b""), (b"system.posix_acl_access", ACL)):
+        assert put(both, node, name, content) == 0
+        assert value(both, node, name) == (0, content)
+    assert all(st.st_mode & 0o777 == 0o750 for st in stats(both, "a"))
+    assert take(both, node, b"user.x") == 0
+    assert take(both, node, b"user.x") == errno.ENODATA
+    assert value(both, node, b"user.x") == (errno.ENODATA, b"")
+    assert asked == []
+
+
+def test_what_is_extended_and_is_not_plain_is_left_to_python(both):
+    both.behind(write(b"content"))
+    both.behind(lambda path: [(path / "dir").mkdir(), (path / "dir").chmod(0o2755)])
+    both.behind(lambda path: (path / "link").symlink_to("a"))
+    a, b, c, d, above, link = (both.lookup(ROOT, n) for n in (b"a", b"b", b"c", b"d", b"dir", b"link"))
+    for side in both.sides:
+        (side.path / "b").chmod(0o4755)
+        side.gate.appearance.late[os.stat(side.path / "c").st_ino] = ShownTimes(1, 2, 3), 1e12
+        assert side.gate._guard(os.stat(side.path / "d").st_ino, 0)
+    asked = left(both, p.Op.SETXATTR, p.Op.REMOVEXATTR)
+    assert put(both, a, b"user.x", b"1", os.XATTR_REPLACE) == errno.ENODATA
+    assert put(both, a, b"user.x", b"1", os.XATTR_CREATE) == 0
+    for name, content, wanted in (
+        (b"user.tierfs.tier", b"stub", errno.EPERM), (b"trusted.tierfs", b"x", errno.EPERM),
+        (b"user.tierfs.pin", b"maybe", errno.EINVAL), (b"nowhere.x", b"1", errno.EOPNOTSUPP),
+    ):  # fmt: skip
+        assert put(both, a, name, content) == wanted
+    assert put(both, above, b"system.posix_acl_access", ACL, more=p.SETXATTR_ACL_KILL_SGID) == 0
+    for node, wanted in ((b, 0), (c, 0), (ROOT, 0), (77, errno.ESTALE), (link, errno.EPERM)):
+        assert put(both, node, b"user.x", b"1") == wanted
+    for name, wanted in ((b"user.tierfs.pin", errno.ENODATA), (b"trusted.tierfs", errno.EPERM)):
+        assert take(both, a, name) == wanted
+    both.behind(lambda path: os.rename(path / "e", path / "a"))
+    for request in (put(both, a, b"user.x", b"1"), take(both, a, b"user.x")):
+        assert request == errno.ESTALE
+    assert put(both, d, b"user.x", b"1") is None  # it waits
+    both_ways = [p.Op.SETXATTR, p.Op.REMOVEXATTR]
+    assert asked == [p.Op.SETXATTR] * 12 + [p.Op.REMOVEXATTR] * 2 + both_ways + [p.Op.SETXATTR]
+    for side in both.sides:
+        for inode in list(side.gate._inodes.values()):
+            side.gate._end_guard(inode)
 
 
 def test_no_file_is_a_terminal(both):
@@ -461,9 +535,10 @@ STEPS = st.one_of(
     st.tuples(st.just("open"), NODES, st.sampled_from(FLAGS)),
     st.tuples(st.just("release"), st.integers(0, 9)),
     st.tuples(st.just("forget"), NODES, st.integers(1, 3)),
-    st.tuples(st.sampled_from(["getattr", "retire", "listxattr"]), NODES),
+    st.tuples(st.sampled_from(["getattr", "retire", "listxattr", "take"]), NODES),
     st.tuples(st.just("set"), NODES, st.sampled_from(SETS), st.sampled_from(MODES), st.integers(0, 9)),
-    st.tuples(st.just("getxattr"), NODES, st.sampled_from([b"security.capability", b"user.tierfs.tier"])),
+    st.tuples(st.just("put"), NODES, st.integers(0, 3), FLAG),
+    st.tuples(st.just("getxattr"), NODES, st.sampled_from([b"security.capability", b"user.x"])),
     st.tuples(st.sampled_from(["file", "dir", "remove", "chmod"]), st.sampled_from(NAMES)),
     st.tuples(st.just("link"), st.sampled_from(NAMES)),
     st.tuples(st.sampled_from(["unlink", "rmdir"]), NODES, st.sampled_from(NAMES)),
@@ -497,6 +572,10 @@ def step_of(both, step):
         case "set":
             fh = both.open[more[3] % len(both.open)][1] if both.open else 0
             both.set(nodeid, more[1], fh, more[3], (-5, 10**9 + 7), more[2], 5, 6)
+        case "put":
+            put(both, nodeid, b"user.x", b"v" * more[1], more[2])
+        case "take":
+            take(both, nodeid, b"user.x")
         case "listxattr":
             both.ask(p.Op.LISTXATTR, nodeid, p.GETXATTR_IN.pack(100, 0))
         case "getxattr":

@@ -140,6 +140,7 @@ OPERATIONS = {
     "mknod file": lambda vfs, nodes, files: vfs.mknod(nodes["d"], b"n", stat.S_IFREG | 0o640, 0, ME),
     "create": lambda vfs, nodes, files: vfs.create(nodes["d"], b"c", os.O_RDWR, 0o640, Caller(1000, 1000))[:2],
     "setxattr": lambda vfs, nodes, files: vfs.setxattr(nodes["g"], b"user.new", b"v", os.XATTR_CREATE),
+    "set xattr": lambda vfs, nodes, files: vfs.setxattr(nodes["g"], b"user.new", b"v"),
     "replace xattr": lambda vfs, nodes, files: vfs.setxattr(nodes["g"], b"user.old", b"2", os.XATTR_REPLACE),
     "removexattr": lambda vfs, nodes, files: vfs.removexattr(nodes["g"], b"user.old"),
     "chmod and truncate": lambda vfs, nodes, files: vfs.setattr(nodes["g"], mode=0o600, size=77),

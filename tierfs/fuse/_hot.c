@@ -19,7 +19,7 @@
 
 enum {
     LOOKUP = 1, FORGET = 2, GETATTR = 3, SETATTR = 4, MKDIR = 9, UNLINK = 10, RMDIR = 11, RENAME = 12, OPEN = 14, RELEASE = 18,
-    GETXATTR = 22, LISTXATTR = 23, CREATE = 35, IOCTL = 39, BATCH_FORGET = 42, RENAME2 = 45,
+    SETXATTR = 21, GETXATTR = 22, LISTXATTR = 23, REMOVEXATTR = 24, CREATE = 35, IOCTL = 39, BATCH_FORGET = 42, RENAME2 = 45,
 }; /* opcodes */
 enum { GETATTR_FH = 1 };
 #define RESENT (1ULL << 63)
@@ -94,6 +94,15 @@ static enum outcome make_one(Hot *hot, const struct in_header *in, const char *m
                                : create_file(hot, in, how[0], how[1], how[2], name, &body->create);
 }
 
+/* SETXATTR. */
+static enum outcome set_one(Hot *hot, const struct in_header *in, const char *message, Py_ssize_t length)
+{
+    struct setxattr_in ask;
+    const char *name = fields(message, length, &ask, sizeof ask) ? name_at(message, length, sizeof *in + sizeof ask) : NULL;
+    const char *value = name ? name + strlen(name) + 1 : NULL;
+    return name && ask.size <= (size_t)(message + length - value) ? set_xattr(hot, in->nodeid, &ask, name, value) : PYTHONS;
+}
+
 /* Carry out a request; `body` is filled in, and *size of it is to be sent. */
 static enum outcome carried_out(Hot *hot, const struct in_header *in, const char *message, Py_ssize_t length,
                                 union body *body, size_t *size)
@@ -126,6 +135,12 @@ static enum outcome carried_out(Hot *hot, const struct in_header *in, const char
     case GETXATTR:
         name = fields(message, length, &ask, 8) ? name_at(message, length, sizeof *in + 8) : NULL;
         return name ? get_xattr(hot, in->nodeid, ask.flags, name, body->value, size) : PYTHONS;
+    case SETXATTR:
+        *size = 0;
+        return set_one(hot, in, message, length);
+    case REMOVEXATTR:
+        *size = 0;
+        return message[length - 1] ? PYTHONS : remove_xattr(hot, in, message + sizeof *in);
     case LISTXATTR:
         return !fields(message, length, &ask, 8) ? PYTHONS
                : list_xattrs(hot, in->nodeid, ask.flags, body->value, size);

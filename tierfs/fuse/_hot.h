@@ -37,6 +37,7 @@ struct setattr_in {
     int64_t atime, mtime, ctime;
     uint32_t atimensec, mtimensec, ctimensec, mode, unused, uid, gid, unused_too;
 };
+struct setxattr_in { uint32_t size, flags, more, padding; };
 struct open_out { uint64_t fh; uint32_t open_flags; int32_t backing_id; };
 struct create_out { struct entry_out entry; struct open_out open; };
 #define OPEN_NOFLUSH (1 << 5)
@@ -69,7 +70,7 @@ void hot_point(void);
 
 /* What became of a request here. FAILED: with an exception, after something has been changed. */
 #define GONE_NODE 2 /* the kind of a node (ledger.Kind) whose content is its last attributes */
-enum doing { DOING_MAKE = 1, DOING_UNLINK = 3, DOING_RMDIR, DOING_RENAME };            /* intents.Doing */
+enum doing { DOING_MAKE = 1, DOING_UNLINK = 3, DOING_RMDIR, DOING_RENAME, DOING_XATTR }; /* intents.Doing */
 enum mark { WRITTEN = 1, CLOSED, GONE, NAMED, DIRECTORY, ENTRY = 8, ATTRIBUTES };      /* marks.Mark */
 
 /* What a mark says, and of which file handle. */
@@ -195,12 +196,39 @@ enum outcome look_up(Hot *hot, uint64_t above, const char *name, Py_ssize_t leng
 enum outcome get_attributes(Hot *hot, uint64_t nodeid, struct attr_out *out);
 enum outcome fill_attributes(Hot *hot, const struct stat *st, struct attr_out *out);
 
-/* --- attributes that change, or are extended (_hot_attrs.c) --- */
-#define MOST_VALUE 1024 /* bytes: what is longer is Python's */
-int lacks(int opath, const char *attribute);
+/* --- attributes (_hot_attrs.c) --- */
+/* A node that is reached by a name, and, as far as it is used, a descriptor of its very inode. */
+struct target {
+    PyObject *node, *parent, *ino;
+    PyObject *inode; /* its state in the gate; NULL: none */
+    int above, fd, own; /* its directory's, and its own: to be closed or another's */
+    uint64_t number;
+    struct stat st;
+    size_t length;
+    char name[INLINE + 1];
+};
+/* 0 where Python is to say; to be let go of in either case. */
+int found_target(Hot *hot, uint64_t nodeid, struct target *at);
+void let_target_go(struct target *at);
+/* Its name is its own, still or again. */
+int target_is_named(struct target *at);
+/* By its name, which must be its own (nodes.reach). A descriptor that an open file has is one of this inode for good; any
+ * other is opened first and looked at then, so that no name is exchanged in between. 0 where it is not. */
+int reached_target(Hot *hot, struct target *at);
+/* Nothing is to be waited for, or shown, if it is changed (gate.before_change). */
+int may_change(Hot *hot, const struct target *at);
+/* gate.attributes. 0, or -1 with an exception. */
+int attributes_marked(Hot *hot, const struct target *at);
 enum outcome get_attributes_of_file(Hot *hot, uint64_t nodeid, uint64_t fh, struct attr_out *out);
 enum outcome set_attributes(Hot *hot, uint64_t nodeid, const struct setattr_in *ask, struct attr_out *out);
+
+/* --- extended attributes (_hot_xattrs.c) --- */
+#define MOST_VALUE 1024 /* bytes: what is longer is Python's */
+#define ACL_KILL_SGID 1 /* protocol.SETXATTR_ACL_KILL_SGID */
+int lacks(int opath, const char *attribute);
 enum outcome get_xattr(Hot *hot, uint64_t nodeid, uint32_t room, const char *name, char *value, size_t *size);
 enum outcome list_xattrs(Hot *hot, uint64_t nodeid, uint32_t room, char *names, size_t *size);
+enum outcome set_xattr(Hot *hot, uint64_t nodeid, const struct setxattr_in *ask, const char *name, const char *value);
+enum outcome remove_xattr(Hot *hot, const struct in_header *in, const char *name);
 
 #endif

@@ -1,12 +1,11 @@
-/* SETATTR, GETATTR by an open file, GETXATTR and LISTXATTR: what vfs.setattr does with gate.before_change, after_change
- * and attributes of what is resident and has no set-id bits, and what xattrs.Xattrs reads.
+/* SETATTR, and GETATTR by an open file: what vfs.setattr does with gate.before_change, after_change and attributes, of
+ * what is resident and has no set-id bits.
  */
 #include "_hot.h"
 
 #include <stdio.h>
 #include <string.h>
 #include <sys/syscall.h>
-#include <sys/xattr.h>
 #include <unistd.h>
 
 #define SET_ID (S_ISUID | S_ISGID)
@@ -24,16 +23,7 @@ enum {
 
 /* --- the node that a request is about -------------------------------------------------------------------- */
 
-/* A node, by a descriptor of its very inode. */
-struct target {
-    PyObject *node, *parent, *ino;
-    PyObject *inode; /* its state in the gate; NULL: none */
-    int fd, own;     /* `own`: to be closed */
-    struct stat st;
-    const struct kept_node *kept;
-};
-
-static void let_go(struct target *at)
+void let_target_go(struct target *at)
 {
     if (at->own)
         close(at->fd);
@@ -43,22 +33,41 @@ static void let_go(struct target *at)
     Py_XDECREF(at->inode);
 }
 
-/* By its name, which must still be its own (nodes.reach). A descriptor that an open file has is one of this inode for
- * good; any other is opened first and looked at then, so that no name is exchanged in between. 0 where it is not. */
-static int reached_by_name(Hot *hot, struct target *at)
+int found_target(Hot *hot, uint64_t nodeid, struct target *at)
 {
-    char name[INLINE + 1] = "";
-    int above = directory_of(hot, at->parent);
-    memcpy(name, at->kept->content, at->kept->length);
-    if (above < 0 || !*name)
+    struct kept_node *kept = kept_of(hot, nodeid);
+    *at = (struct target){.above = -1, .fd = -1};
+    at->node = kept ? Py_XNewRef(node_at(hot, nodeid)) : NULL;
+    if (!at->node || at->node == hot->root || !attribute_is(at->node, s_anchor, Py_None))
+        return 0;
+    at->parent = get_of(at->node, s_parent);
+    at->ino = get_of(at->node, s_ino);
+    if (!at->parent || at->parent == Py_None || !at->ino)
+        return 0;
+    at->number = kept->ino;
+    at->length = kept->length;
+    memcpy(at->name, kept->content, kept->length);
+    at->inode = Py_XNewRef(PyDict_GetItemWithError(hot->inodes, at->ino));
+    return at->length && !PyErr_Occurred();
+}
+
+int target_is_named(struct target *at)
+{
+    return !fstatat(at->above, at->name, &at->st, AT_SYMLINK_NOFOLLOW) && at->st.st_ino == at->number;
+}
+
+int reached_target(Hot *hot, struct target *at)
+{
+    at->above = directory_of(hot, at->parent);
+    if (at->above < 0)
         return 0;
     if (at->inode && number_of(at->inode, s_opens) && PyDict_GetItemWithError(hot->by_ino, at->ino) == at->node) {
         at->fd = (int)number_of(at->inode, s_opath);
-        return !PyErr_Occurred() && !fstatat(above, name, &at->st, AT_SYMLINK_NOFOLLOW) && at->st.st_ino == at->kept->ino;
+        return !PyErr_Occurred() && target_is_named(at);
     }
-    at->fd = openat(above, name, O_PATH | O_NOFOLLOW | O_CLOEXEC);
+    at->fd = openat(at->above, at->name, O_PATH | O_NOFOLLOW | O_CLOEXEC);
     at->own = at->fd >= 0;
-    return at->own && !fstat(at->fd, &at->st) && at->st.st_ino == at->kept->ino;
+    return at->own && !fstat(at->fd, &at->st) && at->st.st_ino == at->number;
 }
 
 /* The state of an open file of this number, borrowed; NULL where there is none. */
@@ -76,23 +85,7 @@ static PyObject *inode_of_file(Hot *hot, uint64_t fh)
 static int reached_by_file(struct target *at, PyObject *of)
 {
     at->fd = (int)number_of(of, s_opath);
-    return of == at->inode && !PyErr_Occurred() && !fstat(at->fd, &at->st) && at->st.st_ino == at->kept->ino;
-}
-
-/* Find a node that is reached by a name which the ledger holds itself. `file`: of an open file, or NULL. 0 where Python
- * is to do it; to be let go of in either case. */
-static int found(Hot *hot, uint64_t nodeid, PyObject *file, struct target *at)
-{
-    *at = (struct target){.fd = -1, .kept = kept_of(hot, nodeid)};
-    at->node = at->kept ? Py_XNewRef(node_at(hot, nodeid)) : NULL;
-    if (!at->node || at->node == hot->root || !attribute_is(at->node, s_anchor, Py_None))
-        return 0;
-    at->parent = get_of(at->node, s_parent);
-    at->ino = get_of(at->node, s_ino);
-    if (!at->parent || at->parent == Py_None || !at->ino)
-        return 0;
-    at->inode = Py_XNewRef(PyDict_GetItemWithError(hot->inodes, at->ino));
-    return file ? reached_by_file(at, file) : reached_by_name(hot, at);
+    return of == at->inode && !PyErr_Occurred() && !fstat(at->fd, &at->st) && at->st.st_ino == at->number;
 }
 
 /* --- GETATTR by an open file ----------------------------------------------------------------------------- */
@@ -111,19 +104,28 @@ enum outcome get_attributes_of_file(Hot *hot, uint64_t nodeid, uint64_t fh, stru
 
 /* --- SETATTR --------------------------------------------------------------------------------------------- */
 
-/* Nothing is to be waited for, shown, or taken away with this change (gate.before_change, vfs.setattr). */
+int may_change(Hot *hot, const struct target *at)
+{
+    const struct stat *st = &at->st;
+    if (!has_marks_room(hot) || PyErr_Occurred())
+        return 0;
+    if (!S_ISREG(st->st_mode))
+        return 1;
+    if (st->st_mode & SET_ID || (!st->st_blocks && st->st_size) || PyDict_Contains(hot->late, at->ino))
+        return 0;
+    return !at->inode || (is_plain(at->inode) && attribute_is(at->inode, s_shown, Py_None));
+}
+
+/* Nothing is to be taken away with this change. */
 static int is_simple(Hot *hot, const struct setattr_in *ask, const struct target *at)
 {
     const struct stat *st = &at->st;
     if (ask->atimensec >= NS || ask->mtimensec >= NS || (ask->valid & SET_UID && ask->uid == NO_ID)
         || (ask->valid & SET_GID && ask->gid == NO_ID))
         return 0;
-    if (!S_ISREG(st->st_mode))
-        return !(ask->valid & SET_SIZE) && !(ask->valid & SET_KILL_SUIDGID && st->st_mode & SET_ID);
-    if (st->st_mode & SET_ID || (ask->valid & SET_MODE && ask->mode & SET_ID) || (!st->st_blocks && st->st_size)
-        || PyDict_Contains(hot->late, at->ino))
+    if (!S_ISREG(st->st_mode) && (ask->valid & SET_SIZE || (ask->valid & SET_KILL_SUIDGID && st->st_mode & SET_ID)))
         return 0;
-    return !at->inode || (is_plain(at->inode) && attribute_is(at->inode, s_shown, Py_None));
+    return !(S_ISREG(st->st_mode) && ask->valid & SET_MODE && ask->mode & SET_ID) && may_change(hot, at);
 }
 
 /* It is open for writing in passthrough, and marked: another size needs nothing but to be set (gate.truncate). */
@@ -184,11 +186,10 @@ static int changed(const struct setattr_in *ask, const struct target *at)
     return !(valid & (SET_ATIME | SET_MTIME)) || retimed(at->fd, ask);
 }
 
-/* gate.attributes. 0, or -1 with an exception. */
-static int attributes_marked(Hot *hot, const struct target *at)
+int attributes_marked(Hot *hot, const struct target *at)
 {
     struct mark_of of = {.ino = at->st.st_ino, .parent = number_of(at->parent, s_ino), .a = S_ISREG(at->st.st_mode),
-                         .name = at->kept->content, .length = at->kept->length};
+                         .name = at->name, .length = at->length};
     return PyErr_Occurred() || append_mark(hot, ATTRIBUTES, &of) < 0 ? -1 : 0;
 }
 
@@ -197,7 +198,8 @@ enum outcome set_attributes(Hot *hot, uint64_t nodeid, const struct setattr_in *
     struct target at;
     PyObject *file = ask->valid & SET_FH ? inode_of_file(hot, ask->fh) : NULL;
     enum outcome outcome = PYTHONS;
-    if (found(hot, nodeid, file, &at) && is_simple(hot, ask, &at) && has_marks_room(hot) && !PyErr_Occurred()) {
+    int reached = found_target(hot, nodeid, &at) && (file ? reached_by_file(&at, file) : reached_target(hot, &at));
+    if (reached && is_simple(hot, ask, &at)) {
         if (S_ISREG(at.st.st_mode) && idle_dropped(hot, at.ino))
             outcome = FAILED;
         else if (changed(ask, &at) && !fstat(at.fd, &at.st))
@@ -205,85 +207,6 @@ enum outcome set_attributes(Hot *hot, uint64_t nodeid, const struct setattr_in *
         if (outcome == FOUND && attributes_marked(hot, &at))
             outcome = FAILED;
     }
-    let_go(&at);
-    return outcome;
-}
-
-/* --- extended attributes --------------------------------------------------------------------------------- */
-
-static int begins(const char *name, const char *with)
-{
-    return !strncmp(name, with, strlen(with));
-}
-
-/* TierFS's own, or like them: not what the inode says. */
-static int is_ours(const char *name)
-{
-    return begins(name, "trusted.tierfs") || begins(name, "user.tierfs");
-}
-
-int lacks(int opath, const char *attribute)
-{
-    char path[40];
-    snprintf(path, sizeof path, "/proc/self/fd/%d", opath);
-    return getxattr(path, attribute, NULL, 0) < 0 && errno == ENODATA;
-}
-
-/* What is answered of a value of so many bytes: itself, or how long it is; ERANGE is Python's to say. */
-static enum outcome sized(size_t length, uint32_t room, char *value, size_t *size)
-{
-    uint32_t said[] = {length, 0};
-    if (room && length > room)
-        return PYTHONS;
-    *size = room ? length : sizeof said;
-    if (!room)
-        memcpy(value, said, sizeof said);
-    return FOUND;
-}
-
-enum outcome get_xattr(Hot *hot, uint64_t nodeid, uint32_t room, const char *name, char *value, size_t *size)
-{
-    struct target at;
-    char path[40];
-    enum outcome outcome = PYTHONS;
-    if (is_ours(name))
-        return PYTHONS;
-    if (found(hot, nodeid, NULL, &at)) {
-        snprintf(path, sizeof path, "/proc/self/fd/%d", at.fd);
-        ssize_t length = getxattr(path, name, value, MOST_VALUE);
-        outcome = length >= 0 ? sized(length, room, value, size) : errno == ENODATA ? NO_DATA : PYTHONS;
-    }
-    let_go(&at);
-    return outcome;
-}
-
-/* Take our own names out of a list; its length, or -1 where Python is to do it. */
-static ssize_t visible(char *names, ssize_t length)
-{
-    ssize_t kept = 0;
-    for (ssize_t at = 0, next; at < length; at = next) {
-        next = at + strlen(names + at) + 1;
-        if (begins(names + at, "user.tierfs"))
-            return -1; /* ours or not, as the server's privileges are */
-        if (begins(names + at, "trusted.tierfs"))
-            continue;
-        memmove(names + kept, names + at, next - at);
-        kept += next - at;
-    }
-    return kept;
-}
-
-enum outcome list_xattrs(Hot *hot, uint64_t nodeid, uint32_t room, char *names, size_t *size)
-{
-    struct target at;
-    char path[40];
-    enum outcome outcome = PYTHONS;
-    if (found(hot, nodeid, NULL, &at)) {
-        snprintf(path, sizeof path, "/proc/self/fd/%d", at.fd);
-        ssize_t length = listxattr(path, names, MOST_VALUE);
-        length = length > 0 ? visible(names, length) : length;
-        outcome = length < 0 ? PYTHONS : sized(length, room, names, size);
-    }
-    let_go(&at);
+    let_target_go(&at);
     return outcome;
 }
