@@ -33,6 +33,7 @@ _SLOT = (1 << SLOT_BITS) - 1
 
 _OPATH = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _OPATH_DIR = _OPATH | os.O_DIRECTORY
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class GoneStat:
@@ -93,6 +94,14 @@ class Tables(NamedTuple):
     former: dict[int, bytes]
 
 
+def _opened_dir(name: bytes, parent_fd: int) -> int:
+    """Open a directory, O_PATH where it may not be read."""
+    try:
+        return os.open(name, _DIRECTORY, dir_fd=parent_fd)
+    except PermissionError:
+        return os.open(name, _OPATH_DIR, dir_fd=parent_fd)
+
+
 class NodeTable:
     """All nodes, and a bounded number of directory descriptors. Not thread-safe."""
 
@@ -106,8 +115,8 @@ class NodeTable:
         self._by_ino: dict[int, Node] = {tree.root_ino: self.root}
         if not self._ledger.serving:
             self._ledger.node(self._ledger.new_node(), tree.root_ino, 0, 1, b"")
-        self._dirs: OrderedDict[int, int] = OrderedDict()  # node number -> O_PATH descriptor
-        self._most_dirs = max(directory_fds, 2)
+        self._dirs: OrderedDict[int, int] = OrderedDict()  # node number -> descriptor
+        self.most_dirs = max(directory_fds, 2)
         self._opens: dict[int, int] = {}  # node number -> open files
         self._former: dict[int, bytes] = {}  # node number -> last name, of those that are anchored
         # Told of descriptors without which a file would end with this process, and of the end of the need.
@@ -333,7 +342,10 @@ class NodeTable:
     # --- access -------------------------------------------------------------------------------------------
 
     def dirfd(self, node: Node) -> int:
-        """An O_PATH descriptor of a directory, valid until the next call but one. Raises ESTALE or ENOENT."""
+        """A descriptor of a directory, valid until the next call but one. Raises ESTALE or ENOENT.
+
+        It can be read where that is permitted, and is read by several in turn: seek first.
+        """
         if node is self.root:
             return self._tree.rootfd
         fd = self._dirs.get(node.id)
@@ -341,7 +353,7 @@ class NodeTable:
             self._dirs.move_to_end(node.id)
             return fd
         fd = self._walk_to(node)
-        while len(self._dirs) >= self._most_dirs:
+        while len(self._dirs) >= self.most_dirs:
             os.close(self._dirs.popitem(last=False)[1])
         self._dirs[node.id] = fd
         return fd
@@ -368,7 +380,7 @@ class NodeTable:
         if node.anchor is not None:
             raise gone()
         try:
-            fd = os.open(self._ledger.name(node.id), _OPATH_DIR, dir_fd=parent_fd)
+            fd = _opened_dir(self._ledger.name(node.id), parent_fd)
         except (FileNotFoundError, NotADirectoryError):
             raise stale() from None
         if os.fstat(fd).st_ino != node.ino:

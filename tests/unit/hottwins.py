@@ -158,11 +158,11 @@ def same(one, other, pairs):
 class Both:
     """The two sides, and what has been learnt by asking them."""
 
-    def __init__(self, base, monkeypatch, built):
+    def __init__(self, base, monkeypatch, built, directory_fds=64):
         self.sides = []
         for form in FORMS:
             (base / form / "tree").mkdir(parents=True)
-            twin = Twin(base / form / "side", form, monkeypatch, built, base / form / "tree", 64)
+            twin = Twin(base / form / "side", form, monkeypatch, built, base / form / "tree", directory_fds)
             self.sides.append(twin)
             self.sides[-1].gate.idle.most = 3
         self.nodes, self.open = [ROOT], []

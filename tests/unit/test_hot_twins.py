@@ -147,8 +147,6 @@ def test_names_that_come_and_go_are_left_to_nobody(both, caller):
         side.caller = caller
     asked = left(both, *CHANGES)
     above = both.made(p.Op.MKDIR, ROOT, b"above", 0o777, 0o27)
-    both.lookup(above, b"absent")  # from now on its descriptor is at hand
-    asked.clear()
     for name in (b"a", b"b", b"c", b"d", b"e"):
         both.made(p.Op.CREATE, above, name, 0o666, 0o27)
         both.hold()
@@ -161,6 +159,32 @@ def test_names_that_come_and_go_are_left_to_nobody(both, caller):
     assert both.ask(p.Op.RMDIR, ROOT, b"moved\0") == (0, b"")
     assert asked == [] and not any(os.listdir(side.path / "above") for side in both.sides)
     assert len(both.sides[1].backing.live) == 0
+
+
+def test_a_directory_without_a_descriptor_is_opened_from_the_nearest_that_has_one(tmp_path, monkeypatch, built):
+    both = Both(tmp_path, monkeypatch, built, directory_fds=3)
+    both.behind(lambda path: os.makedirs(path / "a/b/c/d"))
+    both.behind(lambda path: [(path / f"e{number}").mkdir() for number in range(4)])
+    asked = left(both, *CHANGES, p.Op.LOOKUP, p.Op.GETATTR)
+    deep = [ROOT]
+    for name in (b"a", b"b", b"c", b"d"):
+        deep.append(both.lookup(deep[-1], name))
+    others = [both.lookup(ROOT, b"e%d" % number) for number in range(4)]
+    for below in (deep[4], deep[2], others[0], others[1], others[2], deep[4], deep[3], others[3]):
+        assert both.lookup(below, b"absent") == errno.ENOENT
+        both.made(p.Op.MKDIR, below, b"new%d" % len(both.nodes), 0o755)
+        assert [list(side.vfs.nodes._dirs) for side in both.sides][0][-1] == below
+    assert asked == []
+    orders = [list(side.vfs.nodes._dirs) for side in both.sides]
+    assert orders[0] == orders[1] and len(orders[0]) == 3
+    for path in ("a/b/c/d", "a/b", "e0"):
+        both.behind(lambda top, path=path: os.rename(top / path, top / "elsewhere"))
+        both.behind(lambda top, path=path: (top / path).mkdir())
+        both.behind(lambda top, path=path: os.rename(top / "elsewhere", top / f"{len(path)}"))
+    for below in (others[1], others[2], others[3], deep[4], deep[2], deep[3], others[0]):
+        found = both.lookup(below, b"absent")
+        assert found == (errno.ENOENT if below in others[1:] else errno.ESTALE)
+    both.close()
 
 
 def test_whose_what_is_made_becomes_and_what_mode_it_gets(both):

@@ -375,7 +375,7 @@ static int hot_init(Hot *hot, PyObject *arguments, PyObject *named)
 {
     static char *names[] = {
         "fd", "buffer", "root_fd", "device", "memory", "parts", "free",
-        "intents_at", "segment", "low", "entry_seconds", "attr_seconds", "idle_seconds", "objects", NULL,
+        "intents_at", "segment", "directory_fds", "low", "entry_seconds", "attr_seconds", "idle_seconds", "objects", NULL,
     };
     PyObject *parts, *free, *objects;
     if (hot->by_slot) {
@@ -385,9 +385,9 @@ static int hot_init(Hot *hot, PyObject *arguments, PyObject *named)
     hot->others = hot->sleeper = hot->watched = -1;
     hot->euid = geteuid();
     hot->egid = getegid();
-    if (!PyArg_ParseTupleAndKeywords(arguments, named, "iw*iKw*OOnnKkkdO!", names, &hot->fd, &hot->buffer, &hot->root_fd,
+    if (!PyArg_ParseTupleAndKeywords(arguments, named, "iw*iKw*OOnnnKkkdO!", names, &hot->fd, &hot->buffer, &hot->root_fd,
                                      &hot->device, &hot->memory, &parts, &free, &hot->intents_at, &hot->segment,
-                                     &hot->low, &hot->entry_seconds, &hot->attr_seconds,
+                                     &hot->directory_fds, &hot->low, &hot->entry_seconds, &hot->attr_seconds,
                                      &hot->idle_seconds, &PyDict_Type, &objects)
         || take_form(hot, parts, free))
         return -1;

@@ -5,6 +5,9 @@
 #include <structmember.h>
 #include <unistd.h>
 
+#define DIRECTORY (O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC)
+#define MOST_STEPS 64 /* directories above one that have no descriptor; deeper ones are rare */
+
 #ifdef TIERFS_POINTS
 #include <stdlib.h>
 
@@ -202,7 +205,69 @@ PyObject *node_at(Hot *hot, uint64_t nodeid)
     return node != Py_None && number_of(node, s_id) == nodeid ? node : NULL;
 }
 
-/* The descriptor kept of a directory, which counts as a use of it; -1 where none is. */
+/* nodes._open_dir: a new descriptor of a directory, by its name in the one above; -1 where Python is to say. */
+static int opened_directory(Hot *hot, PyObject *node, int above)
+{
+    struct stat st;
+    struct kept_node *kept = attribute_is(node, s_anchor, Py_None) ? kept_of(hot, number_of(node, s_id)) : NULL;
+    char name[INLINE + 1] = "";
+    if (!kept)
+        return -1;
+    memcpy(name, kept->content, kept->length);
+    int fd = openat(above, name, DIRECTORY);
+    if (fd < 0 && errno == EACCES)
+        fd = openat(above, name, DIRECTORY | O_PATH);
+    if (fd >= 0 && (fstat(fd, &st) || st.st_ino != number_of(node, s_ino))) {
+        close(fd);
+        fd = -1;
+    }
+    return fd;
+}
+
+/* The descriptor that is kept of a directory; -1 where none is. */
+static int kept_descriptor(Hot *hot, PyObject *node)
+{
+    if (node == hot->root)
+        return hot->root_fd;
+    PyObject *id = get_of(node, s_id);
+    PyObject *kept = id ? PyDict_GetItemWithError(hot->dirs, id) : NULL;
+    Py_XDECREF(id);
+    return kept ? (int)PyLong_AsLong(kept) : -1;
+}
+
+/* nodes._walk_to: a new descriptor, from the nearest of at most so many above that has one; -1: Python is to do it. */
+static int walked_to(Hot *hot, PyObject *node, int most)
+{
+    PyObject *parent = get_of(node, s_parent);
+    int kept = parent && parent != Py_None ? kept_descriptor(hot, parent) : -1, above = kept;
+    if (above < 0 && parent && parent != Py_None && most > 0 && !PyErr_Occurred())
+        above = walked_to(hot, parent, most - 1);
+    int fd = above < 0 ? -1 : opened_directory(hot, node, above);
+    if (kept < 0 && above >= 0)
+        close(above);
+    Py_XDECREF(parent);
+    return fd;
+}
+
+/* Keep one descriptor more, and of those that were used longest ago no more than is allowed. 0, or -1 with an
+ * exception. */
+static int keep_descriptor(Hot *hot, PyObject *id, int fd)
+{
+    while (PyDict_GET_SIZE(hot->dirs) >= hot->directory_fds) {
+        PyObject *pair = PyObject_CallMethodOneArg(hot->dirs, s_popitem->word, Py_False);
+        if (!pair)
+            return -1;
+        close((int)PyLong_AsLong(PyTuple_GET_ITEM(pair, 1)));
+        Py_DECREF(pair);
+    }
+    PyObject *number = PyLong_FromLong(fd);
+    int failed = number ? PyODict_SetItem(hot->dirs, id, number) : -1;
+    Py_XDECREF(number);
+    return failed;
+}
+
+/* nodes.dirfd: the descriptor of a directory, which is kept from now on; -1 where Python is to say. Valid until the
+ * next but one is asked for. */
 int directory_of(Hot *hot, PyObject *node)
 {
     if (node == hot->root)
@@ -215,6 +280,9 @@ int directory_of(Hot *hot, PyObject *node)
         if (!done)
             fd = -1;
         Py_XDECREF(done);
+    } else if (id && !PyErr_Occurred() && (fd = walked_to(hot, node, MOST_STEPS)) >= 0 && keep_descriptor(hot, id, fd)) {
+        close(fd);
+        fd = -1;
     }
     Py_XDECREF(id);
     return fd;

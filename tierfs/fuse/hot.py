@@ -142,6 +142,7 @@ def receiver(fd: int, buffer: bytearray, vfs: Vfs, refused: Told, failed: Told) 
         free=ledger.free,
         intents_at=ledger.intents,
         segment=SEGMENT,
+        directory_fds=nodes.most_dirs,
         low=gate.room.low,
         entry_seconds=p.ENTRY_SECONDS,
         attr_seconds=p.ATTR_SECONDS,
