@@ -18,6 +18,7 @@ INODE_FIELDS = (
 )  # fmt: skip
 HANDLE_FIELDS = ("backing_id", "flags", "uid", "writable")
 USED = 12  # slots that are compared
+ENTRIES = (p.Op.LOOKUP, p.Op.MKDIR, p.Op.CREATE, p.Op.LINK, p.Op.SYMLINK)  # what is answered with an entry
 
 
 class Ino(int):
@@ -43,7 +44,7 @@ class Twin(Side):
             return None
         data = self.sock.recv(1 << 16)
         number, data = p.OUT.unpack_from(data)[1], data[p.OUT_SIZE :]
-        if opcode in (p.Op.LOOKUP, p.Op.MKDIR, p.Op.CREATE) and data:
+        if opcode in ENTRIES and data:
             return number, entry_of(data[: p.ENTRY_OUT.size]), data[p.ENTRY_OUT.size :]
         if opcode in (p.Op.GETATTR, p.Op.SETATTR) and data:
             found = p.ATTR_OUT.unpack(data)
@@ -204,9 +205,22 @@ class Both:
             return -found[0] if found else None
         made = found[1][0][0]
         self.nodes.append(made)
+        self.hold()
         if opcode == p.Op.CREATE:
             self.open.append((made, p.OPEN_OUT.unpack(found[2])[0]))
         return made
+
+    def linked(self, nodeid, parent, name):
+        """Give a file one more name; 0 or the errno."""
+        return -self.ask(p.Op.LINK, parent, p.U64.pack(nodeid) + name + b"\0")[0]
+
+    def symlinked(self, parent, name, target):
+        """Make a symbolic link; its node, or the errno."""
+        found = self.ask(p.Op.SYMLINK, parent, name + b"\0" + target + b"\0")
+        if found[0]:
+            return -found[0]
+        self.nodes.append(found[1][0][0])
+        return self.nodes[-1]
 
     def renamed(self, parent, name, new_parent, new_name, flags=0):
         how = p.RENAME2_IN.pack(new_parent, flags, 0) if flags else p.U64.pack(new_parent)

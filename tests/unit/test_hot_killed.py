@@ -7,12 +7,14 @@ import pytest
 from hotside import build
 from test_gate import FakeBacking
 from test_takeover import (
+    ME,
     OPERATIONS,
     REQUEST,
     answered_again,
     comparable,
     furnish,
     needs_root,
+    rename,
     seen,
     worlds,  # noqa: F401
 )
@@ -22,6 +24,13 @@ from tierfs.fuse import protocol as p
 from tierfs.vfs import ROOT, Caller
 
 CREATE = p.CREATE_IN.pack(os.O_RDWR, 0o640, 0o22, 0)
+LONG = b"n" * 200  # the ledger keeps it elsewhere than beside its node
+
+
+def rename_of(old, above, new):
+    return lambda nodes: (p.Op.RENAME, ROOT, p.U64.pack(nodes[above]) + old + b"\0" + new + b"\0", 0)
+
+
 BODIES = {
     "unlink": lambda nodes: (p.Op.UNLINK, ROOT, b"g\0", 0),
     "rmdir": lambda nodes: (p.Op.RMDIR, ROOT, b"e\0", 0),
@@ -34,8 +43,41 @@ BODIES = {
     "truncate what is open": lambda nodes: (p.Op.SETATTR, nodes["f"], setattr_in(p.SET_SIZE), 0),
     "set xattr": lambda nodes: (p.Op.SETXATTR, nodes["g"], p.SETXATTR_IN.pack(1, 0, 0, 0) + b"user.new\0v", 0),
     "removexattr": lambda nodes: (p.Op.REMOVEXATTR, nodes["g"], b"user.old\0", 0),
+    "unlink one of two names": lambda nodes: (p.Op.UNLINK, ROOT, b"f2\0", 0),
+    "unlink what is open": lambda nodes: (p.Op.UNLINK, nodes["d"], b"x\0", 0),
+    "unlink the name of two that is known": lambda nodes: (p.Op.UNLINK, ROOT, b"h2\0", 0),
+    "unlink the name of two that is not known": lambda nodes: (p.Op.UNLINK, ROOT, b"h\0", 0),
+    "rename over": rename_of(b"g", "d", b"y"),
+    "rename over what is open": rename_of(b"g", "d", b"x"),
+    "rename over one of two names": rename_of(b"g", "", b"f2"),
+    "rename over the name of two that is known": rename_of(b"g", "", b"h2"),
+    "rename a directory over another": rename_of(b"e", "d", b"sub"),
+    "rename to a long name": rename_of(b"g", "d", LONG),
+    "rename from a long name": rename_of(LONG, "d", b"new"),
+    "create under a long name": lambda nodes: (p.Op.CREATE, nodes["d"], CREATE + LONG + b"\0", 1000),
+    "truncating open": lambda nodes: (p.Op.OPEN, nodes["g"], p.OPEN_IN.pack(os.O_RDWR | os.O_TRUNC, 0), 0),
+    "open for writing": lambda nodes: (p.Op.OPEN, nodes["g"], p.OPEN_IN.pack(os.O_WRONLY, 0), 0),
+    "link": lambda nodes: (p.Op.LINK, nodes["d"], p.U64.pack(nodes["g"]) + b"linked\0", 0),
+    "look up another name": lambda nodes: (p.Op.LOOKUP, ROOT, b"h\0", 0),
+    "symlink": lambda nodes: (p.Op.SYMLINK, nodes["d"], b"s\0target\0", 1000),
 }  # fmt: skip
-LEAST = {"attributes": 5, "truncate what is open": 3, "set xattr": 3}  # points, where these are few
+# Those of which the other form is not tested, or by another caller.
+OTHERS = {
+    "mkdir": lambda vfs, nodes, files: vfs.mkdir(nodes["d"], b"made", 0o755, Caller(1000, 1000)),
+    "symlink": lambda vfs, nodes, files: vfs.symlink(nodes["d"], b"s", b"target", Caller(1000, 1000)),
+    "look up another name": lambda vfs, nodes, files: vfs.lookup(ROOT, b"h"),
+    "open for writing": lambda vfs, nodes, files: vfs.open(nodes["g"], os.O_WRONLY, ME)[1].writable,
+    "unlink the name of two that is known": lambda vfs, nodes, files: vfs.unlink(ROOT, b"h2"),
+    "unlink the name of two that is not known": lambda vfs, nodes, files: vfs.unlink(ROOT, b"h"),
+    "rename over the name of two that is known": rename("", "h2"),
+    "rename to a long name": rename("d", LONG.decode()),
+    "rename from a long name": rename("d", "new", old=LONG.decode()),
+    "create under a long name": lambda vfs, nodes, files: vfs.create(
+        nodes["d"], LONG, os.O_RDWR, 0o640, Caller(1000, 1000)
+    )[:2],
+}
+# Points, where these are few.
+LEAST = {"attributes": 5, "truncate what is open": 3, "set xattr": 3, "look up another name": 2}
 
 
 def setattr_in(valid):
@@ -46,7 +88,7 @@ def setattr_in(valid):
 def prepare(world, nodes, files):
     """What the compiled form would have met."""
     world.vfs.gate.backing = FakeBacking()
-    world.vfs.gate.appearance.plain.update(os.stat(world.path / name).st_ino for name in "fg")
+    world.vfs.gate.appearance.plain.update(os.stat(world.path / name).st_ino for name in "fgh")
     world.vfs.release(files["f"])
     files["f"] = world.vfs.open(nodes["f"], os.O_RDWR, Caller(0, 0))[0]  # in passthrough
 
@@ -55,6 +97,17 @@ def prepare(world, nodes, files):
 def ending(tmp_path_factory):
     """The compiled part, built to end at its points."""
     return build(tmp_path_factory.mktemp("points"), "-DTIERFS_POINTS")
+
+
+def furnish_more(world):
+    """As `furnish`, and a file of two names that is not open, and one of a long name."""
+    for name in ("h", os.fsdecode(LONG)):
+        (world.path / name).write_bytes(b"content")
+    os.link(world.path / "h", world.path / "h2")
+    nodes, files = furnish(world)
+    for name in (b"h", b"h2", LONG):
+        world.vfs.lookup(ROOT, name)
+    return nodes, files
 
 
 def run_until(point, world, request, monkeypatch, module):
@@ -86,18 +139,16 @@ def run_until(point, world, request, monkeypatch, module):
 @needs_root
 @pytest.mark.parametrize("what", BODIES)
 def test_a_server_killed_at_any_point_is_answered_for(worlds, what, ending, monkeypatch):  # noqa: F811
-    operation = OPERATIONS[what]
-    if what == "mkdir":
-        monkeypatch.setitem(OPERATIONS, what, lambda vfs, nodes, files: plain_mkdir(vfs, nodes))
-        operation = OPERATIONS[what]
+    operation = OTHERS.get(what) or OPERATIONS[what]
+    monkeypatch.setitem(OPERATIONS, what, operation)
     reference = worlds()
-    nodes, files = furnish(reference)
+    nodes, files = furnish_more(reference)
     prepare(reference, nodes, files)
     expected = comparable(reference.vfs, operation(reference.vfs, nodes, files))
     looks = seen(reference.path)
     for point in count():
         world = worlds()
-        nodes, files = furnish(world)
+        nodes, files = furnish_more(world)
         prepare(world, nodes, files)
         ended = run_until(point, world, BODIES[what](nodes), monkeypatch, ending)
         vfs, answer = answered_again(world, what, nodes, files)
@@ -109,7 +160,3 @@ def test_a_server_killed_at_any_point_is_answered_for(worlds, what, ending, monk
         if ended:
             break
     assert point >= LEAST.get(what, 6)
-
-
-def plain_mkdir(vfs, nodes):
-    return vfs.mkdir(nodes["d"], b"made", 0o755, Caller(1000, 1000))

@@ -5,7 +5,9 @@ import itertools
 import os
 import stat
 import struct
+import subprocess
 import time
+from pathlib import Path
 
 import pytest
 from hotside import build
@@ -17,6 +19,7 @@ from tierfs.fuse import protocol as p
 from tierfs.handles import Inode, ShownTimes
 from tierfs.marks import SEGMENT
 from tierfs.model import Stub
+from tierfs.tree import Tree
 from tierfs.vfs import ROOT
 
 CAPABILITY = bytes.fromhex("0100000200040000000000000000000000000000")  # version 2: net_bind_service
@@ -68,6 +71,71 @@ def test_reading_what_is_resident_is_left_to_nobody(both):
         assert not list(side.vfs.ledger.load_files())
 
 
+WRITE = [os.O_WRONLY, os.O_RDWR, os.O_WRONLY | os.O_TRUNC, os.O_RDWR | os.O_APPEND]
+
+
+def test_writing_what_is_resident_is_left_to_nobody(both):
+    both.behind(write(b"content"))
+    asked = left(both, p.Op.OPEN, p.Op.RELEASE)
+    for name in (b"a", b"b", b"c", b"d", b"e"):  # more than stay registered
+        node = both.lookup(ROOT, name)
+        for flags in (*WRITE, *WRITE[::-1]):
+            both.opened(node, flags)
+            both.opened(node, os.O_RDONLY)
+            both.opened(node, flags)
+            both.release(1)
+            both.release(1)
+            both.release(0)
+    assert asked == []
+    for side in both.sides:
+        assert not any(os.path.getsize(side.path / name) for name in "abcde")
+        assert side.gate.heat.count(os.stat(side.path / "a").st_ino) == 24
+
+
+WHY_NOT = itertools.product(
+    ["sealed", "full", "many marks", "set-id", "renamed behind", "running"],
+    [os.O_WRONLY, os.O_RDWR | os.O_TRUNC],
+    [True, False],
+)
+# That it is running is found out when it has been registered, which the other form does last: ids differ.
+EQUAL = [each for each in WHY_NOT if each != ("running", os.O_RDWR | os.O_TRUNC, False)]
+
+
+@pytest.mark.parametrize(("why", "flags", "registered"), EQUAL)
+def test_what_cannot_be_written_at_once_is_left_to_python(both, why, flags, registered):
+    both.behind(write(b"content"))
+    node = both.lookup(ROOT, b"a")
+    both.opened(node, os.O_RDONLY)
+    if not registered:
+        both.release(0)
+        for side in both.sides:
+            side.gate.idle.drop_all()
+    asked, running = left(both, p.Op.OPEN), []
+    for side in both.sides:
+        if why == "sealed":
+            side.gate.seals.add(os.stat(side.path / "a").st_ino)
+        elif why == "full":
+            side.session._receiver.low = 1 << 62
+        elif why == "many marks":
+            side.gate.marks.position = side.gate.marks.start + SEGMENT - 4096
+        elif why == "set-id":
+            (side.path / "a").chmod(0o4755)
+        elif why == "renamed behind":
+            os.rename(side.path / "a", side.path / "b")
+        else:
+            (side.path / "a").write_bytes(Path("/bin/sleep").read_bytes())
+            (side.path / "a").chmod(0o755)
+            running.append(subprocess.Popen([side.path / "a", "60"]))
+    both.opened(node, flags)
+    plain = why == "running" or (registered and why in ("set-id", "renamed behind"))
+    assert asked == ([] if plain and not flags & os.O_TRUNC else [p.Op.OPEN])
+    while both.open:
+        both.release(-1)
+    for each in running:
+        each.kill()
+        each.wait()
+
+
 @pytest.mark.parametrize("how", ["stub", "set-id", "guard", "directory", "fifo", "anchored", "unprivileged"])
 def test_what_is_not_plain_is_left_to_python(both, how):
     both.behind(write(b"content"))
@@ -94,6 +162,31 @@ def test_what_is_not_plain_is_left_to_python(both, how):
     for side in both.sides:
         for inode in list(side.gate._inodes.values()):
             side.gate._end_guard(inode)
+
+
+def test_an_older_kernel_is_asked_for_attributes_by_a_path(tmp_path, monkeypatch):
+    both = Both(tmp_path, monkeypatch, build(tmp_path, "-DGETXATTRAT=9999"))  # a system call that no kernel has
+    both.behind(write(b"content"))
+    for side in both.sides:
+        fd = os.open(side.path / "a", os.O_RDWR)
+        side.tree.write_stub(fd, Stub(b"f" * 16, 7, b"t" * 8, b"d" * 32))
+        os.close(fd)
+    asked = left(both, p.Op.OPEN)
+    for name in (b"b", b"a"):
+        both.opened(both.lookup(ROOT, name), os.O_RDONLY)
+    assert asked == [p.Op.OPEN] and len(both.sides[1].backing.live) == 1
+    both.close()
+
+
+def test_room_is_not_taken_for_granted_once_more_is_wanted(both):
+    asked = left(both, p.Op.CREATE)
+    for name in (b"a", b"b"):
+        both.made(p.Op.CREATE, ROOT, name, 0o644)
+    assert asked == []
+    for side in both.sides:
+        side.session._receiver.low = 1 << 62
+    both.made(p.Op.CREATE, ROOT, b"c", 0o644)
+    assert asked == [p.Op.CREATE]
 
 
 def test_an_executable_with_capabilities_is_not_opened_in_passthrough(both):
@@ -173,7 +266,7 @@ def test_a_directory_without_a_descriptor_is_opened_from_the_nearest_that_has_on
     for below in (deep[4], deep[2], others[0], others[1], others[2], deep[4], deep[3], others[3]):
         assert both.lookup(below, b"absent") == errno.ENOENT
         both.made(p.Op.MKDIR, below, b"new%d" % len(both.nodes), 0o755)
-        assert [list(side.vfs.nodes._dirs) for side in both.sides][0][-1] == below
+        assert list(both.sides[0].vfs.nodes._dirs)[-1] == below
     assert asked == []
     orders = [list(side.vfs.nodes._dirs) for side in both.sides]
     assert orders[0] == orders[1] and len(orders[0]) == 3
@@ -184,6 +277,149 @@ def test_a_directory_without_a_descriptor_is_opened_from_the_nearest_that_has_on
     for below in (others[1], others[2], others[3], deep[4], deep[2], deep[3], others[0]):
         found = both.lookup(below, b"absent")
         assert found == (errno.ENOENT if below in others[1:] else errno.ESTALE)
+    both.close()
+
+
+LONG = b"n" * 200  # the ledger keeps it elsewhere than beside its node
+LINKS = (p.Op.LINK, p.Op.SYMLINK, p.Op.READLINK)
+
+
+def test_long_names_are_left_to_nobody(both):
+    asked = left(both, *CHANGES, *LINKS, p.Op.LOOKUP, p.Op.GETATTR, p.Op.OPEN)
+    above = both.made(p.Op.MKDIR, ROOT, b"d" + LONG, 0o755)
+    both.lookup(above, b"absent")
+    asked.clear()
+    for name in (b"a", b"b", b"c"):
+        node = both.made(p.Op.CREATE, above, name + LONG, 0o644)
+        place = os.path.join(os.fsdecode(b"d" + LONG), os.fsdecode(name + LONG))
+        both.behind(lambda path, place=place: (path / place).write_bytes(b"x"))
+        both.release(0)
+        for new in (b"short", name + LONG[:-1], b"other" + LONG):  # into its place, within it, and out of it
+            assert both.renamed(above, name + LONG, above, new) == 0
+            assert both.renamed(above, new, above, name + LONG) == 0
+        both.ask(p.Op.GETATTR, node, p.GETATTR_IN.pack(0, 0, 0))
+        assert both.lookup(above, name + LONG) == node
+        assert both.linked(node, ROOT, b"link" + LONG) == 0
+        assert both.ask(p.Op.UNLINK, above, name + LONG + b"\0") == (0, b"")
+        both.opened(node, os.O_RDONLY)
+        both.release(0)
+        assert both.ask(p.Op.UNLINK, ROOT, b"link" + LONG + b"\0") == (0, b"")
+        both.ask(p.Op.FORGET, node, p.U64.pack(4))
+    assert asked == []
+    assert both.ask(p.Op.RMDIR, ROOT, b"d" + LONG + b"\0") == (0, b"")
+    for side in both.sides:
+        assert len(side.vfs.ledger.form().free[1]) == side.vfs.ledger._words[7] - 1  # all but the directory's
+
+
+@pytest.mark.parametrize("caller", [(0, 0), (1000, 1001)])
+def test_links_are_left_to_nobody(both, caller):
+    both.behind(write(b"content"))
+    both.behind(lambda path: (path / "dir").mkdir())
+    above = both.lookup(ROOT, b"dir")
+    both.lookup(above, b"absent")
+    asked = left(both, *CHANGES, *LINKS, p.Op.LOOKUP)
+    for side in both.sides:
+        side.caller = caller
+    node, other = both.lookup(ROOT, b"a"), both.lookup(ROOT, b"b")
+    both.opened(node, os.O_RDONLY)
+    both.release(0)
+    assert both.linked(node, above, b"second") == 0  # which is the name that is known from now on
+    assert both.ask(p.Op.UNLINK, ROOT, b"a\0") == (0, b"")
+    assert both.linked(node, ROOT, b"third") == 0
+    assert both.ask(p.Op.UNLINK, ROOT, b"third\0") == (0, b"")  # now it is reached by handle
+    assert both.ask(p.Op.UNLINK, ROOT, b"b\0") == (0, b"")
+    made = both.symlinked(above, b"link", b"to/where\xff")
+    assert both.ask(p.Op.READLINK, made, b"") == (0, b"to/where\xff")
+    assert both.ask(p.Op.UNLINK, above, b"link\0") == (0, b"")
+    assert both.lookup(above, b"second") == node  # and by this name again
+    assert asked == []
+    assert both.ask(p.Op.READLINK, other, b"")[0] == -errno.ENOENT
+    assert both.ask(p.Op.READLINK, above, b"")[0] == -errno.EINVAL
+    assert both.lookup(above, b"second") == node
+    owners = [os.lstat(side.path / "dir" / "second").st_nlink for side in both.sides]
+    assert owners == [1, 1]
+
+
+@pytest.mark.parametrize("how", ["file", "linked", "linked and known", "open", "symlink", "directory", "fifo"])
+def test_what_is_replaced_is_left_to_nobody(both, how):
+    both.behind(write(b"content"))
+    both.behind(lambda path: os.link(path / "b", path / "linked"))
+    both.behind(lambda path: (path / "symlink").symlink_to("target"))
+    both.behind(lambda path: [(path / name).mkdir() for name in ("directory", "other")])
+    both.behind(lambda path: os.mkfifo(path / "fifo"))
+    asked = left(both, *CHANGES)
+    source = both.lookup(ROOT, b"other" if how == "directory" else b"a")
+    name = {"file": b"c", "open": b"c", "linked and known": b"linked"}.get(how, how.encode())
+    node = both.lookup(ROOT, name) if how != "linked" else None
+    if how == "open":
+        both.opened(node, os.O_RDWR)
+    asked.clear()
+    assert both.renamed(ROOT, b"other" if how == "directory" else b"a", ROOT, name) == 0
+    assert asked == []
+    assert both.lookup(ROOT, name) == source
+    if node is not None:
+        both.ask(p.Op.GETATTR, node, p.GETATTR_IN.pack(0, 0, 0))
+    if how == "open":
+        both.release(0)
+        both.ask(p.Op.GETATTR, node, p.GETATTR_IN.pack(0, 0, 0))
+
+
+def test_what_is_open_is_unlinked_without_python_asked_for_all(both):
+    both.behind(write(b"content"))
+    both.behind(lambda path: os.link(path / "b", path / "f"))
+    kept = []
+    for side in both.sides:
+        side.vfs.nodes.keep = lambda ino, fd: kept.append(os.fstat(fd).st_ino == ino)
+    for name in (b"a", b"b"):
+        both.opened(both.lookup(ROOT, name), os.O_RDWR)
+    asked = left(both, p.Op.UNLINK)
+    for name in (b"a", b"b"):
+        assert both.ask(p.Op.UNLINK, ROOT, name + b"\0") == (0, b"")
+    assert asked == [] and kept == [True] * 4
+    for node, _ in list(both.open):
+        both.ask(p.Op.GETATTR, node, p.GETATTR_IN.pack(0, 0, 0))
+        both.release(0)
+    assert both.lookup(ROOT, b"f") == both.nodes[2]
+
+
+@pytest.mark.parametrize("why", ["guard", "shown", "many marks", "no room in the ledger", "there"])
+@pytest.mark.parametrize("op", [p.Op.LINK, p.Op.UNLINK, p.Op.RENAME])
+def test_links_that_are_not_plain_are_left_to_python(both, why, op):
+    both.behind(write(b"content"))
+    both.behind(lambda path: os.link(path / "a", path / "f"))
+    node = both.lookup(ROOT, b"f")
+    asked = left(both, op)
+    for side in both.sides:
+        ino = os.stat(side.path / "a").st_ino
+        if why in ("guard", "shown"):
+            assert side.gate._guard(ino, 0)
+            side.gate._inodes[ino].shown = ShownTimes(1, 2, 3)
+        if why == "shown":
+            side.gate._inodes[ino].guard = None
+        elif why == "many marks":
+            side.gate.marks.position = side.gate.marks.start + SEGMENT - 4096
+        elif why == "no room in the ledger":
+            side.vfs.ledger._words[7] = side.vfs.ledger._longs.most
+    link = p.U64.pack(node) + (b"b" if why == "there" else b"new") + b"\0"
+    body = {p.Op.LINK: link, p.Op.UNLINK: b"f\0", p.Op.RENAME: p.U64.pack(ROOT) + b"b\0f\0"}[op]
+    answered = both.ask(op, ROOT, body)
+    assert (answered is None) == (why == "guard")
+    assert asked == ([] if why == "there" and op != p.Op.LINK else [op])
+    for side in both.sides:
+        for inode in side.gate._inodes.values():
+            inode.guard = None
+        side.gate._inodes.clear()
+
+
+def test_who_may_not_open_by_handle_leaves_links_to_python(tmp_path, monkeypatch, built):
+    monkeypatch.setattr(Tree, "_is_privileged", lambda tree: False)
+    both = Both(tmp_path, monkeypatch, built)
+    both.behind(write(b"content"))
+    asked = left(both, p.Op.LINK, p.Op.UNLINK)
+    node = both.lookup(ROOT, b"a")
+    assert both.linked(node, ROOT, b"f") == 0
+    assert both.ask(p.Op.UNLINK, ROOT, b"f\0") == (0, b"")
+    assert asked == [p.Op.LINK, p.Op.UNLINK]
     both.close()
 
 
@@ -565,6 +801,9 @@ STEPS = st.one_of(
     st.tuples(st.just("getxattr"), NODES, st.sampled_from([b"security.capability", b"user.x"])),
     st.tuples(st.sampled_from(["file", "dir", "remove", "chmod"]), st.sampled_from(NAMES)),
     st.tuples(st.just("link"), st.sampled_from(NAMES)),
+    st.tuples(st.just("linked"), NODES, NODES, st.sampled_from(NAMES)),
+    st.tuples(st.just("symlink"), NODES, st.sampled_from(NAMES)),
+    st.tuples(st.just("readlink"), NODES),
     st.tuples(st.sampled_from(["unlink", "rmdir"]), NODES, st.sampled_from(NAMES)),
     st.tuples(st.sampled_from(["mkdir", "create"]), NODES, st.sampled_from(NAMES), st.sampled_from(MODES)),
     st.tuples(st.just("rename"), NODES, st.sampled_from(NAMES), NODES, st.sampled_from(NAMES), FLAG),
@@ -610,6 +849,12 @@ def step_of(both, step):
                     side.gate.idle.drop(ino)
         case "unlink" | "rmdir":
             both.ask(p.Op[action.upper()], nodeid, more[1] + b"\0")
+        case "linked":
+            both.linked(nodeid, both.nodes[more[1] % len(both.nodes)], more[2])
+        case "symlink":
+            both.symlinked(nodeid, more[1], b"target")
+        case "readlink":
+            both.ask(p.Op.READLINK, nodeid, b"")
         case "rename":
             both.renamed(nodeid, more[1], both.nodes[more[2] % len(both.nodes)], more[3], more[4])
         case _:

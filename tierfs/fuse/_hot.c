@@ -1,7 +1,7 @@
 /* The commonest requests, compiled: they would cost the interpreter more than the kernel. LOOKUP and GETATTR of what
- * is plainly there, OPEN for reading and RELEASE of resident files, names that come and go, FORGET. Everything else, and whatever is not quite
- * plain, is left to Python, before anything has been changed: there is no meaning here that vfs, nodes, openfiles and
- * gate do not have.
+ * is plainly there, OPEN and RELEASE of resident files, names and links that come, go or change, FORGET.
+ * Everything else, and whatever is not quite plain, is left to Python, before anything has been changed: there is no
+ * meaning here that vfs, nodes, names, openfiles and gate do not have.
  *
  * SOURCES says from which files it was built: a module of other sources is not used (tierfs/fuse/compiled.py).
  */
@@ -18,8 +18,9 @@
 #endif
 
 enum {
-    LOOKUP = 1, FORGET = 2, GETATTR = 3, SETATTR = 4, MKDIR = 9, UNLINK = 10, RMDIR = 11, RENAME = 12, OPEN = 14, RELEASE = 18,
-    SETXATTR = 21, GETXATTR = 22, LISTXATTR = 23, REMOVEXATTR = 24, CREATE = 35, IOCTL = 39, BATCH_FORGET = 42, RENAME2 = 45,
+    LOOKUP = 1, FORGET = 2, GETATTR = 3, SETATTR = 4, READLINK = 5, SYMLINK = 6, MKDIR = 9, UNLINK = 10, RMDIR = 11,
+    RENAME = 12, LINK = 13, OPEN = 14, RELEASE = 18, SETXATTR = 21, GETXATTR = 22, LISTXATTR = 23, REMOVEXATTR = 24,
+    CREATE = 35, IOCTL = 39, BATCH_FORGET = 42, RENAME2 = 45,
 }; /* opcodes */
 enum { GETATTR_FH = 1 };
 #define RESENT (1ULL << 63)
@@ -61,7 +62,14 @@ static enum outcome forget_all(Hot *hot, const struct in_header *in, const char 
     return FOUND;
 }
 
-union body { struct entry_out entry; struct attr_out attr; struct open_out open; struct create_out create; char value[MOST_VALUE]; };
+union body {
+    struct entry_out entry;
+    struct attr_out attr;
+    struct open_out open;
+    struct create_out create;
+    char value[MOST_VALUE];
+    char target[LINK_ROOM];
+};
 
 /* The name at this place of a message; NULL where it does not end within. */
 static const char *name_at(const char *message, Py_ssize_t length, size_t at)
@@ -79,6 +87,19 @@ static enum outcome rename_one(Hot *hot, const struct in_header *in, const char 
     const char *name = name_at(message, length, sizeof *in + fixed);
     const char *new_name = name ? name_at(message, length, name - message + strlen(name) + 1) : NULL;
     return new_name ? rename_name(hot, in, name, to.parent, new_name) : PYTHONS;
+}
+
+/* LINK and SYMLINK. */
+static enum outcome link_one(Hot *hot, const struct in_header *in, const char *message, Py_ssize_t length,
+                             struct entry_out *entry)
+{
+    uint64_t linked = 0;
+    size_t fixed = in->opcode == LINK ? sizeof linked : 0;
+    const char *name = fields(message, length, &linked, fixed) ? name_at(message, length, sizeof *in + fixed) : NULL;
+    if (!name || in->opcode == LINK)
+        return name ? link_file(hot, in, linked, name, entry) : PYTHONS;
+    const char *target = name_at(message, length, name - message + strlen(name) + 1);
+    return target ? make_symlink(hot, in, name, target, entry) : PYTHONS;
 }
 
 /* MKDIR and CREATE. */
@@ -155,6 +176,12 @@ static enum outcome carried_out(Hot *hot, const struct in_header *in, const char
     case RENAME2:
         *size = 0;
         return rename_one(hot, in, message, length);
+    case LINK:
+    case SYMLINK:
+        *size = sizeof body->entry;
+        return link_one(hot, in, message, length, &body->entry);
+    case READLINK:
+        return read_link(hot, in->nodeid, body->target, size);
     case MKDIR:
     case CREATE:
         *size = in->opcode == MKDIR ? sizeof body->entry : sizeof body->create;
@@ -194,7 +221,7 @@ static int answer(Hot *hot, Py_ssize_t size)
     struct in_header in;
     memcpy(&in, hot->buffer.buf, sizeof in);
     size_t body = 0;
-    if (in.unique & RESENT || in.len != size)
+    if (in.unique & RESENT || in.len != size || (in.len == sizeof in && in.opcode != READLINK))
         return 0;
     enum outcome outcome = carried_out(hot, &in, hot->buffer.buf, size, &reply.body, &body);
     if (outcome == FAILED)
@@ -292,7 +319,7 @@ static PyObject *hot_receive(Hot *hot, PyObject *arguments)
             return PyErr_SetFromErrno(PyExc_OSError);
         if (!size)
             Py_RETURN_NONE; /* the end of a file or socket, which the device has not */
-        int done = size > (ssize_t)sizeof(struct in_header) ? answer(hot, size) : 0;
+        int done = size >= (ssize_t)sizeof(struct in_header) ? answer(hot, size) : 0;
         if (done < 0)
             return NULL;
         if (!done)
@@ -324,9 +351,12 @@ static PyObject *hot_close(Hot *hot, PyObject *Py_UNUSED(none))
 {
     PyBuffer_Release(&hot->buffer);
     PyBuffer_Release(&hot->memory);
-    if (hot->sleeper >= 0)
-        close(hot->sleeper);
-    hot->sleeper = -1;
+    int *fds[] = {&hot->sleeper, &hot->descriptors};
+    for (int each = 0; each < 2; each++) {
+        if (*fds[each] >= 0)
+            close(*fds[each]);
+        *fds[each] = -1;
+    }
     Py_RETURN_NONE;
 }
 
@@ -383,6 +413,9 @@ static int hot_init(Hot *hot, PyObject *arguments, PyObject *named)
         return -1;
     }
     hot->others = hot->sleeper = hot->watched = -1;
+    hot->descriptors = open("/proc/self/fd", O_PATH | O_DIRECTORY | O_CLOEXEC);
+    hot->umask = umask(0);
+    umask(hot->umask);
     hot->euid = geteuid();
     hot->egid = getegid();
     if (!PyArg_ParseTupleAndKeywords(arguments, named, "iw*iKw*OOnnnKkkdO!", names, &hot->fd, &hot->buffer, &hot->root_fd,

@@ -17,6 +17,8 @@
 
 #define SLOT 0xFFFFFFFFULL
 #define INLINE 34
+#define LINK_ROOM 4096
+#define NAME_ROOM 256 /* a name, and the zero byte behind it */
 
 /* The layouts of linux/fuse.h. */
 struct in_header { uint32_t len, opcode; uint64_t unique, nodeid; uint32_t uid, gid, pid; uint16_t extlen, padding; };
@@ -69,8 +71,8 @@ void hot_point(void);
 #endif
 
 /* What became of a request here. FAILED: with an exception, after something has been changed. */
-#define GONE_NODE 2 /* the kind of a node (ledger.Kind) whose content is its last attributes */
-enum doing { DOING_MAKE = 1, DOING_UNLINK = 3, DOING_RMDIR, DOING_RENAME, DOING_XATTR }; /* intents.Doing */
+enum { HANDLE_NODE = 1, GONE_NODE }; /* kinds of nodes (ledger.Kind) whose content is a handle, or last attributes */
+enum doing { DOING_MAKE = 1, DOING_LINK, DOING_UNLINK, DOING_RMDIR, DOING_RENAME, DOING_XATTR }; /* intents.Doing */
 enum mark { WRITTEN = 1, CLOSED, GONE, NAMED, DIRECTORY, ENTRY = 8, ATTRIBUTES };      /* marks.Mark */
 
 /* What a mark says, and of which file handle. */
@@ -84,6 +86,8 @@ struct mark_of {
 };
 /* A name in a directory; `ino` is the directory's. */
 struct place { PyObject *parent; int fd; const char *name; size_t length; uint64_t ino; };
+/* An inode: its number, its node and its state in the gate, NULL where there is none. */
+struct known { PyObject *ino, *node, *inode; };
 
 enum outcome { PYTHONS, ABSENT, NO_DATA, NO_TERMINAL, FOUND, FAILED };
 
@@ -95,11 +99,11 @@ enum outcome { PYTHONS, ABSENT, NO_DATA, NO_TERMINAL, FOUND, FAILED };
     X(former, &PyDict_Type) X(gate, NULL) X(kernel_backing, &PyType_Type) X(idle, NULL) X(idle_inodes, &PyODict_Type) X(touched, &PyDict_Type) \
     X(files, &PyDict_Type) X(opens, &PyDict_Type) X(inode, NULL) X(handle, NULL) X(stub_name, &PyBytes_Type) \
     X(marks, NULL) X(recent, &PyDict_Type) X(seals, &PySet_Type) X(late, &PyDict_Type) X(gone_stat, NULL) \
-    X(refused, NULL) X(failed, NULL)
+    X(nodes, NULL) X(privileged, &PyBool_Type) X(refused, NULL) X(failed, NULL)
 
 typedef struct {
     PyObject_HEAD
-    int fd, root_fd, others, sleeper, watched;
+    int fd, root_fd, others, sleeper, watched, descriptors; /* the last: /proc/self/fd */
     unsigned long long device;
     Py_buffer buffer, memory;
     unsigned long entry_seconds, attr_seconds;
@@ -108,6 +112,8 @@ typedef struct {
     Py_ssize_t intents_at, segment, directory_fds;
     uid_t euid;
     gid_t egid;
+    mode_t umask; /* the process's own, which making.Maker leaves as it was */
+    struct { double until; unsigned long long low; int left; } ample; /* for how long, and for how many, room is taken for granted */
     struct { Py_ssize_t word, at, most; PyObject *free; } parts[PARTS];
 #define FIELD(name, type) PyObject *name;
     OBJECTS(FIELD)
@@ -142,32 +148,43 @@ int count_in(PyObject *dict, PyObject *key, int by);
 /* --- the ledger (_hot_state.c) --- */
 void *record_at(Hot *hot, enum part part, uint64_t slot);
 uint64_t *words_of(Hot *hot);
+int has_slots(Hot *hot, enum part part, Py_ssize_t count);
 int has_slot(Hot *hot, enum part part);
+int has_node_slots(Hot *hot, size_t length);
 int64_t take_slot(Hot *hot, enum part part);
 int give_slot(Hot *hot, enum part part, uint64_t slot);
 
 /* --- nodes (_hot_state.c) --- */
-struct kept_node *kept_of(Hot *hot, uint64_t nodeid);
+size_t name_of(Hot *hot, uint64_t nodeid, char name[NAME_ROOM]);
+int note_node(Hot *hot, struct kept_node node, const char *content, size_t length);
 PyObject *node_at(Hot *hot, uint64_t nodeid);
 int directory_of(Hot *hot, PyObject *node);
 uint64_t enter(Hot *hot, PyObject *ino, PyObject *parent, const char *name, Py_ssize_t length);
 int drop_directory(Hot *hot, PyObject *id);
+void looked_up(Hot *hot, uint64_t nodeid);
 int forget(Hot *hot, uint64_t nodeid, uint64_t count);
 
 /* --- open files (_hot_open.c) --- */
 enum outcome open_file(Hot *hot, const struct in_header *in, uint32_t flags, struct open_out *out);
-enum outcome release_file(Hot *hot, uint64_t fh);
 PyObject *backing_id_of(Hot *hot, PyObject *backing, PyObject *opath);
 int touch(Hot *hot, PyObject *inode, PyObject *ino);
-int idle_dropped(Hot *hot, PyObject *ino);
+int is_ample(Hot *hot);
+int reopened(Hot *hot, int opath, int flags);
 PyObject *noted_inode(Hot *hot, uint64_t ino, PyObject *backing_id);
 PyObject *new_handle(Hot *hot, PyObject *inode, uint32_t uid, uint32_t flags, uint64_t backing_id);
 uint64_t noted_file(Hot *hot, const struct in_header *in, uint64_t nodeid, PyObject *node, PyObject *handle,
                     uint32_t flags, uint32_t backing_id);
 
+/* --- closing (_hot_release.c) --- */
+enum outcome release_file(Hot *hot, uint64_t fh);
+int let_go(Hot *hot, PyObject *inode, PyObject *ino);
+int idle_dropped(Hot *hot, PyObject *ino);
+double monotonic(void);
+
 /* --- for others (_hot_marks.c) --- */
 size_t packed_stat(const struct stat *st, char *to);
-void intend(Hot *hot, uint64_t request, enum doing doing, const struct stat *st, const struct handle *handle);
+void intend(Hot *hot, uint64_t request, enum doing doing, const struct stat *first, const struct stat *second,
+            const struct handle *handle);
 int has_marks_room(Hot *hot);
 int64_t append_mark(Hot *hot, enum mark kind, const struct mark_of *of);
 int mark(Hot *hot, enum mark kind, PyObject *ino, const struct mark_of *of);
@@ -181,10 +198,22 @@ enum outcome looked_up_record(PyObject *records, uint64_t ino, int64_t ctime);
 /* --- names (_hot_names.c) --- */
 int found_place(Hot *hot, uint64_t nodeid, const char *name, size_t length, struct place *place);
 int handle_at(int fd, const char *name, struct handle *handle);
+int found_known(Hot *hot, uint64_t number, struct known *known);
+void drop_known(struct known *known);
+int is_still(PyObject *inode);
+int entry_marked(Hot *hot, const struct place *place, uint64_t removed);
+int moved(Hot *hot, PyObject *node, const struct place *to);
+int new_name_marked(Hot *hot, const struct place *to, const struct known *known, const struct stat *st);
 enum outcome remove_name(Hot *hot, const struct in_header *in, const char *name, size_t length, int directory);
 enum outcome rename_name(Hot *hot, const struct in_header *in, const char *name, uint64_t above, const char *new_name);
 
+/* --- links (_hot_links.c) --- */
+enum outcome link_file(Hot *hot, const struct in_header *in, uint64_t linked, const char *name, struct entry_out *out);
+enum outcome read_link(Hot *hot, uint64_t nodeid, char *to, size_t *length);
+
 /* --- new files (_hot_make.c) --- */
+enum outcome make_symlink(Hot *hot, const struct in_header *in, const char *name, const char *target,
+                          struct entry_out *out);
 enum outcome make_directory(Hot *hot, const struct in_header *in, uint32_t mode, uint32_t umask_, const char *name,
                             struct entry_out *out);
 enum outcome create_file(Hot *hot, const struct in_header *in, uint32_t flags, uint32_t mode, uint32_t umask_,
@@ -192,6 +221,7 @@ enum outcome create_file(Hot *hot, const struct in_header *in, uint32_t flags, u
 
 /* --- names and attributes (_hot_look.c) --- */
 int pack_attr(struct attr *to, const struct stat *st);
+long seconds_of(Hot *hot, const struct stat *st);
 enum outcome look_up(Hot *hot, uint64_t above, const char *name, Py_ssize_t length, struct entry_out *out);
 enum outcome get_attributes(Hot *hot, uint64_t nodeid, struct attr_out *out);
 enum outcome fill_attributes(Hot *hot, const struct stat *st, struct attr_out *out);
@@ -205,7 +235,7 @@ struct target {
     uint64_t number;
     struct stat st;
     size_t length;
-    char name[INLINE + 1];
+    char name[NAME_ROOM];
 };
 /* 0 where Python is to say; to be let go of in either case. */
 int found_target(Hot *hot, uint64_t nodeid, struct target *at);
@@ -225,7 +255,8 @@ enum outcome set_attributes(Hot *hot, uint64_t nodeid, const struct setattr_in *
 /* --- extended attributes (_hot_xattrs.c) --- */
 #define MOST_VALUE 1024 /* bytes: what is longer is Python's */
 #define ACL_KILL_SGID 1 /* protocol.SETXATTR_ACL_KILL_SGID */
-int lacks(int opath, const char *attribute);
+/* Whether an inode, by an O_PATH descriptor, has no such attribute, without a doubt. */
+int lacks(Hot *hot, int opath, const char *attribute);
 enum outcome get_xattr(Hot *hot, uint64_t nodeid, uint32_t room, const char *name, char *value, size_t *size);
 enum outcome list_xattrs(Hot *hot, uint64_t nodeid, uint32_t room, char *names, size_t *size);
 enum outcome set_xattr(Hot *hot, uint64_t nodeid, const struct setxattr_in *ask, const char *name, const char *value);

@@ -35,18 +35,16 @@ void let_target_go(struct target *at)
 
 int found_target(Hot *hot, uint64_t nodeid, struct target *at)
 {
-    struct kept_node *kept = kept_of(hot, nodeid);
     *at = (struct target){.above = -1, .fd = -1};
-    at->node = kept ? Py_XNewRef(node_at(hot, nodeid)) : NULL;
+    at->node = Py_XNewRef(node_at(hot, nodeid));
     if (!at->node || at->node == hot->root || !attribute_is(at->node, s_anchor, Py_None))
         return 0;
     at->parent = get_of(at->node, s_parent);
     at->ino = get_of(at->node, s_ino);
     if (!at->parent || at->parent == Py_None || !at->ino)
         return 0;
-    at->number = kept->ino;
-    at->length = kept->length;
-    memcpy(at->name, kept->content, kept->length);
+    at->number = PyLong_AsUnsignedLongLong(at->ino);
+    at->length = name_of(hot, nodeid, at->name);
     at->inode = Py_XNewRef(PyDict_GetItemWithError(hot->inodes, at->ino));
     return at->length && !PyErr_Occurred();
 }

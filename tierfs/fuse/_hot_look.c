@@ -5,8 +5,6 @@
 
 #include <string.h>
 
-#define MOST_LOOKUPS 0x7FFFFFFFU
-
 /* --- attributes ------------------------------------------------------------------------------------------ */
 
 static int status(int fd, const char *name, struct stat *st)
@@ -51,7 +49,7 @@ static int is_itself(Hot *hot, PyObject *ino, PyObject *inode, const struct stat
 }
 
 /* For how many seconds the kernel may keep these attributes; -1 where they are not what is to be shown. */
-static long seconds_of(Hot *hot, const struct stat *st)
+long seconds_of(Hot *hot, const struct stat *st)
 {
     if (!S_ISREG(st->st_mode))
         return hot->attr_seconds;
@@ -73,23 +71,37 @@ static long seconds_of(Hot *hot, const struct stat *st)
 
 /* --- looking -------------------------------------------------------------------------------------------- */
 
+/* nodes.moved: a known node has this name. 0, or -1 where Python is to do it. */
+static int follows(Hot *hot, PyObject *node, const struct place *place)
+{
+    char known[NAME_ROOM];
+    uint64_t number = number_of(node, s_id);
+    size_t has = PyErr_Occurred() ? 0 : name_of(hot, number, known);
+    if (node == hot->root)
+        return -1;
+    if (has == place->length && !memcmp(known, place->name, has) && attribute_is(node, s_parent, place->parent))
+        return 0;
+    PyObject *anchor = get_of(node, s_anchor);
+    int may = anchor && (anchor == Py_None || PyBytes_Check(anchor)) && has_slots(hot, LONGS, 1);
+    Py_XDECREF(anchor);
+    return may ? moved(hot, node, place) : -1;
+}
+
 /* The number of the node that a name means now, one lookup counted; 0 where Python is to say. */
-static uint64_t counted(Hot *hot, PyObject *parent, const char *name, Py_ssize_t length, const struct stat *st)
+static uint64_t counted(Hot *hot, const struct place *place, const struct stat *st)
 {
     PyObject *ino = PyLong_FromUnsignedLongLong(st->st_ino);
     PyObject *node = ino ? PyDict_GetItemWithError(hot->by_ino, ino) : NULL;
     uint64_t nodeid = 0;
     if (node) {
-        uint64_t number = number_of(node, s_id);
-        struct kept_node *kept = PyErr_Occurred() ? NULL : kept_of(hot, number);
-        if (kept && node != hot->root && attribute_is(node, s_anchor, Py_None) && attribute_is(node, s_parent, parent)
-            && kept->length == length && !memcmp(kept->content, name, length)) {
-            if (kept->lookups < MOST_LOOKUPS)
-                *(volatile uint32_t *)&kept->lookups = kept->lookups + 1;
-            nodeid = number;
+        Py_INCREF(node);
+        if (!follows(hot, node, place)) {
+            nodeid = number_of(node, s_id);
+            looked_up(hot, nodeid);
         }
+        Py_DECREF(node);
     } else if (ino && !PyErr_Occurred() && (!S_ISDIR(st->st_mode) || st->st_dev == hot->device)) {
-        nodeid = enter(hot, ino, parent, name, length);
+        nodeid = enter(hot, ino, place->parent, place->name, place->length);
     }
     Py_XDECREF(ino);
     return PyErr_Occurred() ? 0 : nodeid;
@@ -109,7 +121,7 @@ enum outcome look_up(Hot *hot, uint64_t above, const char *name, Py_ssize_t leng
     long seconds = pack_attr(&out->attr, &st) ? seconds_of(hot, &st) : -1;
     if (seconds < 0)
         return PYTHONS;
-    out->nodeid = counted(hot, parent, name, length, &st);
+    out->nodeid = counted(hot, &(struct place){parent, fd, name, length, 0}, &st);
     out->entry_valid = hot->entry_seconds;
     out->attr_valid = seconds;
     return out->nodeid ? FOUND : PYTHONS;
@@ -133,12 +145,9 @@ enum outcome get_attributes(Hot *hot, uint64_t nodeid, struct attr_out *out)
         if (status(hot->root_fd, NULL, &st))
             return PYTHONS;
     } else {
-        struct kept_node *kept = kept_of(hot, nodeid);
-        char name[INLINE + 1] = "";
-        if (kept)
-            memcpy(name, kept->content, kept->length);
+        char name[NAME_ROOM];
         PyObject *parent = get_of(node, s_parent);
-        int fd = kept && *name && parent && parent != Py_None ? directory_of(hot, parent) : -1;
+        int fd = name_of(hot, nodeid, name) && parent && parent != Py_None ? directory_of(hot, parent) : -1;
         int failed = fd < 0 || status(fd, name, &st);
         Py_XDECREF(parent);
         if (failed || st.st_ino != number_of(node, s_ino))

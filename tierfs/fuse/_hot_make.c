@@ -1,15 +1,16 @@
-/* MKDIR and CREATE: what vfs.mkdir and vfs.create do with making.Maker, gate.made_dir and gate.created, nodes.made and
+/* MKDIR, SYMLINK and CREATE: what vfs.mkdir, vfs.symlink and vfs.create do with making.Maker, gate.made_dir and gate.created, nodes.made and
  * files.add. What was made and is not quite plain is removed again, and Python makes it anew: nobody has been told.
  */
 #include "_hot.h"
 
 #include <fcntl.h>
-#include <stdio.h>
 #include <string.h>
 #include <sys/statfs.h>
 #include <unistd.h>
 
 #define MODE 01777
+#define BELIEVED 64 /* files that are made or opened */
+#define BELIEVED_SECONDS 0.02
 #define SYNC (O_SYNC | O_DSYNC)
 #define NEW (O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC)
 
@@ -24,6 +25,20 @@ static int owner_of(Hot *hot, const struct in_header *in, int dirfd, const struc
     *uid = in->uid;
     *gid = above.st_mode & S_ISGID ? st->st_gid : in->gid;
     return st->st_uid != *uid || st->st_gid != *gid;
+}
+
+/* The caller's umask is the process's own from here on (making.Maker._masked): mostly it is already. */
+static void masked(const Hot *hot, mode_t callers)
+{
+    if (callers != hot->umask)
+        umask(callers);
+}
+
+/* ... to here. */
+static void unmasked(const Hot *hot, mode_t callers)
+{
+    if (callers != hot->umask)
+        umask(hot->umask);
 }
 
 /* Whether an inode of this number is known: it was removed behind the mount, or is still guarded. */
@@ -43,29 +58,32 @@ static void fill_entry(Hot *hot, uint64_t nodeid, struct entry_out *out)
     out->attr_valid = hot->attr_seconds;
 }
 
-/* --- directories ----------------------------------------------------------------------------------------- */
+/* --- directories and symlinks -------------------------------------------------------------------------------- */
 
-/* A new directory as its owner's, by its stat; 0 where there is none after all. */
-static int made_directory(Hot *hot, const struct in_header *in, const struct place *place, uint32_t mode,
-                          uint32_t umask_, struct stat *st)
+/* A new name as its owner's, by its stat; 0 where there is none after all. `flags`: of unlinkat(2). */
+static int given(Hot *hot, const struct in_header *in, const struct place *place, int flags, struct stat *st)
 {
     uid_t uid;
     gid_t gid;
-    mode_t before = umask(umask_);
-    int failed = mkdirat(place->fd, place->name, mode & MODE);
-    umask(before);
-    if (failed)
-        return 0;
-    POINT();
-    failed = fstatat(place->fd, place->name, st, AT_SYMLINK_NOFOLLOW);
-    int given = failed ? -1 : owner_of(hot, in, place->fd, st, &uid, &gid);
-    if (given > 0)
+    int failed = fstatat(place->fd, place->name, st, AT_SYMLINK_NOFOLLOW);
+    int whose = failed ? -1 : owner_of(hot, in, place->fd, st, &uid, &gid);
+    if (whose > 0)
         failed = fchownat(place->fd, place->name, uid, gid, AT_SYMLINK_NOFOLLOW)
                  || fstatat(place->fd, place->name, st, AT_SYMLINK_NOFOLLOW);
-    if (!failed && given >= 0 && !is_known(hot, st->st_ino))
+    if (!failed && whose >= 0 && !is_known(hot, st->st_ino))
         return 1;
-    unlinkat(place->fd, place->name, AT_REMOVEDIR);
+    unlinkat(place->fd, place->name, flags);
     return 0;
+}
+
+static int made_directory(Hot *hot, const struct in_header *in, const struct place *place, uint32_t mode,
+                          uint32_t umask_, struct stat *st)
+{
+    masked(hot, umask_);
+    int failed = mkdirat(place->fd, place->name, mode & MODE);
+    unmasked(hot, umask_);
+    POINT();
+    return !failed && given(hot, in, place, AT_REMOVEDIR, st);
 }
 
 enum outcome make_directory(Hot *hot, const struct in_header *in, uint32_t mode, uint32_t umask_, const char *name,
@@ -74,10 +92,10 @@ enum outcome make_directory(Hot *hot, const struct in_header *in, uint32_t mode,
     struct place place;
     struct stat st;
     memset(out, 0, sizeof *out);
-    if (strlen(name) > INLINE || !has_slot(hot, NODES) || !has_marks_room(hot)
+    if (!has_node_slots(hot, strlen(name)) || !has_marks_room(hot)
         || !found_place(hot, in->nodeid, name, strlen(name), &place))
         return PYTHONS;
-    intend(hot, in->unique, DOING_MAKE, NULL, NULL);
+    intend(hot, in->unique, DOING_MAKE, NULL, NULL, NULL);
     if (!made_directory(hot, in, &place, mode, umask_, &st) || !pack_attr(&out->attr, &st))
         return PYTHONS;
     struct mark_of of = {.ino = st.st_ino, .parent = place.ino, .name = name, .length = place.length};
@@ -90,37 +108,68 @@ enum outcome make_directory(Hot *hot, const struct in_header *in, uint32_t mode,
     return nodeid ? FOUND : FAILED;
 }
 
+enum outcome make_symlink(Hot *hot, const struct in_header *in, const char *name, const char *target,
+                          struct entry_out *out)
+{
+    struct place place;
+    struct stat st;
+    memset(out, 0, sizeof *out);
+    if (!has_node_slots(hot, strlen(name)) || !has_marks_room(hot)
+        || !found_place(hot, in->nodeid, name, strlen(name), &place))
+        return PYTHONS;
+    intend(hot, in->unique, DOING_MAKE, NULL, NULL, NULL);
+    if (symlinkat(target, place.fd, name))
+        return PYTHONS;
+    POINT();
+    if (!given(hot, in, &place, 0, &st) || !pack_attr(&out->attr, &st))
+        return PYTHONS;
+    PyObject *ino = PyLong_FromUnsignedLongLong(st.st_ino);
+    uint64_t nodeid = 0;
+    if (ino && !entry_marked(hot, &place, 0))
+        nodeid = enter(hot, ino, place.parent, name, place.length);
+    Py_XDECREF(ino);
+    fill_entry(hot, nodeid, out);
+    return nodeid ? FOUND : FAILED;
+}
+
 /* --- files ----------------------------------------------------------------------------------------------- */
 
 /* What is needed of a new file. */
 struct made { int fd, opath; struct stat st; struct handle handle; PyObject *number; };
 
-/* There is room on the local disk (room.Room). */
-static int is_ample(Hot *hot)
+/* There is room on the local disk (room.Room). Where there is twice as much as has to be, that is believed for a
+ * moment: what is written meanwhile does not depend on who is told so. */
+int is_ample(Hot *hot)
 {
     struct statfs fs;
-    return !fstatfs(hot->root_fd, &fs) && (unsigned long long)fs.f_bavail * fs.f_frsize >= hot->low;
+    if (hot->ample.left && hot->ample.low == hot->low && monotonic() < hot->ample.until) {
+        hot->ample.left--;
+        return 1;
+    }
+    unsigned long long available = fstatfs(hot->root_fd, &fs) ? 0 : (unsigned long long)fs.f_bavail * fs.f_frsize;
+    hot->ample.left = available / 2 >= hot->low ? BELIEVED : 0;
+    hot->ample.low = hot->low;
+    hot->ample.until = monotonic() + BELIEVED_SECONDS;
+    return available >= hot->low;
 }
 
 /* A new file as its owner's; 0 where there is none after all. */
 static int made_file(Hot *hot, const struct in_header *in, const struct place *place, uint32_t flags, uint32_t mode,
                      uint32_t umask_, struct made *made)
 {
-    char path[40];
     uid_t uid;
     gid_t gid;
-    mode_t before = umask(umask_);
+    masked(hot, umask_);
     made->fd = openat(place->fd, place->name, NEW | (flags & SYNC), mode & MODE);
-    umask(before);
+    unmasked(hot, umask_);
     if (made->fd < 0)
         return 0;
     POINT();
     int failed = fstat(made->fd, &made->st);
-    int given = failed ? -1 : owner_of(hot, in, place->fd, &made->st, &uid, &gid);
-    if (given > 0)
+    int whose = failed ? -1 : owner_of(hot, in, place->fd, &made->st, &uid, &gid);
+    if (whose > 0)
         failed = fchown(made->fd, uid, gid) || fstat(made->fd, &made->st);
-    snprintf(path, sizeof path, "/proc/self/fd/%d", made->fd);
-    made->opath = failed || given < 0 || is_known(hot, made->st.st_ino) ? -1 : open(path, O_PATH | O_CLOEXEC);
+    made->opath = failed || whose < 0 || is_known(hot, made->st.st_ino) ? -1 : reopened(hot, made->fd, O_PATH);
     POINT();
     if (made->opath >= 0 && handle_at(made->opath, "", &made->handle))
         return 1;
@@ -200,14 +249,14 @@ enum outcome create_file(Hot *hot, const struct in_header *in, uint32_t flags, u
     struct place place;
     struct made made = {.number = NULL};
     memset(out, 0, sizeof *out);
-    if (strlen(name) > INLINE || mode & (S_ISUID | S_ISGID) || (flags & O_ACCMODE) == O_RDONLY || !is_ample(hot)
-        || !has_slot(hot, NODES) || !has_slot(hot, FILES) || !has_slot(hot, INODES) || !has_marks_room(hot)
+    if (mode & (S_ISUID | S_ISGID) || (flags & O_ACCMODE) == O_RDONLY || !is_ample(hot)
+        || !has_node_slots(hot, strlen(name)) || !has_slot(hot, FILES) || !has_slot(hot, INODES) || !has_marks_room(hot)
         || !found_place(hot, in->nodeid, name, strlen(name), &place))
         return PYTHONS;
     PyObject *backing = get_of(hot->gate, s_backing);
     enum outcome outcome = PYTHONS;
     if (backing && backing != Py_None) {
-        intend(hot, in->unique, DOING_MAKE, NULL, NULL);
+        intend(hot, in->unique, DOING_MAKE, NULL, NULL, NULL);
         if (made_file(hot, in, &place, flags, mode, umask_, &made)) {
             POINT();
             if (pack_attr(&out->entry.attr, &made.st) && !registered(hot, backing, &made)) {

@@ -57,19 +57,22 @@ size_t packed_stat(const struct stat *st, char *to)
     return sizeof packed;
 }
 
-void intend(Hot *hot, uint64_t request, enum doing doing, const struct stat *st, const struct handle *handle)
+void intend(Hot *hot, uint64_t request, enum doing doing, const struct stat *first, const struct stat *second,
+            const struct handle *handle)
 {
     struct kept_intent *kept = (struct kept_intent *)((char *)hot->memory.buf + hot->intents_at);
     struct timespec t;
     clock_gettime(CLOCK_REALTIME_COARSE, &t);
     *(volatile uint64_t *)&kept->request = 0;
     POINT();
-    if (st)
-        kept->stats[0] = kept_stat_of(st);
+    if (first)
+        kept->stats[0] = kept_stat_of(first);
+    if (second)
+        kept->stats[1] = kept_stat_of(second);
     kept->size = handle ? handle->length : 0;
     if (handle)
         memcpy(kept->handle, handle->bytes, handle->length);
-    kept->which = doing | (st ? 1 << 8 : 0);
+    kept->which = doing | (first ? 1 << 8 : 0) | (second ? 1 << 9 : 0);
     kept->when = nanoseconds(&t);
     __atomic_signal_fence(__ATOMIC_SEQ_CST);
     POINT();

@@ -1,6 +1,4 @@
-/* UNLINK, RMDIR and RENAME to a name that is free: what names.Names does with files of one name that nobody has open,
- * with directories, and with names that change.
- */
+/* UNLINK, RMDIR and RENAME: what names.Names does with names that go, are replaced or change. */
 #include "_hot.h"
 
 #include <fcntl.h>
@@ -30,25 +28,37 @@ int handle_at(int fd, const char *name, struct handle *handle)
     return 1;
 }
 
-/* The node of an inode, and its state in the gate; NULL where there is none. Borrowed. */
-struct known { PyObject *ino, *node, *inode; };
-
-static int found_known(Hot *hot, uint64_t number, struct known *known)
+/* What is known of an inode. 0 with an exception. To be dropped in any case. */
+int found_known(Hot *hot, uint64_t number, struct known *known)
 {
     known->ino = PyLong_FromUnsignedLongLong(number);
-    known->node = known->ino ? PyDict_GetItemWithError(hot->by_ino, known->ino) : NULL;
-    known->inode = known->ino ? PyDict_GetItemWithError(hot->inodes, known->ino) : NULL;
+    known->node = known->ino ? Py_XNewRef(PyDict_GetItemWithError(hot->by_ino, known->ino)) : NULL;
+    known->inode = known->ino ? Py_XNewRef(PyDict_GetItemWithError(hot->inodes, known->ino)) : NULL;
     return !PyErr_Occurred();
 }
 
-/* The node is reached by a name that the ledger holds itself, and nobody has it open; or there is none. */
+void drop_known(struct known *known)
+{
+    Py_CLEAR(known->ino);
+    Py_CLEAR(known->node);
+    Py_CLEAR(known->inode);
+}
+
+/* The node is reached by a name; or there is none. */
 static int is_simple(Hot *hot, PyObject *node)
 {
+    char name[NAME_ROOM];
     if (!node)
         return 1;
-    if (node == hot->root || !attribute_is(node, s_anchor, Py_None) || !kept_of(hot, number_of(node, s_id)))
+    if (node == hot->root || !attribute_is(node, s_anchor, Py_None) || !name_of(hot, number_of(node, s_id), name))
         return 0;
     return !PyErr_Occurred();
+}
+
+/* Its metadata may change now, and it shows what it is. */
+int is_still(PyObject *inode)
+{
+    return !inode || (is_plain(inode) && attribute_is(inode, s_shown, Py_None));
 }
 
 static int is_open(Hot *hot, PyObject *node)
@@ -59,8 +69,16 @@ static int is_open(Hot *hot, PyObject *node)
     return there;
 }
 
+/* What the ledger has of a node that is about to be written down anew. */
+static struct kept_node former_of(Hot *hot, PyObject *node)
+{
+    uint64_t number = number_of(node, s_id);
+    struct kept_node *kept = record_at(hot, NODES, number & SLOT);
+    return (struct kept_node){number, kept->ino, kept->parent, kept->lookups ? kept->lookups : 1, 0, 0, ""};
+}
+
 /* gate.entry. 0, or -1 with an exception. */
-static int entry_marked(Hot *hot, const struct place *place, uint64_t removed)
+int entry_marked(Hot *hot, const struct place *place, uint64_t removed)
 {
     struct mark_of of = {.parent = place->ino, .a = removed, .name = place->name, .length = place->length};
     return append_mark(hot, ENTRY, &of) < 0 ? -1 : 0;
@@ -68,44 +86,105 @@ static int entry_marked(Hot *hot, const struct place *place, uint64_t removed)
 
 /* --- names that go --------------------------------------------------------------------------------------- */
 
-/* nodes._bury: no name is left, and nobody has it open. 0, or -1 with an exception. */
-static int buried(Hot *hot, PyObject *node, PyObject *ino, const struct stat *st)
+/* A name that is about to go (names._Going). */
+struct going { struct known known; struct stat st; struct handle handle; int open, last; };
+
+/* Whether it is plain enough; nothing is changed. */
+static int may_go(Hot *hot, const struct place *place, struct going *going)
 {
-    uint64_t number = number_of(node, s_id), slot = number & SLOT;
-    struct kept_node *kept = record_at(hot, NODES, slot);
-    struct kept_node now = {number, st->st_ino, kept->parent, kept->lookups ? kept->lookups : 1, GONE_NODE, 0, ""};
-    int64_t place = take_slot(hot, LONGS);
-    if (place < 0)
-        return -1;
-    struct kept_long *last = record_at(hot, LONGS, place);
-    now.length = last->length = packed_stat(st, last->content);
-    PyObject *former = PyBytes_FromStringAndSize(kept->content, kept->length);
-    PyObject *packed = PyBytes_FromStringAndSize(last->content, last->length);
-    PyObject *anchor = packed ? PyObject_CallOneArg(hot->gone_stat, packed) : NULL;
-    PyObject *id = PyLong_FromUnsignedLongLong(number), *at = PyLong_FromUnsignedLongLong(slot);
-    PyObject *where = PyLong_FromLongLong(place);
-    int failed = !former || !anchor || !id || !at || !where || PyDict_SetItem(hot->former, id, former)
-                 || PyDict_SetItem(hot->long_of, at, where) || put_of(node, s_anchor, anchor)
-                 || drop_directory(hot, id) || PyDict_DelItem(hot->by_ino, ino);
-    memcpy(now.content, &(uint32_t){place}, sizeof(uint32_t));
-    POINT();
-    *kept = now;
-    POINT();
+    int regular = S_ISREG(going->st.st_mode);
+    going->last = S_ISDIR(going->st.st_mode) || going->st.st_nlink <= 1;
+    going->open = is_open(hot, going->known.node);
+    if (!is_simple(hot, going->known.node) || !has_slots(hot, LONGS, 1))
+        return 0;
+    if (!going->last && (!regular || hot->privileged != Py_True || !is_still(going->known.inode)))
+        return 0;
+    return !regular || handle_at(place->fd, place->name, &going->handle);
+}
+
+/* Whether it is by this name that the node is reached. */
+static int is_own_name(Hot *hot, PyObject *node, const struct place *place)
+{
+    char name[NAME_ROOM];
+    size_t length = name_of(hot, number_of(node, s_id), name);
+    return length == place->length && !memcmp(name, place->name, length) && attribute_is(node, s_parent, place->parent);
+}
+
+/* The name by which a node was reached is to be remembered. 0, or -1 with an exception. */
+static int former_kept(Hot *hot, PyObject *node)
+{
+    char name[NAME_ROOM];
+    PyObject *id = get_of(node, s_id);
+    PyObject *former = PyBytes_FromStringAndSize(name, name_of(hot, number_of(node, s_id), name));
+    int failed = !id || !former || PyDict_SetItem(hot->former, id, former);
+    Py_XDECREF(id);
     Py_XDECREF(former);
+    return failed ? -1 : 0;
+}
+
+/* From now on the node is reached by file handle. 0, or -1 with an exception. */
+static int anchored_by_handle(Hot *hot, PyObject *node, const struct handle *handle)
+{
+    struct kept_node now = former_of(hot, node);
+    PyObject *anchor = PyBytes_FromStringAndSize(handle->bytes, handle->length);
+    now.kind = HANDLE_NODE;
+    int failed = !anchor || former_kept(hot, node) || put_of(node, s_anchor, anchor)
+                 || note_node(hot, now, handle->bytes, handle->length);
+    Py_XDECREF(anchor);
+    return failed ? -1 : 0;
+}
+
+/* From now on the node, which is open, is reached by a descriptor. 0, -1 with an exception, 1: Python is to do it. */
+static int anchored_by_descriptor(Hot *hot, PyObject *node, const struct place *place)
+{
+    int fd = openat(place->fd, place->name, O_PATH | O_NOFOLLOW | O_CLOEXEC);
+    PyObject *number = fd < 0 ? NULL : PyLong_FromLong(fd);
+    if (!number)
+        return 1;
+    PyObject *done = PyObject_CallMethodObjArgs(hot->nodes, s_anchor->word, node, number, NULL);
+    POINT();
+    Py_DECREF(number);
+    Py_XDECREF(done);
+    return done ? 0 : -1;
+}
+
+/* gate.before_change of what has other names, and nodes.unlinking. 0, -1 with an exception, 1: Python is to do it. */
+static int prepared(Hot *hot, const struct place *place, struct going *going)
+{
+    PyObject *node = going->known.node;
+    if (!going->last && idle_dropped(hot, going->known.ino))
+        return 1;
+    if (!node || (going->last && !going->open) || (!going->last && !is_own_name(hot, node, place)))
+        return 0;
+    return going->open ? anchored_by_descriptor(hot, node, place) : anchored_by_handle(hot, node, &going->handle);
+}
+
+/* nodes._bury: no name is left, and nobody has it open. 0, or -1 with an exception. */
+static int buried(Hot *hot, const struct going *going)
+{
+    char attributes[NAME_ROOM];
+    PyObject *node = going->known.node;
+    struct kept_node now = former_of(hot, node);
+    size_t length = packed_stat(&going->st, attributes);
+    PyObject *packed = PyBytes_FromStringAndSize(attributes, length);
+    PyObject *anchor = packed ? PyObject_CallOneArg(hot->gone_stat, packed) : NULL;
+    PyObject *id = get_of(node, s_id);
+    now.kind = GONE_NODE;
+    int failed = !anchor || !id || former_kept(hot, node) || put_of(node, s_anchor, anchor) || drop_directory(hot, id)
+                 || PyDict_DelItem(hot->by_ino, going->known.ino) || note_node(hot, now, attributes, length);
     Py_XDECREF(packed);
     Py_XDECREF(anchor);
     Py_XDECREF(id);
-    Py_XDECREF(at);
-    Py_XDECREF(where);
     return failed ? -1 : 0;
 }
 
 /* gate.gone. 0, or -1 with an exception. */
-static int end_marked(Hot *hot, const struct place *place, const struct known *known, const struct stat *st,
-                      const struct handle *handle)
+static int end_marked(Hot *hot, const struct place *place, const struct going *going)
 {
+    const struct stat *st = &going->st;
+    const struct known *known = &going->known;
     struct mark_of of = {.ino = st->st_ino, .parent = place->ino, .a = (int64_t)st->st_uid << 16 | st->st_mode,
-                         .b = st->st_gid, .handle = handle, .name = place->name, .length = place->length};
+                         .b = st->st_gid, .handle = &going->handle, .name = place->name, .length = place->length};
     if (discard(hot->late, known->ino))
         return -1;
     if (known->inode && (put_of(known->inode, s_gone, Py_True) || idle_dropped(hot, known->ino)))
@@ -113,68 +192,73 @@ static int end_marked(Hot *hot, const struct place *place, const struct known *k
     return mark(hot, GONE, known->ino, &of);
 }
 
-static enum outcome removed(Hot *hot, uint64_t request, const struct place *place, const struct stat *st,
-                            const struct known *known)
+/* gate.after_change and gate.attributes of what has other names. 0, or -1 with an exception. */
+static int link_less_marked(Hot *hot, const struct place *place, const struct going *going)
 {
-    int directory = S_ISDIR(st->st_mode), regular = S_ISREG(st->st_mode);
-    struct handle handle;
-    if ((!directory && st->st_nlink != 1) || !is_simple(hot, known->node) || is_open(hot, known->node)
-        || !has_slot(hot, LONGS) || (regular && !handle_at(place->fd, place->name, &handle)))
-        return PYTHONS;
-    intend(hot, request, directory ? DOING_RMDIR : DOING_UNLINK, st, regular ? &handle : NULL);
+    struct mark_of of = {.ino = going->st.st_ino, .parent = place->ino, .a = 1,
+                         .name = place->name, .length = place->length};
+    return discard(hot->late, going->known.ino) || append_mark(hot, ATTRIBUTES, &of) < 0 ? -1 : 0;
+}
+
+/* names._Going.gone. 0, or -1 with an exception. */
+static int gone(Hot *hot, const struct place *place, const struct going *going)
+{
+    if (going->known.node && going->last && !going->open && buried(hot, going))
+        return -1;
+    if (!S_ISREG(going->st.st_mode))
+        return 0;
+    return going->last ? end_marked(hot, place, going) : link_less_marked(hot, place, going);
+}
+
+static enum outcome removed(Hot *hot, uint64_t request, const struct place *place, struct going *going)
+{
+    int directory = S_ISDIR(going->st.st_mode), regular = S_ISREG(going->st.st_mode);
+    int left = may_go(hot, place, going) ? prepared(hot, place, going) : 1;
+    if (left)
+        return left < 0 ? FAILED : PYTHONS;
+    intend(hot, request, directory ? DOING_RMDIR : DOING_UNLINK, &going->st, NULL, regular ? &going->handle : NULL);
     if (unlinkat(place->fd, place->name, directory ? AT_REMOVEDIR : 0))
         return PYTHONS;
     POINT();
-    int failed = known->node && buried(hot, known->node, known->ino, st);
-    failed = failed || (regular ? end_marked(hot, place, known, st, &handle)
-                                : entry_marked(hot, place, directory ? st->st_ino : 0));
+    int failed = gone(hot, place, going);
+    if (!failed && !(regular && going->last)) /* the mark of a file's end names its place */
+        failed = entry_marked(hot, place, directory ? going->st.st_ino : 0);
     return failed ? FAILED : FOUND;
 }
 
 enum outcome remove_name(Hot *hot, const struct in_header *in, const char *name, size_t length, int directory)
 {
     struct place place;
-    struct known known;
-    struct stat st;
+    struct going going;
     if (!found_place(hot, in->nodeid, name, length, &place) || !has_marks_room(hot))
         return PYTHONS;
-    if (fstatat(place.fd, name, &st, AT_SYMLINK_NOFOLLOW))
+    if (fstatat(place.fd, name, &going.st, AT_SYMLINK_NOFOLLOW))
         return errno == ENOENT ? ABSENT : PYTHONS;
-    if (!S_ISDIR(st.st_mode) != !directory)
+    if (!S_ISDIR(going.st.st_mode) != !directory)
         return PYTHONS;
-    enum outcome outcome = found_known(hot, st.st_ino, &known) ? PYTHONS : FAILED;
-    if (outcome == PYTHONS) {
-        Py_XINCREF(known.node);
-        Py_XINCREF(known.inode);
-        outcome = removed(hot, in->unique, &place, &st, &known);
-        Py_XDECREF(known.node);
-        Py_XDECREF(known.inode);
-    }
-    Py_XDECREF(known.ino);
+    enum outcome outcome = FAILED;
+    if (found_known(hot, going.st.st_ino, &going.known))
+        outcome = removed(hot, in->unique, &place, &going);
+    drop_known(&going.known);
     return outcome;
 }
 
 /* --- names that change ----------------------------------------------------------------------------------- */
 
-/* nodes.moved. 0, or -1 with an exception. */
-static int moved(Hot *hot, PyObject *node, const struct place *to)
+/* nodes.moved, to a name that is another, of a node that has no descriptor of its own. 0, or -1 with an exception. */
+int moved(Hot *hot, PyObject *node, const struct place *to)
 {
-    uint64_t number = number_of(node, s_id);
-    struct kept_node *kept = record_at(hot, NODES, number & SLOT);
-    struct kept_node now = {number, kept->ino, number_of(to->parent, s_id), kept->lookups ? kept->lookups : 1, 0,
-                            to->length, ""};
+    struct kept_node now = former_of(hot, node);
     PyObject *id = get_of(node, s_id);
-    int failed = !id || PyErr_Occurred() || discard(hot->former, id) || put_of(node, s_parent, to->parent);
+    now.parent = number_of(to->parent, s_id);
+    int failed = !id || PyErr_Occurred() || discard(hot->former, id) || put_of(node, s_parent, to->parent)
+                 || put_of(node, s_anchor, Py_None) || note_node(hot, now, to->name, to->length);
     Py_XDECREF(id);
-    memcpy(now.content, to->name, to->length);
-    POINT();
-    *kept = now;
-    POINT();
     return failed ? -1 : 0;
 }
 
 /* gate.named and gate.after_change, or gate.made_dir, or gate.entry. 0, or -1 with an exception. */
-static int new_name_marked(Hot *hot, const struct place *to, const struct known *known, const struct stat *st)
+int new_name_marked(Hot *hot, const struct place *to, const struct known *known, const struct stat *st)
 {
     struct mark_of of = {.ino = st->st_ino, .parent = to->ino, .name = to->name, .length = to->length};
     if (S_ISDIR(st->st_mode))
@@ -192,44 +276,60 @@ static int new_name_marked(Hot *hot, const struct place *to, const struct known 
     return mark(hot, NAMED, known->ino, &of) || discard(hot->late, known->ino) ? -1 : 0;
 }
 
-static enum outcome renamed(Hot *hot, uint64_t request, const struct place *from, const struct place *to,
-                            const struct stat *st, struct known *known)
+/* A rename: of what, from where and to where, and what it replaces (NULL: nothing). */
+struct renaming { struct place from, to; struct stat st; struct known known; struct going *replaced; };
+
+/* What is left when the name has changed. 0, or -1 with an exception. */
+static int settled(Hot *hot, const struct renaming *each)
 {
-    if (!is_simple(hot, known->node) || (known->inode && (!is_plain(known->inode)
-                                                          || !attribute_is(known->inode, s_shown, Py_None))))
+    const struct going *replaced = each->replaced;
+    int failed = (replaced && gone(hot, &each->to, replaced))
+                 || (each->known.node && moved(hot, each->known.node, &each->to))
+                 || new_name_marked(hot, &each->to, &each->known, &each->st)
+                 || (replaced && S_ISDIR(replaced->st.st_mode) && entry_marked(hot, &each->to, replaced->st.st_ino))
+                 || entry_marked(hot, &each->from, 0);
+    return failed ? -1 : 0;
+}
+
+static enum outcome renamed(Hot *hot, uint64_t request, struct renaming *each)
+{
+    struct going *replaced = each->replaced;
+    const struct handle *handle = replaced && S_ISREG(replaced->st.st_mode) ? &replaced->handle : NULL;
+    if (!is_simple(hot, each->known.node) || !is_still(each->known.inode) || !has_slots(hot, LONGS, 2)
+        || (replaced && !may_go(hot, &each->to, replaced)))
         return PYTHONS;
-    if (S_ISREG(st->st_mode) && idle_dropped(hot, known->ino))
+    if (S_ISREG(each->st.st_mode) && idle_dropped(hot, each->known.ino))
         return PYTHONS;
-    intend(hot, request, DOING_RENAME, st, NULL);
-    if (renameat(from->fd, from->name, to->fd, to->name))
+    int left = replaced ? prepared(hot, &each->to, replaced) : 0;
+    if (left)
+        return left < 0 ? FAILED : PYTHONS;
+    intend(hot, request, DOING_RENAME, &each->st, replaced ? &replaced->st : NULL, handle);
+    if (renameat(each->from.fd, each->from.name, each->to.fd, each->to.name))
         return PYTHONS;
     POINT();
-    int failed = (known->node && moved(hot, known->node, to)) || new_name_marked(hot, to, known, st)
-                 || entry_marked(hot, from, 0);
-    return failed ? FAILED : FOUND;
+    return settled(hot, each) ? FAILED : FOUND;
 }
 
 enum outcome rename_name(Hot *hot, const struct in_header *in, const char *name, uint64_t above, const char *new_name)
 {
-    struct place from, to;
-    struct known known;
-    struct stat st, there;
-    size_t length = strlen(new_name);
-    if (length > INLINE || !found_place(hot, in->nodeid, name, strlen(name), &from)
-        || !found_place(hot, above, new_name, length, &to) || !has_marks_room(hot))
+    struct renaming each = {.replaced = NULL};
+    struct going there = {.known = {NULL, NULL, NULL}};
+    if (!found_place(hot, in->nodeid, name, strlen(name), &each.from)
+        || !found_place(hot, above, new_name, strlen(new_name), &each.to) || !has_marks_room(hot))
         return PYTHONS;
-    if (fstatat(from.fd, name, &st, AT_SYMLINK_NOFOLLOW))
+    if (fstatat(each.from.fd, name, &each.st, AT_SYMLINK_NOFOLLOW))
         return errno == ENOENT ? ABSENT : PYTHONS;
-    if (!fstatat(to.fd, new_name, &there, AT_SYMLINK_NOFOLLOW) || errno != ENOENT)
+    if (!fstatat(each.to.fd, new_name, &there.st, AT_SYMLINK_NOFOLLOW))
+        each.replaced = &there;
+    else if (errno != ENOENT)
         return PYTHONS;
-    enum outcome outcome = found_known(hot, st.st_ino, &known) ? PYTHONS : FAILED;
-    if (outcome == PYTHONS) {
-        Py_XINCREF(known.node);
-        Py_XINCREF(known.inode);
-        outcome = renamed(hot, in->unique, &from, &to, &st, &known);
-        Py_XDECREF(known.node);
-        Py_XDECREF(known.inode);
-    }
-    Py_XDECREF(known.ino);
+    if (each.replaced && there.st.st_ino == each.st.st_ino)
+        return PYTHONS; /* two names of one file: both stay */
+    enum outcome outcome = FAILED;
+    if (found_known(hot, each.st.st_ino, &each.known)
+        && (!each.replaced || found_known(hot, there.st.st_ino, &there.known)))
+        outcome = renamed(hot, in->unique, &each);
+    drop_known(&each.known);
+    drop_known(&there.known);
     return outcome;
 }

@@ -1,6 +1,4 @@
-/* OPEN for reading of a resident file, and RELEASE of what is in passthrough: what vfs.open, gate.open or gate.reopen, and
- * files.release with gate.release do where nothing has to be waited for, marked or fetched.
- */
+/* OPEN of a resident file: what vfs.open and gate.open or gate.reopen do where nothing has to be waited for or fetched. */
 #include "_hot.h"
 
 #include <fcntl.h>
@@ -8,18 +6,18 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/xattr.h>
-#include <time.h>
 #include <unistd.h>
 
+#ifndef GETXATTRAT
+#define GETXATTRAT 464 /* its number everywhere */
+#endif
 #define CAPABILITY "security.capability"
 #define BACKING_OPEN 0x4010E501
-#define BACKING_CLOSE 0x4004E502
 
-static double now(void)
+/* Whether these flags of open(2) ask for writing. */
+static int is_writing(uint32_t flags)
 {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return t.tv_sec + t.tv_nsec * 1e-9;
+    return (flags & O_ACCMODE) != O_RDONLY;
 }
 
 /* report.HeatReport.touch. 0, or -1 with an exception. */
@@ -30,7 +28,7 @@ int touch(Hot *hot, PyObject *inode, PyObject *ino)
     PyObject *size = get_of(inode, s_size), *parent = get_of(inode, s_parent);
     PyObject *name = get_of(inode, s_name), *entry = NULL;
     if (size && parent && name && !PyErr_Occurred())
-        entry = Py_BuildValue("ldOOO", count + 1, now(), size, parent, name);
+        entry = Py_BuildValue("ldOOO", count + 1, monotonic(), size, parent, name);
     Py_XDECREF(size);
     Py_XDECREF(parent);
     Py_XDECREF(name);
@@ -51,34 +49,27 @@ PyObject *backing_id_of(Hot *hot, PyObject *backing, PyObject *opath)
     return id > 0 ? PyLong_FromLong(id) : PyErr_SetFromErrno(PyExc_OSError);
 }
 
-/* gate.backing.close. 0, or -1 with an exception. */
-static int backing_closed(Hot *hot, PyObject *backing, PyObject *number)
+/* Another descriptor of what an O_PATH descriptor is of; -1 where there is none. */
+int reopened(Hot *hot, int opath, int flags)
 {
-    uint32_t id = (uint32_t)PyLong_AsUnsignedLong(number);
-    if ((PyObject *)Py_TYPE(backing) == hot->kernel_backing && !ioctl(hot->fd, BACKING_CLOSE, &id))
-        return 0;
-    PyObject *done = PyObject_CallMethodOneArg(backing, s_close->word, number);
-    Py_XDECREF(done);
-    return done ? 0 : -1;
+    char name[16];
+    snprintf(name, sizeof name, "%d", opath);
+    return openat(hot->descriptors, name, flags | O_CLOEXEC);
 }
 
 /* An O_PATH descriptor of a file that can be opened in passthrough and is no stub; -1: Python is to look. */
 static int reached(Hot *hot, PyObject *node, uint64_t nodeid, uint64_t ino, struct stat *st)
 {
-    struct kept_node *kept = kept_of(hot, nodeid);
-    char name[INLINE + 1] = "";
-    if (!kept)
-        return -1;
-    memcpy(name, kept->content, kept->length);
+    char name[NAME_ROOM];
     PyObject *parent = get_of(node, s_parent);
-    int above = *name && parent && parent != Py_None ? directory_of(hot, parent) : -1;
+    int above = name_of(hot, nodeid, name) && parent && parent != Py_None ? directory_of(hot, parent) : -1;
     Py_XDECREF(parent);
     int fd = above < 0 ? -1 : openat(above, name, O_PATH | O_NOFOLLOW | O_CLOEXEC);
     if (fd < 0)
         return -1;
     if (!fstat(fd, st) && st->st_ino == ino && S_ISREG(st->st_mode) && !(st->st_mode & (S_ISUID | S_ISGID))
-        && lacks(fd, PyBytes_AS_STRING(hot->stub_name))
-        && (!(st->st_mode & 0111) || lacks(fd, CAPABILITY)))
+        && lacks(hot, fd, PyBytes_AS_STRING(hot->stub_name))
+        && (!(st->st_mode & 0111) || lacks(hot, fd, CAPABILITY)))
         return fd;
     close(fd);
     return -1;
@@ -132,8 +123,8 @@ static PyObject *entered(Hot *hot, PyObject *node, uint64_t nodeid, PyObject *in
     int fd = reached(hot, node, nodeid, PyLong_AsUnsignedLongLong(ino), &st);
     if (fd < 0)
         return NULL;
-    struct kept_node *kept = kept_of(hot, nodeid);
-    PyObject *name = PyBytes_FromStringAndSize(kept->content, kept->length);
+    char content[NAME_ROOM];
+    PyObject *name = PyBytes_FromStringAndSize(content, name_of(hot, nodeid, content));
     PyObject *inode = name ? registered(hot, node, name, fd, &st) : NULL;
     Py_XDECREF(name);
     if (!inode)
@@ -181,8 +172,10 @@ static enum outcome admitted(Hot *hot, const struct in_header *in, PyObject *nod
                              uint32_t flags, struct open_out *out)
 {
     uint64_t backing_id = number_of(inode, s_backing_id), opens = number_of(inode, s_opens);
+    uint64_t writers = number_of(inode, s_writers) + is_writing(flags);
     PyObject *handle = PyErr_Occurred() ? NULL : new_handle(hot, inode, in->uid, flags, backing_id);
-    int failed = !handle || set_number(inode, s_opens, opens + 1) || touch(hot, inode, ino);
+    int failed = !handle || set_number(inode, s_opens, opens + 1) || set_number(inode, s_writers, writers)
+                 || touch(hot, inode, ino);
     if (!failed && PyDict_Contains(hot->idle_inodes, ino) == 1)
         failed = PyODict_DelItem(hot->idle_inodes, ino);
     if (!failed) {
@@ -194,177 +187,132 @@ static enum outcome admitted(Hot *hot, const struct in_header *in, PyObject *nod
     return failed ? FAILED : FOUND;
 }
 
+/* The name by which a node is reached is still its own; *st is what is there. */
+static int is_there(Hot *hot, PyObject *node, uint64_t nodeid, struct stat *st)
+{
+    char name[NAME_ROOM];
+    PyObject *parent = get_of(node, s_parent);
+    int above = name_of(hot, nodeid, name) && parent && parent != Py_None ? directory_of(hot, parent) : -1;
+    Py_XDECREF(parent);
+    return above >= 0 && !fstatat(above, name, st, AT_SYMLINK_NOFOLLOW) && st->st_ino == number_of(node, s_ino);
+}
+
+/* gate._mark_write of an inode that is not sealed. 0, or -1 with an exception. */
+static int write_marked(Hot *hot, PyObject *inode, PyObject *ino)
+{
+    struct handle handle;
+    PyObject *known = get_of(inode, s_handle), *name = get_of(inode, s_name);
+    if (known && !PyBytes_GET_SIZE(known)) {
+        Py_CLEAR(known);
+        if (handle_at((int)number_of(inode, s_opath), "", &handle))
+            known = PyBytes_FromStringAndSize(handle.bytes, handle.length);
+        else
+            PyErr_SetFromErrno(PyExc_OSError);
+    }
+    int failed = !known || !name || put_of(inode, s_handle, known);
+    if (!failed) {
+        handle.length = PyBytes_GET_SIZE(known);
+        memcpy(handle.bytes, PyBytes_AS_STRING(known), handle.length);
+        struct mark_of of = {.ino = PyLong_AsUnsignedLongLong(ino), .generation = ++words_of(hot)[GENERATION],
+                             .parent = number_of(inode, s_parent), .handle = &handle,
+                             .name = PyBytes_AS_STRING(name), .length = PyBytes_GET_SIZE(name)};
+        POINT();
+        failed = mark(hot, WRITTEN, ino, &of) || put_of(inode, s_marked, Py_True) || put_of(inode, s_shown, Py_None)
+                 || discard(hot->late, ino);
+    }
+    Py_XDECREF(known);
+    Py_XDECREF(name);
+    return failed ? -1 : 0;
+}
+
+/* gate._cut, by a descriptor that is open for writing. 0, or -1 with an exception. */
+static int cut(Hot *hot, PyObject *inode, PyObject *ino, int fd)
+{
+    if (attribute_is(inode, s_marked, Py_False) && write_marked(hot, inode, ino))
+        return -1;
+    if (ftruncate(fd, 0)) {
+        PyErr_SetFromErrno(PyExc_OSError);
+        return -1;
+    }
+    POINT();
+    return 0;
+}
+
+/* What an open for writing does to an inode before it has a handle. PYTHONS: nothing has been changed. */
+static enum outcome begun_to_write(Hot *hot, PyObject *node, uint64_t nodeid, PyObject *inode, PyObject *ino,
+                                   uint32_t flags, int is_new)
+{
+    struct stat st = {.st_mode = 0};
+    if (!is_writing(flags))
+        return FOUND;
+    if (!(flags & O_TRUNC))
+        return attribute_is(inode, s_marked, Py_False) && write_marked(hot, inode, ino) ? FAILED : FOUND;
+    /* By the descriptor, not the name: it must be no other file that loses its content. */
+    if (!is_new && (!is_there(hot, node, nodeid, &st) || st.st_mode & (S_ISUID | S_ISGID)))
+        return PYTHONS;
+    int fd = reopened(hot, (int)number_of(inode, s_opath), O_WRONLY);
+    if (fd < 0)
+        return PYTHONS;
+    int failed = cut(hot, inode, ino, fd) || (!is_new && set_number(inode, s_size, st.st_size));
+    close(fd);
+    return failed ? FAILED : FOUND;
+}
+
+/* An open for writing can be done here: it waits for no room, breaks no seal, and its marks have a place. */
+static int may_write(Hot *hot, PyObject *ino, uint32_t flags)
+{
+    if ((flags & O_ACCMODE) == O_ACCMODE || !is_ample(hot) || !has_marks_room(hot))
+        return 0;
+    return !PySet_Contains(hot->seals, ino);
+}
+
+/* An inode with its handle. `is_new`: it was entered for this. */
+static enum outcome opened(Hot *hot, const struct in_header *in, PyObject *node, PyObject *ino, PyObject *inode,
+                           uint32_t flags, int is_new, struct open_out *out)
+{
+    enum outcome outcome = begun_to_write(hot, node, in->nodeid, inode, ino, flags, is_new);
+    if (outcome == FOUND)
+        return admitted(hot, in, node, ino, inode, flags, out);
+    if (is_new) {
+        PyObject *type, *error, *trace;
+        PyErr_Fetch(&type, &error, &trace);
+        if (let_go(hot, inode, ino))
+            PyErr_Clear(); /* what had come before is the request's error */
+        PyErr_Restore(type, error, trace);
+    }
+    return outcome;
+}
+
+/* The inode's state, a new reference, entered where there was none; NULL: Python is to open it. */
+static PyObject *found_or_entered(Hot *hot, PyObject *node, uint64_t nodeid, PyObject *ino, uint32_t flags, int *is_new)
+{
+    PyObject *inode = Py_XNewRef(PyDict_GetItemWithError(hot->inodes, ino));
+    *is_new = !inode;
+    if (!inode)
+        return PyErr_Occurred() ? NULL : entered(hot, node, nodeid, ino);
+    if (!number_of(inode, s_backing_id) || !is_plain(inode)
+        || (is_writing(flags) && !attribute_is(inode, s_shown, Py_None)))
+        Py_CLEAR(inode);
+    return inode;
+}
+
 enum outcome open_file(Hot *hot, const struct in_header *in, uint32_t flags, struct open_out *out)
 {
     PyObject *node = node_at(hot, in->nodeid);
-    if (!node || (flags & (O_ACCMODE | O_TRUNC)) != O_RDONLY || !attribute_is(node, s_anchor, Py_None))
+    if (!node || (!is_writing(flags) && flags & O_TRUNC) || !attribute_is(node, s_anchor, Py_None))
         return PYTHONS;
     PyObject *ino = get_of(node, s_ino);
     enum outcome outcome = PYTHONS;
-    if (ino && PyDict_GetItemWithError(hot->by_ino, ino) == node && has_slot(hot, FILES) && has_slot(hot, INODES)) {
+    if (ino && PyDict_GetItemWithError(hot->by_ino, ino) == node && has_slot(hot, FILES) && has_slot(hot, INODES)
+        && (!is_writing(flags) || may_write(hot, ino, flags))) {
+        int is_new;
         Py_INCREF(node);
-        PyObject *inode = Py_XNewRef(PyDict_GetItemWithError(hot->inodes, ino));
-        if (!inode && !PyErr_Occurred())
-            inode = entered(hot, node, in->nodeid, ino);
-        else if (inode && (!number_of(inode, s_backing_id) || !is_plain(inode)))
-            Py_CLEAR(inode);
+        PyObject *inode = found_or_entered(hot, node, in->nodeid, ino, flags, &is_new);
         if (inode && !PyErr_Occurred())
-            outcome = admitted(hot, in, node, ino, inode, flags, out);
+            outcome = opened(hot, in, node, ino, inode, flags, is_new, out);
         Py_XDECREF(inode);
         Py_DECREF(node);
     }
     Py_XDECREF(ino);
-    return outcome;
-}
-
-/* --- closing --------------------------------------------------------------------------------------------- */
-
-/* gate._retire of a resident file that nobody has open. 0, or -1 with an exception. */
-static int let_go(Hot *hot, PyObject *inode, PyObject *ino)
-{
-    PyObject *backing = get_of(hot->gate, s_backing), *number = get_of(inode, s_backing_id);
-    PyObject *type = NULL, *error = NULL, *trace = NULL;
-    int ended = backing && number && !backing_closed(hot, backing, number);
-    if (!ended)
-        PyErr_Fetch(&type, &error, &trace);
-    uint64_t slot = number_of(inode, s_slot);
-    int opath = (int)number_of(inode, s_opath);
-    *(volatile uint64_t *)record_at(hot, INODES, slot) = 0;
-    POINT();
-    int failed = PyErr_Occurred() || set_number(inode, s_backing_id, 0) || set_number(inode, s_slot, 0)
-                 || put_of(inode, s_passthrough, Py_False) || give_slot(hot, INODES, slot)
-                 || PyDict_DelItem(hot->inodes, ino);
-    close(opath);
-    PyObject *none = PyLong_FromLong(-1);
-    failed = failed || !none || put_of(inode, s_opath, none);
-    if (!ended && !failed)
-        PyErr_Restore(type, error, trace);
-    Py_XDECREF(none);
-    Py_XDECREF(backing);
-    Py_XDECREF(number);
-    return failed || PyErr_Occurred() ? -1 : 0;
-}
-
-/* gate._retire. 0, or -1 with an exception. */
-static int retired(Hot *hot, PyObject *inode, PyObject *ino)
-{
-    if (is_plain(inode) && !number_of(inode, s_opens) && number_of(inode, s_backing_id) && number_of(inode, s_slot)
-        && PyDict_GetItemWithError(hot->inodes, ino) == inode && !attribute_is(hot->gate, s_backing, Py_None))
-        return let_go(hot, inode, ino);
-    PyObject *done = PyErr_Occurred() ? NULL : PyObject_CallMethodOneArg(hot->idle, s_retire->word, inode);
-    Py_XDECREF(done);
-    return done ? 0 : -1;
-}
-
-/* gate.idle.drop. 0, or -1 with an exception. */
-int idle_dropped(Hot *hot, PyObject *ino)
-{
-    PyObject *entry = Py_XNewRef(PyDict_GetItemWithError(hot->idle_inodes, ino));
-    if (!entry)
-        return PyErr_Occurred() ? -1 : 0;
-    int failed = PyODict_DelItem(hot->idle_inodes, ino) || retired(hot, PyTuple_GET_ITEM(entry, 0), ino);
-    Py_DECREF(entry);
-    return failed ? -1 : 0;
-}
-
-/* Let the one go that was used least recently. 0, or -1 with an exception. */
-static int oldest_retired(Hot *hot)
-{
-    PyObject *each = PyObject_GetIter(hot->idle_inodes), *ino = each ? PyIter_Next(each) : NULL;
-    Py_XDECREF(each);
-    int failed = ino ? idle_dropped(hot, ino) : -1;
-    Py_XDECREF(ino);
-    return failed;
-}
-
-/* idle.Idle.keep, but for those that are too many then. 0, or -1 with an exception. */
-static int kept_idle(Hot *hot, PyObject *inode, PyObject *ino)
-{
-    PyObject *entry = Py_BuildValue("Od", inode, now() + hot->idle_seconds);
-    int failed = entry ? PyODict_SetItem(hot->idle_inodes, ino, entry) : -1;
-    Py_XDECREF(entry);
-    return failed;
-}
-
-/* It stays registered when nobody has it open any more, once its mark is made. */
-static int may_stay(PyObject *inode)
-{
-    PyObject *name = get_of(inode, s_name);
-    int named = name && PyObject_IsTrue(name) == 1;
-    Py_XDECREF(name);
-    return named && number_of(inode, s_backing_id) && !number_of(inode, s_set_id)
-           && attribute_is(inode, s_gone, Py_False) && is_plain(inode);
-}
-
-/* gate._mark_closed of who was the last that had it open for writing. 0, or -1 with an exception. */
-static int close_marked(Hot *hot, PyObject *inode, PyObject *ino)
-{
-    struct stat st;
-    int opath = (int)number_of(inode, s_opath);
-    if (PyErr_Occurred() || fstat(opath, &st)) {
-        if (!PyErr_Occurred())
-            PyErr_SetFromErrno(PyExc_OSError);
-        return -1;
-    }
-    struct mark_of of = {.ino = st.st_ino, .parent = number_of(inode, s_parent), .a = st.st_size, .b = st.st_blocks};
-    if (set_number(inode, s_size, st.st_size) || mark(hot, CLOSED, ino, &of))
-        return -1;
-    return put_of(inode, s_marked, Py_False);
-}
-
-/* A writer less. 0, or -1 with an exception. */
-static int stopped_writing(Hot *hot, PyObject *inode, PyObject *ino)
-{
-    uint64_t writers = number_of(inode, s_writers);
-    if (PyErr_Occurred() || set_number(inode, s_writers, writers - 1))
-        return -1;
-    return writers == 1 && attribute_is(inode, s_marked, Py_True) ? close_marked(hot, inode, ino) : 0;
-}
-
-/* A node that has a descriptor of its own may end with its last handle. */
-static int needs_look(PyObject *node)
-{
-    PyObject *anchor = get_of(node, s_anchor);
-    int descriptor = !anchor || PyLong_Check(anchor);
-    Py_XDECREF(anchor);
-    return descriptor;
-}
-
-static enum outcome closed(Hot *hot, PyObject *key, uint64_t fh, PyObject *node, PyObject *inode, int writable)
-{
-    uint64_t opens = number_of(inode, s_opens);
-    PyObject *ino = get_of(inode, s_ino), *id = get_of(node, s_id);
-    uint64_t slot = fh & ((1 << HANDLE_BITS) - 1);
-    int failed = !ino || !id || PyErr_Occurred() || PyDict_DelItem(hot->files, key)
-                 || set_number(inode, s_opens, opens - 1) || (writable && stopped_writing(hot, inode, ino))
-                 || (opens == 1 && kept_idle(hot, inode, ino))
-                 || count_in(hot->opens, id, -1) < 0;
-    POINT();
-    *(volatile uint64_t *)record_at(hot, FILES, slot) = 0;
-    POINT();
-    failed = failed || give_slot(hot, FILES, slot);
-    if (!failed && (uint64_t)PyDict_GET_SIZE(hot->idle_inodes) > number_of(hot->idle, s_most))
-        failed = oldest_retired(hot);
-    Py_XDECREF(ino);
-    Py_XDECREF(id);
-    return failed ? FAILED : FOUND;
-}
-
-enum outcome release_file(Hot *hot, uint64_t fh)
-{
-    PyObject *key = PyLong_FromUnsignedLongLong(fh);
-    PyObject *pair = key ? Py_XNewRef(PyDict_GetItemWithError(hot->files, key)) : NULL;
-    PyObject *handle = pair ? PyTuple_GET_ITEM(pair, 1) : NULL;
-    PyObject *inode = handle ? get_of(handle, s_inode) : NULL;
-    enum outcome outcome = PYTHONS;
-    if (inode && number_of(handle, s_backing_id) && !needs_look(PyTuple_GET_ITEM(pair, 0)) && may_stay(inode)) {
-        int writable = attribute_is(handle, s_writable, Py_True);
-        int may = writable ? has_marks_room(hot) : attribute_is(inode, s_marked, Py_False);
-        if (may && !PyErr_Occurred())
-            outcome = closed(hot, key, fh, PyTuple_GET_ITEM(pair, 0), inode, writable);
-    }
-    Py_XDECREF(inode);
-    Py_XDECREF(pair);
-    Py_XDECREF(key);
     return outcome;
 }

@@ -7,6 +7,7 @@
 
 #define DIRECTORY (O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC)
 #define MOST_STEPS 64 /* directories above one that have no descriptor; deeper ones are rare */
+#define MOST_LOOKUPS 0x7FFFFFFFU
 
 #ifdef TIERFS_POINTS
 #include <stdlib.h>
@@ -155,11 +156,22 @@ void *record_at(Hot *hot, enum part part, uint64_t slot)
     return (char *)hot->memory.buf + hot->parts[part].at + slot * sizes[part];
 }
 
-/* Whether there is a free slot. */
+/* Whether there are so many free slots. */
+int has_slots(Hot *hot, enum part part, Py_ssize_t count)
+{
+    Py_ssize_t never_taken = hot->parts[part].most - (Py_ssize_t)words_of(hot)[hot->parts[part].word];
+    return PyList_GET_SIZE(hot->parts[part].free) + never_taken >= count;
+}
+
 int has_slot(Hot *hot, enum part part)
 {
-    return PyList_GET_SIZE(hot->parts[part].free)
-           || (Py_ssize_t)words_of(hot)[hot->parts[part].word] < hot->parts[part].most;
+    return has_slots(hot, part, 1);
+}
+
+/* Whether there are slots for a node of this name. */
+int has_node_slots(Hot *hot, size_t length)
+{
+    return has_slot(hot, NODES) && (length <= INLINE || has_slot(hot, LONGS));
 }
 
 /* A free slot, which there is; -1 with an exception. */
@@ -185,16 +197,6 @@ int give_slot(Hot *hot, enum part part, uint64_t slot)
 
 /* --- nodes ----------------------------------------------------------------------------------------------- */
 
-/* What the ledger has of a node that is reached by a name which it holds itself; NULL of others. */
-struct kept_node *kept_of(Hot *hot, uint64_t nodeid)
-{
-    uint64_t slot = nodeid & SLOT;
-    if ((Py_ssize_t)slot >= hot->parts[NODES].most)
-        return NULL;
-    struct kept_node *kept = record_at(hot, NODES, slot);
-    return kept->number == nodeid && !kept->kind && kept->length <= INLINE ? kept : NULL;
-}
-
 /* The node of this number, borrowed; NULL where it is not in use. */
 PyObject *node_at(Hot *hot, uint64_t nodeid)
 {
@@ -209,11 +211,9 @@ PyObject *node_at(Hot *hot, uint64_t nodeid)
 static int opened_directory(Hot *hot, PyObject *node, int above)
 {
     struct stat st;
-    struct kept_node *kept = attribute_is(node, s_anchor, Py_None) ? kept_of(hot, number_of(node, s_id)) : NULL;
-    char name[INLINE + 1] = "";
-    if (!kept)
+    char name[NAME_ROOM];
+    if (!attribute_is(node, s_anchor, Py_None) || !name_of(hot, number_of(node, s_id), name))
         return -1;
-    memcpy(name, kept->content, kept->length);
     int fd = openat(above, name, DIRECTORY);
     if (fd < 0 && errno == EACCES)
         fd = openat(above, name, DIRECTORY | O_PATH);
@@ -299,12 +299,82 @@ static int put(Hot *hot, uint64_t slot, PyObject *ino, PyObject *node)
     return PyList_SetItem(hot->by_slot, slot, Py_NewRef(node));
 }
 
+/* The name by which a node is reached, zero-terminated, and its length; 0 where it is not reached by one. */
+size_t name_of(Hot *hot, uint64_t nodeid, char name[NAME_ROOM])
+{
+    uint64_t slot = nodeid & SLOT;
+    struct kept_node *kept = (Py_ssize_t)slot < hot->parts[NODES].most ? record_at(hot, NODES, slot) : NULL;
+    if (!kept || kept->number != nodeid || kept->kind)
+        return 0;
+    const char *content = kept->content;
+    if (kept->length > INLINE) {
+        uint32_t place;
+        memcpy(&place, kept->content, sizeof place);
+        content = ((struct kept_long *)record_at(hot, LONGS, place))->content;
+    }
+    memcpy(name, content, kept->length);
+    name[kept->length] = 0;
+    return kept->length;
+}
+
+/* The place of a node's long content, a new one where it has none yet; -1 with an exception. */
+static int64_t long_place(Hot *hot, uint64_t slot)
+{
+    PyObject *at = PyLong_FromUnsignedLongLong(slot), *where = NULL;
+    PyObject *known = at ? PyDict_GetItemWithError(hot->long_of, at) : NULL;
+    int64_t place = known ? PyLong_AsLongLong(known) : -1;
+    if (at && !known && !PyErr_Occurred() && (place = take_slot(hot, LONGS)) >= 0) {
+        where = PyLong_FromLongLong(place);
+        if (!where || PyDict_SetItem(hot->long_of, at, where))
+            place = -1;
+    }
+    Py_XDECREF(at);
+    Py_XDECREF(where);
+    return place;
+}
+
+/* Give back the place of a node's long content. 0, or -1 with an exception. */
+static int give_long(Hot *hot, uint64_t slot)
+{
+    PyObject *at = PyLong_FromUnsignedLongLong(slot);
+    PyObject *place = at ? PyDict_GetItemWithError(hot->long_of, at) : NULL;
+    int failed = PyErr_Occurred() ? -1 : 0;
+    if (place)
+        failed = PyList_Append(hot->parts[LONGS].free, place) || PyDict_DelItem(hot->long_of, at) ? -1 : 0;
+    Py_XDECREF(at);
+    return failed;
+}
+
+/* ledger.node: `node` with this content. Needs a free slot for long content. 0, or -1 with an exception. */
+int note_node(Hot *hot, struct kept_node node, const char *content, size_t length)
+{
+    uint64_t slot = node.number & SLOT;
+    int64_t place = length > INLINE ? long_place(hot, slot) : 0;
+    if (place < 0 || (length <= INLINE && give_long(hot, slot)))
+        return -1;
+    node.length = length;
+    memset(node.content, 0, sizeof node.content);
+    if (length > INLINE) {
+        struct kept_long longer = {"", length};
+        memcpy(longer.content, content, length);
+        memcpy(node.content, &(uint32_t){place}, sizeof(uint32_t));
+        POINT();
+        *(struct kept_long *)record_at(hot, LONGS, place) = longer;
+    } else {
+        memcpy(node.content, content, length);
+    }
+    POINT();
+    *(struct kept_node *)record_at(hot, NODES, slot) = node;
+    POINT();
+    return 0;
+}
+
 /* nodes._enter: the number of a new node of an inode that is not known, with one lookup. 0: with an exception, or
  * where Python is to do it. */
 uint64_t enter(Hot *hot, PyObject *ino, PyObject *parent, const char *name, Py_ssize_t length)
 {
     uint64_t above = number_of(parent, s_id), inode = PyLong_AsUnsignedLongLong(ino);
-    if (length > INLINE || !has_slot(hot, NODES) || PyErr_Occurred())
+    if (!has_node_slots(hot, length) || PyErr_Occurred())
         return 0;
     int64_t slot = take_slot(hot, NODES);
     if (slot < 0)
@@ -314,27 +384,11 @@ uint64_t enter(Hot *hot, PyObject *ino, PyObject *parent, const char *name, Py_s
     PyObject *id = PyLong_FromUnsignedLongLong(number);
     PyObject *of[] = {id, ino, parent};
     PyObject *node = id ? PyObject_Vectorcall(hot->node, of, 3, NULL) : NULL;
+    int failed = !node || put(hot, slot, ino, node)
+                 || note_node(hot, (struct kept_node){number, inode, above, 1, 0, 0, ""}, name, length);
     Py_XDECREF(id);
-    if (!node || put(hot, slot, ino, node)) {
-        Py_XDECREF(node);
-        return 0;
-    }
-    Py_DECREF(node);
-    struct kept_node made = {number, inode, above, 1, 0, length, ""};
-    memcpy(made.content, name, length);
-    POINT();
-    *kept = made;
-    POINT();
-    return number;
-}
-
-/* Give back the place of a node's long name. 0, or -1 with an exception. */
-static int give_long(Hot *hot, PyObject *slot)
-{
-    PyObject *place = PyDict_GetItemWithError(hot->long_of, slot);
-    if (!place)
-        return PyErr_Occurred() ? -1 : 0;
-    return PyList_Append(hot->parts[LONGS].free, place) || PyDict_DelItem(hot->long_of, slot) ? -1 : 0;
+    Py_XDECREF(node);
+    return failed ? 0 : number;
 }
 
 /* nodes._drop_directory: close what is kept of it. 0, or -1 with an exception. */
@@ -361,7 +415,7 @@ static int dropped(Hot *hot, uint64_t nodeid, PyObject *node)
         failed = discard(hot->former, id) || PyList_SetItem(hot->by_slot, slot, Py_NewRef(Py_None));
         *(volatile uint32_t *)&kept->lookups = 0;
         POINT();
-        failed = failed || give_long(hot, place) || PyList_Append(hot->parts[NODES].free, place);
+        failed = failed || give_long(hot, slot) || PyList_Append(hot->parts[NODES].free, place);
         if (!failed && PyDict_GetItemWithError(hot->by_ino, ino) == node)
             failed = PyDict_DelItem(hot->by_ino, ino);
         failed = failed || drop_directory(hot, id) ? -1 : 0;
@@ -373,6 +427,14 @@ static int dropped(Hot *hot, uint64_t nodeid, PyObject *node)
     return failed;
 }
 
+/* ledger.looked_up. */
+void looked_up(Hot *hot, uint64_t nodeid)
+{
+    struct kept_node *kept = record_at(hot, NODES, nodeid & SLOT);
+    if (kept->lookups < MOST_LOOKUPS)
+        *(volatile uint32_t *)&kept->lookups = kept->lookups + 1;
+}
+
 /* The kernel gives back so many lookups. 0, or -1 with an exception. */
 int forget(Hot *hot, uint64_t nodeid, uint64_t count)
 {
@@ -382,12 +444,12 @@ int forget(Hot *hot, uint64_t nodeid, uint64_t count)
     if (!node || node == hot->root)
         return 0;
     struct kept_node *kept = record_at(hot, NODES, nodeid & SLOT);
-    if (kept->lookups > count && kept->lookups < INT32_MAX) {
+    if (kept->lookups > count && kept->lookups < MOST_LOOKUPS) {
         *(volatile uint32_t *)&kept->lookups = kept->lookups - count;
         return 0;
     }
     Py_INCREF(node);
-    int failed = kept->lookups == INT32_MAX ? 0 : dropped(hot, nodeid, node);
+    int failed = kept->lookups == MOST_LOOKUPS ? 0 : dropped(hot, nodeid, node);
     Py_DECREF(node);
     if (failed <= 0)
         return failed;

@@ -1,9 +1,9 @@
 """How requests come in: read from the kernel one by one, the simplest perhaps answered before Python sees them.
 
-Two forms of one interface. The compiled one (`_hot.c`) answers by itself a LOOKUP or GETATTR of what is plainly
-there, a SETATTR or OPEN for reading of what is resident, its RELEASE, and FORGET; it has no other meaning
-than vfs, nodes, openfiles, gate and operations give the request, and leaves all else to them. The pure one
-leaves all.
+Two forms of one interface. The compiled one (`_hot.c`) answers by itself what it finds plainly there: LOOKUP,
+GETATTR and SETATTR, an OPEN of what is resident and its RELEASE, names and links that come, go or change, and
+FORGET; it has no other meaning than vfs, nodes, names, openfiles, gate and operations give the request, and
+leaves all else to them. The pure one leaves all.
 """
 
 from __future__ import annotations
@@ -171,6 +171,8 @@ def receiver(fd: int, buffer: bytearray, vfs: Vfs, refused: Told, failed: Told) 
             "seals": gate.seals,
             "late": gate.appearance.late,
             "gone_stat": GoneStat,
+            "nodes": nodes,
+            "privileged": vfs.tree.privileged,
             "refused": refused,
             "failed": failed,
         },
