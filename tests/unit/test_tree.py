@@ -307,3 +307,18 @@ def test_space(tree):
     space = tree.space()
     assert 0 < space.available <= space.free <= space.total
     assert space.name_max >= 255
+
+
+def test_content_is_written_in_pieces_for_which_memory_is_at_hand(tmp_path, monkeypatch):
+    written, write = [], os.pwrite
+
+    def pwrite(fd, data, offset):
+        written.append(len(data))
+        return write(fd, data, offset)
+
+    content = os.urandom(5 * (1 << 20) + 12345)
+    with open(tmp_path / "file", "w+b", buffering=0) as file:
+        monkeypatch.setattr(os, "pwrite", pwrite)
+        pwrite_all(file.fileno(), content, 4096)
+    assert (tmp_path / "file").read_bytes() == bytes(4096) + content
+    assert max(written) == 1 << 20 and len(written) == 6
