@@ -110,9 +110,13 @@ class InUse:
 
 
 class Movements:
-    """What came to the local disk, what left it and what is gone, since this was last taken: heat's input."""
+    """What came to the local disk, what left it and what is gone, since this was last taken: heat's input.
+
+    `told` is called, in whichever thread, when something has come.
+    """
 
     def __init__(self) -> None:
+        self.told: Callable[[], None] = lambda: None
         self._lock = threading.Lock()
         self._here: dict[int, tuple[int, int]] = {}
         self._left: set[int] = set()
@@ -124,6 +128,7 @@ class Movements:
             self._here[ino] = size, self._here.get(ino, (0, 0))[1] + grown
             self._left.discard(ino)
             self._gone.discard(ino)
+        self.told()
 
     def left(self, ino: int) -> None:
         """The file is a stub now."""

@@ -80,7 +80,7 @@ class Settler:
         while not stopping:
             batch: list[Arrival] = []
             releases: list[_Release] = []
-            for job in self._jobs(max(0.05, last + BITS_SECONDS / 4 - time.monotonic())):
+            for job in self._jobs(self._pause(last)):
                 if job is None:
                     stopping = True
                 elif isinstance(job, _Release):
@@ -100,6 +100,13 @@ class Settler:
                 for arrival in batch:
                     if not arrival.closed:
                         self._give_up(arrival, error)
+
+    def _pause(self, last: float) -> float:
+        """Seconds until bits should be looked at, as was done at `last`."""
+        assert self.filler is not None
+        if not self.filler.unsynced():
+            return BITS_SECONDS / 2
+        return max(0.05, last + BITS_SECONDS / 4 - time.monotonic())
 
     def _jobs(self, seconds: float) -> Iterator[Arrival | _Release | None]:
         """What has been queued: the first waited for, then what is there."""

@@ -83,6 +83,7 @@ class Mover:
             journal=self._journal,
             collector=self._scheduler.collector,
             scrubber=self._scrubber,
+            bring_pinned=self._scheduler.bring_pinned,
         )
         listener = socket.socket(fileno=control_fd)
         self._control = ControlServer(listener, self._tree.rootfd, backend, self._priority.hurry)
@@ -204,6 +205,7 @@ class Mover:
     def _apply(self, config: VolumeConfig) -> None:
         self._tier.reconfigure(config)
         self._scrubber.reconfigured()
+        self._scheduler.look()
         self._heat.capacity = config.local_limit or self._tree.space().total
         self._send_limits(config)
 

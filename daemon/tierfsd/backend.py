@@ -38,7 +38,7 @@ class TierBackend:
     `looked` is set when the look through the tree is over, whatever came of it,
     `verifying` says how many copies have yet to be looked at after an unclean stop, `notes` what a person
     should know of the volume besides, `check` carries out a check, `journal` keeps the namespace journal,
-    `scrubber` reads copies back.
+    `scrubber` reads copies back, `bring_pinned` has what is pinned fetched in the background.
     """
 
     def __init__(
@@ -55,6 +55,7 @@ class TierBackend:
         journal: JournalKeeper,
         collector: Collector,
         scrubber: Scrubber,
+        bring_pinned: Callable[[], None],
     ) -> None:
         self._tier = tier
         self._kit = tier.kit
@@ -68,6 +69,7 @@ class TierBackend:
         self.check = check
         self._collector = collector
         self._scrubber = scrubber
+        self._bring_pinned = bring_pinned
         self._drained = 0.0
 
     # --- what is known ------------------------------------------------------------------------------------
@@ -201,7 +203,7 @@ class TierBackend:
             raise TierError(f"{os.fsdecode(name)!r}: is neither a file nor a directory: it always stays local")
         self._tier.set_pin(opath, parent, name, on)
         if on:
-            self._tier.drainer.pinned.set()  # it comes also if whoever waits for that goes away
+            self._bring_pinned()
 
     def drain(self, job: Job) -> control.Done:
         """Copy out all that is dirty, young or not; what is open is named when it stays so."""

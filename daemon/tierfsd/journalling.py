@@ -17,6 +17,7 @@ from tierfs.tier import Tier
 log = logging.getLogger("journal")
 
 _LOOK_SECONDS = 0.5
+_IDLE_SECONDS = 2.5  # where nothing has changed
 _PAUSES = (1.0, 2.0, 5.0, 10.0, 20.0)  # after failures; what waits stays noted
 _CLAIM_SECONDS = 30.0  # between two looks whether the store is still ours
 _FAREWELL_SECONDS = 3.0
@@ -40,6 +41,7 @@ class JournalKeeper:
         self._verified = -_CLAIM_SECONDS
         self._failures = 0
         self._problem = ""
+        self._idle = False  # all that has changed is in the store
         self._turn = threading.Condition()
         self._turns = 0
         self._hurry = False
@@ -107,7 +109,11 @@ class JournalKeeper:
                     self._turn.notify_all()
 
     def _pause(self) -> float:
-        return _PAUSES[min(self._failures, len(_PAUSES)) - 1] if self._failures else _LOOK_SECONDS
+        if self._failures:
+            return _PAUSES[min(self._failures, len(_PAUSES)) - 1]
+        if not self._idle:
+            return _LOOK_SECONDS
+        return min(max(_LOOK_SECONDS, self._kit.config.journal_seconds / 8), _IDLE_SECONDS)
 
     def _work(self, hurry: bool) -> None:
         try:
@@ -133,6 +139,7 @@ class JournalKeeper:
                 self._check_claim()
                 self.journal.flush()
             self._note_lacking()
+            self._idle = not self._lacking_since and not self._kit.index.noted_since()
         except (TierError, OSError) as error:
             self._failed(str(error))
         except Exception as error:

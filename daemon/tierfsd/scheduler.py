@@ -1,7 +1,8 @@
 """The mover's rounds: marks into the index, heat, watermarks, replication, garbage, and what a crash left.
 
 One thread makes the rounds, one looks through the tree when that has not been done. Both only decide; the work
-is done by Tier. Eviction also runs in the thread of a fetch that found no room.
+is done by Tier. Eviction also runs in the thread of a fetch that found no room. While nothing happens there is
+a round now and then only: whoever brings work for one says so (`look`).
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ from tierfsd.ballast import Ballast
 
 log = logging.getLogger("scheduler")
 
-_ROUND_SECONDS = 1.0
-_LOOKS = 20  # at the free space, a round
+_ROUND_SECONDS = 1.0  # from one to the next where there is work
+_IDLE_SECONDS = 5.0  # and where there is none
+_LOOK_SECONDS = 0.05  # between two looks at a filesystem that is about to run low
+_FILLING = 4 << 30  # bytes a second: no program fills a filesystem faster
 _HEAT_SECONDS = 5.0
 _URGENT_ROOM = 512 << 20  # bytes to free when writers wait, on a small filesystem less
 _LEAST_ROOM = 4 << 20  # bytes; eviction for one small read after the other would be slow
@@ -57,6 +60,7 @@ class Scheduler:
         self.collector = Collector(tier.kit)
         self._ballast = Ballast(ballast, tier.kit.tree)
         self._wake = threading.Event()
+        self._work = threading.Event()  # for the next round; it need not come at once
         self._urgent = threading.Event()
         self._stopping = threading.Event()
         self._evicting = threading.Lock()
@@ -105,6 +109,11 @@ class Scheduler:
 
     # --- what others say ----------------------------------------------------------------------------------
 
+    def look(self) -> None:
+        """There is something for a round, which comes within a second."""
+        self._work.set()
+        self._wake.set()
+
     def touches(self, message: wire.Touches) -> None:
         """Uses of files."""
         with self._touch_lock:
@@ -116,7 +125,12 @@ class Scheduler:
         """There are new marks; urgent: space is short."""
         if message.urgent:
             self._urgent.set()
-            self._wake.set()
+        self.look()
+
+    def bring_pinned(self) -> None:
+        """Something was pinned: it comes back, also if whoever asked for that goes away."""
+        self._tier.drainer.pinned.set()
+        self.look()
 
     def make_room(self, count: int, failed: bool) -> None:
         """Free so many bytes of local disk now, for a fetch; `failed`: a write found none, whatever the
@@ -139,6 +153,7 @@ class Scheduler:
         """A commit found no room on the disk: whether it is worth trying again. Room is made besides."""
         self._urgent.set()
         self._pending = True  # what nobody waits for may not have been committed
+        self.look()
         return self._ballast.release()
 
     @property
@@ -169,7 +184,10 @@ class Scheduler:
 
     def _rounds(self) -> None:
         next_heat = 0.0
+        self._kit.movements.told = self.look
         while not self._stopping.is_set():
+            self._work.clear()
+            restless = True
             try:
                 now = time.monotonic()
                 self._tier.drain()
@@ -183,12 +201,13 @@ class Scheduler:
                 self._ballast.restore(self._kit.config.min_free)
                 self._replicate()
                 self._fetch_pinned()
+                restless = self._is_restless()
             except (TierError, OSError) as error:
                 if not self._stopping.is_set():
                     self._kit.troubles.note(str(error))
             except Exception:
                 log.exception("a round failed")
-            self._wait()
+            self._wait(restless)
 
     def _collect(self) -> None:
         """In a thread of its own: a store that hangs keeps no writer waiting for space."""
@@ -201,20 +220,39 @@ class Scheduler:
             except Exception:
                 log.exception("a collection failed")
 
-    def _wait(self) -> None:
+    def _is_restless(self) -> bool:
+        """The next round has work of which nobody will tell us: its time comes."""
+        waiting = self._replicates and self._kit.index.totals().dirty_files > 0
+        return waiting or self._pending or self._doubtful or self._trial or self._excess() > 0
+
+    def _wait(self, restless: bool) -> None:
         """Until the next round. Meanwhile space is watched closely: a fast writer fills a disk in no time."""
-        for _ in range(_LOOKS):
-            if self._wake.wait(_ROUND_SECONDS / _LOOKS):
-                break
-            if self._elsewhere and self._is_low():
-                break
-        self._wake.clear()
+        began = time.monotonic()
+        latest = began + (_ROUND_SECONDS if restless else _IDLE_SECONDS)
+        while not self._stopping.is_set():
+            until = min(latest, began + _ROUND_SECONDS) if self._work.is_set() else latest
+            if self._wake.wait(min(max(0.0, until - time.monotonic()), self._pause_between_looks())):
+                self._wake.clear()
+                if self._urgent.is_set():
+                    return
+            if time.monotonic() >= until or (self._elsewhere and self._is_low()):
+                return
+
+    def _pause_between_looks(self) -> float:
+        """Seconds in which nobody can have filled the filesystem."""
+        if not self._elsewhere:
+            return _IDLE_SECONDS
+        return max(_LOOK_SECONDS, self._room_left() / _FILLING)
+
+    def _room_left(self) -> float:
+        """Bytes until the filesystem runs low."""
+        space = self._kit.tree.space()
+        return space.available - self._kit.config.min_free * space.total
 
     def _is_low(self) -> bool:
         if time.monotonic() < max(self._paused_until, self._next_look):
             return False
-        space = self._kit.tree.space()
-        return space.available < self._kit.config.min_free * space.total
+        return self._room_left() < 0
 
     def _flush_heat(self) -> None:
         with self._touch_lock:
@@ -377,11 +415,15 @@ class Scheduler:
 
     # --- replication --------------------------------------------------------------------------------------
 
+    @property
+    def _replicates(self) -> bool:
+        wanted = self._kit.config.replicate
+        return wanted == "all" or (wanted == "auto" and self._elsewhere)
+
     def _replicate(self) -> None:
         """Copy out what has been quiet for a while."""
         config = self._kit.config
-        wanted = config.replicate == "all" or (config.replicate == "auto" and self._elsewhere)
-        if not wanted or self._kit.withheld or self._doubtful:
+        if not self._replicates or self._kit.withheld or self._doubtful:
             return
         self._forget_stayers()
         before = time.time_ns() - int(config.quiet_seconds * 1e9)

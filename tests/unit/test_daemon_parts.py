@@ -6,17 +6,19 @@ import signal
 import socket
 import sys
 import threading
+from queue import Empty, SimpleQueue
 from types import SimpleNamespace
 
 import pytest
 from tierfsd import logs
+from tierfsd import scheduler as scheduling
 from tierfsd.backend import TierBackend
 from tierfsd.children import Child
 from tierfsd.scheduler import Scheduler
 from tierfsd.watcher import ConfigWatcher
 from tiering import Volume
 
-from tierfs import config
+from tierfs import config, wire
 from tierfs.errors import ConfigError
 from tierfs.heat_index import HeatIndex
 from tierfs.survey import Survey
@@ -197,3 +199,43 @@ def test_a_first_look_through_the_tree_verifies_nothing(tmp_path):
         assert lefts == [0, 1]  # in a second look its record may say what is not so any more
     finally:
         made.stop()
+
+
+def test_rounds_are_made_when_there_is_something_to_do(tmp_path, monkeypatch):
+    made = Volume(tmp_path)
+    heat = HeatIndex(str(tmp_path / "heat"), 1 << 30)
+    monkeypatch.setattr(scheduling, "_ROUND_SECONDS", 0.01)
+    monkeypatch.setattr(scheduling, "_IDLE_SECONDS", 1000.0)
+    scheduler, rounds = Scheduler(made.tier, heat, made.tree.device, str(tmp_path / "ballast")), SimpleQueue()
+    monkeypatch.setattr(scheduler, "_fetch_pinned", lambda: rounds.put(None))
+    try:
+        scheduler.start()
+        assert scheduler.looked.wait(30)
+        while not rounds_have_ended(rounds):
+            pass
+        for happens in (
+            scheduler.look,
+            scheduler.bring_pinned,
+            lambda: scheduler.poke(wire.Poke(0)),
+            lambda: scheduler.poke(wire.Poke(0, urgent=True)),
+            lambda: made.tier.kit.movements.here(1, 1, 1),
+        ):
+            happens()
+            rounds.get(timeout=30)
+            assert rounds_have_ended(rounds)
+        scheduler._doubtful = True  # nobody says when the store answers again: that has to be tried
+        scheduler.look()
+        for _ in range(20):
+            rounds.get(timeout=30)
+    finally:
+        scheduler.stop()
+        heat.close()
+        made.stop()
+
+
+def rounds_have_ended(rounds):
+    try:
+        rounds.get(timeout=0.5)
+    except Empty:
+        return True
+    return False
