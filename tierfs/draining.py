@@ -17,7 +17,7 @@ from tierfs.errors import BusyError
 from tierfs.index import Index, Writer
 from tierfs.kit import Movements
 from tierfs.marks import MODE_BITS, Entry, Mark, MarkReader
-from tierfs.model import Record, new_fid
+from tierfs.model import Record, Residency, new_fid
 from tierfs.past import Ending
 from tierfs.restless import Restless
 from tierfs.serverlink import ServerLink
@@ -26,7 +26,8 @@ _BATCH = 5000
 
 
 class Drain:
-    """Reads the log. `pinned` is set once such a mark is applied, `moved` called where places have changed."""
+    """Reads the log. `pinned` is set once something is pinned, or came beneath a pin, of which content may be
+    away; `moved` is called where places have changed."""
 
     def __init__(
         self,
@@ -37,8 +38,10 @@ class Drain:
         restless: Restless,
         moved: Callable[[], None],
         times: Callable[[int, int, int], None] = lambda ino, mtime, ctime: None,
+        pinned_at: Callable[[int], bool] = lambda ino: False,
     ) -> None:
-        """`times` hears of times that somebody has set (inode, mtime, ctime), within the commit."""
+        """`times` hears of times that somebody has set (inode, mtime, ctime), within the commit; `pinned_at`
+        says whether what is in a directory is pinned from above."""
         self._index = index
         self._movements = movements
         self._server = server
@@ -49,6 +52,7 @@ class Drain:
         self._restless = restless
         self._moved = moved
         self._times = times
+        self._pinned_at = pinned_at
 
     @property
     def position(self) -> int:
@@ -78,6 +82,7 @@ class Drain:
         if not entries:
             return False
         position = self._reader.position
+        moves = self._moves(entries)
 
         def commit(w: Writer) -> None:
             now = time.time_ns()
@@ -105,8 +110,28 @@ class Drain:
                 self.pinned.set()
         if any(entry.kind in (Mark.PIN, Mark.DIR, Mark.NAMED) for entry in entries):
             self._moved()
+        if any(self._pinned_at(new) and not self._pinned_at(old) for old, new in moves):
+            self.pinned.set()
         self._reader.forget(position)
         return len(entries) == _BATCH
+
+
+    def _moves(self, entries: list[Entry]) -> set[tuple[int, int]]:
+        """(from, to): directories between which a directory or a file whose content is away has moved; none
+        where nothing is pinned. The marks have not been applied yet."""
+        moves: set[tuple[int, int]] = set()
+        if not self._index.pins():
+            return moves
+        for entry in entries:
+            if entry.kind is Mark.NAMED:
+                record = self._index.get(entry.ino)
+                if record is not None and record.residency is not Residency.RESIDENT:
+                    moves.add((record.parent, entry.parent))
+            elif entry.kind is Mark.DIR:
+                place = self._index.get_dir(entry.ino)
+                if place is not None:
+                    moves.add((place[0], entry.parent))
+        return {(old, new) for old, new in moves if old != new}
 
 
 def apply(w: Writer, entry: Entry, now: int) -> None:

@@ -72,7 +72,7 @@ class Tier:
         index.commit(partial(_begin, tree.root_ino)).result()
         self.drainer = Drain(
             marks_dirfd, index, server, self.kit.movements, self.kit.restless, self.places.forget,
-            lambda ino, mtime, ctime: self.filler.times_set(ino, mtime, ctime),
+            lambda ino, mtime, ctime: self.filler.times_set(ino, mtime, ctime), self._pinned_at,
         )  # fmt: skip
         self._copier = Copier(self.kit, self.drain)
         self._puncher = Puncher(self.kit, self.drain, self.places)
@@ -344,6 +344,10 @@ class Tier:
                 continue
             if path and st.st_ino == ino:
                 yield path
+
+    def _pinned_at(self, directory: int) -> bool:
+        place = self.places.directory(directory)
+        return place is not None and place.pinned
 
     # --- objects ------------------------------------------------------------------------------------------
 

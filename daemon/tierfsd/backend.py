@@ -200,7 +200,7 @@ class TierBackend:
     def set_pin(self, opath: int, status: os.stat_result, parent: int, name: bytes, on: bool) -> None:
         """Pin or unpin one file or directory."""
         if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
-            raise TierError(f"{os.fsdecode(name)!r}: is neither a file nor a directory: it always stays local")
+            raise TierError("is neither a file nor a directory: it always stays local")
         self._tier.set_pin(opath, parent, name, on)
         if on:
             self._bring_pinned()

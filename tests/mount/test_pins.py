@@ -113,6 +113,22 @@ def test_renames_carry_pins(shared: Volume, work: Path) -> None:
     assert stays(shared, moved)
 
 
+def test_what_is_moved_into_a_pinned_directory_comes(shared: Volume, work: Path) -> None:
+    for name in ("kept/sub", "other/deep"):
+        (work / name).mkdir(parents=True)
+    files = [work / "other/deep/file", work / "other/file"]
+    for path in files:
+        path.write_bytes(CONTENT)
+    shared.demote(*files)
+    shared.cli("pin", work / "kept")
+    assert {shared.tier(path) for path in files} == {"stub"}
+    files[0].parent.rename(work / "kept/deep")
+    files[1].rename(work / "kept/sub/file")
+    for path in (work / "kept/deep/file", work / "kept/sub/file"):
+        assert shared.tier_becomes(path, "resident"), shared.log()[-2000:]
+        assert path.read_bytes() == CONTENT
+
+
 def test_moving_out_of_a_pinned_directory_ends_an_inherited_pin(shared: Volume, work: Path) -> None:
     (work / "pinned").mkdir()
     path = work / "pinned" / "file"
