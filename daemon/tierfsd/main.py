@@ -257,7 +257,15 @@ def _stop_listening(listener: socket.socket) -> None:
 
 
 def _raise_limits() -> None:
-    """Let the server hold as many descriptors as it may."""
+    """Let the server hold as many descriptors as it may: each file that any program has open is one of its own.
+
+    A limit that is meant for one program would be met by the programs together, as their EMFILE.
+    """
+    with contextlib.suppress(ValueError, OSError):  # past the hard limit only with CAP_SYS_RESOURCE
+        with open("/proc/sys/fs/nr_open") as file:
+            most = int(file.read())
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        return
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 

@@ -2,15 +2,17 @@
 
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
 import threading
+from pathlib import Path
 from queue import Empty, SimpleQueue
 from types import SimpleNamespace
 
 import pytest
-from tierfsd import logs
+from tierfsd import logs, main
 from tierfsd import scheduler as scheduling
 from tierfsd.backend import TierBackend
 from tierfsd.children import Child
@@ -54,6 +56,22 @@ def test_the_log_is_rotated_and_bounded(tmp_path, monkeypatch):
     assert names == ["t.log", *(f"t.log.{n}" for n in range(1, logs.KEEP + 1))]
     assert (tmp_path / "t.log").read_bytes().endswith(b"%090d\n" % 199)
     assert all((tmp_path / name).stat().st_size <= 1200 for name in names)
+
+
+@pytest.mark.parametrize("permitted", [True, False])
+def test_the_server_has_more_descriptors_than_one_program_may(monkeypatch, permitted):
+    most = int(Path("/proc/sys/fs/nr_open").read_text())
+    now = [256, 512]
+
+    def setrlimit(_, limits):
+        if limits[1] > now[1] and not permitted:
+            raise ValueError("not allowed to raise maximum limit")
+        now[:] = limits
+
+    monkeypatch.setattr(resource, "getrlimit", lambda _: tuple(now))
+    monkeypatch.setattr(resource, "setrlimit", setrlimit)
+    main._raise_limits()
+    assert now == ([most, most] if permitted else [512, 512])
 
 
 def test_the_foreground_sees_the_log(tmp_path):
