@@ -498,9 +498,12 @@ class Gate:
         self._append(Mark.TIMES, ino, a=clamped(inode.shown.mtime), b=clamped(inode.shown.ctime))
 
     def writers_open(self, ino: int) -> bool:
-        """Attributes may change without a request: somebody has it open for writing in passthrough."""
+        """Attributes may change without the kernel's taking note: somebody has it open for writing.
+
+        In passthrough a write through a mapping moves the times; elsewhere one takes set-id bits away.
+        """
         inode = self._inodes.get(ino)
-        return inode is not None and inode.writers > 0 and inode.passthrough
+        return inode is not None and inode.writers > 0
 
     def set_pin(self, opath: int, st: os.stat_result, on: bool, parent: int, name: bytes) -> None:
         """Pin or unpin a file or directory itself; the mover lists it and fetches what is beneath."""

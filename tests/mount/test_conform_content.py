@@ -244,6 +244,24 @@ def test_what_one_writes_another_sees_at_once(file: Path, opened: Open) -> None:
     assert (os.fstat(reader).st_size, os.pread(reader, 100, 5)) == (10, file.read_bytes()[5:])
 
 
+def test_a_mapped_write_shows_as_soon_as_the_file_is_shut(file: Path) -> None:
+    """Although the kernel was told its times just before; stat(1) asks for nothing else."""
+    script = """if True:
+        import mmap, os, subprocess, sys, time
+        times = lambda: subprocess.check_output(["stat", "-c", "%.9Y %.9Z", sys.argv[1]]).split()
+        before = times()
+        time.sleep(0.02)
+        fd = os.open(sys.argv[1], os.O_RDWR)
+        with mmap.mmap(fd, 0) as view:
+            view[5] ^= 1
+        os.close(fd)
+        after = times()
+        assert float(after[0]) > float(before[0])
+        assert float(after[1]) > float(before[1])
+        """
+    elsewhere(script, file)
+
+
 def test_a_mapped_write_shows_in_the_attributes(settled: Place, file: Path) -> None:
     script = """if True:
         import ctypes, mmap, os, sys, time

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import stat
 import subprocess
@@ -151,6 +152,17 @@ def test_changing_content_takes_set_id_bits_away(place: Place, file: Path, how: 
     file.chmod(0o6777)
     os.truncate(file, 2)
     assert mode(file) == 0o6777, "not where root does it"
+
+
+@pytest.mark.parametrize("flag", [0, os.O_DIRECT], ids=["buffered", "direct"])
+def test_a_mode_without_its_set_id_bits_shows_at_once(file: Path, flag: int) -> None:
+    """stat(1) asks for the mode alone, which the kernel does not take for changed by a write."""
+    file.chmod(0o6777)
+    fd = act_as(BOB, os.open, file, os.O_WRONLY | flag)
+    with mmap.mmap(-1, 4096) as page:
+        act_as(BOB, os.pwrite, fd, page, 0)
+    os.close(fd)
+    assert subprocess.check_output(["stat", "-c", "%a", file]) == b"777\n"
 
 
 def test_new_files_in_a_set_group_id_directory(place: Place) -> None:

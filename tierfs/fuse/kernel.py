@@ -89,7 +89,7 @@ class Session:
         self._interrupted: dict[int, _Parked] = {}
         self._runnable: collections.deque[_Parked] = collections.deque()
         self._pool = ThreadPoolExecutor(SLOW_THREADS, "slow")
-        operations = Operations(vfs, self._receiver.entry)
+        operations = Operations(vfs, self._receiver.entry, self._outdated)
         self._table: list[Operation] = [operation or _unsupported for operation in operations.table]
         self._table[p.Op.INIT] = self._init
         self._table[p.Op.INTERRUPT] = self._interrupt
@@ -277,6 +277,14 @@ class Session:
             self._device.write(p.OUT.pack(p.OUT_SIZE, -number, unique))
         except OSError as error:
             self._not_replied(unique, error)
+
+    def _outdated(self, nodeid: int) -> None:
+        """Have the kernel ask for attributes anew. It waits for nothing: no pages are concerned."""
+        body = p.INVAL_INODE_OUT.pack(nodeid, -1, 0)
+        try:
+            self._device.write(p.OUT.pack(p.OUT_SIZE + len(body), p.NOTIFY_INVAL_INODE, 0) + body)
+        except OSError as error:
+            self._not_replied(0, error)
 
     def _refused(self, unique: int, number: int) -> None:
         self._not_replied(unique, OSError(number, os.strerror(number)))

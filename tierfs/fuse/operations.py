@@ -65,11 +65,18 @@ class Operations:
     """One method an opcode; `table` maps opcodes to them."""
 
     def __init__(
-        self, vfs: Vfs, quick: Callable[[int, bytes], bytes | None] = lambda nodeid, name: None
+        self,
+        vfs: Vfs,
+        quick: Callable[[int, bytes], bytes | None] = lambda nodeid, name: None,
+        outdated: Callable[[int], None] = lambda nodeid: None,
     ) -> None:
-        """`quick`: another way to a name's packed entry, counted, that may not know (tierfs.fuse.hot)."""
+        """`quick`: another way to a name's packed entry, counted, that may not know (tierfs.fuse.hot).
+
+        `outdated` is told of a node whose attributes the kernel is to ask for anew.
+        """
         self._vfs = vfs
         self._quick = quick
+        self._outdated = outdated
         self._writers_open = vfs.gate.writers_open
         self.table: list[Operation | None] = [None] * p.OPS
         for op in Op:
@@ -189,6 +196,10 @@ class Operations:
         flags, open_flags = p.OPEN_IN.unpack_from(message, IN)
         kill = bool(open_flags & p.OPEN_KILL_SUIDGID)
         fh, handle = self._vfs.open(nodeid, flags, _caller(message), kill)
+        # What it was told before holds for a second, and knows nothing of a write through a mapping, nor of
+        # set-id bits that a write takes away.
+        if handle.writable:
+            self._outdated(nodeid)
         return p.OPEN_OUT.pack(fh, *_opened(handle))
 
     def create(self, message: bytes, nodeid: int) -> bytes:

@@ -160,7 +160,8 @@ STATX_IN = struct.Struct("<IIQII")  # getattr_flags, reserved, fh, sx_flags, sx_
 
 OUT_SIZE = 16
 OUT = struct.Struct("<IiQ")  # length, -errno, unique
-NOTIFY_RESEND = 7  # in the place of the errno, with unique 0
+NOTIFY_INVAL_INODE, NOTIFY_RESEND = 2, 7  # in the place of the errno, with unique 0
+INVAL_INODE_OUT = struct.Struct("<Qqq")  # nodeid, offset (negative: attributes only), length
 INIT_OUT = struct.Struct("<IIIIHHIIHHIII20x")
 _ATTR = "QQQqqqIIIIIIIIII"
 ENTRY_OUT = struct.Struct("<QQQQII" + _ATTR)
