@@ -141,6 +141,8 @@ def test_seek(settled: Place, sparse: Path, opened: Open) -> None:
     assert os.lseek(fd, -1, os.SEEK_END) == 4 * mib - 1
     fails(errno.ENXIO, os.lseek, fd, 2 * mib, os.SEEK_DATA)
     fails(errno.ENXIO, os.lseek, fd, 4 * mib, os.SEEK_HOLE)
+    fails(errno.ENXIO, os.lseek, fd, -1, os.SEEK_DATA)
+    fails(errno.ENXIO, os.lseek, fd, -1, os.SEEK_HOLE)
     fails(errno.EINVAL, os.lseek, fd, -1, os.SEEK_SET)
 
 

@@ -152,7 +152,7 @@ FSYNC_IN = struct.Struct("<QII")  # fh, flags, padding
 SETXATTR_IN = struct.Struct("<IIII")  # size, flags, setxattr_flags, padding
 GETXATTR_IN = struct.Struct("<II")  # size, padding
 FALLOCATE_IN = struct.Struct("<QQQII")  # fh, offset, length, mode, padding
-LSEEK_IN = struct.Struct("<QQII")  # fh, offset, whence, padding
+LSEEK_IN = struct.Struct("<QqII")  # fh, offset, whence, padding
 COPY_IN = struct.Struct("<QQQQQQQ")  # fh_in, off_in, nodeid_out, fh_out, off_out, length, flags
 STATX_IN = struct.Struct("<IIQII")  # getattr_flags, reserved, fh, sx_flags, sx_mask
 
