@@ -1,9 +1,10 @@
 """The public POSIX suites on both bindings, beside the filesystem beneath: `make conformance`.
 
 pjdfstest and fsx are installed with cargo where they are not there. fsx also runs while its file is demoted and
-fetched over and over. Other suites (xfstests' generic group, LTP's fs group, fsstress) run through a command of
-one's own: CONFORMANCE_SUITE="/path/to/program and its words", called with a directory of each filesystem as its
-last argument; exit code 0 is a pass. Exit code 1: something fails that the filesystem beneath does not fail.
+fetched over and over. pjdfstest in C and the Linux Test Project run from where CONFORMANCE_PJDFSTEST and
+CONFORMANCE_LTP say (conformance.built). Other suites (xfstests' generic group, fsstress) run through a command
+of one's own: CONFORMANCE_SUITE="/path/to/program and its words", called with a directory of each filesystem as
+its last argument; exit code 0 is a pass. Exit code 1: something fails here that does not beneath.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from harness import Scratch, Volume, scratch
 
-from conformance import suites
+from conformance import built, suites
 from conformance.suites import Result, Unavailable
 
 PLAIN, BINDINGS = "beneath", ("kernel", "fusepy")
@@ -62,6 +63,10 @@ def _fsx_moving(operations: int, length: int, seed: int) -> Suite:
     return run
 
 
+def _built(run: Callable[[Path, Path, float], Result], path: Path) -> Suite:
+    return lambda place, work, _: run(path, place, SECONDS)
+
+
 def all_suites(quick: bool) -> dict[str, Suite]:
     """By name, each to be run in an empty directory."""
     many, some = (5_000, 1_000) if quick else (30_000, 3_000)
@@ -72,6 +77,9 @@ def all_suites(quick: bool) -> dict[str, Suite]:
         "fsx, 256 KiB, demoted meanwhile": _fsx_moving(some, 256 << 10, 3),
         "fsx, 12 MiB, demoted meanwhile": _fsx_moving(some // 2, 12 << 20, 4),
     }
+    for variable, (name, run) in built.SUITES.items():
+        if path := os.environ.get(variable):
+            found[name] = _built(run, Path(path))
     words = shlex.split(os.environ.get("CONFORMANCE_SUITE", ""))
     if words:
         found[Path(words[0]).name] = lambda place, work, _: suites.command(words, place, 4 * SECONDS)
