@@ -59,6 +59,10 @@ BODIES = {
     "open for writing": lambda nodes: (p.Op.OPEN, nodes["g"], p.OPEN_IN.pack(os.O_WRONLY, 0), 0),
     "link": lambda nodes: (p.Op.LINK, nodes["d"], p.U64.pack(nodes["g"]) + b"linked\0", 0),
     "look up another name": lambda nodes: (p.Op.LOOKUP, ROOT, b"h\0", 0),
+    "copy": lambda nodes: (
+        p.Op.COPY_FILE_RANGE_64, nodes["d/x"],
+        p.COPY_IN.pack(nodes["open d/x"], 0, nodes["f"], nodes["open f"], 3, 1 << 62, 0), 0,
+    ),
     "symlink": lambda nodes: (p.Op.SYMLINK, nodes["d"], b"s\0target\0", 1000),
 }  # fmt: skip
 # Those of which the other form is not tested, or by another caller.
@@ -77,7 +81,7 @@ OTHERS = {
     )[:2],
 }
 # Points, where these are few.
-LEAST = {"attributes": 5, "truncate what is open": 3, "set xattr": 3, "look up another name": 2}
+LEAST = {"attributes": 5, "truncate what is open": 3, "set xattr": 3, "look up another name": 2, "copy": 1}
 
 
 def setattr_in(valid):
@@ -89,8 +93,10 @@ def prepare(world, nodes, files):
     """What the compiled form would have met."""
     world.vfs.gate.backing = FakeBacking()
     world.vfs.gate.appearance.plain.update(os.stat(world.path / name).st_ino for name in "fgh")
-    world.vfs.release(files["f"])
-    files["f"] = world.vfs.open(nodes["f"], os.O_RDWR, Caller(0, 0))[0]  # in passthrough
+    for name in ("f", "d/x"):
+        world.vfs.release(files[name])
+        files[name] = world.vfs.open(nodes[name], os.O_RDWR, Caller(0, 0))[0]  # in passthrough
+        nodes["open " + name] = files[name]
 
 
 @pytest.fixture(scope="module")

@@ -557,17 +557,64 @@ def test_what_is_extended_and_is_not_plain_is_left_to_python(both):
     assert put(both, above, b"system.posix_acl_access", ACL, more=p.SETXATTR_ACL_KILL_SGID) == 0
     for node, wanted in ((b, 0), (c, 0), (ROOT, 0), (77, errno.ESTALE), (link, errno.EPERM)):
         assert put(both, node, b"user.x", b"1") == wanted
-    for name, wanted in ((b"user.tierfs.pin", errno.ENODATA), (b"trusted.tierfs", errno.EPERM)):
+    refused = (b"user.tierfs.pin", errno.ENODATA), (b"trusted.tierfs", errno.EPERM), (b"no.x", errno.EOPNOTSUPP)
+    for name, wanted in refused:
         assert take(both, a, name) == wanted
     both.behind(lambda path: os.rename(path / "e", path / "a"))
     for request in (put(both, a, b"user.x", b"1"), take(both, a, b"user.x")):
         assert request == errno.ESTALE
     assert put(both, d, b"user.x", b"1") is None  # it waits
     both_ways = [p.Op.SETXATTR, p.Op.REMOVEXATTR]
-    assert asked == [p.Op.SETXATTR] * 12 + [p.Op.REMOVEXATTR] * 2 + both_ways + [p.Op.SETXATTR]
+    assert asked == [p.Op.SETXATTR] * 12 + [p.Op.REMOVEXATTR] * 3 + both_ways + [p.Op.SETXATTR]
     for side in both.sides:
         for inode in list(side.gate._inodes.values()):
             side.gate._end_guard(inode)
+
+
+COPIES = (p.Op.COPY_FILE_RANGE, p.Op.COPY_FILE_RANGE_64)
+
+
+def copied(both, op, fh_in, fh_out, offset_in=0, offset_out=0, length=1 << 62, flags=0):
+    body = p.COPY_IN.pack(fh_in, offset_in, both.nodes[-1], fh_out, offset_out, length, flags)
+    number, found = both.ask(op, both.nodes[-1], body)
+    return -number, int.from_bytes(found, "little")
+
+
+@pytest.mark.parametrize("op", COPIES)
+def test_copies_of_little_are_left_to_nobody(both, op):
+    both.behind(write(b"content" * 1000))
+    asked = left(both, op)
+    source = both.opened(both.lookup(ROOT, b"a"), os.O_RDONLY)
+    both.made(p.Op.CREATE, ROOT, b"new", 0o644)
+    target = both.open[-1][1]
+    for offset_in, offset_out, length, wanted in (
+        (0, 0, 1 << 62, 7000), (6999, 1, 10, 1), (5, 10_000, 4, 4),
+        (7000, 0, 9, 0), (1 << 40, 0, 9, 0), (0, 0, 0, 0),
+    ):  # fmt: skip
+        assert copied(both, op, source, target, offset_in, offset_out, length) == (0, wanted)
+    for side in both.sides:
+        content = b"c" + b"t" + (b"content" * 1000)[2:] + bytes(3000) + b"ntco"
+        assert (side.path / "new").read_bytes() == content
+    assert copied(both, op, target, target, 0, 100, 50) == (0, 50)
+    assert asked == []
+
+
+def test_copies_that_are_not_plain_are_left_to_python(both):
+    both.behind(write(b"content"))
+    both.behind(lambda path: os.truncate(path / "b", (1 << 20) + 1))
+    both.behind(lambda path: (path / "c").chmod(0o4755))
+    asked = left(both, COPIES[1])
+    a, b, c, d = (both.opened(both.lookup(ROOT, n), os.O_RDWR) for n in (b"a", b"b", b"c", b"d"))
+    for side in both.sides:
+        side.gate._inodes[os.stat(side.path / "d").st_ino].marked = False
+    for source, target, more, wanted in (
+        (a, 99, {}, errno.EBADF), (99, a, {}, errno.EBADF), (a, b, {"flags": 1}, errno.EINVAL), (a, c, {}, 0),
+        (c, a, {}, 0), (a, a, {"length": 5, "offset_out": 1}, errno.EINVAL), (a, d, {}, 0),
+    ):  # fmt: skip
+        assert copied(both, COPIES[1], source, target, **more)[0] == wanted
+    assert len(asked) == 7
+    assert copied(both, COPIES[1], a, d) == (0, 7)  # it is marked by now
+    assert len(asked) == 7
 
 
 def test_no_file_is_a_terminal(both):

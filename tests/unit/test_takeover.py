@@ -149,6 +149,7 @@ OPERATIONS = {
     ),
     "truncate what is open": lambda vfs, nodes, files: vfs.setattr(nodes["f"], files["f"], size=77),
     "truncating open": lambda vfs, nodes, files: vfs.open(nodes["g"], os.O_RDWR | os.O_TRUNC, ME)[1].writable,
+    "copy": lambda vfs, nodes, files: vfs.copy_file_range(files["d/x"], 0, files["f"], 3, 1 << 62),
     "write": lambda vfs, nodes, files: vfs.write(files["f"], 5000, b"new"),
 }  # fmt: skip
 

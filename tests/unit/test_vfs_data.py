@@ -114,6 +114,17 @@ def test_copy_file_range(world, length):
     world.vfs.release(fh_out)
 
 
+def test_all_of_a_small_file_is_copied_without_a_thread(world):
+    source = world.make(b"a", b"content")
+    fh_in, _ = world.vfs.open(source, os.O_RDONLY, ME)
+    _, _, fh_out, _ = world.vfs.create(ROOT, b"b", os.O_RDWR, 0o644, ME)
+    for offset, copied in ((0, 7), (5, 2), (7, 0), (1 << 40, 0)):
+        assert world.vfs.copy_file_range(fh_in, offset, fh_out, 0, 1 << 62) == copied
+    assert (world.path / "b").read_bytes() == b"ntntent"
+    world.vfs.release(fh_in)
+    world.vfs.release(fh_out)
+
+
 def test_seek_in_a_resident_sparse_file(world):
     node = world.make(b"f")
     world.vfs.setattr(node, size=1 << 20)

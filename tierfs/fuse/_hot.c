@@ -20,7 +20,7 @@
 enum {
     LOOKUP = 1, FORGET = 2, GETATTR = 3, SETATTR = 4, READLINK = 5, SYMLINK = 6, MKDIR = 9, UNLINK = 10, RMDIR = 11,
     RENAME = 12, LINK = 13, OPEN = 14, RELEASE = 18, SETXATTR = 21, GETXATTR = 22, LISTXATTR = 23, REMOVEXATTR = 24,
-    CREATE = 35, IOCTL = 39, BATCH_FORGET = 42, RENAME2 = 45,
+    CREATE = 35, IOCTL = 39, BATCH_FORGET = 42, RENAME2 = 45, COPY_FILE_RANGE = 47, COPY_FILE_RANGE_64 = 53,
 }; /* opcodes */
 enum { GETATTR_FH = 1 };
 #define RESENT (1ULL << 63)
@@ -69,6 +69,7 @@ union body {
     struct create_out create;
     char value[MOST_VALUE];
     char target[LINK_ROOM];
+    uint64_t copied;
 };
 
 /* The name at this place of a message; NULL where it does not end within. */
@@ -130,6 +131,7 @@ static enum outcome carried_out(Hot *hot, const struct in_header *in, const char
 {
     struct { uint32_t flags, more; uint64_t fh; } ask;
     struct setattr_in set;
+    struct copy_in copy;
     const char *name;
     uint64_t fh;
     switch (in->opcode) {
@@ -165,6 +167,10 @@ static enum outcome carried_out(Hot *hot, const struct in_header *in, const char
     case LISTXATTR:
         return !fields(message, length, &ask, 8) ? PYTHONS
                : list_xattrs(hot, in->nodeid, ask.flags, body->value, size);
+    case COPY_FILE_RANGE:
+    case COPY_FILE_RANGE_64:
+        *size = sizeof body->copied; /* the former's 32 bits are followed by as many of nothing */
+        return !fields(message, length, &copy, sizeof copy) ? PYTHONS : copy_range(hot, in, &copy, &body->copied);
     case IOCTL:
         return NO_TERMINAL; /* no file of ours is one, nor knows another */
     case UNLINK:

@@ -40,6 +40,7 @@ struct setattr_in {
     uint32_t atimensec, mtimensec, ctimensec, mode, unused, uid, gid, unused_too;
 };
 struct setxattr_in { uint32_t size, flags, more, padding; };
+struct copy_in { uint64_t fh_in, offset_in, nodeid_out, fh_out, offset_out, length, flags; };
 struct open_out { uint64_t fh; uint32_t open_flags; int32_t backing_id; };
 struct create_out { struct entry_out entry; struct open_out open; };
 #define OPEN_NOFLUSH (1 << 5)
@@ -251,6 +252,12 @@ int may_change(Hot *hot, const struct target *at);
 int attributes_marked(Hot *hot, const struct target *at);
 enum outcome get_attributes_of_file(Hot *hot, uint64_t nodeid, uint64_t fh, struct attr_out *out);
 enum outcome set_attributes(Hot *hot, uint64_t nodeid, const struct setattr_in *ask, struct attr_out *out);
+
+/* The handle of an open file of this number, borrowed; NULL where there is none. */
+PyObject *handle_of_file(Hot *hot, uint64_t fh);
+
+/* --- what is copied (_hot_copy.c) --- */
+enum outcome copy_range(Hot *hot, const struct in_header *in, const struct copy_in *ask, uint64_t *copied);
 
 /* --- extended attributes (_hot_xattrs.c) --- */
 #define MOST_VALUE 1024 /* bytes: what is longer is Python's */

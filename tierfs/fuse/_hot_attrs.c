@@ -3,7 +3,6 @@
  */
 #include "_hot.h"
 
-#include <stdio.h>
 #include <string.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -68,13 +67,18 @@ int reached_target(Hot *hot, struct target *at)
     return at->own && !fstat(at->fd, &at->st) && at->st.st_ino == at->number;
 }
 
-/* The state of an open file of this number, borrowed; NULL where there is none. */
-static PyObject *inode_of_file(Hot *hot, uint64_t fh)
+PyObject *handle_of_file(Hot *hot, uint64_t fh)
 {
     PyObject *key = PyLong_FromUnsignedLongLong(fh);
     PyObject *pair = key ? PyDict_GetItemWithError(hot->files, key) : NULL;
-    PyObject *inode = pair ? get_of(PyTuple_GET_ITEM(pair, 1), s_inode) : NULL;
     Py_XDECREF(key);
+    return pair ? PyTuple_GET_ITEM(pair, 1) : NULL;
+}
+
+/* Its inode's state, borrowed; NULL where there is none. */
+static PyObject *inode_of_file(Hot *hot, uint64_t fh)
+{
+    PyObject *handle = handle_of_file(hot, fh), *inode = handle ? get_of(handle, s_inode) : NULL;
     Py_XDECREF(inode); /* its handle has it */
     return inode;
 }
@@ -133,12 +137,10 @@ static int is_being_written(PyObject *inode)
            && !PyErr_Occurred();
 }
 
-static int resized(int opath, uint64_t size)
+static int resized(Hot *hot, int opath, uint64_t size)
 {
-    char path[40];
-    snprintf(path, sizeof path, "/proc/self/fd/%d", opath);
     /* Not truncate(2), which moves no times where the size stays. */
-    int fd = open(path, O_WRONLY | O_CLOEXEC);
+    int fd = reopened(hot, opath, O_WRONLY);
     int done = fd >= 0 && !ftruncate(fd, size);
     if (fd >= 0)
         close(fd);
@@ -166,10 +168,10 @@ static int retimed(int fd, const struct setattr_in *ask)
 }
 
 /* Make the change, in vfs.setattr's order. 0 where something fails: a second run makes all of it anew, and says it. */
-static int changed(const struct setattr_in *ask, const struct target *at)
+static int changed(Hot *hot, const struct setattr_in *ask, const struct target *at)
 {
     uint32_t valid = ask->valid;
-    if (valid & SET_SIZE && (!is_being_written(at->inode) || !resized(at->fd, ask->size)))
+    if (valid & SET_SIZE && (!is_being_written(at->inode) || !resized(hot, at->fd, ask->size)))
         return 0;
     if (valid & (SET_UID | SET_GID)) {
         if (fchownat(at->fd, "", valid & SET_UID ? ask->uid : NO_ID, valid & SET_GID ? ask->gid : NO_ID, AT_EMPTY_PATH))
@@ -200,7 +202,7 @@ enum outcome set_attributes(Hot *hot, uint64_t nodeid, const struct setattr_in *
     if (reached && is_simple(hot, ask, &at)) {
         if (S_ISREG(at.st.st_mode) && idle_dropped(hot, at.ino))
             outcome = FAILED;
-        else if (changed(ask, &at) && !fstat(at.fd, &at.st))
+        else if (changed(hot, ask, &at) && !fstat(at.fd, &at.st))
             outcome = fill_attributes(hot, &at.st, out);
         if (outcome == FOUND && attributes_marked(hot, &at))
             outcome = FAILED;

@@ -8,8 +8,10 @@
 #include <unistd.h>
 
 #ifndef SYS_getxattrat
+#define SYS_setxattrat 463
 #define SYS_getxattrat 464
 #define SYS_listxattrat 465
+#define SYS_removexattrat 466
 #endif
 struct xattr_args { uint64_t value __attribute__((aligned(8))); uint32_t size, flags; };
 
@@ -33,18 +35,20 @@ static const char *path_of(int opath, char path[40])
     return path;
 }
 
-/* Linux 6.13 can be asked from /proc/self/fd on, which spares two thirds of the way; an O_PATH descriptor itself it does
- * not take. */
-int lacks(Hot *hot, int opath, const char *attribute)
+/* How long the value is of an inode, by an O_PATH descriptor; -1 with errno. Linux 6.13 can be asked from /proc/self/fd
+ * on, which spares two thirds of the way; an O_PATH descriptor itself it does not take. */
+static ssize_t length_of(Hot *hot, int opath, const char *attribute)
 {
     struct xattr_args nothing = {0, 0, 0};
     char path[40];
     snprintf(path, sizeof path, "%d", opath);
-    if (syscall(SYS_getxattrat, hot->descriptors, path, 0, attribute, &nothing, sizeof nothing) >= 0)
-        return 0;
-    if (errno != ENOSYS)
-        return errno == ENODATA;
-    return getxattr(path_of(opath, path), attribute, NULL, 0) < 0 && errno == ENODATA;
+    ssize_t length = syscall(SYS_getxattrat, hot->descriptors, path, 0, attribute, &nothing, sizeof nothing);
+    return length >= 0 || errno != ENOSYS ? length : getxattr(path_of(opath, path), attribute, NULL, 0);
+}
+
+int lacks(Hot *hot, int opath, const char *attribute)
+{
+    return length_of(hot, opath, attribute) < 0 && errno == ENODATA;
 }
 
 /* By the name, without a descriptor and a walk through /proc. Afterwards the name must mean the node, or the answer may
@@ -137,10 +141,23 @@ static int begun(Hot *hot, const struct target *at)
     return S_ISREG(at->st.st_mode) ? idle_dropped(hot, at->ino) : 0;
 }
 
+/* Set it, or remove it where `value` is NULL; 0, or -1. */
+static int put_value(Hot *hot, int opath, const char *name, const char *value, size_t size)
+{
+    struct xattr_args args = {(uintptr_t)value, size, 0};
+    char path[40];
+    snprintf(path, sizeof path, "%d", opath);
+    long failed = value ? syscall(SYS_setxattrat, hot->descriptors, path, 0, name, &args, sizeof args)
+                        : syscall(SYS_removexattrat, hot->descriptors, path, 0, name);
+    if (!failed || errno != ENOSYS)
+        return (int)failed;
+    path_of(opath, path);
+    return value ? setxattr(path, name, value, size, 0) : removexattr(path, name);
+}
+
 enum outcome set_xattr(Hot *hot, uint64_t nodeid, const struct setxattr_in *ask, const char *name, const char *value)
 {
     struct target at;
-    char path[40];
     enum outcome outcome = PYTHONS;
     if (is_ours(name) || ask->flags)
         return PYTHONS;
@@ -148,7 +165,7 @@ enum outcome set_xattr(Hot *hot, uint64_t nodeid, const struct setxattr_in *ask,
         && !(ask->more & ACL_KILL_SGID && at.st.st_mode & S_ISGID)) {
         if (begun(hot, &at)) {
             outcome = FAILED;
-        } else if (!setxattr(path_of(at.fd, path), name, value, ask->size, 0)) {
+        } else if (!put_value(hot, at.fd, name, value, ask->size)) {
             POINT();
             outcome = attributes_marked(hot, &at) ? FAILED : FOUND;
         }
@@ -160,14 +177,12 @@ enum outcome set_xattr(Hot *hot, uint64_t nodeid, const struct setxattr_in *ask,
 /* xattrs._remove: what a killed server has removed is not there for its successor. */
 static enum outcome removed(Hot *hot, uint64_t request, const struct target *at, const char *name)
 {
-    char path[40];
-    path_of(at->fd, path);
     if (begun(hot, at))
         return FAILED;
-    if (getxattr(path, name, NULL, 0) < 0)
+    if (length_of(hot, at->fd, name) < 0)
         return errno == ENODATA ? NO_DATA : PYTHONS;
     intend(hot, request, DOING_XATTR, NULL, NULL, NULL);
-    if (removexattr(path, name))
+    if (put_value(hot, at->fd, name, NULL, 0))
         return PYTHONS;
     POINT();
     return attributes_marked(hot, at) ? FAILED : FOUND;
