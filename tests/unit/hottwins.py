@@ -36,6 +36,10 @@ class Twin(Side):
 
     caller = (0, 0)  # user and group
 
+    def __init__(self, *more):
+        super().__init__(*more)
+        self.notices = []
+
     def answer(self, opcode, nodeid, body):
         """The answer, as far as both must give the same; None: it has been put off."""
         self.send(opcode, nodeid, body, caller=self.caller)
@@ -43,6 +47,9 @@ class Twin(Side):
         if opcode in (p.Op.FORGET, p.Op.BATCH_FORGET) or self.session._parked:
             return None
         data = self.sock.recv(1 << 16)
+        while not p.OUT.unpack_from(data)[2]:
+            self.notices.append(data)
+            data = self.sock.recv(1 << 16)
         number, data = p.OUT.unpack_from(data)[1], data[p.OUT_SIZE :]
         if opcode in ENTRIES and data:
             return number, entry_of(data[: p.ENTRY_OUT.size]), data[p.ENTRY_OUT.size :]
@@ -120,6 +127,7 @@ class Twin(Side):
         nodes, gate = self.vfs.nodes, self.gate
         return {
             "tree": self.looks(),
+            "notices": self.notices,
             "nodes": self.nodes(),
             "by_ino": sorted((node.id, Ino(ino)) for ino, node in nodes._by_ino.items()),
             "dirs": sorted(nodes._dirs),

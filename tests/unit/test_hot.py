@@ -137,9 +137,10 @@ def test_shown_times_and_open_writers_are_respected(side):
     found = side.getattr(nodeid)
     # Blocks, and seconds and nanoseconds of mtime and ctime.
     assert (found[5], found[7], found[10], found[8], found[11]) == (123, 0, 5, 6, 7)
-    inode.shown, inode.writers, inode.passthrough = None, 1, True
-    assert side.getattr(nodeid)[0] == 0
-    assert side.lookup(ROOT, b"file")[3] == 0
+    for passthrough in (True, False):
+        inode.shown, inode.writers, inode.passthrough = None, 1, passthrough
+        assert side.getattr(nodeid)[0] == 0
+        assert side.lookup(ROOT, b"file")[3] == 0
     inode.writers = 0
     assert side.getattr(nodeid)[0] == p.ATTR_SECONDS
     del side.gate._inodes[ino]

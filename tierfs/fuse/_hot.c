@@ -23,6 +23,7 @@ enum {
     CREATE = 35, IOCTL = 39, BATCH_FORGET = 42, RENAME2 = 45, COPY_FILE_RANGE = 47, COPY_FILE_RANGE_64 = 53,
 }; /* opcodes */
 enum { GETATTR_FH = 1 };
+#define INVAL_INODE 2 /* a notification, in the place of the errno */
 #define RESENT (1ULL << 63)
 #define NO_SLEEP 3e-6 /* seconds: a sleep takes longer, by the switch to another process and back */
 #define MOST_EAGER 2 /* vain attempts to read */
@@ -116,6 +117,32 @@ static enum outcome make_one(Hot *hot, const struct in_header *in, const char *m
                                : create_file(hot, in, how[0], how[1], how[2], name, &body->create);
 }
 
+/* Tell Python what has become of a request. 0, or -1 with an exception. */
+static int told(PyObject *whom, uint64_t unique, PyObject *what)
+{
+    PyObject *done = what ? PyObject_CallFunction(whom, "KO", (unsigned long long)unique, what) : NULL;
+    Py_XDECREF(what);
+    Py_XDECREF(done);
+    return done ? 0 : -1;
+}
+
+/* Have the kernel ask for attributes anew (kernel.Session._outdated). 0, or -1 with an exception. */
+static int outdated(Hot *hot, uint64_t nodeid)
+{
+    struct { struct out_header head; uint64_t nodeid; int64_t offset, length; } notice = {
+        {sizeof notice, INVAL_INODE, 0}, nodeid, -1, 0,
+    };
+    return write(hot->fd, &notice, sizeof notice) < 0 ? told(hot->refused, 0, PyLong_FromLong(errno)) : 0;
+}
+
+/* OPEN. What the kernel was told before knows nothing of a write through a mapping (operations.open). */
+static enum outcome open_one(Hot *hot, const struct in_header *in, uint32_t flags, struct open_out *out)
+{
+    enum outcome outcome = open_file(hot, in, flags, out);
+    int writable = (flags & O_ACCMODE) != O_RDONLY;
+    return outcome == FOUND && writable && outdated(hot, in->nodeid) ? FAILED : outcome;
+}
+
 /* SETXATTR. */
 static enum outcome set_one(Hot *hot, const struct in_header *in, const char *message, Py_ssize_t length)
 {
@@ -151,7 +178,7 @@ static enum outcome carried_out(Hot *hot, const struct in_header *in, const char
                : set_attributes(hot, in->nodeid, &set, &body->attr);
     case OPEN:
         *size = sizeof body->open;
-        return !fields(message, length, &ask, 8) ? PYTHONS : open_file(hot, in, ask.flags, &body->open);
+        return !fields(message, length, &ask, 8) ? PYTHONS : open_one(hot, in, ask.flags, &body->open);
     case RELEASE:
         *size = 0;
         return !fields(message, length, &fh, sizeof fh) ? PYTHONS : release_file(hot, fh);
@@ -198,15 +225,6 @@ static enum outcome carried_out(Hot *hot, const struct in_header *in, const char
     default:
         return PYTHONS;
     }
-}
-
-/* Tell Python what has become of a request. 0, or -1 with an exception. */
-static int told(PyObject *whom, uint64_t unique, PyObject *what)
-{
-    PyObject *done = what ? PyObject_CallFunction(whom, "KO", (unsigned long long)unique, what) : NULL;
-    Py_XDECREF(what);
-    Py_XDECREF(done);
-    return done ? 0 : -1;
 }
 
 /* The error that is set is the answer to this request. 0, or -1 with an exception. */

@@ -57,7 +57,7 @@ long seconds_of(Hot *hot, const struct stat *st)
     PyObject *inode = ino ? PyDict_GetItemWithError(hot->inodes, ino) : NULL;
     long seconds = -1;
     if (ino && !PyErr_Occurred() && is_itself(hot, ino, inode, st)) {
-        int changing = inode && number_of(inode, s_writers) && attribute_is(inode, s_passthrough, Py_True);
+        int changing = inode && number_of(inode, s_writers);
         seconds = PyErr_Occurred() ? -1 : changing ? 0 : (long)hot->attr_seconds;
     } else if (ino && !PyErr_Occurred()) {
         long long ctime = (long long)st->st_ctim.tv_sec * 1000000000 + st->st_ctim.tv_nsec;
