@@ -181,13 +181,15 @@ class Problem(msgspec.Struct, frozen=True):
 
 class Waiting(msgspec.Struct, frozen=True):
     """A file that is not in the store. `since`: for how many seconds; `open`: somebody may be writing it;
-    `grown`: bytes since it was last closed, which no sum knows yet."""
+    `grown`: bytes since it was last closed, which no sum knows yet; `rescued`: how many seconds ago a rescue
+    copy was taken of it (0: none was)."""
 
     path: bytes
     size: int
     since: float
     open: bool = False
     grown: int = 0
+    rescued: float = 0.0
 
 
 class Scrub(msgspec.Struct, frozen=True):

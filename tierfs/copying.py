@@ -94,7 +94,7 @@ class Item:
 
 
 @dataclass(slots=True)
-class _Taken:
+class Taken:
     """What reading and putting one file came to."""
 
     copy: Copy
@@ -185,18 +185,22 @@ class Copier:
 
     # --- one file, in an upload thread --------------------------------------------------------------------
 
-    def _take(self, item: Item, cancelled: threading.Event) -> _Taken:
+    def _take(self, item: Item, cancelled: threading.Event) -> Taken:
         assert item.st is not None
-        self._check(item, cancelled)
-        size = item.st.st_size
-        extents = self._kit.tree.extents(item.fd, size)
-        large = size > 1 << self._kit.chunk_shift
-        taken = self._take_large(item, extents, cancelled) if large else self._take_small(item, extents)
+        taken = self._read_and_put(item, cancelled)
         now = os.fstat(item.fd)
         if _times(now) != _times(item.st) or not self._kit.server.sealed(item.ino):
             self._discard(taken)
             raise BusyError(CHANGED)
         return taken
+
+    def _read_and_put(self, item: Item, cancelled: threading.Event) -> Taken:
+        assert item.st is not None
+        self._check(item, cancelled)
+        size = item.st.st_size
+        extents = self._kit.tree.extents(item.fd, size)
+        large = size > 1 << self._kit.chunk_shift
+        return self._take_large(item, extents, cancelled) if large else self._take_small(item, extents)
 
     def _check(self, item: Item, cancelled: threading.Event) -> None:
         if cancelled.is_set():
@@ -204,15 +208,15 @@ class Copier:
         if not self._kit.server.sealed(item.ino):
             raise BusyError("was opened for writing while it was copied")
 
-    def _take_small(self, item: Item, extents: Extents) -> _Taken:
+    def _take_small(self, item: Item, extents: Extents) -> Taken:
         assert item.st is not None
         size = item.st.st_size
         data = read_exactly(item.fd, 0, size)
         digest = sha256(data)
         known = self._known(item, digest)
         if known is not None:
-            return _Taken(known, item.key, extents, b"", fresh=False)
-        taken = _Taken(self._new_copy(item, digest), item.key, extents, b"", fresh=True)
+            return Taken(known, item.key, extents, b"", fresh=False)
+        taken = Taken(self._new_copy(item, digest), item.key, extents, b"", fresh=True)
         key = item.key
         with self._kept_if_good(taken):
             if not self._kit.store.put(key, data, size).verified and sha256(self._kit.store.get(key)) != digest:
@@ -222,14 +226,14 @@ class Copier:
         self._kit.uploaded.add(size)
         return taken
 
-    def _take_large(self, item: Item, extents: Extents, cancelled: threading.Event) -> _Taken:
+    def _take_large(self, item: Item, extents: Extents, cancelled: threading.Event) -> Taken:
         assert item.st is not None
         size = item.st.st_size
         known = self._unchanged(item, cancelled)
         if known is not None:
-            return _Taken(known[0], item.key, extents, known[1], fresh=False)
+            return Taken(known[0], item.key, extents, known[1], fresh=False)
         digests: list[bytes] = []
-        taken = _Taken(self._new_copy(item, b""), item.key, extents, b"", fresh=True)
+        taken = Taken(self._new_copy(item, b""), item.key, extents, b"", fresh=True)
         key = item.key
         with self._kept_if_good(taken):
             put = self._kit.store.put(key, self._pieces(item, digests, cancelled), size)
@@ -242,7 +246,7 @@ class Copier:
         return taken
 
     @contextmanager
-    def _kept_if_good(self, taken: _Taken) -> Iterator[None]:
+    def _kept_if_good(self, taken: Taken) -> Iterator[None]:
         if self._kit.withheld:
             self._kit.claim_tried.wait(_CLAIM_SECONDS)
         if self._kit.withheld:
@@ -342,7 +346,7 @@ class Copier:
             chunk_shift=self._kit.chunk_shift,
         )
 
-    def _put_side(self, taken: _Taken) -> None:
+    def _put_side(self, taken: Taken) -> None:
         """Digests and extents reach the store before any punch (custody rule 3)."""
         if not taken.digests and not is_sparse(taken.copy.size, taken.extents):
             return
@@ -351,7 +355,7 @@ class Copier:
         if not self._kit.store.put(key, raw, len(raw)).verified and self._kit.store.get(key) != raw:
             raise _differs(key)
 
-    def _discard(self, taken: _Taken) -> None:
+    def _discard(self, taken: Taken) -> None:
         """Remove an object that nothing will refer to."""
         if not taken.fresh:
             return
@@ -362,7 +366,7 @@ class Copier:
 
     # --- committing ---------------------------------------------------------------------------------------
 
-    def _commit(self, taken: list[tuple[Item, _Taken]]) -> None:
+    def _commit(self, taken: list[tuple[Item, Taken]]) -> None:
         """Drain the log, which has the mark of every write-open so far, then commit what is still true."""
         if not taken:
             return
@@ -377,7 +381,7 @@ class Copier:
                 self._kit.uploads.submit(Urgency.GARBAGE, partial(self._discard, outcome))
 
 
-def _put_copy(item: Item, taken: _Taken, w: Writer) -> Record:
+def _put_copy(item: Item, taken: Taken, w: Writer) -> Record:
     """In a write transaction: the record with its new copy. Raises BusyError where the file has changed."""
     assert item.st is not None
     before = w.get(item.ino)
@@ -423,9 +427,9 @@ def _abandon_intended(keys: list[str], w: Writer) -> None:
             w.abandon(key)
 
 
-def _outcome(item: Item, future: Any) -> _Taken | None:
+def _outcome(item: Item, future: Any) -> Taken | None:
     try:
-        taken: _Taken = future.result()
+        taken: Taken = future.result()
     except BusyError as error:
         item.stay(str(error))
     except (TierError, OSError) as error:

@@ -9,9 +9,10 @@ it; then the largest part of it that fits is taken, and when that is full writin
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import lmdb
@@ -32,16 +33,20 @@ _FULL = tuple(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT))
 
 
 def open_tables(
-    path: str, names: Sequence[str], *, readonly: bool, durable: bool
+    path: str, names: Sequence[str], *, readonly: bool, durable: bool, later: Collection[str] = ()
 ) -> tuple[Any, dict[str, Any]]:
     """The environment in directory `path` and its tables, made unless `readonly`; once a process, after fork.
 
-    Raises IndexDamagedError where the file is no whole environment, IndexError_ where it does not open.
+    Those of `later` a former version did not have: who only reads does without them. Raises IndexDamagedError
+    where the file is no whole environment, IndexError_ where it does not open.
     """
     check_file(path)
     try:
         env = _mapped(path, len(names), readonly=readonly, durable=durable)
-        tables = {name: env.open_db(name.encode(), create=not readonly) for name in names}
+        tables = {name: env.open_db(name.encode(), create=not readonly) for name in names if name not in later}
+        for name in later:
+            with contextlib.suppress(lmdb.NotFoundError):
+                tables[name] = env.open_db(name.encode(), create=not readonly)
         # A reader killed in the midst of a look would keep the pages it saw from ever being used again.
         env.reader_check()
     except lmdb.Error as exc:

@@ -12,6 +12,7 @@
     dirs    ino                      parent, name           DIR mark, survey     a later hint
     pending ino                      (empty)                before a punch       after it; else by recovery
     changes ino, name                serial                 marks, put           journal, when a segment has it
+    rescues file id                  Rescue                 rescuing             put of a clean record, delete
 
 The tables of what is past stand in past.py. Integers are big-endian, so that keys sort. Every value but the
 empty ones carries a CRC: LMDB has none, and a flipped value would come back silently. What a writer may do
@@ -51,26 +52,30 @@ from tierfs.index_writer import (
     Leaves,
     Meta,
     Note,
+    Rescue,
     Totals,
     Writer,
     checked_bits,
     note_serial,
     queued_since,
     read_chain,
+    read_rescue,
 )
 from tierfs.model import Record
 from tierfs.past import PAST_TABLES, U64, Garbage, PastReader, ascending, checked, place, whole
 
 log = logging.getLogger("index")
 
-__all__ = ["Chain", "Index", "Leaves", "Note", "Session", "Totals", "Writer"]
+__all__ = ["Chain", "Index", "Leaves", "Note", "Rescue", "Session", "Totals", "Writer"]
 
 R = TypeVar("R")
 BATCH = 512  # commits that share one sync
 _TABLES = (
     "meta", "files", "fids", "bits", "leaves", "dirty", "quiet", "pins", "dirs", "pending", "changes",
-    *PAST_TABLES,
+    "rescues", *PAST_TABLES,
 )  # fmt: skip
+
+_LATER = ("rescues",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +118,7 @@ class Index(PastReader):
 
         Raises IndexError_ where it is damaged or of an unknown format.
         """
-        env, tables = open_tables(path, _TABLES, readonly=readonly, durable=True)
+        env, tables = open_tables(path, _TABLES, readonly=readonly, durable=True, later=_LATER)
         index = cls(path, env, tables, readonly)
         try:
             found = index._meta().format
@@ -147,6 +152,8 @@ class Index(PastReader):
     # --- reading ------------------------------------------------------------------------------------------
 
     def _get(self, table: str, key: bytes) -> bytes | None:
+        if table not in self.tables:
+            return None
         # A transaction for each look: the binding keeps spare ones, and one left open would hold old pages.
         try:
             with self._env.begin() as txn:
@@ -201,6 +208,18 @@ class Index(PastReader):
         count = struct.unpack_from("<I", body)[0]
         extents = [struct.unpack_from("<QQ", body, 4 + 16 * i) for i in range(count)]
         return Leaves(body[4 + 16 * count :], [(start, end) for start, end in extents])
+
+    def rescue(self, fid: bytes) -> Rescue | None:
+        """The rescue copy of a file that is dirty. Raises IndexError_."""
+        raw = self._get("rescues", fid)
+        return None if raw is None else whole(read_rescue, fid, raw)
+
+    def rescue_keys(self) -> Iterator[str]:
+        """The objects of all rescue copies. Raises IndexError_."""
+        for fid, raw in self._walk("rescues", b""):
+            rescue = whole(read_rescue, fid, raw)
+            if rescue is not None:
+                yield rescue.key(fid)
 
     def get_dir(self, ino: int) -> tuple[int, bytes] | None:
         """Parent and name under which a directory was last seen. Raises IndexError_."""
@@ -266,6 +285,8 @@ class Index(PastReader):
         return Totals(*self._meta().totals)
 
     def _scan(self, table: str, start: bytes, limit: int) -> list[tuple[bytes, bytes]]:
+        if table not in self.tables:
+            return []
         try:
             with self._env.begin() as txn, txn.cursor(db=self.tables[table]) as cursor:
                 return list(islice(ascending(table, cursor), limit)) if cursor.set_range(start) else []

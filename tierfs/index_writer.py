@@ -15,7 +15,7 @@ import msgspec
 from tierfs import transitions
 from tierfs.codec import pack_record, unpack_record, unpack_since
 from tierfs.errors import IndexDamagedError, IndexError_
-from tierfs.model import Record, Residency
+from tierfs.model import Record, Residency, object_key
 from tierfs.past import U64, Garbage, PastWriter, ascending, checked, summed, whole
 
 FORMAT = 2
@@ -100,6 +100,29 @@ def read_chain(raw: bytes | None) -> Chain | None:
         return msgspec.msgpack.decode(checked("journal's state", raw), type=Chain)
     except (IndexError_, msgspec.DecodeError) as error:
         raise IndexDamagedError(str(error)) from error
+
+
+class Rescue(msgspec.Struct, array_like=True, frozen=True):
+    """What was read at `at` (ns) of a file that somebody was writing: perhaps no state that it ever had. Never
+    a reason to free blocks; what a lost disk leaves of a file that nothing better is known of."""
+
+    at: int
+    generation: int
+    tag: bytes
+    digest: bytes
+    size: int
+    mtime: int
+    ctime: int
+    chunk_shift: int
+
+    def key(self, fid: bytes) -> str:
+        """The object's key."""
+        return object_key(fid, self.generation, self.tag)
+
+
+def read_rescue(fid: bytes, raw: bytes) -> Rescue:
+    """The value. Raises IndexError_ where it is damaged."""
+    return msgspec.msgpack.decode(checked(f"rescue copy of file {fid.hex()}", raw), type=Rescue)
 
 
 class Note(NamedTuple):
@@ -224,6 +247,8 @@ class Writer(PastWriter):
         self._txn.put(key, pack_record(record, since), db=self._db["files"])
         if before is None or before.fid != record.fid:
             self._txn.put(record.fid, key, db=self._db["fids"])
+        if before is not None and before.dirty and (not record.dirty or before.fid != record.fid):
+            self.end_rescue(before.fid)
         if before is None or _told(before) != _told(record):
             self.note(record.ino)
         if record.residency is not Residency.PARTIAL and before and before.residency is Residency.PARTIAL:
@@ -312,6 +337,7 @@ class Writer(PastWriter):
         if before is not None:
             self._count(before, -1)
             self._drop_fid(before)
+            self.end_rescue(before.fid)
         self._unqueue(ino, since)
         for table in ("files", "bits", "pins", "pending"):
             self._txn.delete(key, db=self._db[table])
@@ -328,6 +354,18 @@ class Writer(PastWriter):
     def drop_leaves(self, fid: bytes, generation: int) -> None:
         """That copy is no more."""
         self._txn.delete(fid + U64.pack(generation), db=self._db["leaves"])
+
+    def put_rescue(self, fid: bytes, rescue: Rescue) -> None:
+        """In place of an earlier one."""
+        self.end_rescue(fid)
+        self._txn.put(fid, summed(msgspec.msgpack.encode(rescue)), db=self._db["rescues"])
+
+    def end_rescue(self, fid: bytes) -> None:
+        """The file has a copy, or is gone. Its object is kept as long as the journal's past may tell of it."""
+        raw = self._txn.pop(fid, db=self._db["rescues"])
+        rescue = None if raw is None else whole(read_rescue, fid, raw)
+        if rescue is not None:
+            self.bury_found(rescue.key(fid))
 
     def put_dir(self, ino: int, parent: int, name: bytes) -> None:
         """Where a directory was last seen."""

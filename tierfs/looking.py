@@ -11,7 +11,7 @@ from functools import partial
 
 from tierfs import manifest
 from tierfs.errors import ForeignStubError
-from tierfs.index import Writer
+from tierfs.index import Rescue, Writer
 from tierfs.kit import Kit
 from tierfs.model import Copy, Record
 from tierfs.tree import fd_path
@@ -77,6 +77,7 @@ def _file(kit: Kit, fd: int, st: os.stat_result, handle: bytes, base: dict[str, 
         leaves = kit.index.get_leaves(record.fid, record.copy.generation)
         if leaves is not None and sum(end - start for start, end in leaves.extents) < record.copy.size:
             extents = leaves.extents if len(leaves.extents) <= manifest.MOST_EXTENTS else None
+    rescue = kit.index.rescue(record.fid) if record.dirty else None
     return manifest.File(
         **base,  # type: ignore[arg-type]
         size=st.st_size,
@@ -86,6 +87,15 @@ def _file(kit: Kit, fd: int, st: os.stat_result, handle: bytes, base: dict[str, 
         copy=copy,
         since=kit.index.dirty_since(st.st_ino) if record.dirty else 0,
         extents=extents,
+        rescue=_rescue_line(rescue) if rescue is not None else None,
+        rescued=rescue.at if rescue is not None else 0,
+    )
+
+
+def _rescue_line(rescue: Rescue) -> manifest.CopyLine:
+    tag, digest = rescue.tag.hex(), rescue.digest.hex()
+    return manifest.CopyLine(
+        rescue.generation, tag, digest, rescue.size, rescue.mtime, rescue.ctime, rescue.chunk_shift
     )
 
 

@@ -122,7 +122,8 @@ class Inode(Line, frozen=True, omit_defaults=True, gc=False):
 
 class File(Inode, tag="file", frozen=True, omit_defaults=True, gc=False):
     """A regular file. `copy` is its newest one, of an older generation where the file is dirty; `since` says
-    since when it is known to be dirty (0: it is clean); `extents` are there where it has holes."""
+    since when it is known to be dirty (0: it is clean); `extents` are there where it has holes. `rescue` is
+    what was read at `rescued` of a dirty file while somebody wrote it: newer than `copy`, and perhaps torn."""
 
     size: Size = 0
     blocks: Size = 0
@@ -131,6 +132,8 @@ class File(Inode, tag="file", frozen=True, omit_defaults=True, gc=False):
     copy: CopyLine | None = None
     since: Time = 0
     extents: list[tuple[Size, Size]] | None = None
+    rescue: CopyLine | None = None
+    rescued: Time = 0
 
     @property
     def dirty(self) -> bool:

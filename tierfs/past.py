@@ -50,6 +50,7 @@ KEY_FORMS = {
         "quiet": rb".{16}",
         "changes": rb".{8,263}",
         "leaves": rb".{24}",
+        "rescues": rb".{16}",
         "tombs": rb".{8}" + _OBJECT,
         "orphans": rb".{8}" + _OBJECT,
         "intents": _OBJECT,

@@ -6,7 +6,8 @@ descriptor of a directory that was made here; nothing follows a symbolic link. A
 names of it are refused; what cannot be made is named and left out, and the rest goes on.
 
 Content that no copy has is not made up: a file without any copy is *lost* and left out (an empty one is made),
-one with only an older copy comes back as of that copy and is named too.
+one with only an older copy comes back as of that copy and is named too. One of which there is a rescue copy
+(rescuing.py) comes back as of that, under a title of its own.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Left:
     path: bytes
     size: int
     since: int
-    copied: int = 0  # mtime (ns) of the older content that came back instead
+    copied: int = 0  # mtime (ns) of the older content that came back instead; when a rescue copy was taken
 
 
 @dataclass(slots=True)
@@ -56,6 +57,7 @@ class Outcome:
     content: int = 0
     lost: list[Left] = field(default_factory=list)
     older: list[Left] = field(default_factory=list)
+    rescued: list[Left] = field(default_factory=list)
     refused: list[tuple[bytes, str]] = field(default_factory=list)
 
     def add(self, other: Outcome) -> None:
@@ -66,6 +68,7 @@ class Outcome:
         self.content += other.content
         self.lost += other.lost
         self.older += other.older
+        self.rescued += other.rescued
         self.refused += other.refused
 
 
@@ -226,7 +229,9 @@ class Planter:
         if copy is None and file.size:
             self.outcome.lost.append(Left(path, file.size, file.since))
             return None
-        if copy is not None and file.dirty:
+        if copy is not None and file.dirty and file.rescue is not None:
+            self.outcome.rescued.append(Left(path, file.size, file.since, file.rescued))
+        elif copy is not None and file.dirty:
             self.outcome.older.append(Left(path, file.size, file.since, copy.mtime))
         fid = bytes.fromhex(file.fid) if copy is not None else new_fid()
         size = copy.size if copy is not None else 0
@@ -253,11 +258,12 @@ class Planter:
 
     def _copy_of(self, file: File) -> Copy | None:
         """The copy that the file comes back from, with the times that it will show. Raises ValueError."""
-        if file.copy is None:
+        line = file.rescue if file.dirty and file.rescue is not None else file.copy
+        if line is None:
             return None
-        if len(bytes.fromhex(file.fid)) != 16 or file.copy.generation >> EPOCH_SHIFT > self._epoch:
+        if len(bytes.fromhex(file.fid)) != 16 or line.generation >> EPOCH_SHIFT > self._epoch:
             raise ValueError("its copy is none that this volume could have made")
-        copy = file.copy.copy()
+        copy = line.copy()
         if file.dirty:
             return copy
         if copy.size != file.size:

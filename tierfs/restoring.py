@@ -242,6 +242,7 @@ def _report(chronicle: Chronicle, owner: ownership.Owner, outcome: Outcome) -> d
         "bytes": outcome.content,
         "lost": [_left(left) for left in outcome.lost],
         "older": [{**_left(left), "restored_mtime": left.copied / 1e9} for left in outcome.older],
+        "rescued": [{**_left(left), "taken": left.copied / 1e9} for left in outcome.rescued],
         "refused": [{"path": os.fsdecode(path), "reason": reason} for path, reason in outcome.refused],
         "journal": {"missing_segments": chronicle.missing, "troubles": chronicle.troubles},
     }

@@ -34,6 +34,7 @@ from tierfs.model import Record, Residency
 from tierfs.places import Places
 from tierfs.policy.aging import is_young
 from tierfs.punching import BATCH, Puncher
+from tierfs.rescuing import Rescuer
 from tierfs.serverlink import ServerLink
 from tierfs.settling import Settler
 from tierfs.store.base import ObjectStore
@@ -75,6 +76,7 @@ class Tier:
             lambda ino, mtime, ctime: self.filler.times_set(ino, mtime, ctime), self._pinned_at,
         )  # fmt: skip
         self._copier = Copier(self.kit, self.drain)
+        self._rescuer = Rescuer(self.kit, self.drain)
         self._puncher = Puncher(self.kit, self.drain, self.places)
         self._settler = Settler(self.kit, self.drain)
         self.filler = Filler(self.kit, self._settler.add, make_room)
@@ -254,6 +256,14 @@ class Tier:
 
         self.kit.index.commit(commit).result()
         return self.kit.index.get(ino)
+
+    def rescue(self, record: Record, stopping: threading.Event) -> bool:
+        """Take a rescue copy of a file that somebody is writing; whether one was taken. Raises as `Rescuer`."""
+        above = self.places.directory(record.parent)
+        if above is None:
+            return False  # it is not known whether it may leave
+        path = os.path.join(above.path, record.name)
+        return not self._never(path) and self._rescuer.rescue(record, path, stopping)
 
     # --- in -----------------------------------------------------------------------------------------------
 

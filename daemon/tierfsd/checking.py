@@ -188,10 +188,10 @@ def _orphans(tier: Tier, repair: bool, referred: set[str]) -> Iterator[Found]:
 
 
 def _expected(tier: Tier) -> set[str]:
-    """Keys whose end is being waited for, or that are being put."""
+    """Keys whose end is being waited for, that are being put, or are rescue copies."""
     index, ever = tier.kit.index, (1 << 63) - 1
     buried = index.tombstones(ever, limit=1 << 30) + index.orphans(ever, limit=1 << 30)
-    return {key for _, key in buried} | set(index.intents())
+    return {key for _, key in buried} | set(index.intents()) | set(index.rescue_keys())
 
 
 def _bury(key: str, w: Writer) -> None:

@@ -23,6 +23,7 @@ from tierfs.restless import patience
 from tierfs.survey import Survey
 from tierfs.tier import Item, Tier
 from tierfsd.ballast import Ballast
+from tierfsd.rescues import Rescues
 
 log = logging.getLogger("scheduler")
 
@@ -85,6 +86,7 @@ class Scheduler:
             threading.Thread(target=self._rounds, name="scheduler", daemon=True),
             threading.Thread(target=self._look_through, name="survey", daemon=True),
         ]
+        self._rescues = Rescues(tier, self._stopping)
         self._garbage = threading.Thread(target=self._collect, name="garbage", daemon=True)
 
     def start(self) -> None:
@@ -425,6 +427,7 @@ class Scheduler:
         config = self._kit.config
         if not self._replicates or self._kit.withheld or self._doubtful:
             return
+        self._rescues.turn()
         self._forget_stayers()
         before = time.time_ns() - int(config.quiet_seconds * 1e9)
         while not self._stopping.is_set():

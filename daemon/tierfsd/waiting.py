@@ -25,7 +25,10 @@ def waiting(kit: Kit, places: Places) -> list[control.Waiting]:
         path = join(above.path, record.name) if above is not None else None
         size, is_open = _look(kit, record, path)
         age = max(0.0, time.time() - kit.index.dirty_since(ino) / 1e9)
-        found.append(control.Waiting(path or record.name, size, age, is_open, size - record.size))
+        rescue = kit.index.rescue(record.fid)
+        rescued = max(1.0, time.time() - rescue.at / 1e9) if rescue is not None else 0.0
+        grown = size - record.size
+        found.append(control.Waiting(path or record.name, size, age, is_open, grown, rescued))
     return found
 
 

@@ -121,6 +121,7 @@ def test_looking_at_a_former_index_leaves_it_as_it_was(old):
     before = (old / "data.mdb").read_bytes()
     index = Index.open(str(old), readonly=True)
     holds_all(index)
+    assert index.rescue(FIRST.fid) is None and list(index.rescue_keys()) == [], "a table it does not have"
     index.close()
     assert (old / "data.mdb").read_bytes() == before
 

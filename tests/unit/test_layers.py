@@ -43,6 +43,7 @@ PARTS_OF = {
     "tier": {
         "kit",
         "restless",
+        "rescuing",
         "serverlink",
         "places",
         "digests",

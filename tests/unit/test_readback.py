@@ -315,7 +315,7 @@ def test_a_doubt_overtakes_a_comparison_and_a_proof(volume):
     item = volume.item("file")
     item.record, item.st = record, os.stat(volume.path("file"))
     item.generation, item.handle = record.generation, record.handle
-    taken = copying._Taken(record.copy, "", [], b"", fresh=False)
+    taken = copying.Taken(record.copy, "", [], b"", fresh=False)
     with pytest.raises(BusyError):
         volume.index.commit(lambda w: copying._put_copy(item, taken, w)).result()
     with pytest.raises(TransitionError):

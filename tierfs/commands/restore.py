@@ -92,16 +92,18 @@ def _read_report(state: str) -> dict[str, Any]:
 
 def _print(report: dict[str, Any], mountpoint: str, where: str) -> None:
     size, shown = terminal.size, terminal.shown
+    rescued = report.get("rescued", [])  # of a version that knew none
     click.echo(
         f"{shown(mountpoint)}: {report['files']} files ({size(report['bytes'])}) in {report['directories']}"
         f" directories, as of {_date(report['as_of'])}"
     )
     _list("lost (their content had not reached the store)", report["lost"], _lost)
     _list("older than they last were", report["older"], _older)
+    _list("that were open (a rescue copy, taken while they were written, and perhaps torn)", rescued, _rescued)
     _list("not as they were", report["refused"], lambda item: f"{shown(item['path'])}: {item['reason']}")
     for trouble in report["journal"]["troubles"][:_SHOWN]:
         click.echo(f"journal: {shown(trouble)}")
-    if report["lost"] or report["older"] or report["refused"]:
+    if report["lost"] or report["older"] or rescued or report["refused"]:
         click.echo(f"All of this is in {shown(where)}")
 
 
@@ -122,6 +124,10 @@ def _lost(item: dict[str, Any]) -> str:
 
 def _older(item: dict[str, Any]) -> str:
     return f"{terminal.shown(item['path'])}: is that of {_date(item['restored_mtime'])}"
+
+
+def _rescued(item: dict[str, Any]) -> str:
+    return f"{terminal.shown(item['path'])}: is that of {_date(item['taken'])}"
 
 
 def _date(seconds: float) -> str:

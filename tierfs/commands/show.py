@@ -147,7 +147,8 @@ def _deaths(document: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _unsaved(file: dict[str, Any]) -> str:
     size, age = terminal.size(file["size"]), terminal.age(file["since"])
-    return f"{terminal.shown(file['path'])}: {size}, open, not in the store for {age}"
+    rescued = f" (a rescue copy of {terminal.age(file['rescued'])} ago is)" if file["rescued"] else ""
+    return f"{terminal.shown(file['path'])}: {size}, open, not in the store for {age}{rescued}"
 
 
 def _scrub(scrub: dict[str, Any]) -> str:

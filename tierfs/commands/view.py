@@ -63,6 +63,7 @@ def _tell(made: viewing.View, until: int, mountpoint: str) -> None:
     terminal.complain_all(
         [(os.fsdecode(left.path), "had not been copied then: left out") for left in outcome.lost]
         + [(os.fsdecode(left.path), "was being changed then: its content before") for left in outcome.older]
+        + [(os.fsdecode(left.path), "was open then: a rescue copy, perhaps torn") for left in outcome.rescued]
         + [(os.fsdecode(path), why) for path, why in outcome.refused]
         + [("journal", trouble) for trouble in made.troubles]
     )
