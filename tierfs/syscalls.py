@@ -23,6 +23,8 @@ UTIME_OMIT = (1 << 30) - 2
 
 _STATX_BTIME = 0x800
 _STATX_BTIME_AT = 0x50  # offset of stx_btime in struct statx
+_STATX_MNT_ID_UNIQUE = 0x4000
+_STATX_MNT_ID_AT = 0x90
 _MOST_HANDLE = 128  # MAX_HANDLE_SZ
 _HANDLE_HEAD = 8
 _HANDLE_SIZE = struct.Struct("=I")
@@ -123,6 +125,16 @@ def birth_time(dirfd: int, name: bytes) -> int | None:
         return None
     seconds, nanoseconds = struct.unpack_from("=qI", result, _STATX_BTIME_AT)
     return int(seconds) * 1_000_000_000 + int(nanoseconds)
+
+
+def mount_id(path: bytes) -> int | None:
+    """The number of the mount behind a path, which no other one of this run of the machine has or had; None
+    where the kernel knows no such number (before Linux 6.8)."""
+    result = ctypes.create_string_buffer(256)
+    if _statx(AT_FDCWD, path, 0, _STATX_MNT_ID_UNIQUE, ctypes.addressof(result)) < 0:
+        raise _fail(path)
+    (mask,) = struct.unpack_from("=I", result)
+    return struct.unpack_from("=Q", result, _STATX_MNT_ID_AT)[0] if mask & _STATX_MNT_ID_UNIQUE else None
 
 
 def syncfs(fd: int) -> None:

@@ -37,7 +37,7 @@ def local_only(index: Index, marks: str) -> tuple[int, int]:
     mover has read, perhaps as none had begun yet. Raises IndexError_, OSError."""
     totals = index.totals()
     count, size = totals.dirty_files, totals.dirty_bytes
-    for ino, left in _unread(index, marks).items():
+    for ino, left in unread(index, marks).items():
         record = index.get(ino)
         known = record is not None and record.dirty
         before = record.size if record is not None and known else 0
@@ -48,7 +48,7 @@ def local_only(index: Index, marks: str) -> tuple[int, int]:
     return count, size
 
 
-def _unread(index: Index, marks: str) -> dict[int, int | None]:
+def unread(index: Index, marks: str) -> dict[int, int | None]:
     """Inodes with marks that are not in the index: their size now; None: gone."""
     found: dict[int, int | None] = {}
     fd = os.open(marks, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

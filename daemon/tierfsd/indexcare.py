@@ -22,6 +22,7 @@ import time
 from tierfs import pages, syscalls, volume
 from tierfs.errors import IndexDamagedError, IndexFullError
 from tierfs.index import Index
+from tierfsd.farewell import unread
 
 log = logging.getLogger("supervisor")
 
@@ -77,11 +78,26 @@ class IndexCare:
         return epoch
 
     def _open_and_begin(self, floor: int) -> int:
-        boot = syscalls.boot_id()
+        boot = self._run()
         with contextlib.closing(Index.open(self._path)) as index:
             if index.power_was_lost(boot):
                 self._look_at_heat()
             return index.begin_session(boot, floor).epoch
+
+    def _run(self) -> str:
+        """This run of the machine, and this mount of the disk: one that was torn out and put in again has lost
+        what was not synced, as a machine has whose power failed."""
+        mount = syscalls.mount_id(os.fsencode(self._home.state))
+        return syscalls.boot_id() if mount is None else f"{syscalls.boot_id()} {mount}"
+
+    def end_session(self) -> None:
+        """In order: what was written has its marks in the index, or in a log that outlives a power cut by now.
+
+        Raises IndexError_, OSError."""
+        with contextlib.closing(Index.open(self._path)) as index:
+            if unread(index, self._home.path("marks")):
+                _sync_all(self._home.path("marks"))  # no mover has come to that: it hung, or had not begun
+            index.end_session()
 
     def _let_go_of_reserve(self) -> bool:
         try:
@@ -138,6 +154,16 @@ class IndexCare:
     def _remove_mark(self) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._mark)
+
+
+def _sync_all(directory: str) -> None:
+    for name in os.listdir(directory):
+        fd = os.open(os.path.join(directory, name), os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    volume.sync_directory(directory)
 
 
 def _damage(path: str) -> str:

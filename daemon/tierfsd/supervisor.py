@@ -26,7 +26,6 @@ from tierfs import __version__, channel, control, launch, ledger, locate, volume
 from tierfs.errors import TierError, VolumeError
 from tierfs.fuse import mounting
 from tierfs.fuse.choice import Choice
-from tierfs.index import Index
 from tierfsd import handover
 from tierfsd.children import Child
 from tierfsd.farewell import say_what_is_local_only
@@ -173,9 +172,8 @@ class Supervisor:
 
     def _end_session(self) -> None:
         try:
-            with contextlib.closing(Index.open(self._plan.volume.path("index"))) as index:
-                index.end_session()
-        except TierError as error:
+            self._care.end_session()
+        except (TierError, OSError) as error:
             log.error("copies will be proven again: %s", error)
 
     def _start_mover(self) -> None:

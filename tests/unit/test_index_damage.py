@@ -3,6 +3,7 @@ and where it dies of it, or finds the whole damaged, the supervisor finds the sa
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -13,8 +14,9 @@ import damaging
 import pytest
 from tierfsd.indexcare import INDEX_DAMAGED, IndexCare
 
-from tierfs import volume
+from tierfs import syscalls, volume
 from tierfs.index import Index
+from tierfs.marks import Mark, MarkWriter
 
 SOUND = {"fine", "said"}
 
@@ -128,6 +130,46 @@ def test_epochs_go_on_over_a_lost_index(home):
     spoil_meta(home)
     epochs.append(care.begin_session())
     assert epochs == sorted(set(epochs))
+
+
+@pytest.mark.skipif(syscalls.mount_id(b"/") is None, reason="this kernel numbers no mounts")
+def test_a_disk_that_was_torn_out_and_put_in_again_breaks_custody(home, monkeypatch):
+    """In the same run of the machine: what was synced by fdatasync is there, its mark and its times are not."""
+
+    def custody():
+        IndexCare(home).begin_session()
+        with contextlib.closing(Index.open(home.path("index"))) as index:
+            return index.session.custody
+
+    number = syscalls.mount_id(os.fsencode(home.state))
+    before = custody()
+    assert custody() == before, "only the processes had ended"
+    monkeypatch.setattr(syscalls, "mount_id", lambda path: number + 1)
+    assert custody() == before + 1
+    IndexCare(home).end_session()
+    monkeypatch.setattr(syscalls, "mount_id", lambda path: number + 2)
+    assert custody() == before + 1, "after an orderly end it may be anywhere"
+    monkeypatch.setattr(syscalls, "mount_id", lambda path: None)
+    IndexCare(home).end_session()
+    assert custody() == before + 1 == custody()
+
+
+def test_a_session_ends_in_order_with_marks_that_outlive_a_power_cut(home, monkeypatch):
+    """A mover that hung has read nothing of what was written last."""
+    IndexCare(home).begin_session()
+    marks = os.open(home.path("marks"), os.O_RDONLY | os.O_DIRECTORY)
+    synced, fsync = set(), os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (synced.add(os.fstat(fd).st_ino), fsync(fd)))
+    try:
+        with contextlib.closing(Index.open(home.path("index"))) as index:
+            writer = MarkWriter(marks, index.log_position() or 0)
+        writer.append(Mark.WRITE, 77, generation=1, handle=b"handle", name=b"f")
+        writer.close()
+        IndexCare(home).end_session()
+        segment = os.stat(os.path.join(home.path("marks"), f"marks-{writer.start:016x}")).st_ino
+        assert segment in synced and os.fstat(marks).st_ino in synced
+    finally:
+        os.close(marks)
 
 
 def test_only_a_suspect_and_damaged_one_is_put_aside_in_the_midst_of_a_session(home):
