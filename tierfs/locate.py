@@ -15,12 +15,14 @@ _OCTAL = re.compile(rb"\\([0-7]{3})")
 
 
 class Mount(NamedTuple):
-    """One line of the mount table. `uid`: who mounted a FUSE filesystem (0 for others)."""
+    """One line of the mount table. `uid`: who mounted a FUSE filesystem (0 for others). `root`: which directory
+    of the filesystem is shown; not "/" where a part of it is bound to another place."""
 
     mountpoint: str
     fstype: str
     source: str
     uid: int
+    root: str = "/"
 
     @property
     def volume(self) -> str:
@@ -28,6 +30,11 @@ class Mount(NamedTuple):
         if self.fstype == FSTYPE and self.source.startswith(SOURCE_PREFIX):
             return self.source[len(SOURCE_PREFIX) :]
         return ""
+
+    def shown(self, relative: bytes) -> str:
+        """Where a path of the volume is seen in this mount."""
+        inside = os.path.relpath(b"/" + relative, os.fsencode(self.root))
+        return os.path.normpath(os.path.join(self.mountpoint, os.fsdecode(inside)))
 
 
 class Place(NamedTuple):
@@ -48,7 +55,8 @@ def _parse(line: bytes) -> Mount:
     separator = fields.index(b"-", 6)
     fstype, source, options = fields[separator + 1 : separator + 4]
     owner = re.search(rb"(?:^|,)user_id=(\d+)", options)
-    return Mount(_unescape(fields[4]), os.fsdecode(fstype), _unescape(source), int(owner[1]) if owner else 0)
+    uid = int(owner[1]) if owner else 0
+    return Mount(_unescape(fields[4]), os.fsdecode(fstype), _unescape(source), uid, _unescape(fields[3]))
 
 
 def _unescape(field: bytes) -> str:
@@ -78,20 +86,34 @@ def resolve(path: str) -> str:
 
 
 def locate(path: str, mounts: list[Mount] | None = None) -> Place:
-    """The volume of a path, which need not exist. Raises PathError where it is on no TierFS mount."""
-    real = resolve(path)
+    """The volume of a path, which need not exist. Raises PathError where it is on no TierFS mount.
+
+    A link outside of all volumes is not meant itself, but what it leads to.
+    """
+    mounts = read_mounts() if mounts is None else mounts
+    for real in (resolve(path), os.path.realpath(path)):
+        found = _mount_of(real, mounts)
+        if found is not None and found.volume:
+            inside = real[len(found.mountpoint.rstrip("/")) :]
+            return Place(found, os.fsencode((found.root.rstrip("/") + inside).strip("/")))
+    raise PathError(f"{path}: is not in a mounted TierFS volume: mount it with `tierfs mount`")
+
+
+def _mount_of(real: str, mounts: Iterable[Mount]) -> Mount | None:
+    """The mount that a real path lies in."""
     found = None
-    for mount in read_mounts() if mounts is None else mounts:
+    for mount in mounts:
         if is_under(real, mount.mountpoint) and (
             found is None or len(mount.mountpoint) >= len(found.mountpoint)
         ):
             found = mount
-    if found is None or not found.volume:
-        raise PathError(f"{path}: is not in a mounted TierFS volume: mount it with `tierfs mount`")
-    return Place(found, os.fsencode(real[len(found.mountpoint.rstrip("/")) :].strip("/")))
+    return found
 
 
 def tier_mounts() -> list[Mount]:
-    """All TierFS mounts of this machine, without those that another mount covers."""
-    mounts = read_mounts()
-    return [mount for mount in mounts if mount.volume and mount_at(mount.mountpoint, mounts) is mount]
+    """All TierFS mounts of this machine, each volume once, without those that another mount covers."""
+    mounts, found = read_mounts(), dict[str, Mount]()
+    for mount in mounts:
+        if mount.volume and mount.root == "/" and mount_at(mount.mountpoint, mounts) is mount:
+            found.setdefault(mount.volume, mount)
+    return list(found.values())

@@ -237,3 +237,26 @@ def test_a_mark_log_that_a_power_cut_took_away_hides_nothing(volume):
     (made.mountpoint / "f49").write_text("y")
     until(lambda: made.status(made.mountpoint / "new")["generation"] > before)
     until(lambda: made.status(made.mountpoint / "f49")["generation"] > before)
+
+
+@pytest.mark.usefixtures("needs_root")
+def test_a_volume_and_a_part_of_it_bound_to_other_places(volume):
+    made = volume()
+    (made.mountpoint / "d").mkdir()
+    (made.mountpoint / "d" / "file").write_bytes(b"x" * 10_000)
+    part, whole = made.base / "part", made.base / "whole"
+    for place in (part, whole):
+        place.mkdir()
+    subprocess.run(["mount", "--bind", made.mountpoint / "d", part], check=True)
+    try:
+        made.demote(part / "file")
+        assert made.tier(made.mountpoint / "d" / "file") == "stub"
+        assert [item["path"] for item in made.json("ls", "--json", part)] == [str(part / "file")]
+        assert made.status(part / "file")["tier"] == "stub"
+        done = made.cli("umount", part, check=False)
+        assert done.returncode == 1 and "use umount(8)" in done.stderr
+    finally:
+        subprocess.run(["umount", part], check=True)
+    subprocess.run(["mount", "--bind", made.mountpoint, whole], check=True)
+    made.cli("umount", whole, timeout=60)  # does not wait for a daemon that has a mount left
+    assert (made.mountpoint / "d" / "file").read_bytes() == b"x" * 10_000

@@ -230,6 +230,7 @@ TABLE = b"""\
 22 1 259:1 / / rw,relatime shared:1 - ext4 /dev/root rw
 40 22 0:50 / /home/ann rw,nosuid,nodev shared:7 - fuse.tierfs tierfs#abc rw,user_id=1000,group_id=1000
 41 40 0:51 / /home/ann/usb\\040stick rw - vfat /dev/sdb1 rw
+43 22 0:50 /d/e /srv/part rw,nosuid,nodev shared:7 - fuse.tierfs tierfs#abc rw,user_id=1000,group_id=1000
 42 22 0:52 / /mnt/a\\134b\\012c rw - fuse.tierfs tierfs#def rw,user_id=0,group_id=0,allow_other
 """
 
@@ -241,8 +242,10 @@ def mounts(tmp_path):
 
 
 def test_the_mount_table_is_read_with_its_escapes(mounts):
-    assert [mount.mountpoint for mount in mounts] == ["/", "/home/ann", "/home/ann/usb stick", "/mnt/a\\b\nc"]
-    assert [mount.volume for mount in mounts] == ["", "abc", "", "def"]
+    assert [mount.mountpoint for mount in mounts] == [
+        "/", "/home/ann", "/home/ann/usb stick", "/srv/part", "/mnt/a\\b\nc",
+    ]  # fmt: skip
+    assert [mount.volume for mount in mounts] == ["", "abc", "", "abc", "def"]
     assert mounts[1].uid == 1000
 
 
@@ -253,6 +256,27 @@ def test_paths_find_their_volume(mounts):
     for path in ("/home/anna", "/home", "/home/ann/usb stick/x", "/tmp"):
         with pytest.raises(PathError, match="not in a mounted TierFS volume"):
             locate.locate(path, mounts)
+
+
+def test_a_part_that_is_bound_to_another_place_is_that_part(mounts, monkeypatch):
+    place = locate.locate("/srv/part/f", mounts)
+    assert (place.mount.volume, place.relative) == ("abc", b"d/e/f")
+    assert locate.locate("/srv/part", mounts).relative == b"d/e"
+    assert place.mount.shown(b"d/e/f/g") == "/srv/part/f/g" and place.mount.shown(b"d/e") == "/srv/part"
+    assert mounts[1].shown(b"d/e") == "/home/ann/d/e" and mounts[1].shown(b"") == "/home/ann"
+    monkeypatch.setattr(locate, "read_mounts", lambda: mounts)
+    assert [mount.mountpoint for mount in locate.tier_mounts()] == ["/home/ann", "/mnt/a\\b\nc"]
+
+
+def test_a_link_from_outside_leads_into_a_volume(mounts, tmp_path):
+    (tmp_path / "volume" / "d").mkdir(parents=True)
+    (tmp_path / "volume" / "link").symlink_to("d")
+    (tmp_path / "outside").symlink_to("volume")
+    root = os.path.realpath(tmp_path)
+    here = [*mounts, locate.Mount(f"{root}/volume", locate.FSTYPE, "tierfs#xyz", 0)]
+    assert locate.locate(str(tmp_path / "outside"), here).relative == b""
+    assert locate.locate(str(tmp_path / "outside" / "d"), here).relative == b"d"
+    assert locate.locate(str(tmp_path / "volume" / "link"), here).relative == b"link"
 
 
 def test_a_covered_mount_is_not_found(mounts):

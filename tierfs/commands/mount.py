@@ -161,6 +161,8 @@ def mounted_at(mountpoint: str) -> locate.Mount:
     found = locate.mount_at(os.path.realpath(mountpoint), locate.read_mounts())
     if found is None or not found.volume:
         raise VolumeError(f"{mountpoint}: is no mounted TierFS volume: `tierfs status` lists those that are")
+    if found.root != "/":
+        raise VolumeError(f"{mountpoint}: is a part of a volume that is mounted elsewhere: use umount(8)")
     return found
 
 
@@ -174,11 +176,10 @@ def drain(mount: locate.Mount) -> int:
             elif isinstance(answer, control.Done):
                 done = answer
     if done.stayed:
-        at = os.fsencode(mount.mountpoint)
         for item in done.stayed:
             if not item.path:
                 raise VolumeError(f"{mount.mountpoint}: {item.reason}: try again, or leave out --wait")
-        lines = [(os.fsdecode(os.path.join(at, item.path)), item.reason) for item in done.stayed]
+        lines = [(mount.shown(item.path), item.reason) for item in done.stayed]
         terminal.complain_all(lines)
         raise VolumeError(
             f"{mount.mountpoint}: {len(lines)} files are not in the store: close them, or leave out --wait"
@@ -195,7 +196,10 @@ def unmount(mount: locate.Mount) -> None:
         else:
             command = ["fusermount3", "-u", "--", mount.mountpoint]
         _run(command, mount.mountpoint)
-        if supervisor is not None and not select.select([supervisor], [], [], _END_SECONDS)[0]:
+        elsewhere = any(other.volume == mount.volume for other in locate.read_mounts())
+        if elsewhere or supervisor is None:
+            return  # bound to another place too, or nobody is there to wait for
+        if not select.select([supervisor], [], [], _END_SECONDS)[0]:
             raise VolumeError(f"{mount.mountpoint}: is unmounted, but its daemon still runs: see its log")
     finally:
         if supervisor is not None:

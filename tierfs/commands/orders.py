@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
 
 import click
@@ -62,7 +61,7 @@ def _order(
     for mount, named in volumes.items():
         done = converse_with_bar(mount, request(list(named)), title)
         terminal.complain_all(
-            [(named.get(item.path) or _whole(mount, item.path), item.reason) for item in done.stayed]
+            [(named.get(item.path) or mount.shown(item.path), item.reason) for item in done.stayed]
         )
         failed = failed or any(item.failed or (wait and item.path in named) for item in done.stayed)
     return 1 if failed else 0
@@ -78,7 +77,3 @@ def converse_with_bar(mount: locate.Mount, request: control.Request, title: str)
             elif isinstance(answer, control.Done):
                 done = answer
     return done
-
-
-def _whole(mount: locate.Mount, relative: bytes) -> str:
-    return os.fsdecode(os.path.join(os.fsencode(mount.mountpoint), relative))

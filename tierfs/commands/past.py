@@ -49,7 +49,7 @@ def versions(as_json: bool, path: str) -> None:
 def _document(mount: locate.Mount, answer: control.Version) -> dict[str, Any]:
     fields = control.to_json(answer)
     return {
-        "path": os.path.join(mount.mountpoint, fields["path"]),
+        "path": mount.shown(os.fsencode(fields["path"])),
         "generation": answer.generation,
         "size": answer.size,
         "mtime": answer.mtime / 1e9,

@@ -178,13 +178,12 @@ def ls(as_json: bool, path: str) -> int:
     base = os.fsdecode(place.relative)
     for document in documents:
         document["name"] = os.path.basename(document["path"]) if document["path"] != base else path
-        document["path"] = os.path.join(place.mount.mountpoint, document["path"])
+        document["path"] = place.mount.shown(os.fsencode(document["path"]))
     if as_json:
         terminal.print_json(documents)
     else:
         _print_table(documents, lambda document: str(document["name"]))
-    at = os.fsencode(place.mount.mountpoint)
-    terminal.complain_all([(os.fsdecode(os.path.join(at, item.path)), item.reason) for item in unseen])
+    terminal.complain_all([(place.mount.shown(item.path), item.reason) for item in unseen])
     return 1 if unseen else 0
 
 
@@ -204,8 +203,7 @@ def pins(as_json: bool, mountpoints: tuple[str, ...]) -> None:
             terminal.complain(mount.mountpoint, str(exc).removeprefix(f"{mount.mountpoint}: "))
             continue
         for document in found:
-            path = os.path.join(mount.mountpoint, document["path"]).rstrip("/")
-            documents.append({**document, "path": path})
+            documents.append({**document, "path": mount.shown(os.fsencode(document["path"]))})
     if as_json:
         terminal.print_json(documents)
         return
