@@ -1,0 +1,129 @@
+"""What FUSE or TierFS cannot, and the filesystem beneath can: it is refused, or told late."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from acting import fails
+from harness import Scratch, Volume
+from places import Place
+
+_FIEMAP, _GETFLAGS, _NOWAIT = 0xC020660B, 0x80086601, 8
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+@pytest.fixture
+def file(place: Place) -> Path:
+    path = place / "file"
+    path.write_bytes(b"content")
+    return path
+
+
+def _ioctl(path: Path, number: int, argument: bytes) -> bytearray:
+    found = bytearray(argument)
+    with open(path, "rb") as opened:
+        fcntl.ioctl(opened, number, found)
+    return found
+
+
+def _extents(path: Path) -> int:
+    """How many the file has; the question reaches the filesystem, which does not have to be asked for them."""
+    return int(
+        struct.unpack_from("=QQLLLL", _ioctl(path, _FIEMAP, struct.pack("=QQLLLL", 0, 1 << 20, 1, 0, 0, 0)))[3]
+    )
+
+
+def test_extents_are_not_told(place: Place, file: Path) -> None:
+    if place.volume is None:
+        assert _extents(file) == 1
+    else:
+        fails(errno.EOPNOTSUPP, _extents, file)
+
+
+def test_no_reading_without_waiting(place: Place, file: Path) -> None:
+    with open(file, "rb", buffering=0) as opened:
+        opened.read()
+        argv = (opened.fileno(), [bytearray(7)], 0, _NOWAIT)
+        if place.volume is None:
+            assert os.preadv(*argv) == 7
+        else:
+            fails(errno.EOPNOTSUPP, os.preadv, *argv)
+
+
+def test_no_inode_flags(place: Place, file: Path) -> None:
+    """chattr and lsattr: an immutable file could not be demoted, nor its stub be filled."""
+    if place.volume is None:
+        _ioctl(file, _GETFLAGS, bytes(8))
+    else:
+        fails(errno.ENOTTY, _ioctl, file, _GETFLAGS, bytes(8))
+
+
+def _handle(path: Path) -> bytes:
+    """A file's handle, as name_to_handle_at(2) tells it."""
+    room = 128
+    found, mount = ctypes.create_string_buffer(struct.pack("=Ii", room, 0), 8 + room), ctypes.c_int()
+    if _libc.name_to_handle_at(-100, os.fsencode(path), found, ctypes.byref(mount), 0):
+        raise OSError(ctypes.get_errno(), "name_to_handle_at")
+    return found.raw
+
+
+def test_no_file_handles(place: Place, file: Path) -> None:
+    """They would have to outlive the mount, which knows files by numbers of its own."""
+    if place.binding == "kernel":
+        fails(errno.EOPNOTSUPP, _handle, file)
+    else:
+        assert _handle(file)
+
+
+def test_a_mapping_that_outlives_its_descriptor_moves_the_times_a_second_late(place: Place, file: Path) -> None:
+    """FUSE tells of the close and of no write after it: what the kernel was told before holds for a second."""
+    place.needs("invalidation")  # with fusepy the kernel keeps the page itself, for half a minute
+    script = """if True:
+        import mmap, os, sys, time
+        from ctypes import CDLL, c_char, c_long, c_void_p, POINTER, cast
+        libc = CDLL(None)
+        libc.mmap.restype = c_void_p
+        fd = os.open(sys.argv[1], os.O_RDWR)
+        view = cast(libc.mmap(None, c_long(7), 3, mmap.MAP_SHARED, fd, c_long(0)), POINTER(c_char))
+        os.close(fd)
+        before = os.stat(sys.argv[1]).st_mtime_ns
+        time.sleep(0.02)
+        view[0] = b"C"
+        for _ in range(100):
+            if os.stat(sys.argv[1]).st_mtime_ns > before:
+                break
+            time.sleep(0.02)
+        else:
+            raise SystemExit("the time does not move")
+        """
+    subprocess.run([sys.executable, "-c", script, file], timeout=60, check=True)
+
+
+def _read_moves_atime(path: Path) -> bool:
+    path.write_bytes(b"content")
+    os.utime(path, (1, time.time()))
+    path.read_bytes()
+    return path.stat().st_atime != 1
+
+
+@pytest.mark.parametrize("option", ["noatime", "strictatime"])
+def test_options_about_atime_are_those_of_the_mount_beneath(
+    area: Scratch, option: str, needs_root: None
+) -> None:
+    base = area.path / option
+    base.mkdir(mode=0o755)
+    volume = Volume(base, area.connections, options=("-o", option))
+    volume.mount()
+    try:
+        assert _read_moves_atime(volume.mountpoint / "file") == _read_moves_atime(base / "file")
+    finally:
+        volume.close()
