@@ -1,6 +1,7 @@
 """A directory being read. Offsets are the backing filesystem's own cookies, good for as long as it is open.
 
 They depend on nothing kept here: another server goes on where this one stopped. Offset 0 reads it anew.
+On filesystems where they are good whoever has the directory open (STEADY), nobody need open it.
 """
 
 from __future__ import annotations
@@ -13,56 +14,53 @@ from collections.abc import Iterator
 
 from tierfs import syscalls
 from tierfs.ledger import Ledger
-from tierfs.nodes import NodeTable
+from tierfs.nodes import GoneStat, NodeTable
 from tierfs.waits import Slow
 
 log = logging.getLogger("gate")
 
 _DIRENT = struct.Struct("=QqHB")  # inode, the offset at which to go on behind it, record length, type
 _NAME = 19
+_END = (1 << 63) - 1  # an offset behind which nothing can be
+
+# On these, what a cookie says of a place is in the directory itself: network servers rely on it. Elsewhere it
+# may count what is there, or stand in a list that is made when the directory is opened.
+STEADY = frozenset({"bcachefs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "xfs"})
 
 # The offset at which to go on behind it, name, inode, d_type. A plain tuple: there are very many.
 Entry = tuple[int, bytes, int, int]
 
 
-class Listing:
-    """One open directory, and the block of entries in which its reader is (64 KiB at most)."""
+class _Reader:
+    """The block of entries in which somebody is who reads a directory (64 KiB at most)."""
 
-    __slots__ = ("_at", "_block", "_fd", "_offset")
+    __slots__ = ("_at", "_block", "_offset")
 
-    def __init__(self, fd: int) -> None:
-        """Takes the descriptor of a directory, open for reading; -1 of one that has been removed."""
-        self._fd = fd
+    def __init__(self) -> None:
         self._block = b""
         self._at = 0  # where in the block the entry at `_offset` begins
         self._offset = -1
 
-    def close(self) -> None:
-        """Close the directory."""
-        if self._fd >= 0:
-            os.close(self._fd)
-
-    def dup(self) -> int:
-        """Another descriptor of it."""
-        return os.dup(self._fd)
-
-    def read(self, offset: int) -> Iterator[Entry]:
+    def read(self, fd: int, offset: int) -> Iterator[Entry]:
         """The entries from `offset` on, with `.` and `..`. Raises OSError.
 
         Ask for the next entry only when the one before has been used: it goes on before the last one given.
         """
-        if self._fd < 0:
-            return
         block, at = self._block, self._at
         if offset == 0 or offset != self._offset:
-            os.lseek(self._fd, offset, os.SEEK_SET)
             block, at = b"", 0
         unpack = _DIRENT.unpack_from
         here = offset
+        if at >= len(block):
+            os.lseek(fd, offset, os.SEEK_SET)
         try:
             while True:
+                if here == _END:
+                    # Nothing is. ext4 (6.18), if that is the first that it is asked by a descriptor, says so of
+                    # offset 0 too from then on.
+                    return
                 if at >= len(block):
-                    block, at = syscalls.read_directory(self._fd), 0
+                    block, at = syscalls.read_directory(fd), 0
                     if not block:
                         return
                 ino, following, length, kind = unpack(block, at)
@@ -74,6 +72,30 @@ class Listing:
             self._block, self._at, self._offset = block, at, here
 
 
+class Listing:
+    """One open directory."""
+
+    __slots__ = ("_fd", "_reader")
+
+    def __init__(self, fd: int) -> None:
+        """Takes the descriptor of a directory, open for reading; -1 of one that has been removed."""
+        self._fd = fd
+        self._reader = _Reader()
+
+    def close(self) -> None:
+        """Close the directory."""
+        if self._fd >= 0:
+            os.close(self._fd)
+
+    def dup(self) -> int:
+        """Another descriptor of it."""
+        return os.dup(self._fd)
+
+    def read(self, offset: int) -> Iterator[Entry]:
+        """As `_Reader.read`."""
+        return self._reader.read(self._fd, offset) if self._fd >= 0 else iter(())
+
+
 class Directories:
     """The open directories of a mount, by number."""
 
@@ -82,6 +104,8 @@ class Directories:
         self._ledger = ledger
         self._listings: dict[int, Listing] = {}
         self._opened_by: dict[int, int] = {}  # request -> directory, of those that were taken over
+        # Who reads without having opened: the directory, and where in it. Others seek.
+        self._reading: tuple[int, _Reader] = 0, _Reader()
 
     def __len__(self) -> int:
         return len(self._listings)
@@ -129,6 +153,13 @@ class Directories:
         """Entries (next offset, name, inode, d_type) from `offset` on; 0 reads anew. Raises OSError."""
         return self._get(fh).read(offset)
 
+    def entries(self, nodeid: int, offset: int) -> Iterator[Entry]:
+        """As `read`, of a directory that nobody has opened. Raises OSError."""
+        fd = self._nodes.readable(self._nodes.get(nodeid))
+        if self._reading[0] != nodeid:
+            self._reading = nodeid, _Reader()
+        return self._reading[1].read(fd, offset)
+
     def release(self, fh: int) -> None:
         """Close a directory."""
         self._get(fh).close()
@@ -137,12 +168,23 @@ class Directories:
 
     def fsync(self, fh: int, datasync: bool) -> Slow:
         """Make a directory durable. Raises OSError."""
-        fd = self._get(fh).dup()
+        return _synced(self._get(fh).dup(), datasync)
 
-        def run() -> None:
-            try:
-                (os.fdatasync if datasync else os.fsync)(fd)
-            finally:
-                os.close(fd)
+    def sync(self, nodeid: int, datasync: bool) -> Slow:
+        """As `fsync`, of one that nobody has opened. Raises OSError."""
+        node = self._nodes.get(nodeid)
+        if isinstance(node.anchor, GoneStat):
+            return Slow(lambda: None)  # removed while somebody has it open: it has no entries any more
+        return _synced(os.dup(self._nodes.readable(node)), datasync)
 
-        return Slow(run)
+
+def _synced(fd: int, datasync: bool) -> Slow:
+    """Sync by a descriptor, and close it."""
+
+    def run() -> None:
+        try:
+            (os.fdatasync if datasync else os.fsync)(fd)
+        finally:
+            os.close(fd)
+
+    return Slow(run)

@@ -15,6 +15,7 @@ Parents are kept by their children, and must not be forgotten before them (nor d
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import stat
 from collections import OrderedDict
@@ -356,6 +357,15 @@ class NodeTable:
         while len(self._dirs) >= self.most_dirs:
             os.close(self._dirs.popitem(last=False)[1])
         self._dirs[node.id] = fd
+        return fd
+
+    def readable(self, node: Node) -> int:
+        """As `dirfd`, one that can be read. Raises OSError."""
+        fd = self.dirfd(node)
+        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_PATH:  # that was not permitted when it was opened
+            now = os.open(".", _DIRECTORY, dir_fd=fd)
+            os.dup2(now, fd, inheritable=False)
+            os.close(now)
         return fd
 
     def _walk_to(self, node: Node) -> int:

@@ -102,6 +102,8 @@ class Vfs:
         self.readdir = self.dirs.read
         self.releasedir = self.dirs.release
         self.fsyncdir = self.dirs.fsync
+        self.entries = self.dirs.entries
+        self.syncdir = self.dirs.sync
         self.unlink = names.unlink
         self.rmdir = names.rmdir
         self.rename = names.rename

@@ -47,6 +47,12 @@ def patch(path: Path) -> None:
         file.write(b"THE NEW")
 
 
+def another(path: Path) -> None:
+    os.rename(path, path.with_name("old"))
+    path.mkdir()
+    (path / "new").touch()
+
+
 EDITS: dict[str, tuple[Callable[[Path], Any], Callable[[Path], bool]]] = {
     "mode": (lambda d: (d / "file").chmod(0o600), lambda d: (d / "file").stat().st_mode & 0o777 == 0o600),
     "mode of a directory": (lambda d: d.chmod(0o700), lambda d: d.stat().st_mode & 0o777 == 0o700),
@@ -65,6 +71,7 @@ EDITS: dict[str, tuple[Callable[[Path], Any], Callable[[Path], bool]]] = {
                 lambda d: (d / "moved").exists() and not (d / "file").exists()),
     "renamed directory": (lambda d: os.rename(d / "sub", d / "moved"),
                           lambda d: (d / "moved").is_dir() and not (d / "sub").exists()),
+    "another directory": (lambda d: another(d / "sub"), lambda d: os.listdir(d / "sub") == ["new"]),
     "file for a directory": (lambda d: ((d / "sub").rmdir(), (d / "sub").touch()),
                              lambda d: (d / "sub").is_file()),
 }  # fmt: skip

@@ -31,10 +31,26 @@ def entry_of(data):
     return found[:6], Ino(found[6]), found[7], found[15:19]
 
 
+def listed_of(data, plus):
+    """What a listing says: of each entry the offset behind it, and what is the same on both sides."""
+    listed = []
+    while data:
+        entry = entry_of(data[: p.ENTRY_OUT.size]) if plus else None
+        head = p.ENTRY_OUT.size if plus else 0
+        ino, following, length, kind = p.DIRENT.unpack_from(data, head)
+        name = data[head + p.DIRENT.size :][:length]
+        if name == b"..":
+            ino = 0  # both may have the same
+        listed.append((following, name, Ino(ino), kind, entry))
+        data = data[head + p.DIRENT.size + (length + 7 & ~7) :]
+    return listed
+
+
 class Twin(Side):
     """One of both."""
 
     caller = (0, 0)  # user and group
+    offset = 0  # behind the last entry of the listing that was asked for last
 
     def __init__(self, *more):
         super().__init__(*more)
@@ -53,6 +69,10 @@ class Twin(Side):
         number, data = p.OUT.unpack_from(data)[1], data[p.OUT_SIZE :]
         if opcode in ENTRIES and data:
             return number, entry_of(data[: p.ENTRY_OUT.size]), data[p.ENTRY_OUT.size :]
+        if opcode in (p.Op.READDIR, p.Op.READDIRPLUS):
+            listed = listed_of(data, opcode == p.Op.READDIRPLUS)
+            self.offset = listed[-1][0] if listed else self.offset
+            return number, [each[1:] for each in listed]
         if opcode in (p.Op.GETATTR, p.Op.SETATTR) and data:
             found = p.ATTR_OUT.unpack(data)
             return number, found[:3], Ino(found[3]), found[4], found[12:16]
@@ -174,7 +194,7 @@ class Both:
             twin = Twin(base / form / "side", form, monkeypatch, built, base / form / "tree", directory_fds)
             self.sides.append(twin)
             self.sides[-1].gate.idle.most = 3
-        self.nodes, self.open = [ROOT], []
+        self.nodes, self.open, self.reading = [ROOT], [], {}
         self._held = {}
 
     def ask(self, opcode, nodeid, body):
@@ -229,6 +249,24 @@ class Both:
             return -found[0]
         self.nodes.append(found[1][0][0])
         return self.nodes[-1]
+
+    def listed(self, op, nodeid, room, fh=0, pieces=1000):
+        """Read a directory, from where that was left or else anew; the entries, or the errno."""
+        entries = []
+        where = self.reading.pop((nodeid, fh), [0, 0])
+        for _ in range(pieces):
+            how = [p.READ_IN.pack(fh, offset, room, 0, 0, 0, 0) for offset in where]
+            one, other = (side.answer(op, nodeid, body) for side, body in zip(self.sides, how))
+            assert same(one, other, {}), (op, one, other)
+            self.compare()
+            if one[0]:
+                return -one[0]
+            if not one[1]:
+                return entries
+            entries += one[1]
+            where = [side.offset for side in self.sides]
+        self.reading[nodeid, fh] = where
+        return entries
 
     def renamed(self, parent, name, new_parent, new_name, flags=0):
         how = p.RENAME2_IN.pack(new_parent, flags, 0) if flags else p.U64.pack(new_parent)

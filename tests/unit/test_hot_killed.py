@@ -5,6 +5,7 @@ from itertools import count
 
 import pytest
 from hotside import build
+from hottwins import listed_of
 from test_gate import FakeBacking
 from test_takeover import (
     ME,
@@ -21,9 +22,11 @@ from test_takeover import (
 
 from tierfs.fuse import compiled, hot
 from tierfs.fuse import protocol as p
+from tierfs.fuse.operations import Operations
 from tierfs.vfs import ROOT, Caller
 
 CREATE = p.CREATE_IN.pack(os.O_RDWR, 0o640, 0o22, 0)
+LIST = p.READ_IN.pack(0, 0, 4096, 0, 0, 0, 0)
 LONG = b"n" * 200  # the ledger keeps it elsewhere than beside its node
 
 
@@ -42,6 +45,7 @@ BODIES = {
     ),
     "truncate what is open": lambda nodes: (p.Op.SETATTR, nodes["f"], setattr_in(p.SET_SIZE), 0),
     "set xattr": lambda nodes: (p.Op.SETXATTR, nodes["g"], p.SETXATTR_IN.pack(1, 0, 0, 0) + b"user.new\0v", 0),
+    "list": lambda nodes: (p.Op.READDIRPLUS, ROOT, LIST, 0),
     "removexattr": lambda nodes: (p.Op.REMOVEXATTR, nodes["g"], b"user.old\0", 0),
     "unlink one of two names": lambda nodes: (p.Op.UNLINK, ROOT, b"f2\0", 0),
     "unlink what is open": lambda nodes: (p.Op.UNLINK, nodes["d"], b"x\0", 0),
@@ -65,8 +69,16 @@ BODIES = {
     ),
     "symlink": lambda nodes: (p.Op.SYMLINK, nodes["d"], b"s\0target\0", 1000),
 }  # fmt: skip
+def listing(vfs):
+    """The names, and whether each is reached by its node."""
+    data = Operations(vfs).readdirplus(bytes(p.IN) + LIST, ROOT)
+    found = [(name, ino, entry[0][0]) for _, name, ino, _, entry in listed_of(data, True)]
+    return sorted((name, nodeid and vfs.getattr(nodeid).st_ino == ino) for name, ino, nodeid in found)
+
+
 # Those of which the other form is not tested, or by another caller.
 OTHERS = {
+    "list": lambda vfs, nodes, files: listing(vfs),
     "mkdir": lambda vfs, nodes, files: vfs.mkdir(nodes["d"], b"made", 0o755, Caller(1000, 1000)),
     "symlink": lambda vfs, nodes, files: vfs.symlink(nodes["d"], b"s", b"target", Caller(1000, 1000)),
     "look up another name": lambda vfs, nodes, files: vfs.lookup(ROOT, b"h"),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from hotside import build
-from hottwins import Both
+from hottwins import Both, listed_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -810,6 +810,86 @@ def test_what_cannot_be_made_at_once_is_left_to_python(both, why):
     assert asked == ([p.Op.CREATE] if why else [])
 
 
+@pytest.mark.parametrize("op", [p.Op.READDIR, p.Op.READDIRPLUS])
+def test_a_directory_that_nobody_has_opened_is_listed_by_nobody_else(both, op):
+    both.behind(write(b"content"))
+    both.behind(lambda path: [(path / f"file-{number}").touch() for number in range(300)])
+    both.behind(lambda path: (path / ("n" * 200)).touch())
+    for side in both.sides:  # Python says what it shows
+        side.gate.appearance.late[os.stat(side.path / "a").st_ino] = ShownTimes(1, 2, 3), 1e12
+    both.behind(lambda path: [os.link(path / name, path / f"{name}-second") for name in ("a", "b")])
+    both.behind(lambda path: os.makedirs(path / "dir" / "below"))
+    node = both.lookup(ROOT, b"dir")
+    asked = left(both, op)
+    wanted = {os.fsencode(name) for name in (".", "..", *os.listdir(both.sides[0].path))}
+    for room in (500, 4096, 32768, 1 << 20):
+        listed = both.listed(op, ROOT, room)
+        assert len(listed) == len(wanted) and {name for name, *_ in listed} == wanted
+        assert sorted(name for name, *_ in both.listed(op, node, room)) == [b".", b"..", b"below"]
+    for side in both.sides:  # a descriptor of which the end is all that is asked first
+        os.close(side.vfs.nodes._dirs.pop(node))
+        end = p.READ_IN.pack(0, side.offset, 4096, 0, 0, 0, 0)
+        assert side.answer(op, node, end)[1] == []
+    assert len(both.listed(op, node, 4096)) == 3
+    assert both.listed(op, ROOT, 1000, pieces=2) and both.listed(op, node, 1000)
+    both.behind(lambda path: [(path / f"file-{number}").unlink() for number in range(300)])
+    rest = both.listed(op, ROOT, 1000)
+    assert rest and both.listed(op, ROOT, 4096) and asked == []
+    counted = [side.vfs.ledger.lookups(node) for side in both.sides]
+    assert counted[0] == counted[1] and counted[0] > 4 * (op == p.Op.READDIRPLUS)
+
+
+def test_a_listing_that_python_gives_goes_on_where_the_compiled_form_stopped(both):
+    both.behind(lambda path: [(path / f"file-{number}").touch() for number in range(300)])
+    listed = both.listed(p.Op.READDIRPLUS, ROOT, 4096, pieces=2)
+    asked = left(both, p.Op.READDIRPLUS)
+    side, where = both.sides[1], both.reading[ROOT, 0]
+    for _ in range(2):
+        body = p.READ_IN.pack(0, where[1], 4096, 0, 0, 0, 0)
+        unique = side.send(p.Op.READDIRPLUS, ROOT, body, flag=1 << 63)  # sent again: it is Python's
+        side.session.serve(1)
+        data = side.sock.recv(1 << 16)
+        assert p.OUT.unpack_from(data)[1:] == (0, unique)
+        more = listed_of(data[p.OUT_SIZE :], True)
+        where[1] = more[-1][0]
+        listed += [each[1:] for each in more]
+    assert asked == [p.Op.READDIRPLUS] * 2
+    number, rest = side.answer(p.Op.READDIRPLUS, ROOT, p.READ_IN.pack(0, where[1], 1 << 16, 0, 0, 0, 0))
+    names = [name for name, *_ in (*listed, *rest)]
+    assert number == 0 and len(names) == len(set(names)) == 302 and len(asked) == 2
+
+
+@pytest.mark.parametrize("how", ["stale", "gone", "number", "descriptor", "exception"])
+def test_what_cannot_be_listed_is_said_by_python(both, how, monkeypatch):
+    both.behind(lambda path: os.makedirs(path / "dir" / ("below" * 9)))
+    node = both.lookup(ROOT, b"dir")
+    asked = left(both, p.Op.READDIRPLUS)
+    if how == "stale":
+        both.behind(lambda path: os.rename(path / "dir", path / "away"))
+    elif how == "gone":
+        both.behind(lambda path: (path / "dir" / ("below" * 9)).rmdir())
+        assert both.ask(p.Op.RMDIR, ROOT, b"dir\0") == (0, b"")
+    elif how == "descriptor":
+        both.lookup(node, b"absent")
+        for side in both.sides:
+            fd = os.open(side.path / "dir", os.O_PATH)
+            os.dup2(fd, side.vfs.nodes._dirs[node], inheritable=False)
+            os.close(fd)
+    elif how == "exception":
+        both.behind(lambda path: (path / "dir" / "late").write_bytes(b"content"))
+        for side in both.sides:
+            shown = ShownTimes(1, 2, 3), 1e9
+            side.gate.appearance.late[os.stat(side.path / "dir" / "late").st_ino] = shown
+            monkeypatch.setattr(side.vfs, "lookup", lambda *_: 1 / 0)
+    found = both.listed(p.Op.READDIRPLUS, node, 4096, fh=77 if how == "number" else 0)
+    if how == "descriptor":
+        assert len(found) == 3
+    else:
+        errors = {"stale": errno.ESTALE, "gone": errno.ENOENT, "number": errno.EBADF, "exception": errno.EIO}
+        assert found == errors[how]
+    assert asked == [] if how == "exception" else asked == [p.Op.READDIRPLUS]
+
+
 def test_a_removed_file_keeps_its_last_attributes(both):
     both.behind(write(b"content"))
     both.behind(lambda path: os.utime(path / "a", ns=(-1, -1_500_000_000)))
@@ -853,6 +933,7 @@ STEPS = st.one_of(
     st.tuples(st.just("readlink"), NODES),
     st.tuples(st.sampled_from(["unlink", "rmdir"]), NODES, st.sampled_from(NAMES)),
     st.tuples(st.sampled_from(["mkdir", "create"]), NODES, st.sampled_from(NAMES), st.sampled_from(MODES)),
+    st.tuples(st.just("list"), NODES, FLAG, st.sampled_from([200, 400, 1 << 16]), st.integers(1, 4)),
     st.tuples(st.just("rename"), NODES, st.sampled_from(NAMES), NODES, st.sampled_from(NAMES), FLAG),
 )
 
@@ -902,6 +983,8 @@ def step_of(both, step):
             both.symlinked(nodeid, more[1], b"target")
         case "readlink":
             both.ask(p.Op.READLINK, nodeid, b"")
+        case "list":
+            both.listed(p.Op.READDIRPLUS if more[1] else p.Op.READDIR, nodeid, more[2], pieces=more[3])
         case "rename":
             both.renamed(nodeid, more[1], both.nodes[more[2] % len(both.nodes)], more[3], more[4])
         case _:

@@ -4,7 +4,7 @@ import os
 import shutil
 import stat
 import sys
-from itertools import count
+from itertools import count, islice
 
 import pytest
 
@@ -325,9 +325,28 @@ def test_a_listing_goes_on_where_it_stopped(worlds):
         if len(names) == 200:
             break
     vfs = world.successor()
-    names += [name for _, name, _, _ in vfs.readdir(fh, at)]
+    rest = list(vfs.readdir(fh, at))
+    names += [name for _, name, _, _ in rest]
     assert len(names) == len(set(names)) == 502
+    vfs = world.successor()
+    assert list(vfs.readdir(fh, rest[-1][0])) == []
+    assert len(list(vfs.readdir(fh, 0))) == 502, "although its end was all that was asked for before"
     vfs.releasedir(fh)
+
+
+@needs_root
+def test_a_listing_of_what_nobody_has_opened_goes_on_where_it_stopped(worlds):
+    world = worlds()
+    nodes, _ = furnish(world)
+    for number in range(500):
+        (world.path / "e" / f"file-{number:05}").touch()
+    first = list(islice(world.vfs.entries(nodes["e"], 0), 200))
+    rest = list(world.successor().entries(nodes["e"], first[-1][0]))
+    names = [name for _, name, _, _ in (*first, *rest)]
+    assert len(names) == len(set(names)) == 502
+    vfs = world.successor()
+    assert list(vfs.entries(nodes["e"], rest[-1][0])) == []
+    assert len(list(vfs.entries(nodes["e"], 0))) == 502, "although its end was all that was asked for before"
 
 
 @needs_root

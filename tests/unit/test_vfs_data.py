@@ -1,6 +1,7 @@
 """Data, directories and extended attributes through the vfs. No FUSE."""
 
 import errno
+import itertools
 import os
 import stat
 import struct
@@ -225,14 +226,30 @@ def test_listing_of_names_and_kinds(world):
     fails(errno.ESTALE, world.vfs.opendir, nodes[b"plain"])
 
 
-def test_offsets_stay_good_while_the_directory_changes(world):
+@pytest.fixture(params=["opened", "not opened"])
+def reading(world, request):
+    """How a directory is read: from an offset on."""
+    opened = []
+
+    def begin(node):
+        if request.param == "not opened":
+            return lambda offset: world.vfs.entries(node, offset)
+        opened.append(world.vfs.opendir(node))
+        return lambda offset, fh=opened[-1]: world.vfs.readdir(fh, offset)
+
+    yield begin
+    for fh in opened:
+        world.vfs.releasedir(fh)
+
+
+def test_offsets_stay_good_while_the_directory_changes(world, reading):
     names = {b"%05d" % number + b"x" * 100 for number in range(2500)}  # several blocks
     for name in names:
         os.close(os.open(os.fsencode(world.path) + b"/" + name, os.O_CREAT | os.O_WRONLY))
-    fh = world.vfs.opendir(ROOT)
+    read = reading(ROOT)
     seen, offset = [], 0
     while True:
-        part = [entry for entry, _ in zip(world.vfs.readdir(fh, offset), range(97))]
+        part = [entry for entry, _ in zip(read(offset), range(97))]
         if not part:
             break
         for _, name, _, _ in part:
@@ -241,18 +258,35 @@ def test_offsets_stay_good_while_the_directory_changes(world):
         seen += [name for _, name, _, _ in part]
         offset = part[-1][0]
     assert sorted(seen) == sorted([*names, b".", b".."])
-    assert len(list(world.vfs.readdir(fh, 0))) == 2, "offset 0 reads anew"
-    world.vfs.releasedir(fh)
+    assert len(list(read(0))) == 2, "offset 0 reads anew"
 
 
-def test_seeking_back_gives_the_same_entries(world):
+def test_seeking_back_gives_the_same_entries(world, reading):
     for number in range(50):
         world.make(b"f%d" % number)
-    fh = world.vfs.opendir(ROOT)
-    entries = list(world.vfs.readdir(fh, 0))
+    read = reading(ROOT)
+    entries = list(read(0))
     for number, entry in enumerate(entries):
-        assert list(world.vfs.readdir(fh, entry[0])) == entries[number + 1 :]
-    world.vfs.releasedir(fh)
+        assert list(read(entry[0])) == entries[number + 1 :]
+
+
+def test_several_read_one_directory_in_turn(world, reading):
+    for number in range(1500):  # more than a block
+        os.close(os.open(os.path.join(world.path, f"{number:060}"), os.O_CREAT | os.O_WRONLY))
+    node, _ = world.vfs.mkdir(ROOT, b"below", 0o755, ME)
+    read, other = reading(ROOT), reading(node)
+    offsets, seen = [0, 0, 0], [[], [], []]
+    for turn in itertools.cycle((0, 1, 1, 2)):
+        part = list(itertools.islice(read(offsets[turn]), 40 + turn))
+        assert len(list(other(0))) == 2
+        if not part:
+            break
+        seen[turn] += [name for _, name, _, _ in part]
+        offsets[turn] = part[-1][0]
+    seen[0] += [name for _, name, _, _ in read(offsets[0])]
+    names = [os.fsencode(name) for name in (*os.listdir(world.path), ".", "..")]
+    assert sorted(seen[0]) == sorted(seen[1]) == sorted(names)
+    assert set(seen[2]) < set(seen[0])
 
 
 def test_the_listing_of_a_directory_without_entries(world):
@@ -262,6 +296,39 @@ def test_the_listing_of_a_directory_without_entries(world):
     world.vfs.rmdir(ROOT, b"d")
     assert list(world.vfs.readdir(fh, 0)) == []
     world.vfs.releasedir(fh)
+
+
+def test_a_directory_that_nobody_has_opened_is_synced(world, monkeypatch):
+    node, _ = world.vfs.mkdir(ROOT, b"d", 0o755, ME)
+    synced = []
+    for how in ("fsync", "fdatasync"):
+        monkeypatch.setattr(os, how, lambda fd, how=how: synced.append((how, os.fstat(fd).st_ino)))
+    for which in (node, ROOT):
+        run(world.vfs.syncdir(which, False))
+        run(world.vfs.syncdir(which, True))
+    inos = [os.stat(path).st_ino for path in (os.path.join(world.path, "d"), world.path)]
+    assert synced == [(how, ino) for ino in inos for how in ("fsync", "fdatasync")]
+    world.vfs.rmdir(ROOT, b"d")
+    run(world.vfs.syncdir(node, False))  # it has no entries that could be lost
+    fails(errno.ENOENT, world.vfs.entries, node, 0)
+
+
+def test_a_directory_that_may_be_read_only_now_is_read(world, monkeypatch):
+    os.makedirs(os.path.join(world.path, "d", "below"))
+    node, _ = world.vfs.lookup(ROOT, b"d")
+    there, forbidden = os.open, True
+
+    def opened(path, flags, **more):
+        if forbidden and flags & os.O_DIRECTORY and not flags & os.O_PATH:
+            raise PermissionError(errno.EACCES, "no")
+        return there(path, flags, **more)
+
+    monkeypatch.setattr(os, "open", opened)
+    below, _ = world.vfs.lookup(node, b"below")
+    fails(errno.EACCES, world.vfs.entries, node, 0)
+    forbidden = False
+    assert sorted(name for _, name, _, _ in world.vfs.entries(node, 0)) == [b".", b"..", b"below"]
+    assert world.vfs.lookup(node, b"below")[0] == below
 
 
 # --- extended attributes ---------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 /* The commonest requests, compiled: they would cost the interpreter more than the kernel. LOOKUP and GETATTR of what
- * is plainly there, OPEN and RELEASE of resident files, names and links that come, go or change, FORGET.
+ * is plainly there, listings, OPEN and RELEASE of resident files, names and links that come, go or change, FORGET.
  * Everything else, and whatever is not quite plain, is left to Python, before anything has been changed: there is no
- * meaning here that vfs, nodes, names, openfiles and gate do not have.
+ * meaning here that vfs, nodes, names, dirs, openfiles and gate do not have.
  *
  * SOURCES says from which files it was built: a module of other sources is not used (tierfs/fuse/compiled.py).
  */
@@ -20,7 +20,8 @@
 enum {
     LOOKUP = 1, FORGET = 2, GETATTR = 3, SETATTR = 4, READLINK = 5, SYMLINK = 6, MKDIR = 9, UNLINK = 10, RMDIR = 11,
     RENAME = 12, LINK = 13, OPEN = 14, RELEASE = 18, SETXATTR = 21, GETXATTR = 22, LISTXATTR = 23, REMOVEXATTR = 24,
-    CREATE = 35, IOCTL = 39, BATCH_FORGET = 42, RENAME2 = 45, COPY_FILE_RANGE = 47, COPY_FILE_RANGE_64 = 53,
+    READDIR = 28, CREATE = 35, IOCTL = 39, BATCH_FORGET = 42, READDIRPLUS = 44, RENAME2 = 45, COPY_FILE_RANGE = 47,
+    COPY_FILE_RANGE_64 = 53,
 }; /* opcodes */
 enum { GETATTR_FH = 1 };
 #define INVAL_INODE 2 /* a notification, in the place of the errno */
@@ -71,6 +72,7 @@ union body {
     char value[MOST_VALUE];
     char target[LINK_ROOM];
     uint64_t copied;
+    char entries[1 << 16];
 };
 
 /* The name at this place of a message; NULL where it does not end within. */
@@ -152,6 +154,17 @@ static enum outcome set_one(Hot *hot, const struct in_header *in, const char *me
     return name && ask.size <= (size_t)(message + length - value) ? set_xattr(hot, in->nodeid, &ask, name, value) : PYTHONS;
 }
 
+/* READDIR and READDIRPLUS. */
+static enum outcome list_one(Hot *hot, const struct in_header *in, const char *message, Py_ssize_t length,
+                             union body *body, size_t *size)
+{
+    struct { uint64_t fh, offset; uint32_t size; } ask;
+    if (!fields(message, length, &ask, sizeof ask) || ask.fh)
+        return PYTHONS;
+    size_t room = ask.size < sizeof body->entries ? ask.size : sizeof body->entries;
+    return list_directory(hot, in->nodeid, ask.offset, room, in->opcode == READDIRPLUS, body->entries, size);
+}
+
 /* Carry out a request; `body` is filled in, and *size of it is to be sent. */
 static enum outcome carried_out(Hot *hot, const struct in_header *in, const char *message, Py_ssize_t length,
                                 union body *body, size_t *size)
@@ -219,6 +232,9 @@ static enum outcome carried_out(Hot *hot, const struct in_header *in, const char
     case CREATE:
         *size = in->opcode == MKDIR ? sizeof body->entry : sizeof body->create;
         return make_one(hot, in, message, length, body);
+    case READDIR:
+    case READDIRPLUS:
+        return list_one(hot, in, message, length, body, size);
     case FORGET:
     case BATCH_FORGET:
         return forget_all(hot, in, message, length);
@@ -488,6 +504,7 @@ static void hot_dealloc(Hot *hot)
     PyBuffer_Release(&hot->buffer);
     PyBuffer_Release(&hot->memory);
     hot_clear(hot);
+    PyMem_Free(hot->reading);
     Py_TYPE(hot)->tp_free((PyObject *)hot);
 }
 

@@ -96,7 +96,7 @@ enum outcome { PYTHONS, ABSENT, NO_DATA, NO_TERMINAL, FOUND, FAILED };
 #define OBJECTS(X) \
     X(records, NULL) \
     X(by_slot, &PyList_Type) X(by_ino, &PyDict_Type) X(dirs, &PyODict_Type) X(root, NULL) X(node, NULL) \
-    X(plain, &PySet_Type) X(inodes, &PyDict_Type) X(holds, NULL) X(forget, NULL) X(long_of, &PyDict_Type) \
+    X(plain, &PySet_Type) X(inodes, &PyDict_Type) X(holds, NULL) X(forget, NULL) X(listed, NULL) X(long_of, &PyDict_Type) \
     X(former, &PyDict_Type) X(gate, NULL) X(kernel_backing, &PyType_Type) X(idle, NULL) X(idle_inodes, &PyODict_Type) X(touched, &PyDict_Type) \
     X(files, &PyDict_Type) X(opens, &PyDict_Type) X(inode, NULL) X(handle, NULL) X(stub_name, &PyBytes_Type) \
     X(marks, NULL) X(recent, &PyDict_Type) X(seals, &PySet_Type) X(late, &PyDict_Type) X(gone_stat, NULL) \
@@ -119,6 +119,7 @@ typedef struct {
 #define FIELD(name, type) PyObject *name;
     OBJECTS(FIELD)
 #undef FIELD
+    struct reading *reading; /* a directory (_hot_dirs.c) */
     Py_ssize_t answered;
     int eager; /* to read before it is known that there is something */
 } Hot;
@@ -208,6 +209,9 @@ int new_name_marked(Hot *hot, const struct place *to, const struct known *known,
 enum outcome remove_name(Hot *hot, const struct in_header *in, const char *name, size_t length, int directory);
 enum outcome rename_name(Hot *hot, const struct in_header *in, const char *name, uint64_t above, const char *new_name);
 
+/* --- listings (_hot_dirs.c) --- */
+enum outcome list_directory(Hot *hot, uint64_t nodeid, uint64_t offset, size_t room, int plus, char *to, size_t *size);
+
 /* --- links (_hot_links.c) --- */
 enum outcome link_file(Hot *hot, const struct in_header *in, uint64_t linked, const char *name, struct entry_out *out);
 enum outcome read_link(Hot *hot, uint64_t nodeid, char *to, size_t *length);
@@ -222,6 +226,8 @@ enum outcome create_file(Hot *hot, const struct in_header *in, uint32_t flags, u
 
 /* --- names and attributes (_hot_look.c) --- */
 int pack_attr(struct attr *to, const struct stat *st);
+enum outcome look_up_in(Hot *hot, PyObject *parent, int fd, const char *name, Py_ssize_t length,
+                        struct entry_out *out);
 long seconds_of(Hot *hot, const struct stat *st);
 enum outcome look_up(Hot *hot, uint64_t above, const char *name, Py_ssize_t length, struct entry_out *out);
 enum outcome get_attributes(Hot *hot, uint64_t nodeid, struct attr_out *out);

@@ -107,12 +107,12 @@ static uint64_t counted(Hot *hot, const struct place *place, const struct stat *
     return PyErr_Occurred() ? 0 : nodeid;
 }
 
-enum outcome look_up(Hot *hot, uint64_t above, const char *name, Py_ssize_t length, struct entry_out *out)
+/* A name in a directory whose descriptor is at hand. */
+enum outcome look_up_in(Hot *hot, PyObject *parent, int fd, const char *name, Py_ssize_t length,
+                        struct entry_out *out)
 {
     struct stat st;
-    PyObject *parent = node_at(hot, above);
-    int fd = parent ? directory_of(hot, parent) : -1;
-    if (fd < 0 || length < 1 || (Py_ssize_t)strnlen(name, length) != length)
+    if (length < 1 || (Py_ssize_t)strnlen(name, length) != length)
         return PYTHONS;
     int failed = status(fd, name, &st);
     if (failed)
@@ -125,6 +125,13 @@ enum outcome look_up(Hot *hot, uint64_t above, const char *name, Py_ssize_t leng
     out->entry_valid = hot->entry_seconds;
     out->attr_valid = seconds;
     return out->nodeid ? FOUND : PYTHONS;
+}
+
+enum outcome look_up(Hot *hot, uint64_t above, const char *name, Py_ssize_t length, struct entry_out *out)
+{
+    PyObject *parent = node_at(hot, above);
+    int fd = parent ? directory_of(hot, parent) : -1;
+    return fd < 0 ? PYTHONS : look_up_in(hot, parent, fd, name, length, out);
 }
 
 enum outcome fill_attributes(Hot *hot, const struct stat *st, struct attr_out *out)

@@ -1,9 +1,9 @@
 """How requests come in: read from the kernel one by one, the simplest perhaps answered before Python sees them.
 
 Two forms of one interface. The compiled one (`_hot.c`) answers by itself what it finds plainly there: LOOKUP,
-GETATTR and SETATTR, an OPEN of what is resident and its RELEASE, names and links that come, go or change, and
-FORGET; it has no other meaning than vfs, nodes, names, openfiles, gate and operations give the request, and
-leaves all else to them. The pure one leaves all.
+GETATTR and SETATTR, listings, an OPEN of what is resident and its RELEASE, names and links that come, go or
+change, and FORGET; it has no other meaning than vfs, nodes, names, dirs, openfiles, gate and operations give
+the request, and leaves all else to them. The pure one leaves all.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import select
 import time
 from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -21,6 +22,7 @@ from tierfs import idle
 from tierfs.fuse import compiled
 from tierfs.fuse import protocol as p
 from tierfs.fuse.backing import KernelBacking
+from tierfs.fuse.operations import listed_entry
 from tierfs.handles import Handle, Inode
 from tierfs.index import Index
 from tierfs.marks import SEGMENT
@@ -154,6 +156,7 @@ def receiver(fd: int, buffer: bytearray, vfs: Vfs, refused: Told, failed: Told) 
             "root": nodes.root,
             "node": Node,
             "forget": nodes.forget,
+            "listed": partial(listed_entry, vfs),
             "plain": gate.appearance.plain,
             "inodes": gate.appearance.inodes,
             "holds": holds,

@@ -18,6 +18,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from tierfs.dirs import STEADY
 from tierfs.errors import TierError
 from tierfs.fuse import hot
 from tierfs.fuse import protocol as p
@@ -89,7 +90,8 @@ class Session:
         self._interrupted: dict[int, _Parked] = {}
         self._runnable: collections.deque[_Parked] = collections.deque()
         self._pool = ThreadPoolExecutor(SLOW_THREADS, "slow")
-        operations = Operations(vfs, self._receiver.entry, self._outdated)
+        steady = filesystem_of(vfs.tree.device) in STEADY
+        operations = Operations(vfs, self._receiver.entry, self._outdated, opendir=not steady)
         self._table: list[Operation] = [operation or _unsupported for operation in operations.table]
         self._table[p.Op.INIT] = self._init
         self._table[p.Op.INTERRUPT] = self._interrupt

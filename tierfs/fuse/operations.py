@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+from tierfs.dirs import Entry
 from tierfs.fuse import protocol as p
 from tierfs.fuse.protocol import IN, Op
 from tierfs.handles import Handle
@@ -61,6 +62,22 @@ def _opened(handle: Handle) -> tuple[int, int]:
     return (0 if handle.writable else p.OPEN_NOFLUSH), 0
 
 
+def listed_entry(vfs: Vfs, nodeid: int, name: bytes) -> bytes | None:
+    """The packed entry of a name in a listing, counted.
+
+    None where it is gone meanwhile, or not to be shown: asked for by name, it says why.
+    """
+    try:
+        known, st = vfs.lookup(nodeid, name)
+    except OSError:
+        return None
+    try:
+        return p.entry(known, st, 0 if vfs.gate.writers_open(st.st_ino) else p.ATTR_SECONDS)
+    except BaseException:
+        vfs.forget(known)
+        raise
+
+
 class Operations:
     """One method an opcode; `table` maps opcodes to them."""
 
@@ -69,12 +86,16 @@ class Operations:
         vfs: Vfs,
         quick: Callable[[int, bytes], bytes | None] = lambda nodeid, name: None,
         outdated: Callable[[int], None] = lambda nodeid: None,
+        *,
+        opendir: bool = True,
     ) -> None:
         """`quick`: another way to a name's packed entry, counted, that may not know (tierfs.fuse.hot).
 
-        `outdated` is told of a node whose attributes the kernel is to ask for anew.
+        `outdated` is told of a node whose attributes the kernel is to ask for anew. `opendir`: directories are
+        opened before they are read (tierfs.dirs).
         """
         self._vfs = vfs
+        self._opendir = opendir
         self._quick = quick
         self._outdated = outdated
         self._writers_open = vfs.gate.writers_open
@@ -262,13 +283,19 @@ class Operations:
     # --- directories --------------------------------------------------------------------------------------
 
     def opendir(self, _message: bytes, nodeid: int) -> bytes:
+        if not self._opendir:
+            # The kernel does not ask again, nor for a release; it reads and syncs by node, with 0 for a number.
+            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
         # The kernel keeps the listing, and drops it when it changes the directory itself or sees another mtime.
         return p.OPEN_OUT.pack(self._vfs.opendir(nodeid), p.OPEN_KEEP_CACHE | p.OPEN_CACHE_DIR, 0)
 
-    def readdir(self, message: bytes, _nodeid: int) -> bytes:
+    def _entries_from(self, nodeid: int, fh: int, offset: int) -> Iterator[Entry]:
+        return self._vfs.readdir(fh, offset) if fh else self._vfs.entries(nodeid, offset)
+
+    def readdir(self, message: bytes, nodeid: int) -> bytes:
         fh, offset, room, *_ = p.READ_IN.unpack_from(message, IN)
         entries = []
-        for following, name, ino, kind in self._vfs.readdir(fh, offset):
+        for following, name, ino, kind in self._entries_from(nodeid, fh, offset):
             packed = p.dirent(ino, following, kind, name)
             room -= len(packed)
             if room < 0:
@@ -292,24 +319,17 @@ class Operations:
         self, nodeid: int, fh: int, offset: int, room: int, entries: list[bytes], counted: list[int]
     ) -> None:
         """Append to `entries` what fits, and to `counted` the nodes of which that counts a lookup."""
-        quick, lookup, pack = self._quick, self._vfs.lookup, self._entry
-        for following, name, ino, kind in self._vfs.readdir(fh, offset):
+        quick, vfs = self._quick, self._vfs
+        for following, name, ino, kind in self._entries_from(nodeid, fh, offset):
             # Room first: each entry that is packed counts a lookup.
             room -= p.DIRENT_PLUS_SIZE + (len(name) + 7 & ~7)
             if room < 0:
                 break
             found = None
             if name not in _DOTS:
-                try:
-                    found = quick(nodeid, name)
-                    if found is not None:
-                        counted.append(p.U64.unpack_from(found)[0])
-                    else:
-                        known = lookup(nodeid, name)
-                        counted.append(known[0])
-                        found = pack(known)
-                except OSError:
-                    found = None  # gone meanwhile, or not to be shown: asked for by name, it says why
+                found = quick(nodeid, name) or listed_entry(vfs, nodeid, name)
+                if found is not None:
+                    counted.append(p.U64.unpack_from(found)[0])
             entries.append(p.dirent_plus(found, ino, following, kind, name))
 
     def releasedir(self, message: bytes, _nodeid: int) -> bytes:
@@ -317,9 +337,10 @@ class Operations:
         self._vfs.releasedir(fh)
         return _DONE
 
-    def fsyncdir(self, message: bytes, _nodeid: int) -> bytes | Slow:
+    def fsyncdir(self, message: bytes, nodeid: int) -> bytes | Slow:
         fh, flags, _ = p.FSYNC_IN.unpack_from(message, IN)
-        return _then(self._vfs.fsyncdir(fh, bool(flags & p.FSYNC_DATA)), _nothing)
+        datasync = bool(flags & p.FSYNC_DATA)
+        return _then(self._vfs.fsyncdir(fh, datasync) if fh else self._vfs.syncdir(nodeid, datasync), _nothing)
 
     # --- extended attributes ------------------------------------------------------------------------------
 
