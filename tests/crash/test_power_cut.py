@@ -79,8 +79,9 @@ class Disk:
             os.close(fd)
 
     def umount(self) -> None:
-        """The last files of processes that were killed are let go of a moment after their end."""
-        deadline = time.monotonic() + 20
+        """The last files of processes that were killed are let go of a moment after their end; those that the
+        kernel has opened for a FUSE mount when no mount namespace made meanwhile, by whomever, holds that."""
+        deadline = time.monotonic() + 180
         while os.path.ismount(self.place):
             done = subprocess.run(["umount", self.place], capture_output=True, text=True, timeout=30)
             if done.returncode and time.monotonic() > deadline:
