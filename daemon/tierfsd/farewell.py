@@ -21,13 +21,15 @@ def say_what_is_local_only(home: Volume) -> None:
     try:
         with contextlib.closing(Index.open(home.path("index"), readonly=True)) as index:
             count, size = local_only(index, home.path("marks"))
-            surveyed = index.surveyed
+            surveyed, names = index.surveyed, bool(index.noted_since())
     except (TierError, OSError) as error:
         log.error("it is not known what is in the store: %s", error)
         return
     if count:
         files = "1 file is" if count == 1 else f"{count} files are"
         log.warning("%s not in the store, %d bytes: on this disk only", files, size)
+    if names:
+        log.warning("names or attributes have changed that the store does not know of")
     if not surveyed:
         log.warning("not all files have been looked through: others may not be in the store either")
 

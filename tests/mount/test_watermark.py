@@ -169,6 +169,20 @@ def test_the_end_says_what_is_on_this_disk_only(volume: Make) -> None:
     assert f"1 file is not in the store, {MIB} bytes: on this disk only" in mounted.log()[said:]
 
 
+def test_the_end_says_that_the_store_does_not_know_all_names(volume: Make, tmp_path: Path) -> None:
+    """With the store away they are on this disk only, as content is."""
+    mounted = volume(store=f"file://{tmp_path}/store")
+    mounted.umount("--wait")
+    assert "the store does not know of" not in mounted.log()
+    mounted.mount()
+    assert until(lambda: b"mounted\": true" in (tmp_path / "store" / "alive.json").read_bytes(), 60)
+    os.rename(tmp_path / "store", tmp_path / "away")
+    (mounted.mountpoint / "made").mkdir()
+    mounted.umount()
+    assert "names or attributes have changed that the store does not know of" in mounted.log()
+    os.rename(tmp_path / "away", tmp_path / "store")
+
+
 def test_status_and_umount_wait_name_what_is_open_with_its_real_size(volume: Make) -> None:
     """Nothing of an open file has been copied, and no mark tells its size before it is closed."""
     mounted = volume()
