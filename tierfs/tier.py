@@ -259,11 +259,17 @@ class Tier:
 
     def rescue(self, record: Record, stopping: threading.Event) -> bool:
         """Take a rescue copy of a file that somebody is writing; whether one was taken. Raises as `Rescuer`."""
+        path = self._path_of(record)
+        return path is not None and not self._never(path) and self._rescuer.rescue(record, path, stopping)
+
+    def may_leave(self, record: Record) -> bool:
+        """No pattern of [never] speaks against it, as far as its place is known."""
+        path = self._path_of(record)
+        return path is not None and not self._never(path)
+
+    def _path_of(self, record: Record) -> bytes | None:
         above = self.places.directory(record.parent)
-        if above is None:
-            return False  # it is not known whether it may leave
-        path = os.path.join(above.path, record.name)
-        return not self._never(path) and self._rescuer.rescue(record, path, stopping)
+        return os.path.join(above.path, record.name) if above is not None else None
 
     # --- in -----------------------------------------------------------------------------------------------
 

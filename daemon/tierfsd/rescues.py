@@ -22,9 +22,8 @@ log = logging.getLogger("scheduler")
 
 AFTER_SECONDS = 3600.0
 EVERY_SECONDS = 86400.0
-_LOOK_SECONDS = 60.0
-_AGAIN_SECONDS = 1800.0  # after one that was not needed, or failed
-_LOOKED_AT = 1000  # of those that have waited longest
+_LOOK_SECONDS = 600.0
+_MOST = 1 << 20
 
 
 class Rescues:
@@ -35,30 +34,34 @@ class Rescues:
         self._stopping = stopping
         self._taking: Future[None] | None = None
         self._next_look = 0.0
-        self._tried: dict[int, float] = {}  # inode -> when (seconds of CLOCK_MONOTONIC) it is tried again
+        self._due: list[int] = []
 
     def turn(self) -> None:
         """Begin one, if one is due and none is being taken. Raises IndexError_, BusyError."""
+        if self._taking is not None and not self._taking.done():
+            return
         now = time.monotonic()
-        if now < self._next_look or (self._taking is not None and not self._taking.done()):
-            return
-        self._tried = {ino: until for ino, until in self._tried.items() if until > now}
-        record = next(self._due(), None)
-        if record is None:
+        if not self._due and now >= self._next_look:
             self._next_look = now + _LOOK_SECONDS
-            return
-        self._tried[record.ino] = now + _AGAIN_SECONDS
-        self._taking = self._tier.kit.uploads.submit(Urgency.GARBAGE, partial(self._take, record))
+            self._due = list(self._look())
+        while self._due:
+            record = self._tier.kit.index.get(self._due.pop())
+            if record is not None and record.dirty:
+                submit = self._tier.kit.uploads.submit
+                self._taking = submit(Urgency.GARBAGE, partial(self._take, record))
+                return
 
-    def _due(self) -> Iterator[Record]:
+    def _look(self) -> Iterator[int]:
+        """Files of which one is due, if they are open: most that are dirty for so long are those that never
+        leave."""
         index = self._tier.kit.index
-        for ino in index.quiet(time.time_ns() - int(AFTER_SECONDS * 1e9), _LOOKED_AT):
+        for ino in index.quiet(time.time_ns() - int(AFTER_SECONDS * 1e9), _MOST):
             record = index.get(ino)
-            if ino in self._tried or record is None or not record.dirty:
+            if record is None or not record.dirty or not self._tier.may_leave(record):
                 continue
             last = index.rescue(record.fid)
             if last is None or not is_young(last.at / 1e9, time.time(), EVERY_SECONDS):
-                yield record
+                yield ino
 
     def _take(self, record: Record) -> None:
         name = record.name.decode(errors="backslashreplace")
