@@ -86,8 +86,10 @@ class Tier:
         self._settler.start(self.filler)
 
     def reconfigure(self, config: VolumeConfig) -> None:
-        """Use these settings from now on; the sizes of pools change at the next start."""
+        """Use these settings from now on."""
         self.kit.config = config
+        self.kit.fetches.resize(config.fetches)
+        self.kit.uploads.resize(config.uploads)
         self._never = config.never.matcher()
 
     def close(self) -> None:

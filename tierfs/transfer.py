@@ -55,12 +55,24 @@ class Pool:
             if self._closed:
                 raise BusyError("the daemon is stopping")
             heapq.heappush(self._heap, (urgency, next(self._order), run, future))
-            if self._idle < len(self._heap) and len(self._threads) < self._most:
-                thread = threading.Thread(target=self._work, name=self._name, daemon=True)
-                self._threads.append(thread)
-                thread.start()
+            self._begin_thread()
             self._ready.notify()
         return future
+
+    def resize(self, threads: int) -> None:
+        """Use so many from now on; those that are too many end after the job that they are at."""
+        with self._ready:
+            self._most = threads
+            for _ in range(min(threads, len(self._heap))):
+                self._begin_thread()
+            self._ready.notify_all()
+
+    def _begin_thread(self) -> None:
+        """Where more wait than threads do, and there may be another. Under the lock."""
+        if self._idle < len(self._heap) and len(self._threads) < self._most and not self._closed:
+            thread = threading.Thread(target=self._work, name=self._name, daemon=True)
+            self._threads.append(thread)
+            thread.start()
 
     @property
     def queued(self) -> int:
@@ -82,9 +94,13 @@ class Pool:
         while True:
             with self._ready:
                 self._idle += 1
-                while not self._heap and not self._closed:
+                while not self._heap and not self._closed and len(self._threads) <= self._most:
                     self._ready.wait()
                 self._idle -= 1
+                if len(self._threads) > self._most and not self._closed:
+                    self._threads.remove(threading.current_thread())
+                    self._ready.notify()  # this one may have been woken for a job
+                    return
                 if not self._heap:
                     return
                 _, _, run, future = heapq.heappop(self._heap)

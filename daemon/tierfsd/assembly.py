@@ -18,7 +18,7 @@ from tierfs.serverlink import ServerLink
 from tierfs.store.base import ObjectStore
 from tierfs.store.decorators import ReadOnlyStore
 from tierfs.store.retry import RetryPolicy
-from tierfs.store.urls import open_store
+from tierfs.store.urls import adapt, open_store
 from tierfs.tier import Tier
 from tierfs.tree import open_tree
 from tierfsd import checking
@@ -204,6 +204,8 @@ class Mover:
 
     def _apply(self, config: VolumeConfig) -> None:
         self._tier.reconfigure(config)
+        at_once = config.uploads + config.fetches
+        adapt(self._store, self._home.store_url, _patience(config), at_once, config.storage_class)
         self._scrubber.reconfigured()
         self._scheduler.look()
         self._heat.capacity = config.local_limit or self._tree.space().total
@@ -250,18 +252,14 @@ def _end_at_once(reason: str, damaged: bool) -> None:
 
 
 def _open_store(home: volume.Volume, config: VolumeConfig) -> ObjectStore:
-    url = home.store_url
-    if url.startswith("s3:") and config.storage_class and "storage_class=" not in url:
-        url += ("&" if "?" in url else "?") + f"storage_class={config.storage_class}"
-    # A request must have given up before its readers do, so that they hear the reason.
-    foreground = RetryPolicy(deadline=max(1.0, config.fetch_timeout * 0.75))
-    opened = open_store(
-        url,
-        capabilities=home.identity.capabilities,
-        foreground=foreground,
-        concurrency=config.uploads + config.fetches,
-    )
+    opened = open_store(home.store_url, capabilities=home.identity.capabilities)
+    adapt(opened, home.store_url, _patience(config), config.uploads + config.fetches, config.storage_class)
     return ReadOnlyStore(opened) if home.identity.view else opened
+
+
+def _patience(config: VolumeConfig) -> RetryPolicy:
+    """A request must have given up before its readers do, so that they hear the reason."""
+    return RetryPolicy(deadline=max(1.0, config.fetch_timeout * 0.75))
 
 
 def _is_beside(home: volume.Volume) -> bool | None:

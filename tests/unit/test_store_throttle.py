@@ -153,3 +153,21 @@ def test_faults_alter_one_bit() -> None:
         faulty.arm(Fault(Kind.FLIP))
         assert sum(byte.bit_count() for byte in read()) == 1
         assert read() == bytes(100)
+
+
+def test_another_size_holds_at_once() -> None:
+    gate = Gate(1)
+    first, second = Holder(gate, Priority.UPLOAD), Holder(gate, Priority.UPLOAD)
+    until(lambda: first.entered.is_set() or second.entered.is_set())
+    time.sleep(0.05)
+    assert first.entered.is_set() != second.entered.is_set()
+    gate.resize(2)
+    until(lambda: first.entered.is_set() and second.entered.is_set())
+    first.end()
+    second.end()
+    gate.resize(8)
+    with pytest.raises(StoreThrottledError), gate.request(Priority.UPLOAD):
+        raise StoreThrottledError("slow down")
+    assert gate.limit == 4
+    gate.resize(16)
+    assert gate.limit == 4, "what the server bears has not changed"

@@ -11,7 +11,10 @@ from tierfs.errors import BucketMissingError, UsageError
 from tierfs.store.base import Capabilities
 from tierfs.store.decorators import innermost
 from tierfs.store.directory import DirectoryStore
-from tierfs.store.urls import check_url, open_store
+from tierfs.store.priority import Priority
+from tierfs.store.retry import RetryingStore, RetryPolicy
+from tierfs.store.throttle import ThrottledStore
+from tierfs.store.urls import adapt, check_url, open_store
 
 
 def test_directory(tmp_path) -> None:
@@ -87,3 +90,17 @@ urls.open_store("s3://bucket/prefix")
 assert clients <= set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_an_open_store_goes_on_with_other_settings(tmp_path) -> None:
+    for url, storage_class in (
+        ("s3://bucket/x", "GLACIER_IR"), ("s3://bucket/x?storage_class=STANDARD_IA", "STANDARD_IA"),
+        (f"file://{tmp_path}", None),
+    ):  # fmt: skip
+        store = open_store(url)
+        adapt(store, url, RetryPolicy(deadline=7.0), 5, "GLACIER_IR")
+        assert isinstance(store, RetryingStore) and isinstance(store.inner, ThrottledStore)
+        assert store._tries(Priority.FOREGROUND)._policy.deadline == 7.0
+        assert store.inner.gate.limit == 5
+        assert getattr(getattr(innermost(store), "settings", None), "storage_class", None) == storage_class
+        store.close()

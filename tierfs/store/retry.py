@@ -84,6 +84,10 @@ class RetryingStore(Decorator):
         self._pause = pause or self._closing.wait
         self._draw = draw
 
+    def use(self, foreground: RetryPolicy) -> None:
+        """Whoever reads is served by this policy from now on."""
+        self._policies[Priority.FOREGROUND] = foreground
+
     def put(self, key: str, body: bytes | Iterable[bytes], size: int) -> Put:
         if not isinstance(body, bytes) and iter(body) is body:
             return self.inner.put(key, body, size)

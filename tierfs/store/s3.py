@@ -83,6 +83,10 @@ class S3Store(ObjectStore):
         """The same place, used as if the server could do this; for probing."""
         return S3Store(self.settings, capabilities, self.timeouts)
 
+    def use_storage_class(self, name: str) -> None:
+        """For new objects, from now on."""
+        self.settings = replace(self.settings, storage_class=name)
+
     def put(self, key: str, body: bytes | Iterable[bytes], size: int) -> Put:
         full = self._full(key)
         storage_class = self.settings.storage_class if key.startswith(COLD_PREFIX) else ""

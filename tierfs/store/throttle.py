@@ -77,6 +77,14 @@ class Gate:
         self._queue: list[tuple[Priority, int]] = []
         self._order = itertools.count()
 
+    def resize(self, most: int) -> None:
+        """Let in so many at most from now on; what the server was seen to bear still counts."""
+        with self._changed:
+            unhindered = self._limit >= self._most
+            self._most = float(most)
+            self._limit = self._most if unhindered else min(self._limit, self._most)
+            self._changed.notify_all()
+
     @property
     def limit(self) -> int:
         """Requests at once that the server seems to bear."""

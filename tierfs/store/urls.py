@@ -14,6 +14,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 
 from tierfs.errors import UsageError
 from tierfs.store.base import Capabilities, ObjectStore
+from tierfs.store.decorators import Decorator
 from tierfs.store.directory import DirectoryStore
 from tierfs.store.keys import check_key
 from tierfs.store.retry import BACKGROUND, FOREGROUND, RetryingStore, RetryPolicy
@@ -40,6 +41,26 @@ def open_store(
     """
     inner = _bare(url, capabilities, create)
     return RetryingStore(ThrottledStore(inner, concurrency), foreground, background)
+
+
+def adapt(store: ObjectStore, url: str, foreground: RetryPolicy, concurrency: int, storage_class: str) -> None:
+    """Have an open store go on with these. A storage class that its URL names stays."""
+    while isinstance(store, Decorator):
+        if isinstance(store, RetryingStore):
+            store.use(foreground)
+        elif isinstance(store, ThrottledStore):
+            store.gate.resize(concurrency)
+        store = store.inner
+    if url.startswith("s3:") and not names_storage_class(url):
+        from tierfs.store.s3 import S3Store
+
+        if isinstance(store, S3Store):
+            store.use_storage_class(storage_class)
+
+
+def names_storage_class(url: str) -> bool:
+    """Whether an S3 store's URL says which storage class new objects get."""
+    return any(name == "storage_class" for name, _ in parse_qsl(urlsplit(url).query))
 
 
 def check_url(url: str) -> None:

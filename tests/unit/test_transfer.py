@@ -1,0 +1,55 @@
+"""Pools of threads: how many run, and that another number holds at once."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+from tierfs.transfer import Pool, Urgency
+
+
+class Jobs:
+    """Jobs that run until they are let go; how many do."""
+
+    def __init__(self, pool: Pool, count: int) -> None:
+        self.running = 0
+        self.let_go = threading.Semaphore(0)
+        self._lock = threading.Lock()
+        self.futures = [pool.submit(Urgency.UPLOAD, self._run) for _ in range(count)]
+
+    def _run(self) -> None:
+        with self._lock:
+            self.running += 1
+        self.let_go.acquire(timeout=20)
+        with self._lock:
+            self.running -= 1
+
+    def become(self, running: int) -> None:
+        deadline = time.monotonic() + 20
+        while self.running != running:
+            assert time.monotonic() < deadline, self.running
+            time.sleep(0.005)
+        time.sleep(0.05)
+        assert self.running == running
+
+
+def test_a_pool_takes_another_size_at_work() -> None:
+    pool = Pool(2, "test")
+    jobs = Jobs(pool, 12)
+    jobs.become(2)
+    pool.resize(4)
+    jobs.become(4)
+    pool.resize(1)
+    jobs.let_go.release(3)
+    jobs.become(1)
+    assert pool.queued == 8
+    jobs.let_go.release(20)
+    for future in jobs.futures:
+        assert future.result(20) is None
+    again = Jobs(pool, 3)
+    again.become(1)
+    again.let_go.release(3)
+    pool.resize(3)
+    for future in again.futures:
+        assert future.result(20) is None
+    pool.close()
