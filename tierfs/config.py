@@ -198,7 +198,8 @@ _KEYS: dict[str, _Key] = {
     "fetch_timeout": _Key("fetch_timeout", parse_duration, '"60s"', "A read of a stub fails after so long."),
     "chunk_size": _Key("chunk_size", _parse_chunk, '"4M"', "Larger files are fetched in pieces of this size."),
     "storage_class": _Key("storage_class", _parse_text, '""',
-                          "S3 storage class of new objects; empty: the bucket's default. One in `store` goes first."),
+                          "S3 storage class of new objects; empty: the bucket's default. One in the\n"
+                          "# store's URL goes first."),
     "uploads": _Key("uploads", _parse_count, "8", "Uploads at once."),
     "fetches": _Key("fetches", _parse_count, "16", "Requests at once for reading."),
     "keep_versions": _Key("keep_versions", parse_duration, '"30d"',
