@@ -27,6 +27,7 @@ from tierfsd.watcher import ConfigWatcher
 Check = Callable[[control.Check, Job], control.Findings]
 
 _DRAIN_SECONDS = 0.05  # facts are at most so old
+_FIRST_ANSWER_SECONDS = 10.0  # what a store may take for its first answer after a mount
 _OPEN_SECONDS = 10.0  # how long `--wait` waits for a file that is open, before it names it
 _LOOK_SECONDS = 0.2  # between looks how far large files have come
 _ROUND = 1000  # dirty files that are looked at together
@@ -281,6 +282,7 @@ class TierBackend:
         """Remove what may go from the store, or name what will."""
         self._tier.drain()
         if not dry_run:
+            self._kit.claim_tried.wait(_FIRST_ANSWER_SECONDS)
             if self._kit.withheld:
                 raise StoreUnavailableError(f"nothing is removed: {self._kit.withheld}")
             yield control.Done(self._collector.run(now=True))

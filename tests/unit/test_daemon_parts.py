@@ -21,7 +21,7 @@ from tierfsd.watcher import ConfigWatcher
 from tiering import Volume
 
 from tierfs import config, wire
-from tierfs.errors import ConfigError
+from tierfs.errors import ConfigError, StoreUnavailableError
 from tierfs.heat_index import HeatIndex
 from tierfs.survey import Survey
 
@@ -200,6 +200,26 @@ def test_nobody_waits_for_a_look_at_the_tree_that_has_failed(tmp_path, monkeypat
     finally:
         heat.close()
         made.stop()
+
+
+def test_a_collection_waits_for_the_stores_first_answer():
+    backend = TierBackend.__new__(TierBackend)
+    kit = SimpleNamespace(withheld="the store has not answered yet", claim_tried=threading.Event())
+    backend._kit, backend._tier = kit, SimpleNamespace(kit=kit, drain=lambda: None)
+    backend._collector = SimpleNamespace(run=lambda now: 3)
+
+    def answer():
+        kit.withheld = ""
+        kit.claim_tried.set()
+
+    timer = threading.Timer(0.1, answer)
+    timer.start()
+    (done,) = backend.collect(False, SimpleNamespace(cancelled=threading.Event()))
+    timer.join()
+    assert done.files == 3
+    kit.withheld = "it belongs to another machine"
+    with pytest.raises(StoreUnavailableError, match="nothing is removed: it belongs to another machine"):
+        list(backend.collect(False, SimpleNamespace(cancelled=threading.Event())))
 
 
 def test_a_first_look_through_the_tree_verifies_nothing(tmp_path):
