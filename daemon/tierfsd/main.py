@@ -97,7 +97,7 @@ class Answer:
 
 def _run(arguments: argparse.Namespace, answer: Answer) -> int:
     state, mountpoint = arguments.state, arguments.mountpoint
-    logging.lastResort = None  # until there is a log file, errors have other ways to be told
+    logging.getLogger().addHandler(logging.NullHandler())  # until there is a log file we answer otherwise
     _precheck(arguments)
     fresh = not os.path.isdir(state)
     volume.make_state(state)

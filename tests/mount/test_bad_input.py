@@ -57,11 +57,12 @@ def test_mountpoint_is_a_file(volume: Make) -> None:
     refused(made.cli("mount", "--state", made.state, made.base / "file", check=False), "directory")
 
 
-def test_mountpoint_not_empty(volume: Make) -> None:
+@pytest.mark.parametrize("more", [(), ("--foreground",)])
+def test_mountpoint_not_empty(volume: Make, more: tuple[str, ...]) -> None:
     made = volume(mount=False)
     made.mountpoint.mkdir()
     (made.mountpoint / "mine").write_text("precious")
-    refused(made.mount(check=False), "not empty")
+    refused(made.mount(*more, check=False), "not empty")
     assert (made.mountpoint / "mine").read_text() == "precious"
 
 
