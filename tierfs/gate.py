@@ -33,6 +33,7 @@ from tierfs.idle import Idle
 from tierfs.index import Index
 from tierfs.inflow import Content, Inflow
 from tierfs.intents import clamped
+from tierfs.lasting import Lasting
 from tierfs.ledger import KeptInode, Ledger
 from tierfs.marks import MODE_BITS, Entry, Mark, MarkWriter
 from tierfs.model import EPOCH_SHIFT, Residency, Stub
@@ -85,6 +86,7 @@ class Gate:
         self._inflow = Inflow(self._outbox.post)
         self.room = Room(tree, lambda: self._outbox.post(wire.Poke(self.marks.position, urgent=True)))
         self.appearance = Appearance(tree, index, self._inodes, self.recent)
+        self.lasting = Lasting(tree, self._inodes)
         self._vigil = Vigil()
         # Told of a mover that does not get on: its pid, and why.
         self.on_stuck: Callable[[int, str], None] = lambda pid, reason: None
@@ -585,6 +587,8 @@ class Gate:
         name: bytes = b"",
     ) -> None:
         self.recent[ino] = self.marks.append(kind, ino, generation, parent, a, b, handle, name)
+        if kind is Mark.WRITE:
+            self.lasting.written(ino)
 
     # --- the link to the mover ----------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ import fcntl
 import os
 import stat
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import msgspec
@@ -190,6 +190,10 @@ class NodeTable:
     def known(self, ino: int) -> Node | None:
         """The node of this inode, if the kernel knows it."""
         return self._by_ino.get(ino)
+
+    def all(self) -> Iterator[Node]:
+        """All nodes; such as are made meanwhile perhaps, such as are forgotten not."""
+        return (node for node in self._by_slot if node is not None)
 
     def found(self, st: os.stat_result, parent: Node | None, name: bytes) -> Node:
         """The node of an inode that has just been seen under this name; counts one lookup."""

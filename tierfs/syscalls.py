@@ -28,6 +28,9 @@ _STATX_MNT_ID_AT = 0x90
 _MOST_HANDLE = 128  # MAX_HANDLE_SZ
 _HANDLE_HEAD = 8
 _HANDLE_SIZE = struct.Struct("=I")
+_FAN_FILESYSTEM, _FAN_ADD = 0x100, 0x1
+# Notifications, non-blocking, close-on-exec; handles of the directory with the name, and of the file itself.
+_FAN_FLAGS = 0x2 | 0x1 | 0x400 | 0x800 | 0x200 | 0x1000
 _TIMESPECS = struct.Struct("=qqqq")
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -47,6 +50,8 @@ _fallocate = _function("fallocate", _int, _int, _off, _off)
 _utimensat = _function("utimensat", _int, _char_p, _char_p, _int)
 _statx = _function("statx", _int, _char_p, _int, _uint, _void_p)
 _syncfs = _function("syncfs", _int)
+_fanotify_init = _function("fanotify_init", _uint, _uint)
+_fanotify_mark = _function("fanotify_mark", _int, _uint, ctypes.c_uint64, _int, _char_p)
 _getdents64 = _function("getdents64", _int, _void_p, ctypes.c_size_t, result=ctypes.c_ssize_t)
 
 
@@ -141,6 +146,18 @@ def syncfs(fd: int) -> None:
     """Make everything on this filesystem durable."""
     if _syncfs(fd) < 0:
         raise _fail()
+
+
+def fanotify(dirfd: int, mask: int) -> int:
+    """A descriptor that events (of `mask`) of the whole filesystem of a directory can be read from."""
+    fd = _fanotify_init(_FAN_FLAGS, os.O_RDONLY | os.O_CLOEXEC)
+    if fd < 0:
+        raise _fail()
+    if _fanotify_mark(fd, _FAN_ADD | _FAN_FILESYSTEM, mask, dirfd, b".") < 0:
+        error = _fail()
+        os.close(fd)
+        raise error
+    return fd
 
 
 def read_directory(fd: int) -> bytes:

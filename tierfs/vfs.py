@@ -163,7 +163,10 @@ class Vfs:
     def lookup(self, parent: int, name: bytes) -> tuple[int, Attr]:
         """The node of a name, and its attributes; counts one lookup. Raises OSError."""
         directory = self.nodes.get(parent)
-        st = os.stat(name, dir_fd=self.nodes.dirfd(directory), follow_symlinks=False)
+        dirfd = self.nodes.dirfd(directory)
+        st = os.stat(name, dir_fd=dirfd, follow_symlinks=False)
+        if self.gate.lasting.prove(dirfd, name, st.st_ino):
+            st = os.stat(name, dir_fd=dirfd, follow_symlinks=False)
         attr = self._attr(st)
         return self.nodes.found(st, directory, name).id, attr
 
@@ -176,7 +179,10 @@ class Vfs:
         handle = self.files.find(fh)
         if handle is not None:
             return self._attr(os.fstat(handle.inode.opath))
-        st = self.nodes.stat(self.nodes.get(nodeid))
+        node = self.nodes.get(nodeid)
+        if node.anchor is None and node.parent is not None:
+            self.gate.lasting.prove(self.nodes.dirfd(node.parent), self.nodes.name(node), node.ino)
+        st = self.nodes.stat(node)
         return st if isinstance(st, GoneStat) else self._attr(st)
 
     def birth_time(self, nodeid: int) -> int | None:

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from tierfs import channel, failpoints, wire
 from tierfs.errors import IndexError_, TierError, VolumeError
+from tierfs.fuse import telling, watching
 from tierfs.fuse.backing import KernelBacking
 from tierfs.fuse.kernel import End, Session
 from tierfs.fuse.spinning import Spinner
@@ -36,7 +37,11 @@ log = logging.getLogger("server")
 
 BATCH = 64  # requests between two looks at the mover and the supervisor
 TICK_SECONDS = 0.25  # from the first request after an idle time to the gate's turn
+WATCH_SECONDS = 0.02  # between two looks at edits behind the mount
 _STATFS_SECONDS = 2.0  # how long the sum of evictable bytes is believed
+
+
+_NEVER = float("inf")
 
 
 class Evictable:
@@ -77,7 +82,13 @@ class Server:
     """The event loop of one mount: the kernel first, then the mover, then the supervisor."""
 
     def __init__(
-        self, session: Session, vfs: Vfs, gate: Gate, supervisor: channel.Channel, signal_fd: int
+        self,
+        session: Session,
+        vfs: Vfs,
+        gate: Gate,
+        supervisor: channel.Channel,
+        signal_fd: int,
+        watch: watching.Watch | None = None,
     ) -> None:
         """From `signal_fd` the numbers of signals can be read: SIGTERM ends it, SIGUSR1 logs what it holds."""
         self._vfs = vfs
@@ -99,6 +110,11 @@ class Server:
             self._poll.register(fd, select.EPOLLIN)
         self._watch(supervisor.fileno(), self._hear_supervisor)
         self._watch(signal_fd, self._signalled)
+        self._edits = watch
+        self._next_look = _NEVER if watch is None else 0.0
+        if watch is not None:
+            self._handlers[watch.fileno()] = self._hear_edits
+            self._others.register(watch.fileno(), 0)
         self._kept: set[int] = set()
         gate.on_stuck = self._stuck
         vfs.nodes.keep, vfs.nodes.let_go = self._keep, self._let_go
@@ -111,7 +127,7 @@ class Server:
         """Serve until the mount ends or somebody says so. Returns whether custody is unbroken."""
         session = self._session
         while session.end is None and not self._stopping:
-            until = min(self._next_tick, time.monotonic() + TICK_SECONDS)
+            until = min(self._next_tick, self._next_look, time.monotonic() + TICK_SECONDS)
             served = session.serve(BATCH, until, self._others.fileno())
             session.run_ready()
             if session.ready and not self._said_ready:
@@ -136,9 +152,27 @@ class Server:
             self._session.look_after_interrupted()
         if self._session.interrupted:
             self._next_tick = min(self._next_tick, now + TICK_SECONDS)
+        if now >= self._next_look:
+            self._look_for_edits(now)
 
     def _pause(self) -> float:
-        return max(0.0, self._next_tick - time.monotonic())
+        return max(0.0, min(self._next_tick, self._next_look) - time.monotonic())
+
+    def _hear_edits(self) -> None:
+        """There are some, perhaps our own: many are taken at once."""
+        watch = self._edits
+        assert watch is not None
+        more = watch.hear()
+        watch.tell()
+        self._next_look = time.monotonic() + (0.0 if more else WATCH_SECONDS)
+        self._others.modify(watch.fileno(), 0)
+
+    def _look_for_edits(self, now: float) -> None:
+        watch = self._edits
+        assert watch is not None
+        watch.tell()
+        self._next_look = now if watch.hurried else now + WATCH_SECONDS if watch.busy else _NEVER
+        self._others.modify(watch.fileno(), select.EPOLLIN)
 
     def _events(self, timeout: float) -> None:
         """Sleep until something happens, and let all be heard but the kernel, whose turn is next."""
@@ -286,7 +320,9 @@ def _undrained(reader: MarkReader) -> Iterator[Entry]:
         yield from reader.read()
 
 
-def _serve(arguments: argparse.Namespace, tree: Tree, index: Index, stack: contextlib.ExitStack) -> None:
+def _serve(
+    arguments: argparse.Namespace, tree: Tree, index: Index, teller: socket.socket, stack: contextlib.ExitStack
+) -> None:
     marks_fd = os.open(os.path.join(arguments.state, "marks"), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     stack.callback(os.close, marks_fd)
     marks = MarkWriter(marks_fd, index.log_position() or 0)
@@ -302,11 +338,17 @@ def _serve(arguments: argparse.Namespace, tree: Tree, index: Index, stack: conte
     if fuse_fd is None:
         return
     stack.callback(os.close, fuse_fd)
+    watch = watching.begin(teller, fuse_fd, vfs, takeover=bool(arguments.takeover))
+    if watch is not None:
+        stack.callback(watch.close)
     session = Session(fuse_fd, vfs, passthrough=tree.privileged, spinner=Spinner())
-    server = Server(session, vfs, gate, supervisor, _signals())
+    server = Server(session, vfs, gate, supervisor, _signals(), watch)
     index.on_lost = server.index_lost
     if arguments.takeover:
         _take_over(fuse_fd, vfs, session, MarkReader(marks_fd, index.log_position()), kept)
+        if watch is not None:
+            gate.lasting.unproven.update(node.ino for node in vfs.nodes.all())
+            watch.doubt()
     # Not SCHED_BATCH, although it serves a few per cent more: behind programs that compute, such a process
     # waits for their time slices, and a stat takes 0.3 ms on average instead of 0.03 to 0.15.
     # What exists now stays: it need not be looked at in each collection.
@@ -326,11 +368,12 @@ def main(argv: list[str]) -> int:
     logs.setup()
     try:
         with contextlib.ExitStack() as stack:
+            teller = stack.enter_context(telling.start())
             tree = open_tree(os.path.join(arguments.state, "tree"))
             stack.callback(tree.close)
             index = Index.open(os.path.join(arguments.state, "index"), readonly=True)
             stack.callback(index.close)
-            _serve(arguments, tree, index, stack)
+            _serve(arguments, tree, index, teller, stack)
     except (TierError, OSError, Incompatible) as error:
         log.critical("%s", error)
         return 1

@@ -49,13 +49,14 @@ class PlainIndex(DictIndex):
 class Side:
     """A session of one form over a tree, and the kernel's end of it."""
 
-    def __init__(self, base, form, monkeypatch, built, tree=None, directory_fds=3):
+    def __init__(self, base, form, monkeypatch, built, tree=None, directory_fds=3, watched=False):
         self._base = base
         (base / "marks").mkdir(parents=True)
         self.path = tree or base.parent / "tree"
         self.tree = open_tree(str(self.path))
         self._marks_fd = os.open(base / "marks", os.O_RDONLY)
         self.gate = Gate(self.tree, PlainIndex(), MarkWriter(self._marks_fd), 1)
+        self.gate.lasting.watched = watched
         self.vfs = Vfs(self.tree, self.gate, directory_fds=directory_fds)
         self.sock, self._device = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.sock.settimeout(10)

@@ -38,7 +38,7 @@ PARTS_OF = {
     "index": {"index_writer", "past", "environment"},
     "restoring": {"planting"},
     "ledger": {"intents"},
-    "gate": {"idle", "inflow", "passages", "handles", "appearance", "report", "room", "vigil"},
+    "gate": {"idle", "inflow", "passages", "handles", "appearance", "report", "room", "vigil", "lasting"},
     "vfs": {"nodes", "dirs", "xattrs", "making", "names", "openfiles"},
     "tier": {
         "kit",

@@ -132,7 +132,7 @@ class FakeVfs:
     """Answers UNLINK as told, and lists what it was asked."""
 
     def __init__(self) -> None:
-        self.gate = SimpleNamespace(writers_open=lambda ino: False, backing=None)
+        self.gate = SimpleNamespace(writers_open=lambda ino: False, backing=None, lasting=None)
         self.ledger = Ledger()
         self.asked: list[bytes] = []
         self.answer: object = None

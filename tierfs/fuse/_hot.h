@@ -100,14 +100,15 @@ enum outcome { PYTHONS, ABSENT, NO_DATA, NO_TERMINAL, FOUND, FAILED };
     X(former, &PyDict_Type) X(gate, NULL) X(kernel_backing, &PyType_Type) X(idle, NULL) X(idle_inodes, &PyODict_Type) X(touched, &PyDict_Type) \
     X(files, &PyDict_Type) X(opens, &PyDict_Type) X(inode, NULL) X(handle, NULL) X(stub_name, &PyBytes_Type) \
     X(marks, NULL) X(recent, &PyDict_Type) X(seals, &PySet_Type) X(late, &PyDict_Type) X(gone_stat, NULL) \
-    X(nodes, NULL) X(privileged, &PyBool_Type) X(refused, NULL) X(failed, NULL)
+    X(nodes, NULL) X(privileged, &PyBool_Type) X(refused, NULL) X(failed, NULL) X(unproven, &PySet_Type)
 
 typedef struct {
     PyObject_HEAD
     int fd, root_fd, others, sleeper, watched, descriptors; /* the last: /proc/self/fd */
     unsigned long long device;
     Py_buffer buffer, memory;
-    unsigned long entry_seconds, attr_seconds;
+    unsigned long entry_seconds, attr_seconds, long_seconds; /* the last one 0: never */
+    long fresh;
     double idle_seconds;
     unsigned long long low; /* bytes: with less room nothing is begun here */
     Py_ssize_t intents_at, segment, directory_fds;
@@ -223,6 +224,14 @@ enum outcome make_directory(Hot *hot, const struct in_header *in, uint32_t mode,
                             struct entry_out *out);
 enum outcome create_file(Hot *hot, const struct in_header *in, uint32_t flags, uint32_t mode, uint32_t umask_,
                          const char *name, struct create_out *out);
+
+/* --- for how long (_hot_last.c) --- */
+int prove(Hot *hot, int dirfd, const char *name, const struct stat *st);
+unsigned long name_lasts(Hot *hot, mode_t mode, nlink_t links);
+unsigned long attributes_last(Hot *hot, const struct stat *st, PyObject *ino, PyObject *inode);
+/* Where the kernel takes them for the newest, whatever it has been told since it asked. */
+unsigned long for_now(Hot *hot, unsigned long seconds);
+int written(Hot *hot, PyObject *ino);
 
 /* --- names and attributes (_hot_look.c) --- */
 int pack_attr(struct attr *to, const struct stat *st);

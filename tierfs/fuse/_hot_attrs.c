@@ -204,6 +204,7 @@ enum outcome set_attributes(Hot *hot, uint64_t nodeid, const struct setattr_in *
             outcome = FAILED;
         else if (changed(hot, ask, &at) && !fstat(at.fd, &at.st))
             outcome = fill_attributes(hot, &at.st, out);
+        out->attr_valid = for_now(hot, out->attr_valid);
         if (outcome == FOUND && attributes_marked(hot, &at))
             outcome = FAILED;
     }

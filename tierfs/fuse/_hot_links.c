@@ -54,7 +54,7 @@ static enum outcome link_known(Hot *hot, const struct in_header *in, int fd, PyO
         pack_attr(&out->attr, &st);
         out->nodeid = nodeid;
         out->entry_valid = hot->entry_seconds;
-        out->attr_valid = seconds;
+        out->attr_valid = for_now(hot, seconds);
     }
     drop_known(&known);
     return outcome;

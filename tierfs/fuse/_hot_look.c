@@ -52,17 +52,19 @@ static int is_itself(Hot *hot, PyObject *ino, PyObject *inode, const struct stat
 long seconds_of(Hot *hot, const struct stat *st)
 {
     if (!S_ISREG(st->st_mode))
-        return hot->attr_seconds;
+        return attributes_last(hot, st, NULL, NULL);
     PyObject *ino = PyLong_FromUnsignedLongLong(st->st_ino);
     PyObject *inode = ino ? PyDict_GetItemWithError(hot->inodes, ino) : NULL;
     long seconds = -1;
     if (ino && !PyErr_Occurred() && is_itself(hot, ino, inode, st)) {
         int changing = inode && number_of(inode, s_writers);
-        seconds = PyErr_Occurred() ? -1 : changing ? 0 : (long)hot->attr_seconds;
+        seconds = PyErr_Occurred() ? -1 : changing ? 0 : (long)attributes_last(hot, st, ino, inode);
     } else if (ino && !PyErr_Occurred()) {
         long long ctime = (long long)st->st_ctim.tv_sec * 1000000000 + st->st_ctim.tv_nsec;
         PyObject *said = PyObject_CallFunction(hot->holds, "OLL", ino, ctime, (long long)st->st_blocks);
         seconds = said ? PyLong_AsLong(said) : -1;
+        if (seconds > 0)
+            seconds = attributes_last(hot, st, ino, inode);
         Py_XDECREF(said);
     }
     Py_XDECREF(ino);
@@ -115,6 +117,8 @@ enum outcome look_up_in(Hot *hot, PyObject *parent, int fd, const char *name, Py
     if (length < 1 || (Py_ssize_t)strnlen(name, length) != length)
         return PYTHONS;
     int failed = status(fd, name, &st);
+    if (!failed && prove(hot, fd, name, &st))
+        failed = status(fd, name, &st);
     if (failed)
         return failed == ENOENT ? ABSENT : PYTHONS;
     memset(out, 0, sizeof *out);
@@ -122,7 +126,7 @@ enum outcome look_up_in(Hot *hot, PyObject *parent, int fd, const char *name, Py
     if (seconds < 0)
         return PYTHONS;
     out->nodeid = counted(hot, &(struct place){parent, fd, name, length, 0}, &st);
-    out->entry_valid = hot->entry_seconds;
+    out->entry_valid = name_lasts(hot, st.st_mode, st.st_nlink);
     out->attr_valid = seconds;
     return out->nodeid ? FOUND : PYTHONS;
 }
@@ -156,6 +160,8 @@ enum outcome get_attributes(Hot *hot, uint64_t nodeid, struct attr_out *out)
         PyObject *parent = get_of(node, s_parent);
         int fd = name_of(hot, nodeid, name) && parent && parent != Py_None ? directory_of(hot, parent) : -1;
         int failed = fd < 0 || status(fd, name, &st);
+        if (!failed && prove(hot, fd, name, &st))
+            failed = status(fd, name, &st);
         Py_XDECREF(parent);
         if (failed || st.st_ino != number_of(node, s_ino))
             return PYTHONS;

@@ -51,11 +51,11 @@ static int is_known(Hot *hot, uint64_t number)
     return there;
 }
 
-static void fill_entry(Hot *hot, uint64_t nodeid, struct entry_out *out)
+static void fill_entry(Hot *hot, uint64_t nodeid, unsigned long seconds, struct entry_out *out)
 {
     out->nodeid = nodeid;
-    out->entry_valid = hot->entry_seconds;
-    out->attr_valid = hot->attr_seconds;
+    out->entry_valid = name_lasts(hot, out->attr.mode, out->attr.nlink);
+    out->attr_valid = seconds;
 }
 
 /* --- directories and symlinks -------------------------------------------------------------------------------- */
@@ -104,7 +104,7 @@ enum outcome make_directory(Hot *hot, const struct in_header *in, uint32_t mode,
     if (ino && !mark(hot, DIRECTORY, ino, &of))
         nodeid = enter(hot, ino, place.parent, name, place.length);
     Py_XDECREF(ino);
-    fill_entry(hot, nodeid, out);
+    fill_entry(hot, nodeid, attributes_last(hot, &st, NULL, NULL), out);
     return nodeid ? FOUND : FAILED;
 }
 
@@ -128,7 +128,7 @@ enum outcome make_symlink(Hot *hot, const struct in_header *in, const char *name
     if (ino && !entry_marked(hot, &place, 0))
         nodeid = enter(hot, ino, place.parent, name, place.length);
     Py_XDECREF(ino);
-    fill_entry(hot, nodeid, out);
+    fill_entry(hot, nodeid, attributes_last(hot, &st, NULL, NULL), out);
     return nodeid ? FOUND : FAILED;
 }
 
@@ -235,7 +235,7 @@ static enum outcome taken_in(Hot *hot, const struct in_header *in, const struct 
     out->open = (struct open_out){0, OPEN_PASSTHROUGH | OPEN_NOFLUSH, backing_id};
     if (node)
         out->open.fh = noted_file(hot, in, nodeid, node, handle, flags, backing_id);
-    fill_entry(hot, nodeid, &out->entry);
+    fill_entry(hot, nodeid, hot->attr_seconds, &out->entry);
     Py_XDECREF(handle);
     Py_XDECREF(inode);
     Py_XDECREF(ino);

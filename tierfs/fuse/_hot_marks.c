@@ -173,5 +173,5 @@ int mark(Hot *hot, enum mark kind, PyObject *ino, const struct mark_of *of)
     PyObject *position = at < 0 ? NULL : PyLong_FromLongLong(at);
     int failed = position ? PyDict_SetItem(hot->recent, ino, position) : -1;
     Py_XDECREF(position);
-    return failed;
+    return failed || (kind == WRITTEN && written(hot, ino)) ? -1 : 0;
 }

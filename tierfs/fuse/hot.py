@@ -25,6 +25,7 @@ from tierfs.fuse.backing import KernelBacking
 from tierfs.fuse.operations import listed_entry
 from tierfs.handles import Handle, Inode
 from tierfs.index import Index
+from tierfs.lasting import FRESH, LONG
 from tierfs.marks import SEGMENT
 from tierfs.nodes import GoneStat, Node
 from tierfs.vfs import Vfs
@@ -148,6 +149,8 @@ def receiver(fd: int, buffer: bytearray, vfs: Vfs, refused: Told, failed: Told) 
         low=gate.room.low,
         entry_seconds=p.ENTRY_SECONDS,
         attr_seconds=p.ATTR_SECONDS,
+        long_seconds=LONG if gate.lasting.watched else 0,
+        fresh=FRESH,
         idle_seconds=idle.SECONDS,
         objects={
             **nodes.tables()._asdict(),
@@ -178,6 +181,7 @@ def receiver(fd: int, buffer: bytearray, vfs: Vfs, refused: Told, failed: Told) 
             "privileged": vfs.tree.privileged,
             "refused": refused,
             "failed": failed,
+            "unproven": gate.lasting.unproven,
         },
     )
     return made

@@ -282,9 +282,8 @@ class Session:
 
     def _outdated(self, nodeid: int) -> None:
         """Have the kernel ask for attributes anew. It waits for nothing: no pages are concerned."""
-        body = p.INVAL_INODE_OUT.pack(nodeid, -1, 0)
         try:
-            self._device.write(p.OUT.pack(p.OUT_SIZE + len(body), p.NOTIFY_INVAL_INODE, 0) + body)
+            self._device.write(p.inval_attributes(nodeid))
         except OSError as error:
             self._not_replied(0, error)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -99,6 +100,7 @@ class Operations:
         self._quick = quick
         self._outdated = outdated
         self._writers_open = vfs.gate.writers_open
+        self._lasting = vfs.gate.lasting
         self.table: list[Operation | None] = [None] * p.OPS
         for op in Op:
             method = getattr(self, op.name.lower(), None)
@@ -107,13 +109,21 @@ class Operations:
 
     # --- nodes and attributes -----------------------------------------------------------------------------
 
-    def _entry(self, found: tuple[int, Any]) -> bytes:
-        nodeid, st = found
-        return p.entry(nodeid, st, 0 if self._writers_open(st.st_ino) else p.ATTR_SECONDS)
-
-    def _attributes(self, st: Any) -> bytes:
+    def _seconds(self, st: Any) -> int:
         # A mapped passthrough write changes them without a request.
-        return p.attributes(st, 0 if self._writers_open(st.st_ino) else p.ATTR_SECONDS)
+        if self._writers_open(st.st_ino):
+            return 0
+        return self._lasting.of_attributes(st, p.ATTR_SECONDS, time.time())
+
+    def _short(self, st: Any) -> int:
+        """Where the kernel takes them for the newest, whatever it has been told since it asked."""
+        return 0 if self._writers_open(st.st_ino) else p.ATTR_SECONDS
+
+    def _entry(self, found: tuple[int, Any], seconds: int | None = None) -> bytes:
+        nodeid, st = found
+        if seconds is None:
+            seconds = self._seconds(st)
+        return p.entry(nodeid, st, seconds, self._lasting.of_name(st, p.ENTRY_SECONDS))
 
     def lookup(self, message: bytes, nodeid: int) -> bytes:
         return self._entry(self._vfs.lookup(nodeid, message[IN:-1]))
@@ -130,12 +140,13 @@ class Operations:
 
     def getattr(self, message: bytes, nodeid: int) -> bytes:
         flags, _, fh = p.GETATTR_IN.unpack_from(message, IN)
-        return self._attributes(self._vfs.getattr(nodeid, fh if flags & p.GETATTR_FH else None))
+        st = self._vfs.getattr(nodeid, fh if flags & p.GETATTR_FH else None)
+        return p.attributes(st, self._seconds(st))
 
     def statx(self, message: bytes, nodeid: int) -> bytes:
         flags, _, fh, _, _ = p.STATX_IN.unpack_from(message, IN)
         st = self._vfs.getattr(nodeid, fh if flags & p.GETATTR_FH else None)
-        seconds = 0 if self._writers_open(st.st_ino) else p.ATTR_SECONDS
+        seconds = self._seconds(st)
         try:
             birth = self._vfs.birth_time(nodeid)
         except OSError as error:
@@ -160,7 +171,7 @@ class Operations:
             kill_suidgid=bool(valid & p.SET_KILL_SUIDGID),
             caller=_caller(message),
         )
-        return self._attributes(st)
+        return p.attributes(st, self._short(st))
 
     def statfs(self, _message: bytes, _nodeid: int) -> bytes:
         fs = self._vfs.statfs()
@@ -209,7 +220,8 @@ class Operations:
 
     def link(self, message: bytes, nodeid: int) -> bytes:
         (linked,) = p.U64.unpack_from(message, IN)
-        return self._entry(self._vfs.link(linked, nodeid, _name(message, IN + p.U64.size)))
+        made, st = self._vfs.link(linked, nodeid, _name(message, IN + p.U64.size))
+        return self._entry((made, st), self._short(st))
 
     # --- open files ---------------------------------------------------------------------------------------
 
@@ -228,7 +240,7 @@ class Operations:
         name = _name(message, IN + p.CREATE_IN.size)
         made, st, fh, handle = self._vfs.create(nodeid, name, flags, mode, _caller(message, umask))
         # Although it is open for writing: nothing is mapped yet, and a write or change of size says so itself.
-        return p.entry(made, st, p.ATTR_SECONDS) + p.OPEN_OUT.pack(fh, *_opened(handle))
+        return self._entry((made, st), p.ATTR_SECONDS) + p.OPEN_OUT.pack(fh, *_opened(handle))
 
     def tmpfile(self, message: bytes, nodeid: int) -> bytes:
         flags, mode, umask, _ = p.CREATE_IN.unpack_from(message, IN)

@@ -13,8 +13,8 @@ from typing import Any
 MAJOR, MINOR = 7, 45
 OLDEST_MINOR = 33  # Linux 5.13: SETXATTR_EXT and HANDLE_KILLPRIV_V2
 
-# How long the kernel may answer from what it was told, in seconds. All changes come through the mount; this
-# bounds how long an edit made behind it stays unseen.
+# How long the kernel may answer from what it was told, in seconds, where edits made behind the mount are not
+# seen: this bounds how long they stay unseen. Where they are: tierfs.lasting.
 ENTRY_SECONDS = 1
 ATTR_SECONDS = 1
 
@@ -160,8 +160,11 @@ STATX_IN = struct.Struct("<IIQII")  # getattr_flags, reserved, fh, sx_flags, sx_
 
 OUT_SIZE = 16
 OUT = struct.Struct("<IiQ")  # length, -errno, unique
-NOTIFY_INVAL_INODE, NOTIFY_RESEND = 2, 7  # in the place of the errno, with unique 0
-INVAL_INODE_OUT = struct.Struct("<Qqq")  # nodeid, offset (negative: attributes only), length
+# In the place of the errno, with unique 0.
+NOTIFY_INVAL_INODE, NOTIFY_INVAL_ENTRY, NOTIFY_RESEND = 2, 3, 7
+INVAL_INODE_OUT = struct.Struct("<Qqq")  # nodeid, offset (< 0: attributes alone), length
+INVAL_ENTRY_OUT = struct.Struct("<QII")  # parent, name length, flags; the name and a zero byte follow
+EXPIRE_ONLY = 1  # the name is to be looked up anew, and stays what it is where it still is that
 INIT_OUT = struct.Struct("<IIIIHHIIHHIII20x")
 _ATTR = "QQQqqqIIIIIIIIII"
 ENTRY_OUT = struct.Struct("<QQQQII" + _ATTR)
@@ -184,13 +187,13 @@ _pack_attr = ATTR_OUT.pack
 _pack_dirent = DIRENT.pack
 
 
-def entry(nodeid: int, st: Any, attr_seconds: int) -> bytes:
+def entry(nodeid: int, st: Any, attr_seconds: int, entry_seconds: int = ENTRY_SECONDS) -> bytes:
     """A fuse_entry_out. `st` is a stat result or like one."""
     atime, atime_ns = divmod(st.st_atime_ns, _SECOND)
     mtime, mtime_ns = divmod(st.st_mtime_ns, _SECOND)
     ctime, ctime_ns = divmod(st.st_ctime_ns, _SECOND)
     return _pack_entry(
-        nodeid, 0, ENTRY_SECONDS, attr_seconds, 0, 0,
+        nodeid, 0, entry_seconds, attr_seconds, 0, 0,
         st.st_ino, st.st_size, st.st_blocks, atime, mtime, ctime, atime_ns, mtime_ns, ctime_ns,
         st.st_mode, st.st_nlink, st.st_uid, st.st_gid, st.st_rdev, st.st_blksize, 0,
     )  # fmt: skip
@@ -233,6 +236,18 @@ def dirent_plus(packed_entry: bytes | None, ino: int, following: int, kind: int,
     """A fuse_direntplus; None: the kernel learns no node from it."""
     length = len(name)
     return (packed_entry or _NO_ENTRY) + _pack_dirent(ino, following, length, kind) + name + bytes(-length % 8)
+
+
+def inval_attributes(nodeid: int) -> bytes:
+    """Have the kernel ask anew for the attributes of a node."""
+    body = INVAL_INODE_OUT.pack(nodeid, -1, 0)
+    return OUT.pack(OUT_SIZE + len(body), NOTIFY_INVAL_INODE, 0) + body
+
+
+def inval_name(parent: int, name: bytes, flags: int) -> bytes:
+    """Have the kernel look up a name anew."""
+    body = INVAL_ENTRY_OUT.pack(parent, len(name), flags) + name + b"\0"
+    return OUT.pack(OUT_SIZE + len(body), NOTIFY_INVAL_ENTRY, 0) + body
 
 
 def groups(message: bytes, extensions: int) -> tuple[int, ...] | None:

@@ -1,0 +1,205 @@
+"""What the kernel has been told lasts where edits behind the mount are seen, and what is not so it forgets."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from harness import Scratch, Volume
+
+from tierfs import volume as volumes
+from tierfs.fuse import watching
+from tierfs.fuse.mounting import filesystem_of
+
+pytestmark = [pytest.mark.mount, pytest.mark.usefixtures("tiers", "needs_root")]
+
+EXPIRED = 1.3  # seconds, after which what is not lasting is asked for anew
+WITHIN = 2.0
+SLACK = 8.0
+
+# Writes through a mapping without a descriptor whenever it is told to, and says so.
+MAPPER = """
+import ctypes, mmap, os, sys
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+libc.msync.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+fd = os.open(sys.argv[1], os.O_RDWR)
+address = libc.mmap(None, 4096, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, fd, 0)
+if sys.argv[2] == "closed":
+    os.close(fd)
+print("mapped", flush=True)
+for line in sys.stdin:
+    ctypes.memmove(address, line[:1].encode(), 1)
+    libc.msync(address, 4096, 4)  # so that the next write is seen again
+    print("written", flush=True)
+"""
+
+
+@pytest.fixture(autouse=True)
+def _watched(area: Scratch) -> None:
+    if filesystem_of(os.stat(area.path).st_dev) not in watching._FILESYSTEMS:
+        pytest.skip("edits behind the mount are not watched on this filesystem")
+
+
+class Mapper:
+    """A process that has a file mapped."""
+
+    def __init__(self, path: Path, descriptor: str) -> None:
+        command = [sys.executable, "-c", MAPPER, str(path), descriptor]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._said("mapped")
+
+    def _said(self, word: str) -> None:
+        assert self._process.stdout is not None
+        assert self._process.stdout.readline().strip() == word
+
+    def write(self, letter: str) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{letter}\n")
+        self._process.stdin.flush()
+        self._said("written")
+
+    def close(self) -> None:
+        self._process.communicate(timeout=20)
+
+
+@pytest.fixture
+def mapper() -> Iterator[Callable[[Path, str], Mapper]]:
+    made: list[Mapper] = []
+
+    def make(path: Path, descriptor: str) -> Mapper:
+        made.append(Mapper(path, descriptor))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+def modified(path: Path) -> str:
+    """The time of its last change, and nothing else: such a question does not ask whether it was read since."""
+    return subprocess.run(["stat", "-c", "%y", path], check=True, capture_output=True, text=True).stdout
+
+
+def beneath(made: Volume, path: Path) -> Path:
+    return Path(made.backing(path))
+
+
+def server(made: Volume) -> int:
+    """The process that answers the kernel."""
+    return int(volumes.read_runtime(str(made.state))["pids"]["server"])
+
+
+def becomes(seen: Callable[[], bool]) -> None:
+    until = time.monotonic() + WITHIN + SLACK
+    while not seen():
+        assert time.monotonic() < until, "it does not show"
+        time.sleep(0.02)
+
+
+def test_what_is_known_is_not_asked_for_again(shared: Volume, work: Path) -> None:
+    """While the server is stopped, who asks it would wait for it."""
+    (work / "sub").mkdir()
+    (work / "sub" / "file").write_bytes(b"content")
+    (work / "link").symlink_to("sub")
+    time.sleep(EXPIRED)  # what making them has told
+    look = ["stat", work, work / "sub", work / "sub" / "file", work / "link"]
+    for _ in range(2):  # reading a link changes when it was read
+        subprocess.run(look, check=True, capture_output=True)
+    time.sleep(EXPIRED)
+    os.kill(server(shared), signal.SIGSTOP)
+    try:
+        asked = subprocess.Popen(look, stdout=subprocess.DEVNULL)
+        try:
+            assert asked.wait(SLACK) == 0
+        finally:
+            os.kill(server(shared), signal.SIGCONT)
+            asked.wait(SLACK)
+    finally:
+        os.kill(server(shared), signal.SIGCONT)
+
+
+def test_a_mapping_that_outlives_its_descriptor(work: Path, mapper: Callable[[Path, str], Mapper]) -> None:
+    path = work / "file"
+    path.write_bytes(bytes(4096))
+    writer = mapper(path, "closed")
+    for letter in "abc":
+        time.sleep(EXPIRED)
+        before = modified(path), path.stat()
+        time.sleep(EXPIRED)
+        writer.write(letter)
+        assert path.stat().st_mtime_ns > before[1].st_mtime_ns
+        assert modified(path) > before[0]
+    writer.close()
+    assert path.read_bytes()[:1] == b"c"
+
+
+def test_a_mapping_of_what_was_known_before(work: Path, mapper: Callable[[Path, str], Mapper]) -> None:
+    """No read, no write by a descriptor: the kernel is told nothing but that it was opened."""
+    path = work / "file"
+    path.write_bytes(bytes(4096))
+    time.sleep(EXPIRED)
+    before = modified(path), path.stat()
+    writer = mapper(path, "kept")
+    for letter in "abc":
+        writer.write(letter)
+        now = modified(path)
+        assert now > before[0]
+        before = now, before[1]
+
+
+def test_edits_while_there_is_no_server_show(volume: Callable[..., Volume]) -> None:
+    made = volume()
+    top = made.mountpoint
+    for name in ("moved", "removed", "changed"):
+        (top / name).write_bytes(b"content")
+    (top / "dir").mkdir()
+    time.sleep(EXPIRED)
+    for name in ("moved", "removed", "changed", "dir"):
+        (top / name).stat()
+    os.listdir(top)
+    place, runtime = beneath(made, top), volumes.read_runtime(str(made.state))["pids"]
+    os.kill(runtime["supervisor"], signal.SIGSTOP)
+    try:
+        os.kill(runtime["server"], signal.SIGKILL)
+        os.rename(place / "moved", place / "elsewhere")
+        (place / "removed").unlink()
+        (place / "changed").chmod(0o600)
+        (place / "dir" / "new").touch()
+    finally:
+        os.kill(runtime["supervisor"], signal.SIGCONT)
+    becomes(lambda: not (top / "moved").exists() and (top / "elsewhere").exists())
+    becomes(lambda: not (top / "removed").exists())
+    becomes(lambda: (top / "changed").stat().st_mode & 0o777 == 0o600)
+    becomes(lambda: os.listdir(top / "dir") == ["new"] and sorted(os.listdir(top))[-1] == "elsewhere")
+    assert made.log().count("took over") == 1 and "mounting anew" not in made.log()
+
+
+def test_what_is_mounted_in_it_stays_mounted(volume: Callable[..., Volume]) -> None:
+    """Neither a directory that was moved away and back nor another server is a reason to detach it."""
+    made = volume()
+    inner = made.mountpoint / "dir" / "inner"
+    inner.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "tierfs-tests", inner], check=True)
+    try:
+        (inner / "file").touch()
+        place = beneath(made, made.mountpoint)
+        os.rename(place / "dir", place / "away")
+        os.rename(place / "away", place / "dir")
+        (place / "other").touch()
+        becomes(lambda: (made.mountpoint / "other").exists())
+        assert (inner / "file").exists()
+        before = server(made)
+        os.kill(before, signal.SIGKILL)
+        becomes(lambda: server(made) not in (0, before))
+        time.sleep(EXPIRED)
+        assert (inner / "file").exists()
+    finally:
+        subprocess.run(["umount", inner], check=True)

@@ -1,0 +1,304 @@
+"""For how long the kernel may believe what it is told, and how it hears of edits behind the mount."""
+
+import contextlib
+import ctypes
+import errno
+import mmap
+import os
+import select
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from hotside import FORMS, Side, build
+
+from tierfs import syscalls
+from tierfs.fuse import protocol as p
+from tierfs.fuse import telling, watching
+from tierfs.lasting import FRESH, LONG
+from tierfs.vfs import ROOT, Caller
+
+ME = Caller(os.geteuid(), os.getegid(), os.getpid())
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The compiled part."""
+    return build(tmp_path_factory.mktemp("hot"))
+
+
+@pytest.fixture(params=FORMS)
+def side(request, tmp_path, monkeypatch):
+    """A session that sees edits behind the mount."""
+    (tmp_path / "tree").mkdir()
+    built = request.getfixturevalue("built") if request.param == "compiled" else None
+    one = Side(tmp_path / "side", request.param, monkeypatch, built, watched=True)
+    yield one
+    one.close()
+
+
+@pytest.fixture
+def alone(tmp_path, needs_root):
+    """A filesystem on which nobody else works: numbers of inodes that go elsewhere are given to ours."""
+    if not shutil.which("mkfs.ext4"):
+        pytest.skip("mkfs.ext4 is not installed")
+    image, place = tmp_path / "image", tmp_path / "tree"
+    place.mkdir()
+    with image.open("wb") as file:
+        file.truncate(8 << 20)
+    subprocess.run(["mkfs.ext4", "-q", image], check=True)
+    if subprocess.run(["mount", "-o", "loop", image, place], check=False).returncode:
+        pytest.skip("no loop devices here")
+    yield place
+    subprocess.run(["umount", "-l", place], check=True)
+
+
+def made(path):
+    """A file at this path."""
+    path.write_bytes(b"content")
+    return path
+
+
+@contextlib.contextmanager
+def mapped(path):
+    """A shared mapping of the file without a descriptor."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    fd = os.open(path, os.O_RDWR)
+    address = libc.mmap(None, 4096, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, fd, 0)
+    os.close(fd)
+    yield
+    libc.munmap(address, 4096)
+
+
+def seconds(found):
+    """For how long a looked up name and its attributes hold."""
+    return found[2], found[3]
+
+
+def test_names_and_directories_last_and_files_when_they_have_come_to_rest(side, monkeypatch):
+    (side.path / "dir").mkdir()
+    made(side.path / "file")
+    (side.path / "link").symlink_to("file")
+    assert seconds(side.lookup(ROOT, b"dir")) == (LONG, LONG)
+    assert seconds(side.lookup(ROOT, b"link")) == (LONG, LONG)
+    assert side.getattr(ROOT)[0] == LONG
+    found = side.lookup(ROOT, b"file")
+    assert found[2] == LONG and FRESH - 5 <= found[3] <= FRESH  # it may not have come to the disk yet
+    assert FRESH - 5 <= side.getattr(found[0])[0] <= FRESH
+
+
+def test_what_may_be_given_anew_by_another_name_does_not_last(side):
+    made(side.path / "file")
+    os.link(side.path / "file", side.path / "other")
+    assert side.lookup(ROOT, b"file")[2] == p.ENTRY_SECONDS
+
+
+def test_set_id_bits_do_not_last(side):
+    made(side.path / "file").chmod(0o4755)
+    assert side.lookup(ROOT, b"file")[3] == p.ATTR_SECONDS
+
+
+def test_answers_that_the_kernel_takes_for_the_newest_do_not_last(side):
+    made(side.path / "file")
+    node = side.lookup(ROOT, b"file")[0]
+    body = p.SETATTR_IN.pack(p.SET_MODE, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0o600, 0, 0, 0, 0)
+    number, changed = side.ask(p.Op.SETATTR, node, body)
+    assert not number and p.ATTR_OUT.unpack(changed)[0] == p.ATTR_SECONDS
+    number, linked = side.ask(p.Op.LINK, ROOT, p.U64.pack(node) + b"other\0")
+    assert not number and seconds(p.ENTRY_OUT.unpack(linked)) == (p.ENTRY_SECONDS, p.ATTR_SECONDS)
+
+
+def test_a_file_that_is_written_does_not_last_until_nobody_can_be_writing(side):
+    path = made(side.path / "file")
+    node, ino = side.lookup(ROOT, b"file")[0], path.stat().st_ino
+    fh, _ = side.vfs.open(node, os.O_RDWR, ME)
+    assert side.gate.lasting.unproven == {ino}
+    assert side.getattr(node)[0] == 0
+    with mapped(path):
+        side.vfs.release(fh)
+        assert side.getattr(node)[0] == p.ATTR_SECONDS
+        assert seconds(side.lookup(ROOT, b"file")) == (LONG, p.ATTR_SECONDS)
+    assert side.getattr(node)[0] > p.ATTR_SECONDS
+    assert not side.gate.lasting.unproven
+
+
+def test_nothing_lasts_where_edits_are_not_seen(tmp_path, monkeypatch):
+    (tmp_path / "tree" / "dir").mkdir(parents=True)
+    one = Side(tmp_path / "side", "pure", monkeypatch, None)
+    try:
+        assert seconds(one.lookup(ROOT, b"dir")) == (p.ENTRY_SECONDS, p.ATTR_SECONDS)
+    finally:
+        one.close()
+
+
+# --- events -----------------------------------------------------------------------------------------------
+
+
+class Watched:
+    """A watch over a side's tree, and what it would have told."""
+
+    def __init__(self, side, fd):
+        self.side = side
+        ours, self._told = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setblocking(False)
+        self._told.setblocking(False)
+        self.watch = watching.Watch(fd, ours, side.vfs)
+
+    def told(self):
+        """What is told now, in order."""
+        self.watch.hear()
+        found = []
+        while True:
+            self.watch.tell()
+            try:
+                data = self._told.recv(telling.MOST)
+            except BlockingIOError:
+                if not self.watch.busy:
+                    return found
+                continue
+            while data:
+                length, code, _ = p.OUT.unpack_from(data)
+                body, data = data[p.OUT_SIZE : length], data[length:]
+                if code == p.NOTIFY_INVAL_INODE:
+                    node, offset, _ = p.INVAL_INODE_OUT.unpack(body)
+                    assert offset < 0
+                    found.append(node)
+                else:
+                    parent, size, flags = p.INVAL_ENTRY_OUT.unpack_from(body)
+                    name = body[p.INVAL_ENTRY_OUT.size : -1]
+                    assert code == p.NOTIFY_INVAL_ENTRY and size == len(name)
+                    found.append((parent, name, flags))
+
+    def close(self):
+        self.watch.close()
+        self._told.close()
+
+
+@pytest.fixture
+def watched(alone, tmp_path, monkeypatch):
+    side = Side(tmp_path / "side", "pure", monkeypatch, None, watched=True)
+    why_not = watching._why_not(side.vfs)
+    if why_not:
+        side.close()
+        pytest.skip(why_not)
+    fd = syscalls.fanotify(side.tree.rootfd, watching._WANTED)
+    one = Watched(side, fd)
+    yield one
+    one.close()
+    side.close()
+
+
+def elsewhere(script, *arguments):
+    """Run a few lines in another process."""
+    subprocess.run([sys.executable, "-c", f"import os, sys\n{script}", *arguments], check=True, timeout=30)
+
+
+def test_edits_of_others_are_told_and_ours_are_not(watched):
+    side, tree = watched.side, watched.side.path
+    for name in ("dir", "dir/sub", "unknown"):
+        (tree / name).mkdir()
+    made(tree / "dir" / "file")
+    directory = side.lookup(ROOT, b"dir")[0]
+    file, sub = side.lookup(directory, b"file")[0], side.lookup(directory, b"sub")[0]
+    assert watched.told() == []  # this process is the server
+    where = str(tree)
+    elsewhere("os.chmod(sys.argv[1] + '/dir/file', 0o600)", where)
+    assert watched.told() == [file]
+    elsewhere("os.chmod(sys.argv[1] + '/dir', 0o700)", where)
+    assert set(watched.told()) == {directory}
+    elsewhere("open(sys.argv[1] + '/dir/file', 'ab').write(b'more')", where)
+    assert watched.told() == [file]
+    elsewhere("open(sys.argv[1] + '/dir/new', 'x')", where)
+    assert watched.told() == [(directory, b"new", 0), directory]
+    elsewhere("os.rename(sys.argv[1] + '/dir/file', sys.argv[1] + '/moved')", where)
+    assert set(watched.told()) == {(directory, b"file", 0), (ROOT, b"moved", 0), directory, ROOT, file}
+    elsewhere("open(sys.argv[1] + '/unknown/x', 'x'); os.unlink(sys.argv[1] + '/unknown/x')", where)
+    assert watched.told() == []
+    elsewhere("os.rmdir(sys.argv[1] + '/dir/sub')", where)
+    assert set(watched.told()) == {(directory, b"sub", 0), directory, sub}
+
+
+def test_a_directory_that_came_back_is_only_looked_up_anew(watched):
+    (watched.side.path / "dir").mkdir()
+    node = watched.side.lookup(ROOT, b"dir")[0]
+    elsewhere("a, b = sys.argv[1:]; os.rename(a, b); os.rename(b, a)",
+              str(watched.side.path / "dir"), str(watched.side.path / "away"))  # fmt: skip
+    assert set(watched.told()) == {(ROOT, b"dir", p.EXPIRE_ONLY), (ROOT, b"away", 0), ROOT, node}
+
+
+def test_a_close_of_what_was_opened_through_the_mount_is_not_told(watched):
+    path = made(watched.side.path / "file")
+    node = watched.side.lookup(ROOT, b"file")[0]
+    fh, _ = watched.side.vfs.open(node, os.O_RDWR, ME)
+    elsewhere("open(sys.argv[1], 'r+b').write(b'x')", str(path))  # as by a program, in passthrough
+    watched.side.vfs.release(fh)
+    assert watched.told() == []
+    watched.side.getattr(node)  # proven
+    elsewhere("open(sys.argv[1], 'r+b').write(b'y')", str(path))
+    assert watched.told() == [node]
+
+
+def test_after_an_overflow_all_that_is_known_is_told(side, monkeypatch):
+    monkeypatch.setattr(watching, "_SWEEP", 3)
+    reading, writing = os.pipe2(os.O_NONBLOCK)
+    one = Watched(side, reading)
+    try:
+        wanted = {ROOT}
+        for number in range(8):
+            (side.path / f"d{number}").mkdir()
+            node = side.lookup(ROOT, b"d%d" % number)[0]
+            wanted |= {node, (ROOT, b"d%d" % number, p.EXPIRE_ONLY)}
+        os.write(writing, watching._EVENT.pack(watching._EVENT.size, 3, 0, watching._EVENT.size,
+                                               watching._OVERFLOW, -1, 0))  # fmt: skip
+        assert set(one.told()) == wanted
+    finally:
+        os.close(writing)
+        one.close()
+
+
+# --- telling ----------------------------------------------------------------------------------------------
+
+
+def test_an_inode_that_is_not_known_yet_is_told_again_and_a_name_is_not(monkeypatch):
+    """An answer that tells of the inode may be on its way."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    inode, name = p.inval_attributes(7), p.inval_name(7, b"name", 0)
+    told, unknown = [], [inode, inode, name]
+
+    def write(device, message):
+        told.append(message)
+        if message in unknown:
+            unknown.remove(message)
+            raise OSError(errno.ENOENT, "unknown")
+
+    monkeypatch.setattr(telling.os, "write", write)
+    teller = threading.Thread(target=telling.Teller(theirs, -1).run)
+    teller.start()
+    ours.send(inode + name)
+    until = time.monotonic() + 10
+    while len(told) < 4 and time.monotonic() < until:
+        time.sleep(0.01)
+    ours.close()
+    teller.join(10)
+    theirs.close()
+    assert told == [inode, name, inode, inode]
+
+
+def test_the_process_that_tells_ends_with_us():
+    reading, writing = os.pipe()
+    teller = telling.start()
+    socket.send_fds(teller, [b"\0"], [writing])
+    os.close(writing)
+    message = p.inval_attributes(7)
+    teller.send(message)
+    assert os.read(reading, 1000) == message
+    teller.close()
+    assert select.select([reading], [], [], 10)[0] and os.read(reading, 1) == b""  # nobody has it any more
+    os.close(reading)

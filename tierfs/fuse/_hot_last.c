@@ -1,0 +1,75 @@
+/* For how long the kernel may believe names and attributes: what lasting.Lasting says. */
+#include "_hot.h"
+
+#include <fcntl.h>
+#include <signal.h>
+#include <time.h>
+#include <unistd.h>
+
+#define PROBE (O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_NOATIME | O_CLOEXEC)
+#define SET_ID (S_ISUID | S_ISGID)
+
+static int is_unproven(Hot *hot, PyObject *ino)
+{
+    return PySet_GET_SIZE(hot->unproven) && PySet_Contains(hot->unproven, ino) == 1;
+}
+
+/* Nobody has the file of this name and number open for writing, or mapped so. */
+static int is_unwritten(int dirfd, const char *name, ino_t ino)
+{
+    struct stat st;
+    int fd = openat(dirfd, name, PROBE);
+    if (fd < 0)
+        return 0;
+    /* The default signal of a broken lease, SIGIO, would end the process; SIGURG is ignored. */
+    int is = !fstat(fd, &st) && st.st_ino == ino && !fcntl(fd, F_SETSIG, SIGURG)
+             && !fcntl(fd, F_SETLEASE, F_RDLCK) && !fcntl(fd, F_SETLEASE, F_UNLCK);
+    close(fd);
+    return is;
+}
+
+int prove(Hot *hot, int dirfd, const char *name, const struct stat *st)
+{
+    if (!hot->long_seconds || !S_ISREG(st->st_mode))
+        return 0;
+    PyObject *ino = PyLong_FromUnsignedLongLong(st->st_ino);
+    int proven = ino && is_unproven(hot, ino);
+    PyObject *inode = proven ? PyDict_GetItemWithError(hot->inodes, ino) : NULL;
+    if (inode)
+        proven = !number_of(inode, s_writers) && attribute_is(inode, s_guard, Py_None);
+    proven = proven && !PyErr_Occurred() && is_unwritten(dirfd, name, st->st_ino)
+             && PySet_Discard(hot->unproven, ino) == 1;
+    Py_XDECREF(ino);
+    return proven;
+}
+
+unsigned long name_lasts(Hot *hot, mode_t mode, nlink_t links)
+{
+    return hot->long_seconds && (links == 1 || S_ISDIR(mode)) ? hot->long_seconds : hot->entry_seconds;
+}
+
+unsigned long attributes_last(Hot *hot, const struct stat *st, PyObject *ino, PyObject *inode)
+{
+    if (!hot->long_seconds)
+        return hot->attr_seconds;
+    if (!S_ISREG(st->st_mode))
+        return hot->long_seconds;
+    if (st->st_mode & SET_ID || is_unproven(hot, ino)
+        || (inode && (number_of(inode, s_writers) || !attribute_is(inode, s_shown, Py_None))))
+        return hot->attr_seconds;
+    long fresh = st->st_ctim.tv_sec + hot->fresh - time(NULL);
+    if (fresh <= 0)
+        return hot->long_seconds;
+    fresh = fresh < hot->fresh ? fresh : hot->fresh;
+    return fresh > (long)hot->attr_seconds ? (unsigned long)fresh : hot->attr_seconds;
+}
+
+unsigned long for_now(Hot *hot, unsigned long seconds)
+{
+    return seconds < hot->attr_seconds ? seconds : hot->attr_seconds;
+}
+
+int written(Hot *hot, PyObject *ino)
+{
+    return hot->long_seconds ? PySet_Add(hot->unproven, ino) : 0;
+}

@@ -1,0 +1,75 @@
+"""For how long the kernel may answer from what it was told, where edits behind the mount are seen at once.
+
+All changes through the mount are the kernel's own knowledge but for one: who writes to a mapping of a file in
+passthrough tells nobody, and may go on after the last close. So what has been opened for writing is `unproven`
+until a moment's read lease shows that nobody can be writing; what is read of it after that is lasting.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from fcntl import F_RDLCK
+
+from tierfs.handles import Inode, Shown
+from tierfs.tree import Tree
+
+LONG = 3600  # seconds
+FRESH = 60  # seconds from a change until it is on the disk: how many blocks it takes may change by that
+_SET_ID = stat.S_ISUID | stat.S_ISGID
+_PROBE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOATIME | os.O_CLOEXEC
+
+
+class Lasting:
+    """What is known of that. Changed by the thread that serves alone."""
+
+    def __init__(self, tree: Tree, inodes: dict[int, Inode]) -> None:
+        """`inodes` are the Gate's own."""
+        self._tree = tree
+        self._inodes = inodes
+        self.watched = False  # edits behind the mount are seen
+        self.unproven: set[int] = set()
+
+    def written(self, ino: int) -> None:
+        """From now on somebody may change its content without a request."""
+        if self.watched:
+            self.unproven.add(ino)
+
+    def prove(self, dirfd: int, name: bytes, ino: int) -> bool:
+        """Whether the file of this name was unproven, and is proven now: a look at it before does not count."""
+        inode = self._inodes.get(ino)
+        if ino not in self.unproven or (inode is not None and (inode.writers or inode.guard is not None)):
+            return False
+        try:
+            fd = os.open(name, _PROBE, dir_fd=dirfd)
+        except OSError:
+            return False  # gone, or a lease of the mover's is in the way
+        try:
+            if os.fstat(fd).st_ino != ino or not self._tree.try_lease(fd, F_RDLCK):
+                return False
+            self._tree.unlease(fd)
+        except OSError:
+            return False  # no leases here
+        finally:
+            os.close(fd)
+        self.unproven.discard(ino)
+        return True
+
+    def of_name(self, st: Shown, short: int) -> int:
+        """For how many seconds a name holds. Of several names of a file only the last is known here."""
+        several = st.st_nlink != 1 and not stat.S_ISDIR(st.st_mode)
+        return LONG if self.watched and not several else short
+
+    def of_attributes(self, st: object, short: int, now: float) -> int:
+        """For how many seconds attributes hold that are not about to change."""
+        if not self.watched or not isinstance(st, os.stat_result):
+            return short
+        if not stat.S_ISREG(st.st_mode):
+            return LONG
+        if st.st_mode & _SET_ID or st.st_ino in self.unproven:
+            return short
+        inode = self._inodes.get(st.st_ino)
+        if inode is not None and (inode.writers or inode.shown is not None):
+            return short
+        fresh = int(st.st_ctime) + FRESH - int(now)
+        return LONG if fresh <= 0 else max(min(fresh, FRESH), short)
