@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from tierfs.fuse import protocol as p
 from tierfs.handles import Inode, ShownTimes
-from tierfs.marks import SEGMENT
+from tierfs.marks import SEGMENT, Mark, MarkReader
 from tierfs.model import Stub
 from tierfs.tree import Tree
 from tierfs.vfs import ROOT
@@ -362,6 +362,42 @@ def test_what_is_replaced_is_left_to_nobody(both, how):
     if how == "open":
         both.release(0)
         both.ask(p.Op.GETATTR, node, p.GETATTR_IN.pack(0, 0, 0))
+
+
+@pytest.mark.parametrize("how", ["free", "made behind", "made", "linked", "renamed"])
+def test_a_name_that_was_not_there_a_moment_ago_is_not_replaced_unseen(both, how):
+    both.behind(write(b"content"))
+    node = both.lookup(ROOT, b"a")
+    both.lookup(ROOT, b"b")
+    assert both.lookup(ROOT, b"new") == errno.ENOENT
+    asked = left(both, p.Op.RENAME)
+    if how == "made behind":
+        both.behind(lambda path: (path / "new").touch())
+    elif how == "made":
+        both.made(p.Op.CREATE, ROOT, b"new", 0o644)
+    elif how == "linked":
+        assert both.linked(node, ROOT, b"new") == 0
+    elif how == "renamed":
+        assert both.renamed(ROOT, b"a", ROOT, b"new") == 0
+    assert both.renamed(ROOT, b"b", ROOT, b"new") == 0
+    assert asked == ([p.Op.RENAME] if how == "made behind" else [])
+    for side in both.sides:
+        told = [entry.kind for entry in MarkReader(side._marks_fd, 0).read()]
+        assert (Mark.GONE in told) == (how in ("made behind", "made", "renamed"))
+
+
+def test_the_mark_of_an_end_names_the_file_that_was_there(both):
+    both.behind(write(b"content"))
+    for name, flags in ((b"a", os.O_RDONLY), (b"b", os.O_WRONLY), (b"c", None)):
+        if flags is not None:  # it stays registered; of what was written the gate knows the handle
+            both.opened(both.lookup(ROOT, name), flags)
+            both.release(0)
+        handles = [side.tree.handle_at(side.tree.rootfd, name) for side in both.sides]
+        assert both.ask(p.Op.UNLINK, ROOT, name + b"\0") == (0, b"")
+        for side, handle in zip(both.sides, handles):
+            told = [entry.handle for entry in MarkReader(side._marks_fd, 0).read() if entry.kind is Mark.GONE]
+            _, intent = side.vfs.ledger._read_intent(side.vfs.ledger.form().intents)
+            assert told[-1] == intent.handle == handle
 
 
 def test_what_is_open_is_unlinked_without_python_asked_for_all(both):

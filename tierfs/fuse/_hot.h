@@ -114,6 +114,7 @@ typedef struct {
     Py_ssize_t intents_at, segment, directory_fds;
     uid_t euid;
     gid_t egid;
+    struct { uint64_t above; char name[NAME_ROOM]; } absent; /* the name that was asked for last and was not there */
     mode_t umask; /* the process's own, which making.Maker leaves as it was */
     struct { double until; unsigned long long low; int left; } ample; /* for how long, and for how many, room is taken for granted */
     struct { Py_ssize_t word, at, most; PyObject *free; } parts[PARTS];

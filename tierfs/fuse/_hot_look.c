@@ -131,11 +131,23 @@ enum outcome look_up_in(Hot *hot, PyObject *parent, int fd, const char *name, Py
     return out->nodeid ? FOUND : PYTHONS;
 }
 
+/* A name that is asked for and not there is about to be made, or to be given to another file. */
+static void note_absent(Hot *hot, uint64_t above, const char *name, size_t length)
+{
+    if (length < sizeof hot->absent.name) {
+        hot->absent.above = above;
+        memcpy(hot->absent.name, name, length + 1);
+    }
+}
+
 enum outcome look_up(Hot *hot, uint64_t above, const char *name, Py_ssize_t length, struct entry_out *out)
 {
     PyObject *parent = node_at(hot, above);
     int fd = parent ? directory_of(hot, parent) : -1;
-    return fd < 0 ? PYTHONS : look_up_in(hot, parent, fd, name, length, out);
+    enum outcome outcome = fd < 0 ? PYTHONS : look_up_in(hot, parent, fd, name, length, out);
+    if (outcome == ABSENT)
+        note_absent(hot, above, name, length);
+    return outcome;
 }
 
 enum outcome fill_attributes(Hot *hot, const struct stat *st, struct attr_out *out)

@@ -153,6 +153,18 @@ int is_ample(Hot *hot)
     return available >= hot->low;
 }
 
+/* An O_PATH descriptor of a new file, by its name while that is its own, which is the shorter way; -1: none. */
+static int pathed(Hot *hot, const struct place *place, const struct made *made)
+{
+    struct stat st;
+    int fd = openat(place->fd, place->name, O_PATH | O_NOFOLLOW | O_CLOEXEC);
+    if (fd >= 0 && !fstat(fd, &st) && st.st_ino == made->st.st_ino && st.st_dev == made->st.st_dev)
+        return fd;
+    if (fd >= 0)
+        close(fd);
+    return reopened(hot, made->fd, O_PATH);
+}
+
 /* A new file as its owner's; 0 where there is none after all. */
 static int made_file(Hot *hot, const struct in_header *in, const struct place *place, uint32_t flags, uint32_t mode,
                      uint32_t umask_, struct made *made)
@@ -169,7 +181,7 @@ static int made_file(Hot *hot, const struct in_header *in, const struct place *p
     int whose = failed ? -1 : owner_of(hot, in, place->fd, &made->st, &uid, &gid);
     if (whose > 0)
         failed = fchown(made->fd, uid, gid) || fstat(made->fd, &made->st);
-    made->opath = failed || whose < 0 || is_known(hot, made->st.st_ino) ? -1 : reopened(hot, made->fd, O_PATH);
+    made->opath = failed || whose < 0 || is_known(hot, made->st.st_ino) ? -1 : pathed(hot, place, made);
     POINT();
     if (made->opath >= 0 && handle_at(made->opath, "", &made->handle))
         return 1;

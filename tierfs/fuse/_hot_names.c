@@ -2,6 +2,7 @@
 #include "_hot.h"
 
 #include <fcntl.h>
+#include <stdio.h>
 #include <string.h>
 #include <unistd.h>
 
@@ -89,6 +90,20 @@ int entry_marked(Hot *hot, const struct place *place, uint64_t removed)
 /* A name that is about to go (names._Going). */
 struct going { struct known known; struct stat st; struct handle handle; int open, last; };
 
+/* The file handle of a regular file: the gate knows that of one that was written, and its descriptor pins the inode. */
+static int found_handle(const struct place *place, PyObject *inode, struct handle *handle)
+{
+    PyObject *known = inode ? get_of(inode, s_handle) : NULL;
+    size_t length = known && (int)number_of(inode, s_opath) >= 0 ? PyBytes_GET_SIZE(known) : 0;
+    if (length && length <= sizeof handle->bytes) {
+        handle->length = length;
+        memcpy(handle->bytes, PyBytes_AS_STRING(known), length);
+    }
+    Py_XDECREF(known);
+    PyErr_Clear(); /* no descriptor: -1 is no number */
+    return length || handle_at(place->fd, place->name, handle);
+}
+
 /* Whether it is plain enough; nothing is changed. */
 static int may_go(Hot *hot, const struct place *place, struct going *going)
 {
@@ -99,7 +114,7 @@ static int may_go(Hot *hot, const struct place *place, struct going *going)
         return 0;
     if (!going->last && (!regular || hot->privileged != Py_True || !is_still(going->known.inode)))
         return 0;
-    return !regular || handle_at(place->fd, place->name, &going->handle);
+    return !regular || found_handle(place, going->known.inode, &going->handle);
 }
 
 /* Whether it is by this name that the node is reached. */
@@ -276,8 +291,14 @@ int new_name_marked(Hot *hot, const struct place *to, const struct known *known,
     return mark(hot, NAMED, known->ino, &of) || discard(hot->late, known->ino) ? -1 : 0;
 }
 
-/* A rename: of what, from where and to where, and what it replaces (NULL: nothing). */
-struct renaming { struct place from, to; struct stat st; struct known known; struct going *replaced; };
+/* A rename: of what, from where and to where, and what it replaces; NULL: nothing, which may only be `believed`. */
+struct renaming {
+    struct place from, to;
+    struct stat st;
+    struct known known;
+    struct going *replaced;
+    int believed;
+};
 
 /* What is left when the name has changed. 0, or -1 with an exception. */
 static int settled(Hot *hot, const struct renaming *each)
@@ -289,6 +310,18 @@ static int settled(Hot *hot, const struct renaming *each)
                  || (replaced && S_ISDIR(replaced->st.st_mode) && entry_marked(hot, &each->to, replaced->st.st_ino))
                  || entry_marked(hot, &each->from, 0);
     return failed ? -1 : 0;
+}
+
+/* The change itself. 0, or -1: what was thought to be free is not, for one. */
+static int name_changed(const struct renaming *each)
+{
+    const struct place *from = &each->from, *to = &each->to;
+    if (each->replaced)
+        return renameat(from->fd, from->name, to->fd, to->name);
+    /* What has come behind the mount in this very moment would go without a mark. */
+    if (!renameat2(from->fd, from->name, to->fd, to->name, RENAME_NOREPLACE))
+        return 0;
+    return errno == EINVAL && !each->believed ? renameat(from->fd, from->name, to->fd, to->name) : -1;
 }
 
 static enum outcome renamed(Hot *hot, uint64_t request, struct renaming *each)
@@ -304,7 +337,7 @@ static enum outcome renamed(Hot *hot, uint64_t request, struct renaming *each)
     if (left)
         return left < 0 ? FAILED : PYTHONS;
     intend(hot, request, DOING_RENAME, &each->st, replaced ? &replaced->st : NULL, handle);
-    if (renameat(each->from.fd, each->from.name, each->to.fd, each->to.name))
+    if (name_changed(each))
         return PYTHONS;
     POINT();
     return settled(hot, each) ? FAILED : FOUND;
@@ -319,9 +352,11 @@ enum outcome rename_name(Hot *hot, const struct in_header *in, const char *name,
         return PYTHONS;
     if (fstatat(each.from.fd, name, &each.st, AT_SYMLINK_NOFOLLOW))
         return errno == ENOENT ? ABSENT : PYTHONS;
-    if (!fstatat(each.to.fd, new_name, &there.st, AT_SYMLINK_NOFOLLOW))
+    /* The kernel has just asked for it, as a rule. */
+    each.believed = hot->absent.above == above && !strcmp(hot->absent.name, new_name);
+    if (!each.believed && !fstatat(each.to.fd, new_name, &there.st, AT_SYMLINK_NOFOLLOW))
         each.replaced = &there;
-    else if (errno != ENOENT)
+    else if (!each.believed && errno != ENOENT)
         return PYTHONS;
     if (each.replaced && there.st.st_ino == each.st.st_ino)
         return PYTHONS; /* two names of one file: both stay */

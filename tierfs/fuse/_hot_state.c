@@ -353,6 +353,7 @@ int note_node(Hot *hot, struct kept_node node, const char *content, size_t lengt
     if (place < 0 || (length <= INLINE && give_long(hot, slot)))
         return -1;
     node.length = length;
+    hot->absent.above = 0; /* it may be there now */
     memset(node.content, 0, sizeof node.content);
     if (length > INLINE) {
         struct kept_long longer = {"", length};
