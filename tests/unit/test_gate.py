@@ -525,7 +525,7 @@ def test_a_mark_that_found_no_room_is_tried_again_by_the_next_writer(world, monk
     reader = world.open()
     assert world.seal()
     with monkeypatch.context() as full, pytest.raises(OSError, match="No space"):
-        full.setattr(world.gate.marks, "append", refuse(errno.ENOSPC))
+        full.setattr(MarkWriter, "append", refuse(errno.ENOSPC))
         world.open(os.O_RDWR)
     writer = world.open(os.O_RDWR)
     assert [entry.kind for entry in world.reader.read()] == [Mark.WRITE]
@@ -536,7 +536,7 @@ def test_a_mark_that_found_no_room_is_tried_again_by_the_next_writer(world, monk
 
 def test_a_file_that_cannot_be_marked_leaves_nothing_behind(world, monkeypatch):
     before = descriptors()
-    monkeypatch.setattr(world.gate.marks, "append", refuse(errno.ENOSPC))
+    monkeypatch.setattr(MarkWriter, "append", refuse(errno.ENOSPC))
     with pytest.raises(OSError, match="No space"):
         create(world)
     assert descriptors() == before
@@ -555,7 +555,7 @@ def test_without_a_backing_id_a_file_is_served_from_here(world, monkeypatch):
 def test_a_release_that_finds_no_room_for_its_mark_gives_back_all_else(world, monkeypatch):
     before = descriptors()
     handle = world.open(os.O_RDWR)
-    monkeypatch.setattr(world.gate.marks, "append", refuse(errno.ENOSPC))
+    monkeypatch.setattr(MarkWriter, "append", refuse(errno.ENOSPC))
     with pytest.raises(OSError, match="No space"):
         world.gate.release(handle)
     assert not world.backing.live and not world.gate._inodes and descriptors() == before

@@ -10,7 +10,7 @@ from test_vfs_names import ME, USER, World, fails
 from tierfs import openfiles
 from tierfs.fuse import protocol as p
 from tierfs.fuse.operations import Operations
-from tierfs.marks import SEGMENT, Mark, MarkReader
+from tierfs.marks import SEGMENT, Mark, MarkReader, MarkWriter
 from tierfs.vfs import ROOT, Caller
 
 
@@ -89,12 +89,12 @@ def test_what_cannot_be_marked_does_not_happen(world, monkeypatch, what):
     while marks.position % SEGMENT < SEGMENT - 2000:
         marks.append(Mark.NAMED, 1, name=b"x" * 200)
 
-    def full(start, position):
+    def full(_marks, start, position):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     before = {name: os.lstat(world.path / name) for name in os.listdir(world.path)}
     with monkeypatch.context() as patched:
-        patched.setattr(marks, "_open", full)
+        patched.setattr(MarkWriter, "_open", full)
         fails(errno.ENOSPC, *{
             "unlink": (world.vfs.unlink, ROOT, b"f"),
             "rename": (world.vfs.rename, ROOT, b"f", ROOT, b"new"),
