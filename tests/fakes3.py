@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.server
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -21,13 +22,15 @@ class Request:
 
 @dataclass
 class Answer:
-    """`cut`: bytes of the body that are really sent before the connection ends; `raw`: sent instead of HTTP."""
+    """`cut`: bytes of the body that are really sent before the connection ends; `raw`: sent instead of HTTP;
+    `hang`: the body comes after seconds."""
 
     status: int = 200
     body: bytes = b""
     headers: dict[str, str] = field(default_factory=dict)
     cut: int | None = None
     raw: bytes | None = None
+    hang: bool = False
 
 
 def error(status: int, code: str) -> Answer:
@@ -93,6 +96,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         for name, value in {"Content-Length": str(len(answer.body)), **answer.headers}.items():
             self.send_header(name, value)
         self.end_headers()
+        if answer.hang:
+            self.wfile.flush()
+            time.sleep(3)
         if self.command != "HEAD":
             self.wfile.write(answer.body[: answer.cut])
         self.close_connection = self.close_connection or answer.cut is not None

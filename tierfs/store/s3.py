@@ -11,11 +11,14 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import boto3
 import botocore.config
+import obstore
 import obstore.store
 
 from tierfs.errors import (
@@ -31,8 +34,10 @@ from tierfs.store.s3_boto import BotoData, sha256_base64
 from tierfs.store.s3_credentials import Credentials
 from tierfs.store.s3_errors import NO_CREDENTIALS, Translated
 from tierfs.store.s3_obstore import ONE_REQUEST, Data, ObstoreData
+from tierfs.store.s3_ranges import Ranges
 
 COLD_PREFIX = "data/"  # only these keys get the storage class: a journal in Glacier could not restore anything
+_SIGNED = timedelta(minutes=5)  # how long the URL of one request is good for
 _LOOK_EVERY = 10.0  # seconds between looks whether the credential files have changed
 # Of an upload in parts one that fails is sent again: else all would have to be, and with enough of them no
 # upload would end on a bad line. Whole requests are tried again by the retry decorator.
@@ -298,7 +303,14 @@ class S3Store(ObjectStore):
         quick = self._make_obstore(admin, self.timeouts.read)
         patient = self._make_obstore(admin, self.timeouts.upload)
         dogged = self._make_obstore(admin, self.timeouts.upload, _PART_TRIES)
-        return ObstoreData(quick, patient, dogged, verified)
+        return ObstoreData(quick, patient, dogged, verified, self._make_ranges(admin, quick))
+
+    def _make_ranges(self, admin: Any, store: Any) -> Ranges | None:
+        """Over TLS, and by way of a proxy, obstore serves as well."""
+        if not admin.meta.endpoint_url.startswith("http://") or getproxies():
+            return None
+        sign = partial(obstore.sign, store, "GET", expires_in=_SIGNED)
+        return Ranges(sign, self.timeouts.connect, self.timeouts.read)
 
     def _make_obstore(self, admin: Any, read_timeout: float, tries: int = 1) -> Any:
         endpoint: str = admin.meta.endpoint_url

@@ -1,0 +1,145 @@
+"""Large ranges by signed URLs: taken where they are the range that was asked for, else left to the client."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import fakes3
+import s3servers
+from fakes3 import Answer, FakeS3, Request, content, error
+
+from tierfs.errors import ObjectMissingError, StoreUnavailableError
+from tierfs.store import s3_ranges
+from tierfs.store.base import Capabilities
+from tierfs.store.s3 import S3Settings, S3Store, Timeouts
+
+BODY = os.urandom(3 << 20)
+START, LENGTH = 100_000, 2 << 20
+RANGE = BODY[START : START + LENGTH]
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeS3]:
+    for name, value in s3servers.credentials().items():
+        monkeypatch.setenv(name, value)
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    with fakes3.serve() as fake:
+        fake.answer = lambda request: content(BODY, request)
+        yield fake
+
+
+@pytest.fixture
+def store(server: FakeS3) -> Iterator[S3Store]:
+    settings = S3Settings("bucket", "a prefix", server.endpoint)
+    opened = S3Store(settings, Capabilities(client="obstore"), Timeouts(connect=1, read=0.4, upload=0.4))
+    yield opened
+    opened.close()
+
+
+def signed(request: Request) -> bool:
+    return "X-Amz-Signature=" in request.path
+
+
+def only_signed(answer: Callable[[Request], Answer]) -> Callable[[Request], Answer]:
+    """This answer to requests by signed URLs, the range to the others."""
+    return lambda request: answer(request) if signed(request) else content(BODY, request)
+
+
+def test_a_large_range_is_one_signed_request_on_a_warm_connection(server: FakeS3, store: S3Store) -> None:
+    for _ in range(5):
+        assert store.get("the key", START, LENGTH) == RANGE
+    assert [signed(request) for request in server.requests] == [True] * 5
+    assert server.requests[0].path.startswith("/bucket/a%20prefix/the%20key?")
+    assert server.connections == 1
+
+
+def test_a_small_range_is_the_clients(server: FakeS3, store: S3Store) -> None:
+    assert store.get("key", START, s3_ranges.LEAST - 1) == BODY[START : START + s3_ranges.LEAST - 1]
+    assert not any(map(signed, server.requests))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda request: error(403, "AccessDenied"),
+        lambda request: Answer(200, BODY),
+        lambda request: Answer(206, RANGE, {"Content-Range": f"bytes 0-{LENGTH - 1}/{len(BODY)}"}),
+        lambda request: Answer(206, RANGE[:-1], content(BODY, request).headers),
+        lambda request: Answer(206, RANGE, content(BODY, request).headers, cut=LENGTH // 2),
+        lambda request: Answer(raw=b"SSH-2.0-OpenSSH_9.2\r\n"),
+        lambda request: Answer(raw=b""),
+    ],
+    ids=["refused", "whole", "elsewhere", "short", "cut", "nonsense", "silence"],
+)
+def test_what_is_not_the_range_is_left_to_the_client(
+    server: FakeS3, store: S3Store, wrong: Callable[[Request], Answer]
+) -> None:
+    server.answer = only_signed(wrong)
+    assert store.get("key", START, LENGTH) == RANGE
+    assert [signed(request) for request in server.requests] == [True, False]
+    server.answer = lambda request: content(BODY, request)
+    assert store.get("key", START, LENGTH) == RANGE
+    assert signed(server.requests[-1])
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "asked"),
+    [(403, "AccessDenied", 3), (400, "InvalidArgument", 3), (503, "SlowDown", 5), (404, "NoSuchKey", 5)],
+)
+def test_a_server_that_takes_none_is_asked_no_more(
+    server: FakeS3, store: S3Store, status: int, code: str, asked: int
+) -> None:
+    server.answer = only_signed(lambda request: error(status, code))
+    for _ in range(5):
+        assert store.get("key", START, LENGTH) == RANGE
+    assert sum(map(signed, server.requests)) == asked
+
+
+def test_the_client_says_what_is_wrong(server: FakeS3, store: S3Store) -> None:
+    server.answer = lambda request: error(404, "NoSuchKey")
+    with pytest.raises(ObjectMissingError):
+        store.get("key", START, LENGTH)
+
+
+def test_a_server_that_hangs_is_waited_for_once(server: FakeS3, store: S3Store) -> None:
+    server.answer = lambda request: Answer(206, RANGE, content(BODY, request).headers, hang=True)
+    with pytest.raises(StoreUnavailableError, match="did not answer in time"):
+        store.get("key", START, LENGTH)
+    assert [signed(request) for request in server.requests] == [True]
+
+
+def test_a_connection_that_the_server_has_closed(
+    server: FakeS3, store: S3Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert store.get("key", START, LENGTH) == RANGE
+    monkeypatch.setattr(s3_ranges, "_KEPT_SECONDS", 0.0)
+    assert store.get("key", START, LENGTH) == RANGE
+    assert server.connections == 2
+    assert [signed(request) for request in server.requests] == [True] * 2
+
+
+def test_a_server_that_keeps_no_connection(server: FakeS3, store: S3Store) -> None:
+    def answer(request: Request) -> Answer:
+        given = content(BODY, request)
+        return Answer(given.status, given.body, {**given.headers, "Connection": "close"})
+
+    server.answer = answer
+    for _ in range(3):
+        assert store.get("key", START, LENGTH) == RANGE
+    assert [signed(request) for request in server.requests] == [True] * 3
+
+
+def test_by_way_of_a_proxy_it_is_the_clients(
+    server: FakeS3, store: S3Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", server.endpoint)
+    store.get("key", START, LENGTH)
+    assert not any(map(signed, server.requests))
