@@ -13,7 +13,7 @@ from hotside import FORMS, Side, build
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tierfs.fuse import compiled, hot
+from tierfs.fuse import compiled, hot, kernel
 from tierfs.fuse import protocol as p
 from tierfs.handles import Inode, ShownTimes
 from tierfs.vfs import ROOT
@@ -220,6 +220,26 @@ def test_listings_carry_entries_and_count_them(side):
     assert got == wanted
     assert side.vfs.ledger.lookups(known) == 2 and side.vfs.ledger.lookups(found[b"b"][0]) == 1
     side.vfs.releasedir(fh)
+
+
+@pytest.mark.parametrize("kind, opened", [("ext4", False), ("xfs", False), ("overlay", True), ("", True)])
+def test_directories_are_opened_where_their_offsets_need_it(tmp_path, monkeypatch, kind, opened):
+    (tmp_path / "tree").mkdir()
+    (tmp_path / "tree" / "file").touch()
+    monkeypatch.setattr(kernel, "filesystem_of", lambda device: kind)
+    side = Side(tmp_path / "side", "pure", monkeypatch, None)
+    number, body = side.ask(p.Op.OPENDIR, ROOT, p.OPEN_IN.pack(0, 0))
+    assert number == (0 if opened else errno.ENOSYS)
+    fh = p.OPEN_OUT.unpack(body)[0] if opened else 0
+    assert bool(fh) == opened == bool(len(side.vfs.dirs))
+    number, body = side.ask(p.Op.READDIR, ROOT, p.READ_IN.pack(fh, 0, 4096, 0, 0, 0, 0))
+    assert (number, b"file" in body) == (0, True)
+    if opened:
+        assert side.ask(p.Op.RELEASEDIR, ROOT, p.RELEASE_IN.pack(fh, 0, 0, 0)) == (0, b"")
+    # Who goes on with a session in which directories were not opened gets no numbers, on whatever filesystem.
+    number, body = side.ask(p.Op.READDIR, ROOT, p.READ_IN.pack(0, 0, 4096, 0, 0, 0, 0))
+    assert (number, b"file" in body) == (0, True)
+    side.close()
 
 
 def test_a_reply_that_is_refused_is_told(side, caplog):
