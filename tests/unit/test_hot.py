@@ -10,9 +10,11 @@ import time
 
 import pytest
 from hotside import FORMS, Side, build
+from hottwins import listed_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tierfs import lasting
 from tierfs.fuse import compiled, hot, kernel
 from tierfs.fuse import protocol as p
 from tierfs.handles import Inode, ShownTimes
@@ -220,6 +222,26 @@ def test_listings_carry_entries_and_count_them(side):
     assert got == wanted
     assert side.vfs.ledger.lookups(known) == 2 and side.vfs.ledger.lookups(found[b"b"][0]) == 1
     side.vfs.releasedir(fh)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_a_listing_tells_lasts_as_long_as_what_a_lookup_tells(request, tmp_path, monkeypatch, form):
+    (tmp_path / "tree" / "below").mkdir(parents=True)
+    for name in ("a", "late", "both"):
+        (tmp_path / "tree" / name).write_bytes(b"content")
+        os.utime(tmp_path / "tree" / name, (1, 1))
+    os.link(tmp_path / "tree" / "both", tmp_path / "tree" / "second")
+    built = request.getfixturevalue("built") if form == "compiled" else None
+    side = Side(tmp_path / "side", form, monkeypatch, built, watched=True)
+    late = os.stat(tmp_path / "tree" / "late").st_ino
+    side.gate.appearance.late[late] = ShownTimes(1, 2, 3), 1e12  # Python says what it shows
+    number, body = side.ask(p.Op.READDIRPLUS, ROOT, p.READ_IN.pack(0, 0, 4096, 0, 0, 0, 0))
+    told = {name: entry[0][2:4] for _, name, _, _, entry in listed_of(body, True)}
+    assert number == 0 and len(told) == 7
+    for name in (b"a", b"late", b"both", b"second", b"below"):
+        assert told[name] == side.lookup(ROOT, name)[2:4], name
+    assert told[b"below"] == (lasting.LONG,) * 2 and told[b"late"] == (lasting.LONG, p.ATTR_SECONDS)
+    side.close()
 
 
 @pytest.mark.parametrize("kind, opened", [("ext4", False), ("xfs", False), ("overlay", True), ("", True)])

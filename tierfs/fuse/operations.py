@@ -63,6 +63,20 @@ def _opened(handle: Handle) -> tuple[int, int]:
     return (0 if handle.writable else p.OPEN_NOFLUSH), 0
 
 
+def _seconds(vfs: Vfs, st: Any) -> int:
+    """For how long the kernel may believe attributes."""
+    # A mapped passthrough write changes them without a request.
+    if vfs.gate.writers_open(st.st_ino):
+        return 0
+    return vfs.gate.lasting.of_attributes(st, p.ATTR_SECONDS, time.time())
+
+
+def _entry(vfs: Vfs, nodeid: int, st: Any, seconds: int | None = None) -> bytes:
+    """A packed entry, whose attributes may be believed for so long; None: as they are found now."""
+    name_seconds = vfs.gate.lasting.of_name(st, p.ENTRY_SECONDS)
+    return p.entry(nodeid, st, _seconds(vfs, st) if seconds is None else seconds, name_seconds)
+
+
 def listed_entry(vfs: Vfs, nodeid: int, name: bytes) -> bytes | None:
     """The packed entry of a name in a listing, counted.
 
@@ -73,7 +87,7 @@ def listed_entry(vfs: Vfs, nodeid: int, name: bytes) -> bytes | None:
     except OSError:
         return None
     try:
-        return p.entry(known, st, 0 if vfs.gate.writers_open(st.st_ino) else p.ATTR_SECONDS)
+        return _entry(vfs, known, st)
     except BaseException:
         vfs.forget(known)
         raise
@@ -100,7 +114,6 @@ class Operations:
         self._quick = quick
         self._outdated = outdated
         self._writers_open = vfs.gate.writers_open
-        self._lasting = vfs.gate.lasting
         self.table: list[Operation | None] = [None] * p.OPS
         for op in Op:
             method = getattr(self, op.name.lower(), None)
@@ -109,21 +122,12 @@ class Operations:
 
     # --- nodes and attributes -----------------------------------------------------------------------------
 
-    def _seconds(self, st: Any) -> int:
-        # A mapped passthrough write changes them without a request.
-        if self._writers_open(st.st_ino):
-            return 0
-        return self._lasting.of_attributes(st, p.ATTR_SECONDS, time.time())
-
     def _short(self, st: Any) -> int:
         """Where the kernel takes them for the newest, whatever it has been told since it asked."""
         return 0 if self._writers_open(st.st_ino) else p.ATTR_SECONDS
 
     def _entry(self, found: tuple[int, Any], seconds: int | None = None) -> bytes:
-        nodeid, st = found
-        if seconds is None:
-            seconds = self._seconds(st)
-        return p.entry(nodeid, st, seconds, self._lasting.of_name(st, p.ENTRY_SECONDS))
+        return _entry(self._vfs, *found, seconds)
 
     def lookup(self, message: bytes, nodeid: int) -> bytes:
         return self._entry(self._vfs.lookup(nodeid, message[IN:-1]))
@@ -141,12 +145,12 @@ class Operations:
     def getattr(self, message: bytes, nodeid: int) -> bytes:
         flags, _, fh = p.GETATTR_IN.unpack_from(message, IN)
         st = self._vfs.getattr(nodeid, fh if flags & p.GETATTR_FH else None)
-        return p.attributes(st, self._seconds(st))
+        return p.attributes(st, _seconds(self._vfs, st))
 
     def statx(self, message: bytes, nodeid: int) -> bytes:
         flags, _, fh, _, _ = p.STATX_IN.unpack_from(message, IN)
         st = self._vfs.getattr(nodeid, fh if flags & p.GETATTR_FH else None)
-        seconds = self._seconds(st)
+        seconds = _seconds(self._vfs, st)
         try:
             birth = self._vfs.birth_time(nodeid)
         except OSError as error:
