@@ -180,13 +180,13 @@ def test_garbage_goes_when_its_time_is_over(volume: Callable[..., Volume]) -> No
     made.mount()
     path = made.mountpoint / "file"
     save(made, path, "one" * 5000)
+    begun = time.monotonic()  # its time begins with the next copy, before anybody hears of that
     save(made, path, "two" * 5000)
     assert len(made.objects()) == 2
     (planned,) = made.json("gc", "--dry-run", "--json", made.mountpoint)
     assert set(planned) == {"key", "size", "reason", "may_go"} and planned["size"] == 15000
     assert "1 objects" in made.cli("gc", "--dry-run", made.mountpoint).stdout
-    begun = time.monotonic()
-    deadline = begun + 60
+    deadline = time.monotonic() + 60
     while len(made.objects()) == 2 and time.monotonic() < deadline:
         made.cli("gc", made.mountpoint)
     assert time.monotonic() - begun >= 3
