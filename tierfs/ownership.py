@@ -1,9 +1,10 @@
 """Whose store this is: the store's `volume.json`, written when a volume is created and renewed at each mount.
 
 Each mount writes its epoch and a nonce by compare-and-swap, after it has noted both in the state directory
-(`claim.json`: `next` before the swap, `last` after it). A store that holds neither of the two was written from
-another copy of this state (a cloned or rolled-back machine): two writers would destroy each other's objects, so
-the later one is refused. Where the store cannot swap conditionally this is advice, not a lock.
+(`claim.json`: `next` before the swap, `last` after it, with `before`, what it has replaced). A store that
+holds neither of the two was written from another copy of this state (a cloned or rolled-back machine): two
+writers would destroy each other's objects, so the later one is refused; one that shows `before` answers late.
+Where the store cannot swap conditionally this is advice, not a lock.
 """
 
 from __future__ import annotations
@@ -80,6 +81,9 @@ def look(volume: Volume, store: ObjectStore) -> dict[str, Any]:
     """What the store says, if this state directory may take it. Raises as `renew`; nothing is written."""
     found = check(volume, store)
     if not _is_ours(volume.state, found):
+        if found.get("nonce") == _read_note(volume.state).get("before"):
+            # Nobody writes a nonce twice: this is what we have written over ourselves.
+            raise StoreUnavailableError(f"{store.describe()}: its {STORE_KEY} is as it was before this mount")
         raise _taken(store, found)
     return found
 
@@ -111,7 +115,7 @@ def _take(volume: Volume, store: ObjectStore, epoch: int, etag: str | None, foun
         raise VolumeError(
             f"{store.describe()}: another machine is taking this volume over: nothing is written to it"
         )
-    write_json(path, {"last": fresh, "next": ""})
+    write_json(path, {"last": fresh, "next": "", "before": nonce})
 
 
 def verify(volume: Volume, store: ObjectStore) -> None:

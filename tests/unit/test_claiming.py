@@ -101,6 +101,27 @@ def test_a_store_that_answers_nonsense_is_not_lost(home, tmp_path, body):
     ownership.renew(made, store, 2)
 
 
+def test_a_store_that_answers_what_it_held_before_is_not_lost(home, tmp_path):
+    """A cache in between, or a replica that lags: nobody has taken it."""
+    made, clone, store = home
+    file = tmp_path / "store/volume.json"
+    before = file.read_bytes()
+    ownership.renew(made, store, 2)
+    now = file.read_bytes()
+    file.write_bytes(before)
+    with pytest.raises(StoreUnavailableError, match="as it was before this mount"):
+        ownership.verify(made, store)
+    refuse_if_taken(made, False)
+    file.write_bytes(now)
+    ownership.verify(made, store)
+    ownership.take_over(clone, store, 3)
+    with pytest.raises(VolumeError, match="is used by host"):
+        ownership.verify(made, store)
+    ownership.renew(clone, store, 4)
+    with pytest.raises(VolumeError, match="is used by host"):
+        ownership.verify(made, store)
+
+
 def test_a_store_that_is_away_hinders_no_mount_but_a_takeover(home, tmp_path):
     made, _, _ = home
     shutil.move(tmp_path / "store", tmp_path / "away")
