@@ -17,7 +17,7 @@ import stat
 import time
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote, urlsplit
 
 from tierfs import config, locate
 from tierfs.errors import VolumeError
@@ -140,6 +140,19 @@ def check_mountpoint(mountpoint: str, state: str) -> None:
             f"{mountpoint}: is not empty: choose an empty directory, or turn this one into a volume"
             " with `tierfs adopt`"
         )
+
+
+def check_store_place(store: str, mountpoint: str, state: str, *, new: bool) -> None:
+    """Refuse a directory store inside of the volume that it is for. Raises VolumeError.
+
+    That of an existing volume is not looked at: a network's disk that hangs must not keep it from mounting.
+    """
+    if not store.startswith("file:"):
+        return
+    path = unquote(urlsplit(store).path)
+    path = os.path.realpath(path) if new else os.path.normpath(path)
+    if locate.is_under(path, mountpoint) or locate.is_under(path, os.path.join(state, "tree")):
+        raise VolumeError(f"{path}: the store lies inside of the volume that it is for: choose another place")
 
 
 # --- state directory -------------------------------------------------------------------------------------

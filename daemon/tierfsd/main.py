@@ -163,6 +163,9 @@ def _precheck(arguments: argparse.Namespace) -> None:
     """Find what is wrong before anything is made. Raises VolumeError."""
     if os.path.exists(os.path.join(arguments.state, volume.RESTORING)) and not _is_complete(arguments.state):
         raise VolumeError(f"{arguments.state}: its restore was interrupted: run `tierfs restore` again")
+    new = not _is_complete(arguments.state)
+    store = arguments.store if new else volume.load(arguments.state).store_url
+    volume.check_store_place(store or "", arguments.mountpoint, arguments.state, new=new)
     if adoption.read_intent(arguments.state) is not None:
         return
     if arguments.adopt:
@@ -233,7 +236,8 @@ def _undo(state: str) -> None:
     adoption.cancel(state)
     volume.discard(state)
     with contextlib.suppress(OSError):
-        os.rmdir(os.path.join(state, "tree"))
+        with contextlib.suppress(FileNotFoundError):  # in an adoption it would have come last
+            os.rmdir(os.path.join(state, "tree"))
         shutil.rmtree(state)
 
 

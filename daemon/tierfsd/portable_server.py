@@ -161,6 +161,7 @@ def _serve(arguments: argparse.Namespace, stack: contextlib.ExitStack) -> None:
     vfs = Vfs(tree, gate, Evictable(index), HeatReader(os.path.join(arguments.state, "heat")))
     stack.callback(vfs.close)
     lock = threading.RLock()
+    mounting.check_device()
     supervisor = channel.Channel(socket.socket(fileno=arguments.channel_fd), server=True)
     ears = Ears(gate, lock, supervisor, arguments.mountpoint)
     try:

@@ -74,6 +74,29 @@ def test_state_inside_the_mountpoint(volume: Make) -> None:
     assert not inside.exists()
 
 
+@pytest.mark.parametrize("verb", ["mount", "adopt"])
+def test_store_inside_of_its_own_volume(volume: Make, verb: str) -> None:
+    made = volume(mount=False)
+    made.mountpoint.mkdir()
+    if verb == "adopt":
+        (made.mountpoint / "mine").write_text("precious")
+    (made.base / "link").symlink_to(made.mountpoint)
+    names = sorted(path.name for path in made.base.iterdir())
+    inside = f"file://{made.base}/link/store"
+    refused(made.cli(verb, "--store", inside, "--state", made.state, made.mountpoint, check=False), "inside")
+    assert sorted(path.name for path in made.base.iterdir()) == names
+    assert not (made.mountpoint / "store").exists()
+
+
+def test_an_adoption_that_cannot_begin_leaves_nothing_behind(volume: Make) -> None:
+    made = volume(mount=False)
+    made.mountpoint.mkdir()
+    (made.mountpoint / "mine").write_text("precious")
+    refused(made.cli("adopt", "--store", "file:///no/such/nas", made.mountpoint, check=False), "no/such")
+    assert [path.name for path in made.base.iterdir()] == ["mnt"]
+    assert (made.mountpoint / "mine").read_text() == "precious"
+
+
 def test_mounting_twice(volume: Make) -> None:
     made = volume()
     (made.mountpoint / "f").write_text("x")

@@ -37,6 +37,12 @@ def test_auto_falls_back_where_it_can(monkeypatch, library, name):
     assert "it is too old" in chosen.reason
 
 
+def test_without_a_device_the_kernels_binding_says_what_is_missing(monkeypatch):
+    monkeypatch.setattr(choice, "_DEVICE", "/dev/there-is-none")
+    monkeypatch.setattr(choice, "find_library", lambda _: "libfuse.so.2")
+    assert choice.choose("auto").name == "kernel"
+
+
 def test_auto_takes_the_kernel_here():
     if os.path.exists("/dev/fuse"):
         assert choice.choose("auto").name == "kernel"

@@ -101,7 +101,11 @@ def test_mount_options() -> None:
 
 
 def test_missing_device_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(mounting, "_DEVICE", os.devnull)
+    mounting.check_device()
     monkeypatch.setattr(mounting, "_DEVICE", str(tmp_path / "fuse"))
+    with pytest.raises(VolumeError, match="modprobe fuse"):
+        mounting.check_device()
     with pytest.raises(VolumeError, match="modprobe fuse"):
         mounting.mount(str(tmp_path), "0" * 32)
 

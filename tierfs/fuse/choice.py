@@ -26,6 +26,8 @@ def choose(asked: str) -> Choice:
     problem = _kernel_problem(sys.platform, os.uname().release, os.path.exists(_DEVICE))
     if not problem:
         return Choice("kernel", f"Linux {os.uname().release} speaks FUSE 7.33 or later")
+    if not os.path.exists(_DEVICE) and sys.platform == "linux":
+        return Choice("kernel", f"{problem}, without which libfuse serves nothing either")
     if find_library("fuse") is None:
         return Choice("kernel", f"{problem}, and there is no libfuse 2 either")
     return Choice("fusepy", problem)

@@ -16,6 +16,7 @@ import shutil
 import socket
 import stat
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -85,6 +86,12 @@ def mount(mountpoint: str, volume: str, options: Iterable[str] = ()) -> int:
     )  # fmt: skip
     _raise_read_ahead(mountpoint)
     return fd
+
+
+def check_device() -> None:
+    """Raises VolumeError where Linux has no FUSE device: libfuse would name a number."""
+    if sys.platform == "linux" and not os.path.exists(_DEVICE):
+        raise VolumeError(f"{_DEVICE} is missing: install fuse3, or run `modprobe fuse` as root")
 
 
 def _open_device() -> int:
