@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import socket
 import stat
 import time
@@ -250,6 +251,17 @@ def discard(state: str) -> None:
     for name in ("index", "heat", "marks", "store"):
         with contextlib.suppress(FileNotFoundError, OSError):
             os.rmdir(os.path.join(state, name))
+
+
+def remove(state: str) -> None:
+    """Remove the state directory of a volume that has ended; cut short, it is done again. Raises OSError."""
+    for entry in list(os.scandir(state)):
+        if entry.is_dir(follow_symlinks=False):
+            shutil.rmtree(entry.path)
+        elif entry.name != "volume.json":
+            os.unlink(entry.path)
+    os.unlink(os.path.join(state, "volume.json"))  # last: by it the directory is known to be ours
+    os.rmdir(state)
 
 
 def make_tree(volume: Volume, like: os.stat_result) -> None:

@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 
 from tierfs import adoption, locate, ownership, volume
+from tierfs.commands.home import leave
 from tierfs.errors import PathError, StoreUnavailableError, VolumeError
 from tierfs.store.memory import MemoryStore
 
@@ -376,3 +377,27 @@ def test_adopting_what_is_no_directory_or_holds_the_state(tmp_path):
         adoption.check_directory(str(tmp_path / "none"), str(tmp_path / "s"))
     with pytest.raises(VolumeError, match="lies inside the directory"):
         adoption.check_directory(str(tmp_path), str(tmp_path / "s"))
+
+
+def test_leaving_that_is_cut_short_is_done_again(home, monkeypatch, capsys):
+    state = volume.adopted_state(home)
+    volume.make_state(state)
+    made = complete(volume.create(state), MemoryStore())
+    os.rename(home, made.path("tree"))
+    os.mkdir(home)
+    calls, usual = [], shutil.rmtree
+
+    def interrupted(path, *more, **named):
+        calls.append(path)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        usual(path, *more, **named)
+
+    monkeypatch.setattr(shutil, "rmtree", interrupted)
+    monkeypatch.setattr(locate, "read_mounts", list)
+    with pytest.raises(KeyboardInterrupt):
+        leave.callback(home)
+    assert "the same command goes on" in capsys.readouterr().err
+    assert os.listdir(home) == ["letter"] and volume.exists(state)
+    leave.callback(home)
+    assert os.listdir(home) == ["letter"] and not os.path.exists(state)

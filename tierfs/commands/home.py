@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 
 import click
 
@@ -34,6 +33,15 @@ def leave(directory: str) -> None:
     """Fetch everything, unmount, and make DIRECTORY a plain directory again."""
     real = os.path.realpath(directory)
     clear_dead_mount(real)
+    try:
+        _leave(directory, real)
+    except KeyboardInterrupt:
+        if locate.mount_at(real, locate.read_mounts()) is None:
+            terminal.say(f"{directory}: is unmounted already: the same command goes on where it was")
+        raise
+
+
+def _leave(directory: str, real: str) -> None:
     if locate.mount_at(real, locate.read_mounts()) is None:
         state = volume.find_state(real, None)
         if not volume.exists(state):
@@ -124,7 +132,7 @@ def _give_back(directory: str, state: str) -> None:
                 )
             adoption.strip(tree)
             adoption.give_back(directory, state)
-        shutil.rmtree(state)
+        volume.remove(state)
     finally:
         os.close(lock)
     if home.identity.store != config.EMBEDDED_STORE:
