@@ -11,6 +11,7 @@ import os
 import socket
 import stat
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import chain
 from typing import Protocol
 
@@ -78,8 +79,13 @@ class VersionRequests:
         """What the peer may see of a path, whether there is something now, and whether that is a directory."""
         if self._reach.exists(peer, path):
             with self._reach.find(peer, path, os.O_RDONLY) as there:
-                mode = there.status.st_mode
-                found = self._backend.versions(path, there.opath if stat.S_ISREG(mode) else None)
+                now, mode = there.status, there.status.st_mode
+                listed = self._backend.versions(path, there.opath if stat.S_ISREG(mode) else None)
+            # Of the present content the file itself says whose it is.
+            found = [
+                replace(kept, mode=mode, uid=now.st_uid, gid=now.st_gid) if kept.version is None else kept
+                for kept in listed
+            ]
             exists, whole, directory = True, True, stat.S_ISDIR(mode)
         else:
             found = self._backend.versions(path, None)

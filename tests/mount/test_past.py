@@ -46,6 +46,9 @@ def test_overwritten_deleted_and_brought_back(shared: Volume, work: Path) -> Non
     assert refused.returncode == 1 and "give another place" in refused.stderr
     shared.cli("restore-version", f"{path}@{versions[0]['generation']}", work / "one")
     assert (work / "one").read_text() == "first draft\n" * 500
+    shared.cli("restore-version", f"{path}@{versions[2]['generation']}", work / "present")
+    assert stat.S_IMODE((work / "present").stat().st_mode) == 0o640, "as the file is now"
+    (work / "present").unlink()
     path.unlink()
     assert [version["state"] for version in kept(shared, path)] == ["superseded", "superseded", "deleted"]
     shared.cli("restore-version", f"{path}@{versions[1]['generation']}")
