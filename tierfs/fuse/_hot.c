@@ -473,8 +473,8 @@ static int hot_init(Hot *hot, PyObject *arguments, PyObject *named)
         PyErr_SetString(PyExc_TypeError, "records: of another type");
         return -1;
     }
-    if (!has_slots_only(hot->inode) || !has_slots_only(hot->handle)) {
-        PyErr_SetString(PyExc_TypeError, "an Inode or a Handle has more than slots");
+    if (!has_slots_only(hot->inode) || !has_slots_only(hot->handle) || !has_slots_only(hot->gone_stat)) {
+        PyErr_SetString(PyExc_TypeError, "an Inode, a Handle or a GoneStat has more than slots");
         return -1;
     }
     return 0;

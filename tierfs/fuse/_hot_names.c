@@ -182,10 +182,11 @@ static int buried(Hot *hot, const struct going *going)
     struct kept_node now = former_of(hot, node);
     size_t length = packed_stat(&going->st, attributes);
     PyObject *packed = PyBytes_FromStringAndSize(attributes, length);
-    PyObject *anchor = packed ? PyObject_CallOneArg(hot->gone_stat, packed) : NULL;
+    PyObject *anchor = packed ? copy_of(hot->gone_stat) : NULL;
     PyObject *id = get_of(node, s_id);
     now.kind = GONE_NODE;
-    int failed = !anchor || !id || former_kept(hot, node) || put_of(node, s_anchor, anchor) || drop_directory(hot, id)
+    int failed = !anchor || !id || put_of(anchor, s__packed, packed) || former_kept(hot, node)
+                 || put_of(node, s_anchor, anchor) || drop_directory(hot, id)
                  || PyDict_DelItem(hot->by_ino, going->known.ino) || note_node(hot, now, attributes, length);
     Py_XDECREF(packed);
     Py_XDECREF(anchor);

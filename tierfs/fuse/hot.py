@@ -176,7 +176,7 @@ def receiver(fd: int, buffer: bytearray, vfs: Vfs, refused: Told, failed: Told) 
             "recent": gate.recent,
             "seals": gate.seals,
             "late": gate.appearance.late,
-            "gone_stat": GoneStat,
+            "gone_stat": GoneStat(b""),
             "nodes": nodes,
             "privileged": vfs.tree.privileged,
             "refused": refused,
