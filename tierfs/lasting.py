@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import os
 import stat
+import time
 from fcntl import F_RDLCK
 
 from tierfs.handles import Inode, Shown
 from tierfs.tree import Tree
 
 LONG = 3600  # seconds
+# Of files: whoever writes behind the mount is seen when they close the file.
+FILES = 300
 FRESH = 60  # seconds from a change until it is on the disk: how many blocks it takes may change by that
 _SET_ID = stat.S_ISUID | stat.S_ISGID
 _PROBE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOATIME | os.O_CLOEXEC
@@ -35,11 +38,20 @@ class Lasting:
         if self.watched:
             self.unproven.add(ino)
 
-    def prove(self, dirfd: int, name: bytes, ino: int) -> bool:
-        """Whether the file of this name was unproven, and is proven now: a look at it before does not count."""
-        inode = self._inodes.get(ino)
-        if ino not in self.unproven or (inode is not None and (inode.writers or inode.guard is not None)):
+    def prove(self, dirfd: int, name: bytes, st: os.stat_result) -> bool:
+        """Whether the file of this name had to be proven, and is now: `st`, of before, does not count any more.
+
+        So has what was changed a moment ago: behind the mount somebody may still be writing.
+        """
+        ino = st.st_ino
+        if not self.watched or not stat.S_ISREG(st.st_mode):
             return False
+        if ino not in self.unproven and _fresh(st, time.time()) <= 0:
+            return False
+        inode = self._inodes.get(ino)
+        if inode is not None and (inode.writers or inode.guard is not None):
+            return False
+        self.unproven.add(ino)
         try:
             fd = os.open(name, _PROBE, dir_fd=dirfd)
         except OSError:
@@ -71,5 +83,10 @@ class Lasting:
         inode = self._inodes.get(st.st_ino)
         if inode is not None and (inode.writers or inode.shown is not None):
             return short
-        fresh = int(st.st_ctime) + FRESH - int(now)
-        return LONG if fresh <= 0 else max(min(fresh, FRESH), short)
+        fresh = _fresh(st, now)
+        return FILES if fresh <= 0 else max(min(fresh, FRESH), short)
+
+
+def _fresh(st: os.stat_result, now: float) -> int:
+    """For how many seconds it has still changed lately."""
+    return int(st.st_ctime) + FRESH - int(now)

@@ -165,7 +165,7 @@ class Vfs:
         directory = self.nodes.get(parent)
         dirfd = self.nodes.dirfd(directory)
         st = os.stat(name, dir_fd=dirfd, follow_symlinks=False)
-        if self.gate.lasting.prove(dirfd, name, st.st_ino):
+        if self.gate.lasting.prove(dirfd, name, st):
             st = os.stat(name, dir_fd=dirfd, follow_symlinks=False)
         attr = self._attr(st)
         return self.nodes.found(st, directory, name).id, attr
@@ -180,9 +180,11 @@ class Vfs:
         if handle is not None:
             return self._attr(os.fstat(handle.inode.opath))
         node = self.nodes.get(nodeid)
-        if node.anchor is None and node.parent is not None:
-            self.gate.lasting.prove(self.nodes.dirfd(node.parent), self.nodes.name(node), node.ino)
         st = self.nodes.stat(node)
+        if not isinstance(st, GoneStat) and node.anchor is None and node.parent is not None:
+            dirfd, name = self.nodes.dirfd(node.parent), self.nodes.name(node)
+            if self.gate.lasting.prove(dirfd, name, st):
+                st = self.nodes.stat(node)
         return st if isinstance(st, GoneStat) else self._attr(st)
 
     def birth_time(self, nodeid: int) -> int | None:

@@ -129,6 +129,15 @@ def test_a_file_that_is_written_does_not_last_until_nobody_can_be_writing(side):
     assert not side.gate.lasting.unproven
 
 
+def test_a_file_that_somebody_writes_behind_the_mount_does_not_last(side):
+    path = made(side.path / "file")
+    with path.open("ab"):
+        node, *found = side.lookup(ROOT, b"file")
+        assert found[2] == p.ATTR_SECONDS == side.getattr(node)[0]
+    assert side.getattr(node)[0] > p.ATTR_SECONDS
+    assert not side.gate.lasting.unproven
+
+
 def test_nothing_lasts_where_edits_are_not_seen(tmp_path, monkeypatch):
     (tmp_path / "tree" / "dir").mkdir(parents=True)
     one = Side(tmp_path / "side", "pure", monkeypatch, None)

@@ -107,7 +107,7 @@ typedef struct {
     int fd, root_fd, others, sleeper, watched, descriptors; /* the last: /proc/self/fd */
     unsigned long long device;
     Py_buffer buffer, memory;
-    unsigned long entry_seconds, attr_seconds, long_seconds; /* the last one 0: never */
+    unsigned long entry_seconds, attr_seconds, long_seconds, file_seconds; /* long_seconds 0: never */
     long fresh;
     double idle_seconds;
     unsigned long long low; /* bytes: with less room nothing is begun here */

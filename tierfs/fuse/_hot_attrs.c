@@ -96,12 +96,12 @@ enum outcome get_attributes_of_file(Hot *hot, uint64_t nodeid, uint64_t fh, stru
 {
     struct stat st;
     PyObject *inode = inode_of_file(hot, fh);
-    if (!inode)
-        return PyErr_Occurred() ? PYTHONS : get_attributes(hot, nodeid, out);
-    int opath = (int)number_of(inode, s_opath);
-    if (PyErr_Occurred() || fstat(opath, &st))
+    int opath = inode ? (int)number_of(inode, s_opath) : -1;
+    if (PyErr_Occurred() || (inode && fstat(opath, &st)))
         return PYTHONS;
-    return fill_attributes(hot, &st, out);
+    enum outcome outcome = inode ? fill_attributes(hot, &st, out) : get_attributes(hot, nodeid, out);
+    out->attr_valid = for_now(hot, out->attr_valid); /* nobody has proven that it is at rest */
+    return outcome;
 }
 
 /* --- SETATTR --------------------------------------------------------------------------------------------- */

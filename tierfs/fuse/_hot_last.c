@@ -28,17 +28,26 @@ static int is_unwritten(int dirfd, const char *name, ino_t ino)
     return is;
 }
 
+/* For how many seconds it has still changed lately. */
+static long fresh_of(Hot *hot, const struct stat *st)
+{
+    return st->st_ctim.tv_sec + hot->fresh - time(NULL);
+}
+
 int prove(Hot *hot, int dirfd, const char *name, const struct stat *st)
 {
     if (!hot->long_seconds || !S_ISREG(st->st_mode))
         return 0;
     PyObject *ino = PyLong_FromUnsignedLongLong(st->st_ino);
-    int proven = ino && is_unproven(hot, ino);
+    int proven = ino && (is_unproven(hot, ino) || fresh_of(hot, st) > 0);
     PyObject *inode = proven ? PyDict_GetItemWithError(hot->inodes, ino) : NULL;
     if (inode)
         proven = !number_of(inode, s_writers) && attribute_is(inode, s_guard, Py_None);
-    proven = proven && !PyErr_Occurred() && is_unwritten(dirfd, name, st->st_ino)
-             && PySet_Discard(hot->unproven, ino) == 1;
+    if (proven && !PyErr_Occurred()) {
+        proven = is_unwritten(dirfd, name, st->st_ino);
+        if (proven ? PySet_Discard(hot->unproven, ino) < 0 : PySet_Add(hot->unproven, ino))
+            proven = 0;
+    }
     Py_XDECREF(ino);
     return proven;
 }
@@ -57,9 +66,9 @@ unsigned long attributes_last(Hot *hot, const struct stat *st, PyObject *ino, Py
     if (st->st_mode & SET_ID || is_unproven(hot, ino)
         || (inode && (number_of(inode, s_writers) || !attribute_is(inode, s_shown, Py_None))))
         return hot->attr_seconds;
-    long fresh = st->st_ctim.tv_sec + hot->fresh - time(NULL);
+    long fresh = fresh_of(hot, st);
     if (fresh <= 0)
-        return hot->long_seconds;
+        return hot->file_seconds;
     fresh = fresh < hot->fresh ? fresh : hot->fresh;
     return fresh > (long)hot->attr_seconds ? (unsigned long)fresh : hot->attr_seconds;
 }

@@ -25,7 +25,7 @@ from tierfs.fuse.backing import KernelBacking
 from tierfs.fuse.operations import listed_entry
 from tierfs.handles import Handle, Inode
 from tierfs.index import Index
-from tierfs.lasting import FRESH, LONG
+from tierfs.lasting import FILES, FRESH, LONG
 from tierfs.marks import SEGMENT
 from tierfs.nodes import GoneStat, Node
 from tierfs.vfs import Vfs
@@ -150,6 +150,7 @@ def receiver(fd: int, buffer: bytearray, vfs: Vfs, refused: Told, failed: Told) 
         entry_seconds=p.ENTRY_SECONDS,
         attr_seconds=p.ATTR_SECONDS,
         long_seconds=LONG if gate.lasting.watched else 0,
+        file_seconds=FILES,
         fresh=FRESH,
         idle_seconds=idle.SECONDS,
         objects={

@@ -144,13 +144,16 @@ class Operations:
 
     def getattr(self, message: bytes, nodeid: int) -> bytes:
         flags, _, fh = p.GETATTR_IN.unpack_from(message, IN)
-        st = self._vfs.getattr(nodeid, fh if flags & p.GETATTR_FH else None)
+        if flags & p.GETATTR_FH:  # of an open file: nobody has proven that it is at rest
+            st = self._vfs.getattr(nodeid, fh)
+            return p.attributes(st, self._short(st))
+        st = self._vfs.getattr(nodeid)
         return p.attributes(st, _seconds(self._vfs, st))
 
     def statx(self, message: bytes, nodeid: int) -> bytes:
         flags, _, fh, _, _ = p.STATX_IN.unpack_from(message, IN)
         st = self._vfs.getattr(nodeid, fh if flags & p.GETATTR_FH else None)
-        seconds = _seconds(self._vfs, st)
+        seconds = self._short(st) if flags & p.GETATTR_FH else _seconds(self._vfs, st)
         try:
             birth = self._vfs.birth_time(nodeid)
         except OSError as error:
