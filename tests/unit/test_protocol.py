@@ -138,6 +138,7 @@ class FakeVfs:
     def __init__(self) -> None:
         self.gate = SimpleNamespace(writers_open=lambda ino: False, backing=None, lasting=None)
         self.ledger = Ledger()
+        self.tree = SimpleNamespace(device=0)
         self.asked: list[bytes] = []
         self.answer: object = None
 
