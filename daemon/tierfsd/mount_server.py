@@ -37,7 +37,6 @@ log = logging.getLogger("server")
 
 BATCH = 64  # requests between two looks at the mover and the supervisor
 TICK_SECONDS = 0.25  # from the first request after an idle time to the gate's turn
-WATCH_SECONDS = 0.02  # between two looks at edits behind the mount
 _STATFS_SECONDS = 2.0  # how long the sum of evictable bytes is believed
 
 
@@ -162,16 +161,16 @@ class Server:
         """There are some, perhaps our own: many are taken at once."""
         watch = self._edits
         assert watch is not None
-        more = watch.hear()
+        pause = watch.hear()
         watch.tell()
-        self._next_look = time.monotonic() + (0.0 if more else WATCH_SECONDS)
+        self._next_look = time.monotonic() + pause
         self._others.modify(watch.fileno(), 0)
 
     def _look_for_edits(self, now: float) -> None:
         watch = self._edits
         assert watch is not None
         watch.tell()
-        self._next_look = now if watch.hurried else now + WATCH_SECONDS if watch.busy else _NEVER
+        self._next_look = now if watch.hurried else now + watching.SOON if watch.busy else _NEVER
         self._others.modify(watch.fileno(), select.EPOLLIN)
 
     def _events(self, timeout: float) -> None:

@@ -5,6 +5,7 @@ import ctypes
 import errno
 import mmap
 import os
+import random
 import select
 import shutil
 import socket
@@ -311,3 +312,50 @@ def test_the_process_that_tells_ends_with_us():
     teller.close()
     assert select.select([reading], [], [], 10)[0] and os.read(reading, 1) == b""  # nobody has it any more
     os.close(reading)
+
+
+def an_event(rng, pid, inos):
+    """As the kernel writes it: of a name in a directory, and of the file itself."""
+    records = b""
+    for kind in rng.sample((1, 2), rng.randrange(3)):
+        handle = watching._INO_GEN.pack(rng.choice(inos), 7)
+        name = bytes(rng.choices(range(1, 256), k=rng.randrange(1, 256))) + b"\0" if kind == 2 else b""
+        length = watching._INFO.size + len(handle) + len(name)
+        padding = -length % 8
+        type_ = rng.choice((1, 1, 1, 0x81))
+        head = watching._INFO.pack(kind, 0, length + padding, len(handle), type_)
+        records += head + handle + name + bytes(padding)
+    mask = rng.choice((0x100, 0x200, 0x40000200, 0x8, 0x4, 0x4000))
+    length = watching._EVENT.size + len(records)
+    return watching._EVENT.pack(length, 3, 0, watching._EVENT.size, mask, -1, pid) + records
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_both_forms_pick_the_same_of_all_events(built, seed):
+    rng, known = random.Random(seed), {ino: f"node {ino}" for ino in range(1, 40, 2)}
+    events = b"".join(an_event(rng, rng.choice((1, 2)), range(1, 40)) for _ in range(300))
+    buffer = bytearray(events + b"\xff" * 64)
+    expected = list(watching.foreign(buffer, len(events), 2, known))
+    assert built.foreign(buffer, len(events), 2, known) == expected
+    assert {node is None for _, _, node, _ in expected} == {True, False}
+    for cut in range(0, len(events), 37):  # the kernel cuts none; what is cut is not read beyond
+        found = built.foreign(buffer[:cut], cut, 2, known)
+        assert found == expected[: len(found)]
+
+
+def test_what_is_of_no_interest_is_looked_at_seldom(side, tmp_path):
+    fd, other = os.pipe2(os.O_NONBLOCK)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    watch = watching.Watch(fd, ours, side.vfs)
+    strange = watching._EVENT.pack(watching._EVENT.size, 3, 0, watching._EVENT.size, 0x100, -1, 1)
+    os.write(other, strange)
+    assert watch.hear() == watching.LATER
+    handle = watching._INO_GEN.pack(side.tree.root_ino, 0)
+    tail = handle + b"new\0\0\0\0\0"
+    record = watching._INFO.pack(2, 0, watching._INFO.size + len(tail), len(handle), 1) + tail
+    size = watching._EVENT.size + len(record)
+    os.write(other, watching._EVENT.pack(size, 3, 0, watching._EVENT.size, 0x100, -1, 1) + record)
+    assert watch.hear() == watching.SOON
+    watch.close()
+    os.close(other)
+    theirs.close()

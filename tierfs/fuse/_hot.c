@@ -536,7 +536,11 @@ static PyTypeObject HotType = {
     .tp_members = hot_members,
     .tp_doc = "See tierfs.fuse.hot, which makes it.",
 };
-static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "tierfs.fuse._hot", NULL, -1, NULL};
+static PyMethodDef functions[] = {
+    {"foreign", hot_foreign, METH_VARARGS, "See tierfs.fuse.watching.foreign."},
+    {NULL},
+};
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "tierfs.fuse._hot", NULL, -1, functions};
 
 PyMODINIT_FUNC PyInit__hot(void)
 {

@@ -226,6 +226,9 @@ enum outcome make_directory(Hot *hot, const struct in_header *in, uint32_t mode,
 enum outcome create_file(Hot *hot, const struct in_header *in, uint32_t flags, uint32_t mode, uint32_t umask_,
                          const char *name, struct create_out *out);
 
+/* --- edits behind the mount (_hot_watch.c) --- */
+PyObject *hot_foreign(PyObject *module, PyObject *arguments);
+
 /* --- for how long (_hot_last.c) --- */
 int prove(Hot *hot, int dirfd, const char *name, const struct stat *st);
 unsigned long name_lasts(Hot *hot, mode_t mode, nlink_t links);

@@ -13,11 +13,11 @@ import os
 import socket
 import stat
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from tierfs import syscalls
+from tierfs.fuse import compiled, telling
 from tierfs.fuse import protocol as p
-from tierfs.fuse import telling
 from tierfs.fuse.mounting import filesystem_of
 from tierfs.nodes import Node, NodeTable
 from tierfs.vfs import Vfs
@@ -41,19 +41,55 @@ _NAMES = _MOVED_FROM | _MOVED_TO | _CREATE | _DELETE
 # Not each write: that would make one through the mount half as slow again.
 _WANTED = _NAMES | _ATTRIB | _CLOSE_WRITE | _ONDIR
 
+SOON = 0.02  # seconds from one look to the next, where somebody edits
+LATER = 0.5  # and where all there was is of no interest: the rest of the filesystem may be busy day and night
 _BUFFER = 1 << 16
 _READS = 32  # at one go; about a thousand events each
 _SWEEP = 500  # nodes at one go
 
 
+# What has happened (fanotify's mask), to which kind of record, to which node, and to which name in it. No node:
+# some events have been lost.
+Event = tuple[int, int, Node | None, bytes]
+
+
+def foreign(buffer: bytearray, size: int, us: int, by_ino: Mapping[int, Node]) -> Iterator[Event]:
+    """Of these events those that are not of process `us` and concern a node, or tell that some were lost."""
+    at = 0
+    while at < size:
+        length, _, _, head, mask, _, pid = _EVENT.unpack_from(buffer, at)
+        if mask & _OVERFLOW:
+            yield mask, 0, None, b""
+        elif pid != us:
+            yield from _records(buffer, at + head, at + length, mask, by_ino)
+        at += length
+
+
+def _records(buffer: bytearray, at: int, end: int, mask: int, by_ino: Mapping[int, Node]) -> Iterator[Event]:
+    while at < end:
+        kind, _, length, size, handle = _INFO.unpack_from(buffer, at)
+        if handle == _INO_GEN_TYPE and size >= _INO_GEN.size:
+            ino, _ = _INO_GEN.unpack_from(buffer, at + _INFO.size)
+            node = by_ino.get(ino)
+            if node is not None:
+                name = buffer[at + _INFO.size + size : at + length] if kind == _DFID_NAME else b""
+                yield mask, kind, node, bytes(name).split(b"\0", 1)[0]
+        at += length
+
+
 class Watch:
     """See the module's docstring. Not thread-safe."""
 
-    def __init__(self, fd: int, teller: socket.socket, vfs: Vfs) -> None:
-        """`fd`, of fanotify, and `teller`, of one that has /dev/fuse, become the Watch's."""
+    def __init__(
+        self, fd: int, teller: socket.socket, vfs: Vfs, sift: Callable[..., Iterable[Event]] = foreign
+    ) -> None:
+        """`fd`, of fanotify, and `teller`, of one that has /dev/fuse, become the Watch's. `sift` does what
+        `foreign` does."""
         self._fd = fd
         self._teller = teller
         self._nodes: NodeTable = vfs.nodes
+        self._by_ino = vfs.nodes.tables().by_ino
+        self._sift = sift
         self._unproven = vfs.gate.lasting.unproven
         self._buffer = bytearray(_BUFFER)
         self._us = os.getpid()
@@ -74,39 +110,27 @@ class Watch:
         """Call it at once."""
         return self._swept is not None and not self._pending
 
-    def hear(self) -> bool:
-        """Take events; whether there may be more. Call it between two requests. Raises OSError."""
+    def hear(self) -> float:
+        """Take events, between two requests; for how many seconds no more need be taken. Raises OSError."""
+        told = False
         for _ in range(_READS):
             try:
                 size = os.readv(self._fd, [self._buffer])
             except BlockingIOError:
-                return False
-            self._take(size)
-        return True
+                return SOON if told else LATER
+            told |= self._take(size)
+        return 0.0
 
-    def _take(self, size: int) -> None:
-        buffer, unpack, us, at = self._buffer, _EVENT.unpack_from, self._us, 0
-        while at < size:
-            length, _, _, head, mask, _, pid = unpack(buffer, at)
-            if pid != us:
-                self._event(mask, at + head, at + length)
-            at += length
-
-    def _event(self, mask: int, at: int, end: int) -> None:
-        if mask & _OVERFLOW:
-            log.warning("more edits behind the mount than could be told one by one")
-            self.doubt()
-        while at < end:
-            kind, _, length, size, handle = _INFO.unpack_from(self._buffer, at)
-            if handle == _INO_GEN_TYPE and size >= _INO_GEN.size:
-                ino, _ = _INO_GEN.unpack_from(self._buffer, at + _INFO.size)
-                node = self._nodes.known(ino)
-                if node is not None:
-                    name = b""
-                    if kind == _DFID_NAME:
-                        name = bytes(self._buffer[at + _INFO.size + size : at + length]).split(b"\0", 1)[0]
-                    self._seen(mask, kind, node, name)
-            at += length
+    def _take(self, size: int) -> bool:
+        """Whether there was something to be told in these bytes."""
+        before = len(self._pending)
+        for mask, kind, node, name in self._sift(self._buffer, size, self._us, self._by_ino):
+            if node is not None:
+                self._seen(mask, kind, node, name)
+            else:
+                log.warning("more edits behind the mount than could be told one by one")
+                self.doubt()
+        return len(self._pending) > before
 
     def _seen(self, mask: int, kind: int, node: Node, name: bytes) -> None:
         """An event says this of a node: of it, or of a name in it."""
@@ -187,7 +211,8 @@ def begin(teller: socket.socket, device: int, vfs: Vfs, *, takeover: bool) -> Wa
         else:
             vfs.gate.lasting.watched = True
             socket.send_fds(teller, [b"\0"], [device])
-            return Watch(fd, teller, vfs)
+            module, _ = compiled.find()
+            return Watch(fd, teller, vfs, module.foreign if module is not None else foreign)
     teller.close()
     log.info("edits behind the mount show after a second, when asked for: %s", why_not)
     return None

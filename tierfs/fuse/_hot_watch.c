@@ -1,0 +1,74 @@
+/* Which of fanotify's events are of somebody else's doing, and of an inode that the kernel knows through the mount:
+ * watching.foreign. On a busy filesystem there are very many, and next to none of them are.
+ */
+#include "_hot.h"
+
+#include <string.h>
+#include <sys/fanotify.h>
+
+enum { KIND_NAME = FAN_EVENT_INFO_TYPE_DFID_NAME, FILEID_INO32_GEN = 1 };
+/* struct fanotify_event_info_fid and the struct file_handle in it, up to the handle's bytes. */
+struct info { uint8_t kind, padding; uint16_t length; uint64_t filesystem; uint32_t size; int32_t type; } __attribute__((packed));
+
+/* Append what an event's record says, if its inode is known. 0, or -1 with an exception. */
+static int appended(PyObject *found, PyObject *by_ino, uint64_t mask, const char *at, const struct info *info)
+{
+    uint32_t number;
+    memcpy(&number, at + sizeof *info, sizeof number);
+    PyObject *ino = PyLong_FromUnsignedLong(number);
+    PyObject *node = ino ? PyDict_GetItemWithError(by_ino, ino) : NULL;
+    Py_XDECREF(ino);
+    if (!node)
+        return PyErr_Occurred() ? -1 : 0;
+    const char *name = at + sizeof *info + info->size;
+    Py_ssize_t room = info->kind == KIND_NAME ? info->length - sizeof *info - info->size : 0;
+    PyObject *entry = Py_BuildValue("KiOy#", (unsigned long long)mask, info->kind, node, name,
+                                    (Py_ssize_t)strnlen(name, room));
+    int failed = entry ? PyList_Append(found, entry) : -1;
+    Py_XDECREF(entry);
+    return failed;
+}
+
+/* The records of one event. 0, or -1 with an exception. */
+static int event_taken(PyObject *found, PyObject *by_ino, uint64_t mask, const char *at, const char *end)
+{
+    struct info info;
+    for (; (size_t)(end - at) >= sizeof info; at += info.length) {
+        memcpy(&info, at, sizeof info);
+        if (info.length < sizeof info || info.length > end - at)
+            break;
+        if (info.type == FILEID_INO32_GEN && info.size >= 8 && info.size <= info.length - sizeof info
+            && appended(found, by_ino, mask, at, &info))
+            return -1;
+    }
+    return 0;
+}
+
+PyObject *hot_foreign(PyObject *Py_UNUSED(module), PyObject *arguments)
+{
+    Py_buffer buffer;
+    Py_ssize_t size;
+    int us, failed = 0;
+    PyObject *by_ino;
+    if (!PyArg_ParseTuple(arguments, "y*niO!", &buffer, &size, &us, &PyDict_Type, &by_ino))
+        return NULL;
+    PyObject *found = PyList_New(0);
+    struct fanotify_event_metadata event;
+    const char *at = buffer.buf, *end = at + (size < buffer.len ? size : buffer.len);
+    for (; found && !failed && (size_t)(end - at) >= sizeof event; at += event.event_len) {
+        memcpy(&event, at, sizeof event);
+        if (event.event_len < sizeof event || event.event_len > end - at || event.metadata_len > event.event_len)
+            break;
+        if (event.mask & FAN_Q_OVERFLOW) {
+            PyObject *entry = Py_BuildValue("KiOy", (unsigned long long)event.mask, 0, Py_None, "");
+            failed = entry ? PyList_Append(found, entry) : -1;
+            Py_XDECREF(entry);
+        } else if (event.pid != us) {
+            failed = event_taken(found, by_ino, event.mask, at + event.metadata_len, at + event.event_len);
+        }
+    }
+    PyBuffer_Release(&buffer);
+    if (failed)
+        Py_CLEAR(found);
+    return found;
+}
