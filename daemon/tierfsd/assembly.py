@@ -90,9 +90,7 @@ class Mover:
 
     def run(self) -> None:
         """Work until told to stop."""
-        self._priority.start(
-            lambda: self._tier.filler.waiting > 0 or self._control.asked, lambda: self._control.ordered
-        )
+        self._priority.start(self._is_waited_for, lambda: self._control.ordered)
         self._link.start(self)
         self._greet()
         self._scheduler.start()
@@ -115,6 +113,9 @@ class Mover:
         self._tier.close()
         self._index.close()
         self._heat.close()
+
+    def _is_waited_for(self) -> bool:
+        return self._tier.filler.waiting > 0 or self._control.asked or self._scheduler.is_waited_for
 
     def _greet(self) -> None:
         try:

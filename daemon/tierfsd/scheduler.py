@@ -12,6 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 from tierfs import recovery, wire
 from tierfs.collecting import Collector
@@ -65,6 +66,8 @@ class Scheduler:
         self._urgent = threading.Event()
         self._stopping = threading.Event()
         self._evicting = threading.Lock()
+        self._count = threading.Lock()
+        self._freeing = 0  # calls that free space for somebody who waits
         self._making = threading.Lock()  # room for fetches, one attempt at a time
         self._in_vain = 0.0  # when the last one ended that made none
         self._touches: dict[int, tuple[int, int]] = {}
@@ -300,9 +303,14 @@ class Scheduler:
                 excess = max(excess, wanted + wanted // 10 - space.available)
         return excess
 
+    @property
+    def is_waited_for(self) -> bool:
+        """Somebody cannot go on before space is free."""
+        return self._urgent.is_set() or self._freeing > 0
+
     def _evict(self, wanted: int, *, urgent: bool) -> int:
         """Demote the coldest files until so many bytes are free; how many became so."""
-        with self._evicting:
+        with self._waited_for(urgent), self._evicting:
             self._flush_heat()
             freed = tried = failed = 0
             for batch in self._batches(wanted, urgent):
@@ -318,6 +326,16 @@ class Scheduler:
             if freed:
                 log.info("freed %d bytes of %d wanted", freed, wanted)
             return freed
+
+    @contextmanager
+    def _waited_for(self, urgent: bool) -> Iterator[None]:
+        with self._count:
+            self._freeing += urgent
+        try:
+            yield
+        finally:
+            with self._count:
+                self._freeing -= urgent
 
     def _batches(self, wanted: int, urgent: bool) -> Iterator[list[Item]]:
         """Victims, in batches that free what is wanted or are full."""

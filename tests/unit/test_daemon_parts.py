@@ -271,6 +271,25 @@ def test_rounds_are_made_when_there_is_something_to_do(tmp_path, monkeypatch):
         made.stop()
 
 
+def test_who_waits_for_space_is_waited_for_to_the_end(tmp_path, monkeypatch):
+    made = Volume(tmp_path)
+    heat = HeatIndex(str(tmp_path / "heat"), 1 << 30)
+    scheduler = Scheduler(made.tier, heat, made.tree.device, str(tmp_path / "ballast"))
+    seen = []
+    monkeypatch.setattr(scheduler, "_victims", lambda urgent: seen.append(scheduler.is_waited_for) or iter(()))
+    try:
+        assert not scheduler.is_waited_for
+        scheduler.poke(wire.Poke(0, urgent=True))
+        assert scheduler.is_waited_for
+        scheduler._look_at_space()
+        scheduler._evict(1, urgent=False)
+        assert seen == [True, False]
+        assert not scheduler.is_waited_for
+    finally:
+        heat.close()
+        made.stop()
+
+
 def rounds_have_ended(rounds):
     try:
         rounds.get(timeout=0.5)
