@@ -10,7 +10,10 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple, TypeVar
+
+from tierfs.tree import drop_set_id
 
 _T = TypeVar("_T")
 _SET_ID = stat.S_ISUID | stat.S_ISGID
@@ -38,6 +41,14 @@ def in_group(caller: Caller, gid: int) -> bool:
     except OSError:
         return False
     return gid in map(int, groups.split()[1:])
+
+
+def changed_by(caller: Caller | None, opath: int) -> None:
+    """Take the set-id bits from a file that goes when this caller changes its content."""
+    if caller is None:
+        drop_set_id(opath)
+    else:
+        drop_set_id(opath, partial(in_group, caller))
 
 
 class Maker:

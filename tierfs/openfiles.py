@@ -17,9 +17,8 @@ from tierfs.errors import TierError
 from tierfs.gate import Gate
 from tierfs.handles import Handle
 from tierfs.ledger import KeptFile
-from tierfs.making import Caller
+from tierfs.making import Caller, changed_by
 from tierfs.nodes import Node, NodeTable
-from tierfs.tree import drop_set_id
 from tierfs.waits import Slow
 
 log = logging.getLogger("gate")
@@ -115,12 +114,19 @@ class OpenFiles:
         """Up to `size` bytes. Raises Blocked, OSError."""
         return self._gate.read(self.get(fh), offset, size)
 
-    def write(self, fh: int, offset: int, data: bytes | memoryview, kill_suidgid: bool = False) -> int:
+    def write(
+        self,
+        fh: int,
+        offset: int,
+        data: bytes | memoryview,
+        kill_suidgid: bool = False,
+        caller: Caller | None = None,
+    ) -> int:
         """How many bytes were written. `kill_suidgid`: set-id bits go. Raises Blocked, OSError."""
         handle = self.get(fh)
         if kill_suidgid:
             self._gate.ready(handle, True)
-            drop_set_id(handle.inode.opath)
+            changed_by(caller, handle.inode.opath)
         return self._gate.write(handle, offset, data)
 
     def flush(self, fh: int) -> None:
@@ -185,7 +191,7 @@ class OpenFiles:
 
     def _changing(self, handle: Handle, caller: Caller | None) -> None:
         if caller is not None and caller.uid != 0:
-            drop_set_id(handle.inode.opath)
+            changed_by(caller, handle.inode.opath)
 
     def _own(self, handle: Handle, *, writable: bool) -> int:
         """A descriptor that outlives this call; the caller closes it."""

@@ -12,7 +12,7 @@ import os
 import signal
 import stat
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -36,12 +36,16 @@ def fd_path(fd: int) -> str:
     return f"/proc/self/fd/{fd}"
 
 
-def drop_set_id(opath: int) -> None:
-    """Take set-user-id, and set-group-id where the group may execute, from a file that somebody changes."""
-    mode = os.fstat(opath).st_mode
+def drop_set_id(opath: int, is_member: Callable[[int], bool] = lambda gid: True) -> None:
+    """Take set-user-id and set-group-id from a file that somebody changes.
+
+    The latter stays where the group may not execute, if whoever changes it is a member of the group.
+    """
+    st = os.fstat(opath)
+    mode = st.st_mode
     drop = mode & stat.S_ISUID
-    if mode & stat.S_IXGRP:
-        drop |= mode & stat.S_ISGID
+    if mode & stat.S_ISGID and (mode & stat.S_IXGRP or not is_member(st.st_gid)):
+        drop |= stat.S_ISGID
     if drop:
         os.chmod(fd_path(opath), stat.S_IMODE(mode) & ~drop)
 

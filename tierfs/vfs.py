@@ -19,12 +19,12 @@ from tierfs.dirs import Directories
 from tierfs.gate import Gate
 from tierfs.handles import Handle, Shown
 from tierfs.intents import Doing
-from tierfs.making import Caller, Maker, in_group
+from tierfs.making import Caller, Maker, changed_by, in_group
 from tierfs.marks import Entry
 from tierfs.names import Names
 from tierfs.nodes import ROOT, GoneStat, Node, NodeTable
 from tierfs.openfiles import OpenFiles
-from tierfs.tree import Tree, drop_set_id, fd_path
+from tierfs.tree import Tree, fd_path
 from tierfs.xattrs import Xattrs
 
 __all__ = ["NOW", "ROOT", "Attr", "Caller", "Statfs", "Vfs"]
@@ -227,7 +227,7 @@ class Vfs:
             if mode is not None:
                 os.chmod(path, stat.S_IMODE(mode))
             elif kill_suidgid or (size is not None and caller is not None and caller.uid != 0):
-                drop_set_id(opath)
+                changed_by(caller, opath)
             if atime_ns is not None or mtime_ns is not None:
                 times = (*_timespec(atime_ns), *_timespec(mtime_ns))
                 syscalls.utimensat(syscalls.AT_FDCWD, os.fsencode(path), times, 0)
@@ -417,7 +417,7 @@ class Vfs:
         fh = self.files.add(node, handle)
         try:
             if kill_suidgid and flags & os.O_TRUNC:
-                drop_set_id(handle.inode.opath)
+                changed_by(caller, handle.inode.opath)
         except BaseException:
             self.files.release(fh)
             raise

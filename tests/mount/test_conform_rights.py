@@ -165,6 +165,27 @@ def test_a_mode_without_its_set_id_bits_shows_at_once(file: Path, flag: int) -> 
     assert subprocess.check_output(["stat", "-c", "%a", file]) == b"777\n"
 
 
+@pytest.mark.parametrize("how", ["write", "truncate", "O_TRUNC", "fallocate"])
+def test_a_set_group_id_bit_that_runs_nothing_stays_for_members_only(
+    place: Place, file: Path, how: str
+) -> None:
+    if place.binding == "fusepy":
+        pytest.skip("the kernel leaves it for everybody, and says nothing of who writes")
+    for groups, left in (((STAFF,), 0o2666), ((), 0o666)):
+        os.chown(file, ALICE, STAFF)
+        file.chmod(0o2666)
+        if how == "truncate":
+            act_as(BOB, os.truncate, file, 3, groups=groups)
+        else:
+            fd = act_as(BOB, os.open, file, os.O_WRONLY | (how == "O_TRUNC" and os.O_TRUNC), groups=groups)
+            if how == "write":
+                act_as(BOB, os.pwrite, fd, b"x", 0, groups=groups)
+            elif how == "fallocate":
+                act_as(BOB, os.posix_fallocate, fd, 0, 100, groups=groups)
+            os.close(fd)
+        assert mode(file) == left
+
+
 def test_new_files_in_a_set_group_id_directory(place: Place) -> None:
     os.chown(place.path, 0, STAFF)
     place.path.chmod(0o2777)

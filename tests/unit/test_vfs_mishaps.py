@@ -63,10 +63,10 @@ def test_a_listing_that_fails_midway_counts_no_lookups(world, monkeypatch, broke
 def test_an_open_that_fails_late_keeps_no_handle(world, monkeypatch):
     node = world.make(b"f", b"content")
 
-    def refused(opath):
+    def refused(_caller, _opath):
         raise PermissionError(errno.EPERM, "an immutable file")
 
-    monkeypatch.setattr("tierfs.vfs.drop_set_id", refused)
+    monkeypatch.setattr("tierfs.vfs.changed_by", refused)
     fails(errno.EPERM, world.vfs.open, node, os.O_WRONLY | os.O_TRUNC, USER, True)
     assert len(world.vfs.files) == 0
     assert not world.gate._inodes

@@ -432,8 +432,10 @@ def test_changing_owner_or_content_takes_set_id_bits_away(world):
     world.vfs.write(fh, 0, b"x", kill_suidgid=True)
     assert stat.S_IMODE(world.vfs.getattr(node).st_mode) == 0o755
     world.vfs.setattr(node, mode=0o6744)
-    world.vfs.fallocate(fh, 0, 0, 10, USER)
+    world.vfs.fallocate(fh, 0, 0, 10, USER._replace(gid=6))
     assert stat.S_IMODE(world.vfs.getattr(node).st_mode) == 0o2744  # mandatory locking's old sign stays
+    world.vfs.fallocate(fh, 0, 0, 10, USER)
+    assert stat.S_IMODE(world.vfs.getattr(node).st_mode) == 0o744  # but not when a stranger to the group writes
     world.vfs.release(fh)
 
 

@@ -262,7 +262,8 @@ class Operations:
         fh, offset, size, flags, *_ = p.READ_IN.unpack_from(message, IN)
         at = IN + p.READ_IN.size
         kill = bool(flags & p.WRITE_KILL_SUIDGID)
-        return p.WRITE_OUT.pack(self._vfs.write(fh, offset, message[at : at + size], kill), 0)
+        caller = _caller(bytes(message[:IN])) if kill else None
+        return p.WRITE_OUT.pack(self._vfs.write(fh, offset, message[at : at + size], kill, caller), 0)
 
     def release(self, message: bytes, _nodeid: int) -> bytes:
         fh, *_ = p.RELEASE_IN.unpack_from(message, IN)
