@@ -10,12 +10,15 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import signal
 import subprocess
+import tempfile
+import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+
+from harness import kill, pids_with
 
 from conformance.suites import Result, Unavailable
 
@@ -29,6 +32,8 @@ _LTP_FILES = re.compile(
     r"setxattr|splice|stat|symlink|sync|truncate|umask|unlink|utime|write"
 )
 _TCONF = 32  # what LTP ends with where a test does not apply
+_NO_DEVICE = "/dev/no-device-for-ltp"  # a test that wants one makes a filesystem of its own on it, and names it
+_TOKEN = "TIERFS_LTP_TEST"  # in the environment of all that a test starts
 
 
 def pjdfstest(checkout: Path, place: Path, seconds: float) -> Result:
@@ -75,7 +80,7 @@ def ltp(root: Path, place: Path, _seconds: float) -> Result:
         raise Unavailable(f"{root}: the Linux Test Project is not installed there")
     result = Result()
     for name, command in _tests(root):
-        code = _ended_with(root, place, command)
+        code = _outcome(root, place, command)
         if code == 0:
             result.passed += 1
         elif code == _TCONF:
@@ -95,25 +100,28 @@ def _tests(root: Path) -> Iterator[tuple[str, str]]:
                 yield name, words[0]
 
 
-def _ended_with(root: Path, place: Path, command: str) -> int | None:
+def _outcome(root: Path, place: Path, command: str) -> int | None:
     """Its exit code; None where it does not end in time."""
+    token = uuid.uuid4().hex
     environment = {
-        **os.environ, "TMPDIR": str(place), "LTPROOT": str(root), "LTP_TIMEOUT_MUL": "3",
-        "PATH": f"{root}/testcases/bin:{os.environ['PATH']}",
-        "LTP_DEV": "/dev/null",  # so that none makes a filesystem of its own, which says nothing about this one
+        **os.environ, "TMPDIR": str(place), "LTPROOT": str(root), "LTP_TIMEOUT_MUL": "3", "LTP_DEV": _NO_DEVICE,
+        "PATH": f"{root}/testcases/bin:{os.environ['PATH']}", _TOKEN: token,
     }  # fmt: skip
-    argv, quiet = ["bash", "-c", command], subprocess.DEVNULL
-    process = subprocess.Popen(
-        argv, cwd=place, env=environment, stdin=quiet, stdout=quiet, stderr=quiet, start_new_session=True
-    )
-    try:
-        return process.wait(_LIMIT)
-    except subprocess.TimeoutExpired:
-        return None
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+    with tempfile.TemporaryFile() as said:  # a pipe would have to wait for what the test has left behind
+        argv = ["bash", "-c", command]
+        process = subprocess.Popen(
+            argv, cwd=place, env=environment, stdin=subprocess.DEVNULL, stdout=said, stderr=said
+        )
+        try:
+            code = process.wait(_LIMIT)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            for pid in pids_with(_TOKEN, token):
+                kill(pid)
             process.wait()
+        said.seek(0)
+        return _TCONF if _NO_DEVICE.encode() in said.read() else code
 
 
 SUITES = {
