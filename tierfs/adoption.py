@@ -14,7 +14,7 @@ import os
 import stat
 from typing import Any
 
-from tierfs import locate, volume
+from tierfs import locate, syscalls, volume
 from tierfs.errors import VolumeError
 
 _INTENT = "adopting.json"
@@ -143,6 +143,15 @@ def give_back(directory: str, state: str) -> None:
     os.rename(os.path.join(state, "tree"), directory)
     volume.sync_directory(os.path.dirname(directory))
     volume.sync_directory(state)
+
+
+def make_durable(directory: str) -> None:
+    """Have all of it on the disk: what of it was in the store alone as yet is about to go. Raises OSError."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        syscalls.syncfs(fd)
+    finally:
+        os.close(fd)
 
 
 def _files(tree: str) -> list[tuple[str, list[str]]]:

@@ -9,7 +9,8 @@ from dataclasses import replace
 
 import pytest
 
-from tierfs import adoption, locate, ownership, volume
+from tierfs import adoption, locate, ownership, syscalls, volume
+from tierfs.commands import home as commands_home
 from tierfs.commands.home import leave
 from tierfs.errors import PathError, StoreUnavailableError, VolumeError
 from tierfs.store.memory import MemoryStore
@@ -401,3 +402,17 @@ def test_leaving_that_is_cut_short_is_done_again(home, monkeypatch, capsys):
     assert os.listdir(home) == ["letter"] and volume.exists(state)
     leave.callback(home)
     assert os.listdir(home) == ["letter"] and not os.path.exists(state)
+
+
+def test_a_store_goes_only_when_what_it_held_is_on_the_disk(home, monkeypatch):
+    state = volume.adopted_state(home)
+    volume.make_state(state)
+    complete(volume.create(state), MemoryStore())
+    adoption.begin(home, state)
+    adoption.move(home, state)
+    adoption.finish(home, state)
+    done = []
+    monkeypatch.setattr(syscalls, "syncfs", lambda fd: done.append(os.fstat(fd).st_ino))
+    monkeypatch.setattr(volume, "remove", lambda state: done.append("removed"))
+    commands_home._give_back(home, state)
+    assert done == [os.stat(home).st_ino, "removed"]

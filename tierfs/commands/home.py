@@ -132,6 +132,7 @@ def _give_back(directory: str, state: str) -> None:
                 )
             adoption.strip(tree)
             adoption.give_back(directory, state)
+        adoption.make_durable(directory)
         volume.remove(state)
     finally:
         os.close(lock)
