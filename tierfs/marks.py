@@ -9,7 +9,9 @@ tore is recognised and ends the log.
 from __future__ import annotations
 
 import enum
+import errno
 import itertools
+import logging
 import mmap
 import os
 import struct
@@ -17,8 +19,10 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+log = logging.getLogger("gate")
+
 SEGMENT = 4 * 1024 * 1024
-_SPARE = "spare"  # the next segment's file, with its blocks: a full disk must not fail an unlink half done
+SPARE = "spare"  # the next segment's file, with its blocks: a full disk must not fail an unlink half done
 _HEAD = struct.Struct("<IHBx")  # crc, length of what follows, kind
 _BODY = struct.Struct("<QQQqqBB")  # ino, generation, parent, a, b, handle length, name length
 _ALIGN = 8
@@ -86,7 +90,12 @@ class MarkWriter:
             start = segments[-1] if segments else reader.position
             self._open(start, max(start, reader.position))
         self._erase_rest()
-        self.reserve()
+        try:
+            self.reserve()
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            log.warning("no room for the next part of the mark log: %s", error)  # it is tried again and again
 
     def _erase_rest(self) -> None:
         """Behind a torn entry there may be whole ones: they must not follow those that are written now."""
@@ -100,7 +109,7 @@ class MarkWriter:
         """Keep a spare segment at hand. Raises OSError(ENOSPC); then `append` may, at the end of this one."""
         if self._has_spare:
             return
-        fd = os.open(_SPARE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600, dir_fd=self._dirfd)
+        fd = os.open(SPARE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600, dir_fd=self._dirfd)
         try:
             os.posix_fallocate(fd, 0, SEGMENT)
         finally:
@@ -110,7 +119,7 @@ class MarkWriter:
     def _open(self, start: int, position: int) -> None:
         name = _segment_name(start)
         if self._has_spare and name not in os.listdir(self._dirfd):
-            os.rename(_SPARE, name, src_dir_fd=self._dirfd, dst_dir_fd=self._dirfd)
+            os.rename(SPARE, name, src_dir_fd=self._dirfd, dst_dir_fd=self._dirfd)
             self._has_spare = False
         fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600, dir_fd=self._dirfd)
         try:

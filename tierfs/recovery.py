@@ -192,8 +192,16 @@ def check_record(case: Case) -> Iterator[Found]:
 def _is_moving(case: Case, record: Record) -> bool:
     """Between the attribute and the record, which are two: a punch or a fetch is making them agree just now, or
     has done so since the look at them. What a crash has left in between was finished before the check began."""
-    index = case.kit.index
-    return index.is_pending(record.ino) or index.get(record.ino) != record
+    index, claims = case.kit.index, case.kit.claims
+    if index.is_pending(record.ino) or index.get(record.ino) != record:
+        return True
+    if not claims.take(record.ino, _CLAIM_SECONDS):
+        return True
+    try:  # it may have been moved and moved back
+        now, stub = index.get(record.ino), case.kit.tree.read_stub(case.fd)
+        return now is None or (stub is None) == (now.residency is Residency.RESIDENT)
+    finally:
+        claims.give(record.ino)
 
 
 def check_stub(case: Case) -> Iterator[Found]:

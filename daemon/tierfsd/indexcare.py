@@ -22,6 +22,7 @@ import time
 from tierfs import pages, syscalls, volume
 from tierfs.errors import IndexDamagedError, IndexFullError
 from tierfs.index import Index
+from tierfs.marks import SPARE
 from tierfsd.farewell import unread
 
 log = logging.getLogger("supervisor")
@@ -42,13 +43,13 @@ class IndexCare:
     def begin_session(self) -> int:
         """A new epoch, in an index that is whole. Raises IndexError_, VolumeError, OSError."""
         self.put_aside_if_damaged()
-        try:
-            return self._begin_and_keep()
-        except (OSError, IndexFullError) as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not self._let_go_of_reserve():
-                raise
-            log.warning("%s: the reserve was let go of", error)
-            return self._begin_and_keep()
+        while True:
+            try:
+                return self._begin_and_keep()
+            except (OSError, IndexFullError) as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not self._let_go_of_reserve():
+                    raise
+                log.warning("%s: the reserve was let go of", error)
 
     def suspect(self, status: int) -> bool:
         """How a child ended: whether the index may be to blame. Then it is looked at when it is next opened."""
@@ -100,11 +101,13 @@ class IndexCare:
             index.end_session()
 
     def _let_go_of_reserve(self) -> bool:
-        try:
-            os.unlink(self._home.path("ballast"))
-        except FileNotFoundError:
-            return False
-        return True
+        """The ballast, or where a full disk has taken that before, the next part of the mark log: better no
+        change can be made for now than that nothing can be read."""
+        for reserve in ("ballast", os.path.join("marks", SPARE)):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._home.path(reserve))
+                return True
+        return False
 
     # --- damage -------------------------------------------------------------------------------------------
 

@@ -249,3 +249,19 @@ def test_a_full_disk_can_be_mounted(small: Volume, disk: Path) -> None:
     (disk / "filler").unlink()
     small.umount()
     assert not list(small.state.glob("index.damaged*")), "a full disk is no damage"
+
+
+def test_a_full_disk_without_a_reserve_can_be_mounted(small: Volume, disk: Path) -> None:
+    """What was let go of when it ran full is not there when the machine starts anew."""
+    (small.mountpoint / "file").write_bytes(content(4))
+    small.umount("--wait")
+    (small.state / "ballast").unlink(missing_ok=True)
+    fill_to_the_last_block(disk / "filler")
+    small.mount()
+    assert (small.mountpoint / "file").read_bytes() == content(4)
+    (disk / "filler").unlink()
+    (small.mountpoint / "new").write_bytes(content(5))
+    small.umount("--wait")
+    small.mount()
+    assert (small.mountpoint / "new").read_bytes() == content(5)
+    assert not list(small.state.glob("index.damaged*")), "a full disk is no damage"

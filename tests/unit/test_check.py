@@ -17,7 +17,7 @@ from tierfs import recovery
 from tierfs.codec import pack_record, unpack_record
 from tierfs.digests import SIDE_SUFFIX
 from tierfs.errors import IndexError_
-from tierfs.model import Residency, object_key
+from tierfs.model import Residency, Stub, object_key
 from tierfs.past import U64
 
 SMALL = os.urandom(30_000)
@@ -292,6 +292,11 @@ def test_what_is_just_being_made_to_agree_is_no_finding(filled):
     (case,) = [case for case in checking._cases(filled.tier, False, False, []) if case.path == b"clean"]
     filled.index.commit(lambda w: w.put(before)).result()
     assert list(recovery.check_record(case)) == []
+    # Moved and moved back since the look: its record is as it was.
+    fd = os.open(filled.path("clean"), os.O_PATH)
+    moved = replace(case, fd=fd, record=filled.record("clean"), stub=Stub.of(before.fid, before.copy))
+    assert list(recovery.check_record(moved)) == []
+    os.close(fd)
 
 
 def test_every_check_has_a_defect_of_its_own():

@@ -188,6 +188,24 @@ def test_a_spare_segment_takes_over_when_the_disk_is_full(directory, monkeypatch
     writer.reserve()
 
 
+def test_a_writer_begins_without_room_for_a_spare_segment(directory, monkeypatch):
+    MarkWriter(directory).close()
+    os.unlink(marks.SPARE, dir_fd=directory)
+
+    def full(fd, offset, length):
+        if os.fstat(fd).st_size < length:
+            raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    writer = MarkWriter(directory)
+    writer.append(Mark.NAMED, 1)
+    with pytest.raises(OSError, match="full"):
+        writer.ensure(marks.SEGMENT)
+    monkeypatch.undo()
+    writer.ensure(marks.SEGMENT // 2)
+    writer.close()
+
+
 def test_a_new_writer_finds_the_end_of_a_long_log(directory):
     writer = MarkWriter(directory)
     for ino in range(10_001):
