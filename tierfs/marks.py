@@ -106,9 +106,13 @@ class MarkWriter:
             self.segment.flush()
 
     def reserve(self) -> None:
-        """Keep a spare segment at hand. Raises OSError(ENOSPC); then `append` may, at the end of this one."""
+        """Keep a spare segment at hand, where as much is left besides. Raises OSError(ENOSPC); then `append` may,
+        at the end of this one."""
         if self._has_spare:
             return
+        space = os.fstatvfs(self._dirfd)
+        if (space.f_bavail if os.geteuid() else space.f_bfree) * space.f_frsize < 2 * SEGMENT:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         fd = os.open(SPARE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600, dir_fd=self._dirfd)
         try:
             os.posix_fallocate(fd, 0, SEGMENT)

@@ -32,7 +32,7 @@ KILL, EIO, ENOSPC = "signal=KILL", "error=EIO", "error=ENOSPC"
 CALLS = (
     "openat", "rename", "renameat", "renameat2", "unlinkat", "mkdirat", "linkat",
     "symlinkat", "mknodat", "ftruncate", "fallocate",
-    "utimensat", "fchmod", "fchmodat", "fchownat", "setxattr", "fsetxattr", "lsetxattr", "removexattr",
+    "utimensat", "fchmod", "fchmodat", "fchmodat2", "fchownat", "setxattr", "fsetxattr", "lsetxattr", "removexattr",
     "ioctl", "writev", "write", "read", "pwrite64", "fsync", "fdatasync", "close", "newfstatat", "statx",
 )  # fmt: skip
 # Only killed: what goes to and from the kernel is no answer to anybody, and a stat of what has just been
@@ -80,7 +80,6 @@ print(json.dumps(told))
 
 
 def do(place: Path, skipped: int = -1) -> list[object]:
-    place.mkdir()
     done = subprocess.run(
         [sys.executable, "-I", "-c", PROGRAM, str(skipped)],
         cwd=place, capture_output=True, text=True, timeout=60,
@@ -136,6 +135,7 @@ def attempt(made: Volume, call: str, fault: str, when: int) -> bool:
     where = f"{call} {fault} {when}"
     name = where.replace(" ", "-")
     before = server_of(made)
+    (made.mountpoint / name).mkdir()
     tracer, said = attach(made, call, fault, when)
     try:
         told = do(made.mountpoint / name)
@@ -149,6 +149,7 @@ def attempt(made: Volume, call: str, fault: str, when: int) -> bool:
     assert len(failed) <= 1, f"{where}: {failed} failed of {told}\n{made.log()[-3000:]}"
     assert not failed or fault != KILL, f"{where}: {failed} was told {told[failed[0]]}\n{made.log()[-3000:]}"
     plain = made.base / "plain"
+    plain.mkdir()
     expected = do(plain, *failed)
     for number in failed:
         expected[number] = getattr(errno, fault.removeprefix("error="))
@@ -166,7 +167,7 @@ def made(volume: Callable[..., Volume]) -> Volume:
 
 
 SAMPLE = (
-    ("mkdirat", KILL, 1), ("renameat", KILL, 2), ("linkat", KILL, 1), ("unlinkat", KILL, 2), ("ioctl", KILL, 3),
+    ("mkdirat", KILL, 1), ("renameat2", KILL, 2), ("linkat", KILL, 1), ("unlinkat", KILL, 2), ("ioctl", KILL, 3),
     ("mkdirat", EIO, 1), ("linkat", ENOSPC, 1), ("renameat", EIO, 1), ("unlinkat", EIO, 1),
 )  # fmt: skip
 

@@ -321,6 +321,7 @@ def test_links_are_left_to_nobody(both, caller):
     for side in both.sides:
         side.caller = caller
     node, other = both.lookup(ROOT, b"a"), both.lookup(ROOT, b"b")
+    both.hold()
     both.opened(node, os.O_RDONLY)
     both.release(0)
     assert both.linked(node, above, b"second") == 0  # which is the name that is known from now on
