@@ -38,6 +38,12 @@ class Lasting:
         if self.watched:
             self.unproven.add(ino)
 
+    def doubt(self, st: os.stat_result) -> None:
+        """The kernel is told of it for the first time. What was changed a moment ago is proven when it asks
+        again: most is looked at once."""
+        if self.watched and stat.S_ISREG(st.st_mode) and _fresh(st, time.time()) > 0:
+            self.unproven.add(st.st_ino)
+
     def prove(self, dirfd: int, name: bytes, st: os.stat_result) -> bool:
         """Whether the file of this name had to be proven, and is now: `st`, of before, does not count any more.
 

@@ -106,8 +106,8 @@ class MarkWriter:
             self.segment.flush()
 
     def reserve(self) -> None:
-        """Keep a spare segment at hand, where as much is left besides. Raises OSError(ENOSPC); then `append` may,
-        at the end of this one."""
+        """Keep a spare segment at hand, where as much is left besides. Raises OSError(ENOSPC); then `append`
+        may, at the end of this one."""
         if self._has_spare:
             return
         space = os.fstatvfs(self._dirfd)

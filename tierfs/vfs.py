@@ -165,7 +165,9 @@ class Vfs:
         directory = self.nodes.get(parent)
         dirfd = self.nodes.dirfd(directory)
         st = os.stat(name, dir_fd=dirfd, follow_symlinks=False)
-        if self.gate.lasting.prove(dirfd, name, st):
+        if self.nodes.known(st.st_ino) is None:
+            self.gate.lasting.doubt(st)
+        elif self.gate.lasting.prove(dirfd, name, st):
             st = os.stat(name, dir_fd=dirfd, follow_symlinks=False)
         attr = self._attr(st)
         return self.nodes.found(st, directory, name).id, attr

@@ -31,8 +31,8 @@ pytestmark = [
 KILL, EIO, ENOSPC = "signal=KILL", "error=EIO", "error=ENOSPC"
 CALLS = (
     "openat", "rename", "renameat", "renameat2", "unlinkat", "mkdirat", "linkat",
-    "symlinkat", "mknodat", "ftruncate", "fallocate",
-    "utimensat", "fchmod", "fchmodat", "fchmodat2", "fchownat", "setxattr", "fsetxattr", "lsetxattr", "removexattr",
+    "symlinkat", "mknodat", "ftruncate", "fallocate", "utimensat", "fchmod", "fchmodat", "fchmodat2",
+    "fchownat", "setxattr", "fsetxattr", "lsetxattr", "removexattr",
     "ioctl", "writev", "write", "read", "pwrite64", "fsync", "fdatasync", "close", "newfstatat", "statx",
 )  # fmt: skip
 # Only killed: what goes to and from the kernel is no answer to anybody, and a stat of what has just been
@@ -167,8 +167,8 @@ def made(volume: Callable[..., Volume]) -> Volume:
 
 
 SAMPLE = (
-    ("mkdirat", KILL, 1), ("renameat2", KILL, 2), ("linkat", KILL, 1), ("unlinkat", KILL, 2), ("ioctl", KILL, 3),
-    ("mkdirat", EIO, 1), ("linkat", ENOSPC, 1), ("renameat", EIO, 1), ("unlinkat", EIO, 1),
+    ("mkdirat", KILL, 1), ("renameat2", KILL, 2), ("linkat", KILL, 1), ("unlinkat", KILL, 2),
+    ("ioctl", KILL, 3), ("mkdirat", EIO, 1), ("linkat", ENOSPC, 1), ("renameat", EIO, 1), ("unlinkat", EIO, 1),
 )  # fmt: skip
 
 

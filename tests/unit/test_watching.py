@@ -90,6 +90,7 @@ def test_names_and_directories_last_and_files_when_they_have_come_to_rest(side, 
     assert seconds(side.lookup(ROOT, b"dir")) == (LONG, LONG)
     assert seconds(side.lookup(ROOT, b"link")) == (LONG, LONG)
     assert side.getattr(ROOT)[0] == LONG
+    assert seconds(side.lookup(ROOT, b"file")) == (LONG, p.ATTR_SECONDS)  # most are looked at once
     found = side.lookup(ROOT, b"file")
     assert found[2] == LONG and FRESH - 5 <= found[3] <= FRESH  # it may not have come to the disk yet
     assert FRESH - 5 <= side.getattr(found[0])[0] <= FRESH
@@ -217,6 +218,7 @@ def test_edits_of_others_are_told_and_ours_are_not(watched):
     made(tree / "dir" / "file")
     directory = side.lookup(ROOT, b"dir")[0]
     file, sub = side.lookup(directory, b"file")[0], side.lookup(directory, b"sub")[0]
+    side.getattr(file)
     assert watched.told() == []  # this process is the server
     where = str(tree)
     elsewhere("os.chmod(sys.argv[1] + '/dir/file', 0o600)", where)

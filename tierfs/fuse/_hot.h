@@ -231,6 +231,7 @@ PyObject *hot_foreign(PyObject *module, PyObject *arguments);
 
 /* --- for how long (_hot_last.c) --- */
 int prove(Hot *hot, int dirfd, const char *name, const struct stat *st);
+int doubt(Hot *hot, const struct stat *st);
 unsigned long name_lasts(Hot *hot, mode_t mode, nlink_t links);
 unsigned long attributes_last(Hot *hot, const struct stat *st, PyObject *ino, PyObject *inode);
 /* Where the kernel takes them for the newest, whatever it has been told since it asked. */

@@ -52,6 +52,17 @@ int prove(Hot *hot, int dirfd, const char *name, const struct stat *st)
     return proven;
 }
 
+int doubt(Hot *hot, const struct stat *st)
+{
+    if (hot->long_seconds && S_ISREG(st->st_mode) && fresh_of(hot, st) > 0) {
+        PyObject *ino = PyLong_FromUnsignedLongLong(st->st_ino);
+        if (!ino || PySet_Add(hot->unproven, ino))
+            PyErr_Clear(); /* it lasts for the time in which it is fresh, at most */
+        Py_XDECREF(ino);
+    }
+    return 0;
+}
+
 unsigned long name_lasts(Hot *hot, mode_t mode, nlink_t links)
 {
     return hot->long_seconds && (links == 1 || S_ISDIR(mode)) ? hot->long_seconds : hot->entry_seconds;

@@ -109,6 +109,15 @@ static uint64_t counted(Hot *hot, const struct place *place, const struct stat *
     return PyErr_Occurred() ? 0 : nodeid;
 }
 
+/* The kernel has been told of it before. */
+static int is_known(Hot *hot, uint64_t number)
+{
+    PyObject *ino = hot->long_seconds ? PyLong_FromUnsignedLongLong(number) : NULL;
+    int known = ino && PyDict_Contains(hot->by_ino, ino) == 1;
+    Py_XDECREF(ino);
+    return known;
+}
+
 /* A name in a directory whose descriptor is at hand. */
 enum outcome look_up_in(Hot *hot, PyObject *parent, int fd, const char *name, Py_ssize_t length,
                         struct entry_out *out)
@@ -117,7 +126,7 @@ enum outcome look_up_in(Hot *hot, PyObject *parent, int fd, const char *name, Py
     if (length < 1 || (Py_ssize_t)strnlen(name, length) != length)
         return PYTHONS;
     int failed = status(fd, name, &st);
-    if (!failed && prove(hot, fd, name, &st))
+    if (!failed && (is_known(hot, st.st_ino) ? prove(hot, fd, name, &st) : doubt(hot, &st)))
         failed = status(fd, name, &st);
     if (failed)
         return failed == ENOENT ? ABSENT : PYTHONS;
