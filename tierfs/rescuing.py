@@ -12,21 +12,30 @@ import fcntl
 import os
 import threading
 import time
+from collections.abc import Callable
 from functools import partial
 
 from tierfs.copying import CHANGED, Copier, Item, Taken
 from tierfs.errors import BusyError
 from tierfs.index import Rescue, Writer
-from tierfs.kit import READ_FLAGS
-from tierfs.model import Record, Residency
+from tierfs.kit import READ_FLAGS, Kit
+from tierfs.model import Copy, Record, Residency
+
+_MOST = 10_000  # files that are known to be as their copies are
 
 
 class Rescuer(Copier):
     """Takes them, through the steps of a copy but for the seal."""
 
+    def __init__(self, kit: Kit, drain: Callable[[], int]) -> None:
+        super().__init__(kit, drain)
+        # inode -> size, mtime, the copy that it equals
+        self._same: dict[int, tuple[int, int, Copy | None]] = {}
+
     def rescue(self, record: Record, path: bytes, stopping: threading.Event) -> bool:
         """Take one of this dirty file, which stands at `path`; False where it needs none: nobody is writing it,
-        or it has not changed since the last. Raises BusyError, StoreError, IndexError_, OSError."""
+        or it has not changed since the last. Raises BusyError, StoreError, VolumeError (the store is another
+        machine's), IndexError_, OSError."""
         item = Item(record.ino, record.handle, path, record.parent, record.name, record=record)
         try:
             item.fd = self._kit.open(record.ino, record.handle, READ_FLAGS, path)
@@ -44,16 +53,24 @@ class Rescuer(Copier):
         if tree.try_lease(item.fd, fcntl.F_RDLCK):
             tree.unlease(item.fd)
             return False  # a copy can be taken
+        if self._same.get(item.ino) == (st.st_size, st.st_mtime_ns, record.copy):
+            return False
         last = self._kit.index.rescue(record.fid)
         return last is None or (last.size, last.mtime) != (st.st_size, st.st_mtime_ns)
 
     def _take_it(self, item: Item, stopping: threading.Event) -> bool:
+        assert item.st is not None and item.record is not None
+        self._kit.fence()
         self._intend([item])
         try:
             taken = self._read_and_put(item, stopping)
             if taken.fresh:
                 self._kit.index.commit(partial(_put_rescue, item, taken)).result()
                 item.tag = b""
+            else:
+                if len(self._same) >= _MOST:
+                    self._same.clear()
+                self._same[item.ino] = item.st.st_size, item.st.st_mtime_ns, item.record.copy
             return taken.fresh
         finally:
             self._abandon([item])
@@ -68,7 +85,10 @@ def _put_rescue(item: Item, taken: Taken, w: Writer) -> None:
     record, copy = w.get(item.ino), taken.copy
     if record is None or record.handle != item.handle or record.fid != item.fid or not record.dirty:
         raise BusyError(CHANGED)
-    if record.residency is not Residency.RESIDENT or not w.intended(taken.key):
+    # Of another generation, it has had a copy meanwhile, which is newer than this, and whole.
+    if record.generation != item.generation or record.residency is not Residency.RESIDENT:
+        raise BusyError(CHANGED)
+    if not w.intended(taken.key):
         raise BusyError(CHANGED)
     w.put_rescue(
         record.fid,

@@ -24,6 +24,7 @@ AFTER_SECONDS = 3600.0
 EVERY_SECONDS = 86400.0
 _LOOK_SECONDS = 600.0
 _MOST = 1 << 20
+_AHEAD = 1_000_000_000  # a date (ns) so far ahead is one from before the clock was set back
 
 
 class Rescues:
@@ -54,8 +55,9 @@ class Rescues:
     def _look(self) -> Iterator[int]:
         """Files of which one is due, if they are open: most that are dirty for so long are those that never
         leave."""
-        index = self._tier.kit.index
-        for ino in index.quiet(time.time_ns() - int(AFTER_SECONDS * 1e9), _MOST):
+        index, now = self._tier.kit.index, time.time_ns()
+        # What was opened before the clock was set back would wait until that date comes again.
+        for ino in index.quiet(now - int(AFTER_SECONDS * 1e9), _MOST) + index.misdated(now + _AHEAD, _MOST):
             record = index.get(ino)
             if record is None or not record.dirty or not self._tier.may_leave(record):
                 continue

@@ -11,9 +11,9 @@ from test_planting import COPY, file, plant, root
 from tierfsd import checking, rescues
 from tierfsd.rescues import Rescues
 
-from tierfs import manifest
-from tierfs.errors import BusyError
-from tierfs.kit import proven
+from tierfs import copying, manifest
+from tierfs.errors import BusyError, VolumeError
+from tierfs.kit import proven, read_exactly
 from tierfs.model import Residency
 
 MIB = 1 << 20
@@ -114,6 +114,63 @@ def test_one_that_is_closed_and_copied_meanwhile_is_no_rescue_any_more(home, mon
     assert len(volume.index.orphans(1 << 62)) == 1, "what was put for it is collected"
 
 
+def test_one_that_is_copied_and_opened_again_meanwhile_is_none(home, monkeypatch):
+    """The copy is newer than what was read before it, and whole."""
+    volume = home.volume
+    handle = open_to_write(home, "db", b"d" * 5000)
+    put = volume.store.put
+
+    def put_late(key, body, size):
+        monkeypatch.undo()
+        answer = put(key, body, size)
+        volume.server.release(handle)
+        volume.server.write(volume.path("db"), b"other")
+        volume.demote("db", punch=False)
+        assert not volume.record("db").dirty
+        volume.server.write(volume.path("db"), b"newest")
+        assert volume.record("db").dirty
+        return answer
+
+    monkeypatch.setattr(volume.store, "put", put_late)
+    record = volume.record("db")
+    with pytest.raises(BusyError):
+        volume.tier.rescue(record, threading.Event())
+    assert rescue_of(home, "db") is None
+    home.journal.flush()
+    told = home.read_journal().find(b"db")
+    assert told.dirty and told.rescue is None
+    assert told.copy is not None, "a restore gives that back"
+
+
+def test_what_is_as_its_copy_is_read_once(home, monkeypatch):
+    """Opened for writing and not written, as the disk of a machine that is idle: not over and over."""
+    volume = home.volume
+    home.write("db", b"d" * 5000)
+    home.volume.tier.drain()
+    volume.demote("db", punch=False)
+    handle = volume.server.open(volume.path("db"), os.O_RDWR)
+    assert volume.record("db").dirty
+    reads = []
+    monkeypatch.setattr(copying, "read_exactly", lambda *where: reads.append(where) or read_exactly(*where))
+    assert not take(home, "db") and not take(home, "db")
+    assert len(reads) == 1 and rescue_of(home, "db") is None
+    volume.server.run(lambda: volume.server.gate.write(handle, 0, b"new"))
+    assert take(home, "db")
+    volume.server.release(handle)
+
+
+def test_a_store_that_another_machine_has_taken_gets_none(home):
+    def fence():
+        raise VolumeError("is used by host 'other'")
+
+    handle = open_to_write(home, "db", b"d" * 5000)
+    home.volume.tier.kit.fence = fence
+    with pytest.raises(VolumeError):
+        take(home, "db")
+    assert not objects(home) and home.volume.index.orphans(1 << 62) == []
+    home.volume.server.release(handle)
+
+
 def test_a_check_knows_them(home):
     class Job:
         cancelled = threading.Event()
@@ -205,6 +262,10 @@ def test_they_are_taken_after_an_hour_and_once_a_day(home, monkeypatch):
     assert taken() == 2
     clock.ahead += 4 * 3600
     assert taken() == 3, "the other has not changed"
+    clock.ahead -= 365 * 86400
+    home.volume.server.run(lambda: home.volume.server.gate.write(handles[1], 0, b"newer"))
+    turns._next_look = float("-inf")
+    assert taken() == 4, "a year set back is not waited for"
     for handle in handles:
         home.volume.server.release(handle)
 
