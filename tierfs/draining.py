@@ -82,7 +82,6 @@ class Drain:
         if not entries:
             return False
         position = self._reader.position
-        moves = self._moves(entries)
 
         def commit(w: Writer) -> None:
             now = time.time_ns()
@@ -93,6 +92,7 @@ class Drain:
             w.set_log_position(position)
 
         try:
+            moves = self._moves(entries)
             self._index.commit(commit).result()
         except BaseException:
             self._reader.position = before

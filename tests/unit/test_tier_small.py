@@ -11,7 +11,7 @@ import time
 import pytest
 from tiering import Volume
 
-from tierfs.errors import VolumeError
+from tierfs.errors import IndexError_, VolumeError
 from tierfs.marks import Mark
 from tierfs.model import Residency
 
@@ -288,6 +288,26 @@ def test_a_pin_outlives_an_older_mark_of_its_inode_number(volume):
         os.close(fd)
     volume.tier.drain()
     assert list(volume.tier.pins()) == [b"a"]
+
+
+def test_marks_whose_look_at_the_index_failed_are_read_again(volume, monkeypatch):
+    """Otherwise the next ones would be noted, and these never."""
+    volume.server.create(volume.path("pinned"), b"x")
+    fd = os.open(volume.path("pinned"), os.O_PATH)
+    volume.tier.set_pin(fd, os.stat(volume.root).st_ino, b"pinned", True)
+    os.close(fd)
+    volume.server.create(volume.path("a"), b"x")
+
+    def fail():
+        raise IndexError_("no more readers")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(volume.index, "pins", fail)
+        with pytest.raises(IndexError_):
+            volume.tier.drain()
+    volume.server.create(volume.path("b"), b"x")
+    assert volume.record("b").dirty
+    assert volume.record("a").dirty
 
 
 def test_a_place_that_was_looked_up_before_a_rename_is_not_kept(volume, monkeypatch):
