@@ -242,6 +242,11 @@ class MarkReader:
         size = -(-(_HEAD.size + length) // _ALIGN) * _ALIGN
         return Entry(Mark(kind), ino, generation, parent, a, b, handle, name, self.position + size)
 
+    @property
+    def lacks_some(self) -> bool:
+        """Marks behind the position were drained, and are not there any more."""
+        return all(start > self.position for start in _segments(self._dirfd))
+
     def newest_end(self) -> int:
         """Where the segment ends that is being written: no mark that is there now lies behind it."""
         segments = _segments(self._dirfd)

@@ -98,3 +98,32 @@ def test_what_came_after_the_last_look(volume):
     assert came_late() == 1
     volume.server.create(volume.path("unread"), b"x")
     assert came_late() == 2
+
+
+def test_what_came_so_late_that_no_mover_has_read_it(volume):
+    """It hung, and was killed in the end: the index says that the file is in the store."""
+    volume.server.create(volume.path("file"), b"x" * 100)
+    volume.tier.drain()
+    volume.demote("file", punch=False)
+    position, marks = volume.tier.drain(), str(volume.base / "marks")
+    assert left(volume.index, marks, position, Never().matcher()) == 0
+    volume.server.write(volume.path("file"), b"y")
+    assert not volume.index.get(os.stat(volume.path("file")).st_ino).dirty
+    assert left(volume.index, marks, position, Never().matcher()) == 1
+    volume.tier.drain()
+    assert left(volume.index, marks, position, Never().matcher()) == 1
+
+
+def test_what_came_late_and_is_no_longer_in_the_log(volume, monkeypatch):
+    """Segments that have been read are removed, and one is soon full."""
+    monkeypatch.setattr("tierfs.marks.SEGMENT", 64 << 10)
+    volume.marks._next_segment()
+    position = volume.tier.drain()
+    volume.server.create(volume.path("late"), b"x")
+    start = volume.marks.start
+    while volume.marks.start < start + (128 << 10):
+        volume.server.create(volume.path("brief"), b"x")
+        volume.server.unlink(volume.path("brief"))
+    volume.tier.drain()
+    assert volume.record("late").dirty
+    assert left(volume.index, str(volume.base / "marks"), position, Never().matcher()) == 1

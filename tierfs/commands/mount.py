@@ -123,7 +123,8 @@ def umount(wait: bool, mountpoint: str) -> None:
         return
     position, state = drain(found), _state_of(found)
     unmount(found)
-    if position:
+    # Bound to another place too, the volume goes on there, and nothing is over.
+    if position and not any(other.volume == found.volume for other in locate.read_mounts()):
         from tierfs.commands.late import refuse_what_came_late
 
         refuse_what_came_late(mountpoint, state, position)
