@@ -109,6 +109,10 @@ class StoreUnavailableError(StoreError):
     """The store did not answer, or answered that it cannot now; trying again later may work."""
 
 
+class StoreStaleError(StoreUnavailableError):
+    """The store answers what it held at an earlier time; it may lack what has been put into it since."""
+
+
 class StoreThrottledError(StoreUnavailableError):
     """The store asks for fewer requests (503 SlowDown, 429)."""
 

@@ -15,7 +15,13 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from tierfs.errors import ObjectMissingError, PreconditionError, StoreUnavailableError, VolumeError
+from tierfs.errors import (
+    ObjectMissingError,
+    PreconditionError,
+    StoreStaleError,
+    StoreUnavailableError,
+    VolumeError,
+)
 from tierfs.store.base import ObjectStore
 from tierfs.syscalls import boot_id
 from tierfs.volume import Identity, Volume, write_json
@@ -83,7 +89,10 @@ def look(volume: Volume, store: ObjectStore) -> dict[str, Any]:
     if not _is_ours(volume.state, found):
         if found.get("nonce") == _read_note(volume.state).get("before"):
             # Nobody writes a nonce twice: this is what we have written over ourselves.
-            raise StoreUnavailableError(f"{store.describe()}: its {STORE_KEY} is as it was before this mount")
+            raise StoreStaleError(
+                f"{store.describe()}: its {STORE_KEY} is as it was before this mount: if it was put back"
+                " to an earlier state, mount with `tierfs mount --force` and run `tierfs check --repair`"
+            )
         raise _taken(store, found)
     return found
 

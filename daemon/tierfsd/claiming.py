@@ -19,7 +19,7 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 
 from tierfs import ownership, volume
-from tierfs.errors import StoreError, VolumeError
+from tierfs.errors import StoreError, StoreStaleError, VolumeError
 
 log = logging.getLogger("mover")
 
@@ -30,7 +30,8 @@ _FORCE_SECONDS = 30.0
 
 
 class Fence:
-    """`check` before a batch: raises VolumeError once `verify` has, and never anything else."""
+    """`check` before a batch: raises VolumeError once `verify` has, and while the store is one of an earlier
+    time, which may lack any copy; never anything else."""
 
     def __init__(self, verify: Callable[[], None], clock: Callable[[], float] = time.monotonic) -> None:
         """`verify` raises VolumeError where another machine has taken the store, StoreError at its silence."""
@@ -40,6 +41,7 @@ class Fence:
         self._asking: Future[None] | None = None
         self._fresh_until = float("-inf")
         self._lost: VolumeError | None = None
+        self._stale: StoreStaleError | None = None
 
     def check(self) -> None:
         """Raises VolumeError where the store is another machine's."""
@@ -54,14 +56,20 @@ class Fence:
                 asking.result(_WAIT_SECONDS)
         if self._lost is not None:
             raise VolumeError(str(self._lost))
+        if self._stale is not None:
+            raise VolumeError(str(self._stale))
 
     def _ask(self, asking: Future[None]) -> None:
         try:
             self._verify()
         except VolumeError as error:
             self._lost = error
+        except StoreStaleError as error:
+            self._stale = error
         except (StoreError, OSError) as error:
             log.debug("whose the store is cannot be told now: %s", error)
+        else:
+            self._stale = None
         finally:
             self._fresh_until = self._clock() + _FRESH_SECONDS
             asking.set_result(None)

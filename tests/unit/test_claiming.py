@@ -122,6 +122,29 @@ def test_a_store_that_answers_what_it_held_before_is_not_lost(home, tmp_path):
         ownership.verify(made, store)
 
 
+def test_a_store_of_an_earlier_time_is_no_proof_of_any_copy(home, tmp_path):
+    """As a NAS that was put back to a snapshot: what was copied since is gone from it. Not lost for good."""
+    made, _, store = home
+    file = tmp_path / "store/volume.json"
+    before = file.read_bytes()
+    ownership.renew(made, store, 2)
+    now, clock = file.read_bytes(), [0.0]
+    fence = Fence(lambda: ownership.verify(made, store), lambda: clock[0])
+    fence.check()
+    file.write_bytes(before)
+    clock[0] += 60
+    for _ in range(2):
+        with pytest.raises(VolumeError, match=r"as it was before this mount: if .* --force"):
+            fence.check()
+    file.rename(tmp_path / "away")
+    clock[0] += 60
+    with pytest.raises(VolumeError, match="as it was before this mount"):
+        fence.check()
+    file.write_bytes(now)
+    clock[0] += 60
+    fence.check()
+
+
 def test_a_store_that_is_away_hinders_no_mount_but_a_takeover(home, tmp_path):
     made, _, _ = home
     shutil.move(tmp_path / "store", tmp_path / "away")
