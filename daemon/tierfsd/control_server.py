@@ -17,13 +17,14 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
 from tierfs import control
-from tierfs.errors import NotPermittedError, TierError, UsageError
+from tierfs.errors import BusyError, NotPermittedError, TierError, UsageError
 from tierfsd.credentials import Peer, peer_of
 from tierfsd.reach import Reach, Target, join, outcome_of
 from tierfsd.versions_server import VersionBackend, VersionRequests
 
 log = logging.getLogger("control")
 
+_STOPPING = "the daemon is stopping: try again"
 _MAX_CONNECTIONS = 64
 _IDLE_SECONDS = 30.0
 _PROGRESS_SECONDS = 0.1
@@ -171,9 +172,13 @@ class ControlServer:
             raise
         except OSError as exc:
             answer = control.Failed(exc.errno or errno.EIO, f"{exc.strerror or exc}")
-        except Exception:
-            log.exception("a %s request failed", type(request).__name__)
-            answer = control.Failed(errno.EIO, "an internal error: see the volume's log/tierfs.log")
+        except Exception as exc:
+            if self._stopping.is_set():  # the pools take nothing more, and drop what waits
+                log.info("a %s request was cut short: %r", type(request).__name__, exc)
+                answer = control.Failed(BusyError.errno, _STOPPING)
+            else:
+                log.exception("a %s request failed", type(request).__name__)
+                answer = control.Failed(errno.EIO, "an internal error: see the volume's log/tierfs.log")
         control.send(sock, answer)
 
     def _carry_out(self, sock: socket.socket, peer: Peer, request: control.Request) -> control.Answer:
@@ -324,7 +329,10 @@ class ControlServer:
 
     @contextlib.contextmanager
     def _job(self, sock: socket.socket) -> Iterator[_Job]:
-        """A job that is cancelled when the client hangs up or the daemon stops."""
+        """A job that is cancelled when the client hangs up or the daemon stops.
+
+        Raises BusyError at its end where it was: what came of it says nothing then.
+        """
         job = _Job(sock, self._stopping)
         watcher = threading.Thread(target=job.watch, name="control-watch", daemon=True)
         watcher.start()
@@ -333,6 +341,8 @@ class ControlServer:
         finally:
             job.over.set()
             watcher.join()
+        if job.cancelled.is_set():
+            raise BusyError(_STOPPING)
 
 
 class _Job:

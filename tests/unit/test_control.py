@@ -187,6 +187,37 @@ def test_hanging_up_cancels(mount, backend):
     assert backend.cancelled.wait(5)
 
 
+@pytest.mark.parametrize(
+    "order", [control.Drain(), control.Check(False, False), control.Fetch([b"d"], True), control.Collect(True)]
+)
+def test_an_order_that_is_cut_short_by_the_end_is_no_success(mount, server, backend, monkeypatch, order):
+    """Its client waits still, as while `tierfs restart` puts another mover in charge."""
+
+    def cut_short(*arguments):
+        server.close()
+        assert arguments[-1].cancelled.wait(5)
+        return iter([control.Done()]) if isinstance(order, control.Collect) else control.Done()
+
+    for name in ("drain", "check", "fetch", "collect"):
+        monkeypatch.setattr(backend, name, cut_short, raising=False)
+    with pytest.raises(TierError, match="daemon is stopping: try again"):
+        ask(mount, order)
+
+
+def test_what_a_stopping_daemon_drops_is_no_internal_error(mount, server, backend):
+    backend.error = RuntimeError("cannot schedule new futures after shutdown")
+    with pytest.raises(TierError, match="internal error"):
+        ask(mount, control.Demote([b"d"], True))
+
+    class Stopping(RuntimeError):
+        def __init__(self):
+            server.close()
+
+    backend.demote = lambda targets, job: (_ for _ in ()).throw(Stopping())
+    with pytest.raises(TierError, match="daemon is stopping: try again"):
+        ask(mount, control.Demote([b"d"], True))
+
+
 def test_who_waits_for_an_answer_or_an_order_is_known_for_as_long(mount, server, backend, monkeypatch):
     backend.block = True
     answers = control.converse(mount, control.Fetch([b"d"], True))
