@@ -151,6 +151,22 @@ def test_umount_wait_is_no_success_where_something_came_late(volume: Make) -> No
     mounted.umount("--wait")
 
 
+@pytest.mark.usefixtures("needs_root")
+def test_umount_wait_where_the_volume_goes_on_elsewhere(volume: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is bound to another place: what comes late there is nobody's who unmounts here."""
+    mounted = volume()
+    fill(mounted, ["f0"])
+    other = mounted.base / "other"
+    other.mkdir()
+    position = command.drain(command.mounted_at(str(mounted.mountpoint)))
+    subprocess.run(["mount", "--bind", mounted.mountpoint, other], check=True)
+    fill(mounted, ["late"])
+    monkeypatch.setattr(command, "drain", lambda mount: position)
+    assert command.umount.callback is not None
+    command.umount.callback(True, str(other))
+    assert (mounted.mountpoint / "late").exists()
+
+
 def test_the_end_says_what_is_on_this_disk_only(volume: Make) -> None:
     mounted = volume()
     contents = fill(mounted, ["f0", "f1"])

@@ -34,6 +34,7 @@ from tierfs.errors import (
 from tierfs.store.base import Capabilities
 from tierfs.store.retry import RetryingStore, RetryPolicy
 from tierfs.store.s3 import S3Settings, S3Store, Timeouts
+from tierfs.store.s3_boto import BotoData
 
 BODY = os.urandom(200_000)
 IN_THE_BODY = 100_000
@@ -364,3 +365,28 @@ def test_a_false_condition_writes_nothing(server: FakeS3, open_s3: Opener) -> No
         request.headers.get("if-match") or request.headers.get("if-none-match") for request in server.requests
     ]
     assert conditions == ["*", '"etag"', "etag"]  # RADOS gateways compare etags without their quotes
+
+
+def test_an_upload_that_has_failed_is_given_up_once_and_says_why():
+    """A client that tries again would do so for minutes, and its error be the one that is heard of."""
+    calls = []
+
+    class Client:
+        def __init__(self, dogged):
+            self._dogged = dogged
+
+        def create_multipart_upload(self, **asked):
+            return {"UploadId": "1"}
+
+        def upload_part(self, **asked):
+            raise ValueError("the reason")
+
+        def abort_multipart_upload(self, **asked):
+            calls.append(self._dogged)
+            raise OSError("no network")
+
+    data = BotoData(Client(False), Client(True), "bucket", True)
+    size = 20 << 20
+    with pytest.raises(ValueError, match="the reason"):
+        data.put("data/x", bytes(size), size, "")
+    assert calls == [False]

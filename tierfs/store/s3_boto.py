@@ -58,7 +58,9 @@ class BotoData:
             parts = self._send_parts(target, regrouped(pieces, size))
             answer = self._dogged.complete_multipart_upload(**target, MultipartUpload={"Parts": parts})
         except BaseException:
-            self._dogged.abort_multipart_upload(**target)
+            # Once only: the network may be what is wrong, and a collection removes what is left.
+            with contextlib.suppress(Exception):
+                self._client.abort_multipart_upload(**target)
             raise
         return Put(_field(answer, "ETag"), self._verified)
 
