@@ -174,17 +174,22 @@ def _totals(tier: Tier, repair: bool) -> Iterator[Found]:
 def _orphans(tier: Tier, repair: bool, referred: set[str]) -> Iterator[Found]:
     """Objects that neither a file nor a tombstone refers to: those of a former index, or of a fenced owner."""
     kit = tier.kit
-    buried = _expected(tier)
-    for info in kit.store.list("data/"):
-        key = info.key.removesuffix(SIDE_SUFFIX)
-        if key in referred or key in buried or not is_object(key) or _is_referred(tier, key):
+    unknown = [
+        (info.key, key)
+        for info in kit.store.list("data/")
+        if (key := info.key.removesuffix(SIDE_SUFFIX)) not in referred and is_object(key)
+    ]
+    # Not before: what was put while the store was listed is intended by now, or something refers to it.
+    expected = _expected(tier) if unknown else set[str]()
+    for whole, key in unknown:
+        if key in expected or _is_referred(tier, key):
             continue
         repaired = False
         if repair:
             # Never removed for being in a listing: it may be younger than the look at the tree.
             kit.index.commit(partial(_bury, key)).result()
             repaired = True
-        yield Found(f"nothing refers to this object: {info.key}", b"", repaired)
+        yield Found(f"nothing refers to this object: {whole}", b"", repaired)
 
 
 def _expected(tier: Tier) -> set[str]:

@@ -171,13 +171,28 @@ def test_a_store_that_another_machine_has_taken_gets_none(home):
     home.volume.server.release(handle)
 
 
+class Job:
+    cancelled = threading.Event()
+
+    def report(self, progress):
+        pass
+
+
+def test_a_check_knows_one_that_is_taken_while_it_lists_the_store(home, monkeypatch):
+    volume, listing = home.volume, home.volume.store.list
+    handle = open_to_write(home, "db", b"d" * 5000)
+
+    def take_and_list(prefix):
+        assert take(home, "db")
+        return listing(prefix)
+
+    monkeypatch.setattr(volume.store, "list", take_and_list)
+    assert checking.check(volume.tier, True, None, Job()).findings == []
+    assert buried(home) == set(), "else it would be removed one day, and the index refer to it"
+    volume.server.release(handle)
+
+
 def test_a_check_knows_them(home):
-    class Job:
-        cancelled = threading.Event()
-
-        def report(self, progress):
-            pass
-
     handle = open_to_write(home, "db", b"d" * 5000)
     assert take(home, "db")
     home.journal.flush()
