@@ -212,7 +212,11 @@ class Scheduler:
                     self._kit.troubles.note(str(error))
             except Exception:
                 log.exception("a round failed")
-            self._wait(restless)
+            try:
+                self._wait(restless)
+            except OSError as error:  # that of a disk that is not well: it may be again
+                log.debug("the filesystem does not say how full it is: %s", error.strerror)
+                self._stopping.wait(_ROUND_SECONDS)
 
     def _collect(self) -> None:
         """In a thread of its own: a store that hangs keeps no writer waiting for space."""

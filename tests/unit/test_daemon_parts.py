@@ -1,5 +1,6 @@
 """Log file, children, hot reload and the service manager: the supervisor's parts, without a mount."""
 
+import errno
 import logging
 import os
 import resource
@@ -265,6 +266,30 @@ def test_rounds_are_made_when_there_is_something_to_do(tmp_path, monkeypatch):
         scheduler.look()
         for _ in range(20):
             rounds.get(timeout=30)
+    finally:
+        scheduler.stop()
+        heat.close()
+        made.stop()
+
+
+def test_rounds_go_on_after_the_filesystem_did_not_say_how_full_it_is(tmp_path, monkeypatch):
+    made = Volume(tmp_path)
+    heat = HeatIndex(str(tmp_path / "heat"), 1 << 30)
+    monkeypatch.setattr(scheduling, "_ROUND_SECONDS", 0.01)
+    scheduler, rounds = Scheduler(made.tier, heat, False, str(tmp_path / "ballast")), SimpleQueue()
+    monkeypatch.setattr(scheduler, "_ask_store", lambda: rounds.put(None))
+    try:
+        with monkeypatch.context() as patch:
+
+            def ill():
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+            patch.setattr(made.tree, "space", ill)
+            scheduler.start()
+            for _ in range(3):
+                rounds.get(timeout=30)
+        scheduler.look()
+        rounds.get(timeout=30)
     finally:
         scheduler.stop()
         heat.close()
