@@ -144,16 +144,15 @@ class Names:
             self._nodes.unlinked(node, st)
         self._gate.entry(directory.ino, name, st.st_ino)
 
-    def rename(self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int = 0) -> None:
-        """All flags of renameat2(2). Raises Blocked, OSError."""
+    def rename(self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int = 0) -> list[int]:
+        """All flags of renameat2(2). Which nodes have other names now. Raises Blocked, OSError."""
         begun = self._begun(Doing.RENAME)
         was = begun.first if begun is not None else None
         if begun is not None and was is not None and not self._means_other(new_parent, new_name, was):
             there, going = begun.second, None
             if there is not None and not flags & _STAYS:
                 going = self._resumed(new_parent, new_name, there, begun.handle)
-            self._moved(parent, name, new_parent, new_name, flags, was, there, going)
-            return
+            return self._moved(parent, name, new_parent, new_name, flags, was, there, going)
         _, source_fd, st = self._child(parent, name)
         target = self._nodes.get(new_parent)
         target_fd = self._nodes.dirfd(target)
@@ -162,7 +161,7 @@ class Names:
         except FileNotFoundError:
             there = None
         if there is not None and there.st_ino == st.st_ino and not flags:
-            return  # two names of one file: both stay
+            return []  # two names of one file: both stay
         self._gate.need_marks()
         exchange = bool(flags & syscalls.RENAME_EXCHANGE)
         if stat.S_ISREG(st.st_mode):
@@ -181,12 +180,12 @@ class Names:
             if going is not None:
                 going.close()
             raise
-        self._moved(parent, name, new_parent, new_name, flags, st, there, going)
+        return self._moved(parent, name, new_parent, new_name, flags, st, there, going)
 
     def _moved(
         self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int,
         st: os.stat_result, there: os.stat_result | None, going: _Going | None,
-    ) -> None:  # fmt: skip
+    ) -> list[int]:  # fmt: skip
         """Tell everyone. `st` and `there` are from before the rename, `going` of what it has replaced."""
         source, target = self._nodes.get(parent), self._nodes.get(new_parent)
         source_fd, target_fd = self._nodes.dirfd(source), self._nodes.dirfd(target)
@@ -195,14 +194,15 @@ class Names:
                 going.gone()
             finally:
                 going.close()
-        self._renamed(st, target, target_fd, new_name)
+        moved = [self._renamed(st, target, target_fd, new_name)]
         if there is not None and flags & syscalls.RENAME_EXCHANGE:
-            self._renamed(there, source, source_fd, name)
+            moved.append(self._renamed(there, source, source_fd, name))
         if going is not None and there is not None and stat.S_ISDIR(there.st_mode):
             self._gate.entry(target.ino, new_name, there.st_ino)
         self._gate.entry(source.ino, name)
+        return [node.id for node in moved if node is not None]
 
-    def _renamed(self, before: os.stat_result, directory: Node, dirfd: int, name: bytes) -> None:
+    def _renamed(self, before: os.stat_result, directory: Node, dirfd: int, name: bytes) -> Node | None:
         """Tell everyone of a file's new name."""
         node = self._nodes.known(before.st_ino)
         if node is not None:
@@ -214,6 +214,7 @@ class Names:
             self._gate.after_change(before.st_ino, os.stat(name, dir_fd=dirfd, follow_symlinks=False))
         else:
             self._gate.entry(directory.ino, name)
+        return node
 
     def _going(self, directory: Node, dirfd: int, name: bytes, st: os.stat_result) -> _Going:
         """Prepare for this name's end. Raises Blocked, OSError; nothing has changed yet."""

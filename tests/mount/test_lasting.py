@@ -43,6 +43,25 @@ for line in sys.stdin:
 """
 
 
+# Lists and looks at a directory whenever it is told to, and is hardly ever given a processor.
+IDLER = """
+import os, sys
+idler = os.getpid()
+if not os.fork():
+    os.sched_setaffinity(0, {0})
+    while os.getppid() == idler:
+        pass
+    os._exit(0)
+os.sched_setaffinity(0, {0})
+os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+for line in sys.stdin:
+    os.listdir(sys.argv[1])
+    print("looks", flush=True)
+    os.stat(sys.argv[1])
+    print("has looked", flush=True)
+"""
+
+
 @pytest.fixture(autouse=True)
 def _watched(area: Scratch) -> None:
     if filesystem_of(os.stat(area.path).st_dev) not in watching._FILESYSTEMS:
@@ -131,6 +150,26 @@ def test_what_is_known_is_not_asked_for_again(shared: Volume, work: Path) -> Non
     look = ["stat", work, work / "sub", work / "sub" / "file", work / "link"]
     # More than once: what the mover does with files is an edit behind the mount, too.
     assert any(answered_without(shared, look) for _ in range(5))
+
+
+def test_an_answer_that_was_on_its_way_when_something_changed(shared: Volume, work: Path) -> None:
+    """Who has it takes it in after the change: the kernel must know that it is no news."""
+    top = work / "dir"
+    top.mkdir()
+    command = [sys.executable, "-c", IDLER, str(top)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as idler:
+        assert idler.stdin is not None and idler.stdout is not None
+        for number in range(10):
+            top.stat()
+            idler.stdin.write("look\n")
+            idler.stdin.flush()
+            assert idler.stdout.readline() == "looks\n"
+            time.sleep(0.002)
+            (top / str(number)).mkdir()
+            assert idler.stdout.readline() == "has looked\n"
+            seen, is_so = top.stat(), beneath(shared, top).stat()
+            assert (seen.st_nlink, seen.st_mtime_ns) == (is_so.st_nlink, is_so.st_mtime_ns)
+        idler.kill()
 
 
 def test_a_mapping_that_outlives_its_descriptor(work: Path, mapper: Callable[[Path, str], Mapper]) -> None:

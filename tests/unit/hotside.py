@@ -66,6 +66,7 @@ class Side:
         assert hot.form(self.session._receiver) == form
         self.gate.backing = self.backing = FakeBacking()
         self._unique = 0
+        self.outdated = []  # nodes of which that was told
 
     def send(self, opcode, nodeid, body=b"", flag=0, caller=(0, 0)):
         self._unique += 2
@@ -79,6 +80,9 @@ class Side:
         unique = self.send(opcode, nodeid, body, flag)
         assert self.session.serve(1) == 1
         data = self.sock.recv(1 << 16)
+        while not p.OUT.unpack_from(data)[2]:
+            self.outdated.append(p.INVAL_INODE_OUT.unpack_from(data, p.OUT_SIZE)[0])
+            data = self.sock.recv(1 << 16)
         length, number, answered = p.OUT.unpack_from(data)
         assert (length, answered) == (len(data), unique)
         return -number, data[p.OUT_SIZE :]

@@ -96,6 +96,36 @@ def test_names_and_directories_last_and_files_when_they_have_come_to_rest(side, 
     assert FRESH - 5 <= side.getattr(found[0])[0] <= FRESH
 
 
+def test_a_change_puts_out_of_date_what_the_kernel_has_yet_to_take_in(side):
+    """An answer that was on its way would last otherwise: the kernel does not tell it from a newer one."""
+    (side.path / "one").mkdir()
+    (side.path / "dir").mkdir()
+    made(side.path / "one" / "file")
+    one, other = side.lookup(ROOT, b"one")[0], side.lookup(ROOT, b"dir")[0]
+    file = side.lookup(one, b"file")[0]
+    changes = [
+        (p.Op.MKDIR, one, p.MKDIR_IN.pack(0o755, 0) + b"below\0", [one]),
+        (p.Op.RMDIR, one, b"below\0", [one]),
+        (p.Op.SYMLINK, one, b"link\0to\0", [one]),
+        (p.Op.UNLINK, one, b"link\0", [one]),
+        (p.Op.MKNOD, one, p.MKNOD_IN.pack(0o010644, 0, 0, 0) + b"fifo\0", [one]),
+        (p.Op.CREATE, one, p.CREATE_IN.pack(os.O_RDWR, 0o100644, 0, 0) + b"new\0", [one]),
+        (p.Op.LINK, one, p.U64.pack(file) + b"second\0", [one]),
+        (p.Op.UNLINK, one, b"file\0", [one]),
+        (p.Op.RENAME, one, p.U64.pack(one) + b"second\0third\0", [file, one]),
+        (p.Op.RENAME, one, p.U64.pack(other) + b"third\0file\0", [other, file, one]),
+        (p.Op.RENAME2, other, p.RENAME2_IN.pack(one, 0, 0) + b"file\0new\0", [one, file, other]),
+        (p.Op.SETXATTR, file, p.SETXATTR_IN.pack(1, 0, 0, 0) + b"user.x\0y", [file]),
+        (p.Op.REMOVEXATTR, file, b"user.x\0", [file]),
+        (p.Op.RMDIR, one, b"missing\0", []),
+        (p.Op.GETATTR, one, p.GETATTR_IN.pack(0, 0, 0), []),
+    ]  # fmt: skip
+    for opcode, node, body, outdated in changes:
+        side.outdated.clear()
+        number, _ = side.ask(opcode, node, body)
+        assert (number, side.outdated) == (errno.ENOENT if b"missing" in body else 0, outdated), opcode
+
+
 def test_what_may_be_given_anew_by_another_name_does_not_last(side):
     made(side.path / "file")
     os.link(side.path / "file", side.path / "other")

@@ -128,13 +128,25 @@ static int told(PyObject *whom, uint64_t unique, PyObject *what)
     return done ? 0 : -1;
 }
 
-/* Have the kernel ask for attributes anew (kernel.Session._outdated). 0, or -1 with an exception. */
-static int outdated(Hot *hot, uint64_t nodeid)
+int outdated(Hot *hot, uint64_t nodeid)
 {
     struct { struct out_header head; uint64_t nodeid; int64_t offset, length; } notice = {
         {sizeof notice, INVAL_INODE, 0}, nodeid, -1, 0,
     };
     return write(hot->fd, &notice, sizeof notice) < 0 ? told(hot->refused, 0, PyLong_FromLong(errno)) : 0;
+}
+
+/* What a request that was answered changes of the node that it is about, which the kernel then takes for outdated, but
+ * not what it was told before and has yet to take in (operations.Operations._changed). 0, or -1 with an exception. */
+static int node_outdated(Hot *hot, const struct in_header *in)
+{
+    switch (in->opcode) {
+    case SYMLINK: case MKDIR: case UNLINK: case RMDIR: case RENAME: case LINK: case SETXATTR: case REMOVEXATTR:
+    case CREATE: case RENAME2:
+        return hot->long_seconds ? outdated(hot, in->nodeid) : 0;
+    default:
+        return 0;
+    }
 }
 
 /* OPEN. What the kernel was told before knows nothing of a write through a mapping (operations.open). */
@@ -264,6 +276,8 @@ static int answer(Hot *hot, Py_ssize_t size)
     if (in.unique & RESENT || in.len != size || (in.len == sizeof in && in.opcode != READLINK))
         return 0;
     enum outcome outcome = carried_out(hot, &in, hot->buffer.buf, size, &reply.body, &body);
+    if (outcome == FOUND && node_outdated(hot, &in))
+        outcome = FAILED;
     if (outcome == FAILED)
         return failed(hot, in.unique) ? -1 : 1;
     if (outcome == PYTHONS) {

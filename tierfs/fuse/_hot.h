@@ -138,6 +138,10 @@ struct attribute { PyObject *word; struct { PyTypeObject *type; Py_ssize_t at; }
 NAMES(NAME)
 #undef NAME
 
+/* --- the kernel (_hot.c) --- */
+/* Have it ask for attributes anew (kernel.Session._outdated). 0, or -1 with an exception. */
+int outdated(Hot *hot, uint64_t nodeid);
+
 /* --- objects (_hot_state.c) --- */
 PyObject *get_of(PyObject *object, struct attribute *attribute);
 int put_of(PyObject *object, struct attribute *attribute, PyObject *value);

@@ -344,6 +344,14 @@ static enum outcome renamed(Hot *hot, uint64_t request, struct renaming *each)
     return settled(hot, each) ? FAILED : FOUND;
 }
 
+/* As node_outdated, of what a rename changes besides the directory that it is from. 0, or -1 with an exception. */
+static int others_outdated(Hot *hot, const struct in_header *in, uint64_t above, PyObject *node)
+{
+    if (!hot->long_seconds)
+        return 0;
+    return (above != in->nodeid && outdated(hot, above)) || (node && outdated(hot, number_of(node, s_id))) ? -1 : 0;
+}
+
 enum outcome rename_name(Hot *hot, const struct in_header *in, const char *name, uint64_t above, const char *new_name)
 {
     struct renaming each = {.replaced = NULL};
@@ -365,6 +373,8 @@ enum outcome rename_name(Hot *hot, const struct in_header *in, const char *name,
     if (found_known(hot, each.st.st_ino, &each.known)
         && (!each.replaced || found_known(hot, there.st.st_ino, &there.known)))
         outcome = renamed(hot, in->unique, &each);
+    if (outcome == FOUND && others_outdated(hot, in, above, each.known.node))
+        outcome = FAILED;
     drop_known(&each.known);
     drop_known(&there.known);
     return outcome;

@@ -129,6 +129,19 @@ class Operations:
     def _entry(self, found: tuple[int, Any], seconds: int | None = None) -> bytes:
         return _entry(self._vfs, *found, seconds)
 
+    def _changed(self, *nodeids: int) -> None:
+        """A request has changed what these show, which the kernel takes for outdated when it has its answer.
+
+        But not what it was told before and has yet to take in: that would last. It does once it is told so.
+        """
+        if self._vfs.gate.lasting.watched:
+            for nodeid in nodeids:
+                self._outdated(nodeid)
+
+    def _made(self, nodeid: int, made: tuple[int, Any], seconds: int | None = None) -> bytes:
+        self._changed(nodeid)
+        return self._entry(made, seconds)
+
     def lookup(self, message: bytes, nodeid: int) -> bytes:
         return self._entry(self._vfs.lookup(nodeid, message[IN:-1]))
 
@@ -193,42 +206,48 @@ class Operations:
 
     def symlink(self, message: bytes, nodeid: int) -> bytes:
         name, target = _two_names(message, IN)
-        return self._entry(self._vfs.symlink(nodeid, name, target, _caller(message)))
+        return self._made(nodeid, self._vfs.symlink(nodeid, name, target, _caller(message)))
 
     def mknod(self, message: bytes, nodeid: int) -> bytes:
         mode, rdev, umask, _ = p.MKNOD_IN.unpack_from(message, IN)
         name = _name(message, IN + p.MKNOD_IN.size)
-        return self._entry(self._vfs.mknod(nodeid, name, mode, rdev, _caller(message, umask)))
+        return self._made(nodeid, self._vfs.mknod(nodeid, name, mode, rdev, _caller(message, umask)))
 
     def mkdir(self, message: bytes, nodeid: int) -> bytes:
         mode, umask = p.MKDIR_IN.unpack_from(message, IN)
         name = _name(message, IN + p.MKDIR_IN.size)
-        return self._entry(self._vfs.mkdir(nodeid, name, mode, _caller(message, umask)))
+        return self._made(nodeid, self._vfs.mkdir(nodeid, name, mode, _caller(message, umask)))
 
     def unlink(self, message: bytes, nodeid: int) -> bytes:
         self._vfs.unlink(nodeid, message[IN:-1])
+        self._changed(nodeid)
         return _DONE
 
     def rmdir(self, message: bytes, nodeid: int) -> bytes:
         self._vfs.rmdir(nodeid, message[IN:-1])
+        self._changed(nodeid)
         return _DONE
 
     def rename(self, message: bytes, nodeid: int) -> bytes:
         (new_parent,) = p.U64.unpack_from(message, IN)
         old, new = _two_names(message, IN + p.U64.size)
-        self._vfs.rename(nodeid, old, new_parent, new, 0)
-        return _DONE
+        return self._renamed(nodeid, old, new_parent, new, 0)
 
     def rename2(self, message: bytes, nodeid: int) -> bytes:
         new_parent, flags, _ = p.RENAME2_IN.unpack_from(message, IN)
         old, new = _two_names(message, IN + p.RENAME2_IN.size)
-        self._vfs.rename(nodeid, old, new_parent, new, flags)
+        return self._renamed(nodeid, old, new_parent, new, flags)
+
+    def _renamed(self, nodeid: int, old: bytes, new_parent: int, new: bytes, flags: int) -> bytes:
+        moved = self._vfs.rename(nodeid, old, new_parent, new, flags)
+        others = () if new_parent == nodeid else (new_parent,)
+        self._changed(*others, *moved, nodeid)
         return _DONE
 
     def link(self, message: bytes, nodeid: int) -> bytes:
         (linked,) = p.U64.unpack_from(message, IN)
         made, st = self._vfs.link(linked, nodeid, _name(message, IN + p.U64.size))
-        return self._entry((made, st), self._short(st))
+        return self._made(nodeid, (made, st), self._short(st))
 
     # --- open files ---------------------------------------------------------------------------------------
 
@@ -247,7 +266,7 @@ class Operations:
         name = _name(message, IN + p.CREATE_IN.size)
         made, st, fh, handle = self._vfs.create(nodeid, name, flags, mode, _caller(message, umask))
         # Although it is open for writing: nothing is mapped yet, and a write or change of size says so itself.
-        return self._entry((made, st), p.ATTR_SECONDS) + p.OPEN_OUT.pack(fh, *_opened(handle))
+        return self._made(nodeid, (made, st), p.ATTR_SECONDS) + p.OPEN_OUT.pack(fh, *_opened(handle))
 
     def tmpfile(self, message: bytes, nodeid: int) -> bytes:
         flags, mode, umask, _ = p.CREATE_IN.unpack_from(message, IN)
@@ -378,10 +397,12 @@ class Operations:
         at = IN + p.SETXATTR_IN.size + len(name) + 1
         kill = bool(more & p.SETXATTR_ACL_KILL_SGID)
         self._vfs.setxattr(nodeid, name, message[at : at + size], flags, kill_sgid=kill)
+        self._changed(nodeid)
         return _DONE
 
     def removexattr(self, message: bytes, nodeid: int) -> bytes:
         self._vfs.removexattr(nodeid, message[IN:-1])
+        self._changed(nodeid)
         return _DONE
 
 
