@@ -362,7 +362,7 @@ static PyObject *hot_receive(Hot *hot, PyObject *arguments)
         ready = 0;
         ssize_t size = read(hot->fd, hot->buffer.buf, hot->buffer.len);
         if (size < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) {
-            hot->eager--;
+            hot->eager -= hot->eager > 0;
             if (until > 0 && (ready = awaited(hot, until)))
                 continue;
             if (hot->answered)
