@@ -140,9 +140,22 @@ def strip(tree: str) -> None:
 
 def give_back(directory: str, state: str) -> None:
     """Put the backing tree in the place of the (empty, unmounted) mountpoint. Raises OSError."""
+    with open(os.path.join(state, volume.GIVEN), "w", encoding="ascii") as file:
+        file.write(f"{os.stat(os.path.join(state, 'tree')).st_ino}\n")
+        file.flush()
+        os.fsync(file.fileno())
     os.rename(os.path.join(state, "tree"), directory)
     volume.sync_directory(os.path.dirname(directory))
     volume.sync_directory(state)
+
+
+def is_given_back(directory: str, state: str) -> bool:
+    """What is there now is the backing tree, which the state directory has not; or nothing is left to lose."""
+    try:
+        with open(os.path.join(state, volume.GIVEN), encoding="ascii") as file:
+            return file.read() == f"{os.stat(directory).st_ino}\n"
+    except FileNotFoundError:
+        return volume.is_bare(state)
 
 
 def make_durable(directory: str) -> None:

@@ -26,6 +26,7 @@ from tierfs.store.base import Capabilities
 
 FORMAT = 1
 RESTORING = "restoring.json"  # in a state directory: a restore was begun and is not complete; see restoring.py
+GIVEN = "given"  # the number of the backing tree that is about to be given back; see adoption.py
 _PLAIN = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789:_.")
 _NAME_LIMIT = 200
 
@@ -258,10 +259,17 @@ def remove(state: str) -> None:
     for entry in list(os.scandir(state)):
         if entry.is_dir(follow_symlinks=False):
             shutil.rmtree(entry.path)
-        elif entry.name != "volume.json":
+        elif entry.name not in ("volume.json", GIVEN):
             os.unlink(entry.path)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(os.path.join(state, GIVEN))
     os.unlink(os.path.join(state, "volume.json"))  # last: by it the directory is known to be ours
     os.rmdir(state)
+
+
+def is_bare(state: str) -> bool:
+    """All of a volume has been removed but for the sign of what it was."""
+    return not set(os.listdir(state)) - {"volume.json", "lock"}
 
 
 def make_tree(volume: Volume, like: os.stat_result) -> None:

@@ -416,3 +416,24 @@ def test_a_store_goes_only_when_what_it_held_is_on_the_disk(home, monkeypatch):
     monkeypatch.setattr(volume, "remove", lambda state: done.append("removed"))
     commands_home._give_back(home, state)
     assert done == [os.stat(home).st_ino, "removed"]
+
+
+def test_a_tree_that_is_missing_for_another_reason_is_no_leave_to_remove_the_rest(home):
+    state = volume.adopted_state(home)
+    volume.make_state(state)
+    made = volume.create(state)
+    complete(made, MemoryStore())
+    adoption.begin(home, state)
+    adoption.move(home, state)
+    adoption.finish(home, state)
+    kept = os.path.join(state, "store", "object")
+    os.makedirs(os.path.dirname(kept), exist_ok=True)
+    with open(kept, "w") as file:
+        file.write("the only copy")
+    os.rename(made.path("tree"), f"{home}.elsewhere")
+    with pytest.raises(VolumeError, match="put it back"):
+        commands_home._give_back(home, state)
+    assert os.path.exists(kept)
+    os.rename(f"{home}.elsewhere", made.path("tree"))
+    commands_home._give_back(home, state)
+    assert os.listdir(home) == ["letter"] and not os.path.exists(state)

@@ -132,6 +132,8 @@ def _give_back(directory: str, state: str) -> None:
                 )
             adoption.strip(tree)
             adoption.give_back(directory, state)
+        elif not adoption.is_given_back(directory, state):
+            raise VolumeError(f"{tree}: the backing tree is missing: put it back, then try again")
         adoption.make_durable(directory)
         volume.remove(state)
     finally:
