@@ -115,7 +115,6 @@ class Drain:
         self._reader.forget(position)
         return len(entries) == _BATCH
 
-
     def _moves(self, entries: list[Entry]) -> set[tuple[int, int]]:
         """(from, to): directories between which a directory or a file whose content is away has moved; none
         where nothing is pinned. The marks have not been applied yet."""
@@ -171,6 +170,7 @@ def apply(w: Writer, entry: Entry, now: int) -> None:
         case Mark.ENTRY:
             if entry.a:
                 w.drop_dir(entry.a)
+                w.drop_pin(entry.a)  # its number may be another directory's soon
             w.note(entry.parent, entry.name)
         case Mark.ATTR if entry.a:
             w.note(entry.ino)

@@ -14,8 +14,10 @@ import pytest
 
 from tierfs import pages
 from tierfs.codec import is_plain, pack_record, unpack_record
+from tierfs.draining import apply
 from tierfs.errors import IndexError_
 from tierfs.index import Index, Totals
+from tierfs.marks import Entry, Mark
 from tierfs.model import Copy, Record, Residency, make_generation
 from tierfs.past import Ending
 
@@ -368,3 +370,11 @@ def test_the_file_of_ten_thousand_files_that_were_made_copied_and_demoted_is_at_
     assert index.totals().stubs == 10_000 and index.note_count() == 20_000
     index.close()
     assert (tmp_path / "data.mdb").stat().st_size <= 400 * 10_000
+
+
+def test_a_directory_that_is_removed_is_pinned_no_more(index):
+    with index.write() as writer:
+        writer.put_dir(7, 2, b"dir")
+        writer.put_pin(7, 2, b"dir")
+        apply(writer, Entry(Mark.ENTRY, 0, 0, 2, 7, 0, b"", b"dir", 0), 0)
+    assert not index.pins() and index.get_dir(7) is None

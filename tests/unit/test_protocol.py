@@ -136,7 +136,8 @@ class FakeVfs:
     """Answers UNLINK as told, and lists what it was asked."""
 
     def __init__(self) -> None:
-        self.gate = SimpleNamespace(writers_open=lambda ino: False, backing=None, lasting=None)
+        lasting = SimpleNamespace(watched=False)
+        self.gate = SimpleNamespace(writers_open=lambda ino: False, backing=None, lasting=lasting)
         self.ledger = Ledger()
         self.tree = SimpleNamespace(device=0)
         self.asked: list[bytes] = []

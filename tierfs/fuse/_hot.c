@@ -161,9 +161,12 @@ static enum outcome open_one(Hot *hot, const struct in_header *in, uint32_t flag
 static enum outcome set_one(Hot *hot, const struct in_header *in, const char *message, Py_ssize_t length)
 {
     struct setxattr_in ask;
-    const char *name = fields(message, length, &ask, sizeof ask) ? name_at(message, length, sizeof *in + sizeof ask) : NULL;
+    const char *name = NULL;
+    if (fields(message, length, &ask, sizeof ask))
+        name = name_at(message, length, sizeof *in + sizeof ask);
     const char *value = name ? name + strlen(name) + 1 : NULL;
-    return name && ask.size <= (size_t)(message + length - value) ? set_xattr(hot, in->nodeid, &ask, name, value) : PYTHONS;
+    int whole = name && ask.size <= (size_t)(message + length - value);
+    return whole ? set_xattr(hot, in->nodeid, &ask, name, value) : PYTHONS;
 }
 
 /* READDIR and READDIRPLUS. */

@@ -96,8 +96,9 @@ enum outcome { PYTHONS, ABSENT, NO_DATA, NO_TERMINAL, FOUND, FAILED };
 #define OBJECTS(X) \
     X(records, NULL) \
     X(by_slot, &PyList_Type) X(by_ino, &PyDict_Type) X(dirs, &PyODict_Type) X(root, NULL) X(node, NULL) \
-    X(plain, &PySet_Type) X(inodes, &PyDict_Type) X(holds, NULL) X(forget, NULL) X(listed, NULL) X(long_of, &PyDict_Type) \
-    X(former, &PyDict_Type) X(gate, NULL) X(kernel_backing, &PyType_Type) X(idle, NULL) X(idle_inodes, &PyODict_Type) X(touched, &PyDict_Type) \
+    X(plain, &PySet_Type) X(inodes, &PyDict_Type) X(holds, NULL) X(forget, NULL) X(listed, NULL) \
+    X(long_of, &PyDict_Type) X(former, &PyDict_Type) X(gate, NULL) X(kernel_backing, &PyType_Type) X(idle, NULL) \
+    X(idle_inodes, &PyODict_Type) X(touched, &PyDict_Type) \
     X(files, &PyDict_Type) X(opens, &PyDict_Type) X(inode, NULL) X(handle, NULL) X(stub_name, &PyBytes_Type) \
     X(marks, NULL) X(recent, &PyDict_Type) X(seals, &PySet_Type) X(late, &PyDict_Type) X(gone_stat, NULL) \
     X(nodes, NULL) X(privileged, &PyBool_Type) X(refused, NULL) X(failed, NULL) X(unproven, &PySet_Type)
@@ -116,7 +117,8 @@ typedef struct {
     gid_t egid;
     struct { uint64_t above; char name[NAME_ROOM]; } absent; /* the name that was asked for last and was not there */
     mode_t umask; /* the process's own, which making.Maker leaves as it was */
-    struct { double until; unsigned long long low; int left; } ample; /* for how long, and for how many, room is taken for granted */
+    /* For how long, and for how many, room is taken for granted. */
+    struct { double until; unsigned long long low; int left; } ample;
     struct { Py_ssize_t word, at, most; PyObject *free; } parts[PARTS];
 #define FIELD(name, type) PyObject *name;
     OBJECTS(FIELD)
@@ -128,7 +130,8 @@ typedef struct {
 
 /* Attributes of the objects. */
 #define NAMES(X) \
-    X(_packed) X(id) X(ino) X(parent) X(anchor) X(move_to_end) X(popitem) X(backing) X(backing_id) X(close) X(content) X(flags) X(gone) \
+    X(_packed) X(id) X(ino) X(parent) X(anchor) X(move_to_end) X(popitem) X(backing) X(backing_id) X(close) \
+    X(content) X(flags) X(gone) \
     X(guard) X(handle) X(inode) X(marked) X(most) X(name) X(open) X(opath) X(opens) X(passthrough) X(retire) X(set_id) \
     X(size) X(position) X(segment) X(shown) X(slot) X(start) X(uid) X(writable) X(writers)
 /* An attribute, and where in the objects of the types that were met it is: they have slots. */

@@ -22,7 +22,12 @@ enum { BRANCH = 1, LEAF = 2, META = 8, SUBTABLE = 2 };
 #define NO_PAGE UINT64_MAX
 #define FILES "files"
 
-struct meta { uint32_t magic, version; uint64_t address, size; unsigned char free[TABLE], main[TABLE]; uint64_t last, transaction; };
+struct meta {
+    uint32_t magic, version;
+    uint64_t address, size;
+    unsigned char free[TABLE], main[TABLE];
+    uint64_t last, transaction;
+};
 
 /* What the lock file begins with (MDB_txbody). */
 struct lock { uint32_t magic, form; pthread_mutex_t readers; uint64_t transaction; };
@@ -290,5 +295,6 @@ PyTypeObject RecordsType = {
     .tp_init = (initproc)records_init,
     .tp_dealloc = (destructor)records_dealloc,
     .tp_methods = records_methods,
-    .tp_doc = "Records(fd, lock_fd, size, page): an index's file, mapped up to a size. Of a process that has it open, and one thread.",
+    .tp_doc = "Records(fd, lock_fd, size, page): an index's file, mapped up to a size. Of a process that has it open,"
+              " and of one thread.",
 };

@@ -1,5 +1,6 @@
-/* MKDIR, SYMLINK and CREATE: what vfs.mkdir, vfs.symlink and vfs.create do with making.Maker, gate.made_dir and gate.created, nodes.made and
- * files.add. What was made and is not quite plain is removed again, and Python makes it anew: nobody has been told.
+/* MKDIR, SYMLINK and CREATE: what vfs.mkdir, vfs.symlink and vfs.create do with making.Maker, gate.made_dir and
+ * gate.created, nodes.made and files.add. What was made and is not quite plain is removed again, and Python makes it
+ * anew: nobody has been told.
  */
 #include "_hot.h"
 

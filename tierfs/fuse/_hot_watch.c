@@ -8,7 +8,13 @@
 
 enum { KIND_NAME = FAN_EVENT_INFO_TYPE_DFID_NAME, FILEID_INO32_GEN = 1 };
 /* struct fanotify_event_info_fid and the struct file_handle in it, up to the handle's bytes. */
-struct info { uint8_t kind, padding; uint16_t length; uint64_t filesystem; uint32_t size; int32_t type; } __attribute__((packed));
+struct __attribute__((packed)) info {
+    uint8_t kind, padding;
+    uint16_t length;
+    uint64_t filesystem;
+    uint32_t size;
+    int32_t type;
+};
 
 /* Append what an event's record says, if its inode is known. 0, or -1 with an exception. */
 static int appended(PyObject *found, PyObject *by_ino, uint64_t mask, const char *at, const struct info *info)
