@@ -194,7 +194,7 @@ class Volume:
         """What a command says with `--json`."""
         return json.loads(self.cli(*args, **more).stdout)
 
-    def mount(self, *args: Path_, check: bool = True, timeout: float = 60) -> Done:
+    def mount(self, *args: Path_, check: bool = True, timeout: float = 90) -> Done:
         with contextlib.suppress(FileExistsError):  # no look at it: a mount there may be dead
             os.mkdir(self.mountpoint)
         given = ("--store", self.store) if self.store else ()
@@ -251,7 +251,7 @@ class Volume:
         device = connection_of(self.mountpoint)
         try:
             if device is not None:
-                done = self.cli("umount", self.mountpoint, check=False, timeout=30)
+                done = self.cli("umount", self.mountpoint, check=False, timeout=75)
                 forced = done.stderr if done.returncode else ""
         except subprocess.TimeoutExpired:
             forced = "umount hung"
@@ -325,7 +325,7 @@ class Volume:
 class PlainVolume(Volume):
     """A plain directory in a volume's place: shows that a workload itself is right. Nothing is ever demoted."""
 
-    def mount(self, *args: Path_, check: bool = True, timeout: float = 60) -> Done:
+    def mount(self, *args: Path_, check: bool = True, timeout: float = 90) -> Done:
         self.mountpoint.mkdir(exist_ok=True)
         return Done([], 0, "", "")
 
