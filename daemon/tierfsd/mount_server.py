@@ -36,6 +36,7 @@ from tierfsd import logs
 log = logging.getLogger("server")
 
 BATCH = 64  # requests between two looks at the mover and the supervisor
+UNHEARD = 512  # requests between two looks at edits behind the mount, at most
 TICK_SECONDS = 0.25  # from the first request after an idle time to the gate's turn
 _STATFS_SECONDS = 2.0  # how long the sum of evictable bytes is believed
 
@@ -111,6 +112,7 @@ class Server:
         self._watch(signal_fd, self._signalled)
         self._edits = watch
         self._next_look = _NEVER if watch is None else 0.0
+        self._unheard = 0  # requests since edits were heard
         if watch is not None:
             self._handlers[watch.fileno()] = self._hear_edits
             self._others.register(watch.fileno(), 0)
@@ -134,6 +136,7 @@ class Server:
                 lasting = self._vfs.tree.privileged
                 self._tell(channel.Ready(self._gate.backing is not None, lasting, session.form))
             self._turn(served)
+            self._hear_in_time(served)
             self._events(0.0 if served == BATCH else self._pause())
             session.run_ready()
         self._gate.tick(time.monotonic())
@@ -157,8 +160,15 @@ class Server:
     def _pause(self) -> float:
         return max(0.0, min(self._next_tick, self._next_look) - time.monotonic())
 
+    def _hear_in_time(self, served: int) -> None:
+        """Our own changes are events as well, and each new one the kernel compares with those that wait."""
+        self._unheard += served
+        if self._edits is not None and self._unheard >= UNHEARD:
+            self._hear_edits()
+
     def _hear_edits(self) -> None:
         """There are some, perhaps our own: many are taken at once."""
+        self._unheard = 0
         watch = self._edits
         assert watch is not None
         pause = watch.hear()

@@ -6,7 +6,7 @@
 #include <string.h>
 #include <sys/fanotify.h>
 
-enum { KIND_NAME = FAN_EVENT_INFO_TYPE_DFID_NAME, FILEID_INO32_GEN = 1 };
+enum { OLD_NAME = 10, NEW_NAME = 12, FILEID_INO32_GEN = 1 }; /* kinds of records, which older headers lack; of handles */
 /* struct fanotify_event_info_fid and the struct file_handle in it, up to the handle's bytes. */
 struct __attribute__((packed)) info {
     uint8_t kind, padding;
@@ -15,6 +15,11 @@ struct __attribute__((packed)) info {
     uint32_t size;
     int32_t type;
 };
+
+static int is_of_name(uint8_t kind)
+{
+    return kind == FAN_EVENT_INFO_TYPE_DFID_NAME || kind == OLD_NAME || kind == NEW_NAME;
+}
 
 /* Append what an event's record says, if its inode is known. 0, or -1 with an exception. */
 static int appended(PyObject *found, PyObject *by_ino, uint64_t mask, const char *at, const struct info *info)
@@ -27,7 +32,7 @@ static int appended(PyObject *found, PyObject *by_ino, uint64_t mask, const char
     if (!node)
         return PyErr_Occurred() ? -1 : 0;
     const char *name = at + sizeof *info + info->size;
-    Py_ssize_t room = info->kind == KIND_NAME ? info->length - sizeof *info - info->size : 0;
+    Py_ssize_t room = is_of_name(info->kind) ? info->length - sizeof *info - info->size : 0;
     PyObject *entry = Py_BuildValue("KiOy#", (unsigned long long)mask, info->kind, node, name,
                                     (Py_ssize_t)strnlen(name, room));
     int failed = entry ? PyList_Append(found, entry) : -1;

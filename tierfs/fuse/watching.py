@@ -33,11 +33,12 @@ _INO_GEN_TYPE = 1
 
 _EVENT = struct.Struct("<IBBHQii")  # length, version, -, length of this head, mask, descriptor, process
 _INFO = struct.Struct("<BBH8xIi")  # type, -, length, filesystem, length of the handle, its type
-_FID, _DFID_NAME = 1, 2
+_FID, _DFID_NAME, _OLD_DFID_NAME, _NEW_DFID_NAME = 1, 2, 10, 12
+_OF_NAMES = frozenset({_DFID_NAME, _OLD_DFID_NAME, _NEW_DFID_NAME})
 _MODIFY, _ATTRIB, _CLOSE_WRITE = 0x2, 0x4, 0x8
-_MOVED_FROM, _MOVED_TO, _CREATE, _DELETE = 0x40, 0x80, 0x100, 0x200
+_CREATE, _DELETE, _RENAME = 0x100, 0x200, 0x10000000
 _OVERFLOW, _ONDIR = 0x4000, 0x40000000
-_NAMES = _MOVED_FROM | _MOVED_TO | _CREATE | _DELETE
+_NAMES = _RENAME | _CREATE | _DELETE
 # Not each write: that would make one through the mount half as slow again.
 _WANTED = _NAMES | _ATTRIB | _CLOSE_WRITE | _ONDIR
 
@@ -72,7 +73,7 @@ def _records(buffer: bytearray, at: int, end: int, mask: int, by_ino: Mapping[in
             ino, _ = _INO_GEN.unpack_from(buffer, at + _INFO.size)
             node = by_ino.get(ino)
             if node is not None:
-                name = buffer[at + _INFO.size + size : at + length] if kind == _DFID_NAME else b""
+                name = buffer[at + _INFO.size + size : at + length] if kind in _OF_NAMES else b""
                 yield mask, kind, node, bytes(name).split(b"\0", 1)[0]
         at += length
 
@@ -134,9 +135,9 @@ class Watch:
 
     def _seen(self, mask: int, kind: int, node: Node, name: bytes) -> None:
         """An event says this of a node: of it, or of a name in it."""
-        if kind == _DFID_NAME and mask & _NAMES:
+        if kind in _OF_NAMES and mask & _NAMES:
             self._pending[p.inval_name(node.id, name, self._how(node, name))] = None
-        elif kind == _DFID_NAME and not mask & _ONDIR:
+        elif kind in _OF_NAMES and not mask & _ONDIR:
             return  # a file in it has changed, not the directory
         elif mask & ~_ONDIR == _CLOSE_WRITE and node.ino in self._unproven:
             return  # opened through the mount: nothing is believed of it for long
