@@ -49,6 +49,8 @@ class PlainIndex(DictIndex):
 class Side:
     """A session of one form over a tree, and the kernel's end of it."""
 
+    thread = 0  # that asks: of a namespace that is not ours
+
     def __init__(self, base, form, monkeypatch, built, tree=None, directory_fds=3, watched=False):
         self._base = base
         (base / "marks").mkdir(parents=True)
@@ -71,7 +73,8 @@ class Side:
     def send(self, opcode, nodeid, body=b"", flag=0, caller=(0, 0)):
         self._unique += 2
         unique = self._unique | flag
-        head = p.HEAD.pack(p.IN + len(body), opcode, unique, nodeid) + p.CALLER.pack(*caller, 0, 0) + bytes(2)
+        head = p.HEAD.pack(p.IN + len(body), opcode, unique, nodeid)
+        head += p.CALLER.pack(*caller, self.thread, 0) + bytes(2)
         self.sock.send(head + body)
         return unique
 

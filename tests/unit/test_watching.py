@@ -147,6 +147,17 @@ def test_answers_that_the_kernel_takes_for_the_newest_do_not_last(side):
     assert not number and seconds(p.ENTRY_OUT.unpack(linked)) == (p.ENTRY_SECONDS, p.ATTR_SECONDS)
 
 
+def test_what_is_new_may_be_changed_by_others_before_its_maker_has_heard_of_it(side):
+    for opcode, body in (
+        (p.Op.MKDIR, p.MKDIR_IN.pack(0o755, 0) + b"dir\0"),
+        (p.Op.SYMLINK, b"link\0to\0"),
+        (p.Op.MKNOD, p.MKNOD_IN.pack(0o010644, 0, 0, 0) + b"fifo\0"),
+        (p.Op.CREATE, p.CREATE_IN.pack(os.O_RDWR, 0o100644, 0, 0) + b"file\0"),
+    ):
+        number, made = side.ask(opcode, ROOT, body)
+        assert not number and seconds(p.ENTRY_OUT.unpack(made[: p.ENTRY_OUT.size])) == (LONG, p.ATTR_SECONDS)
+
+
 def test_a_file_that_is_written_does_not_last_until_nobody_can_be_writing(side):
     path = made(side.path / "file")
     node, ino = side.lookup(ROOT, b"file")[0], path.stat().st_ino

@@ -143,10 +143,32 @@ static int node_outdated(Hot *hot, const struct in_header *in)
     switch (in->opcode) {
     case SYMLINK: case MKDIR: case UNLINK: case RMDIR: case RENAME: case LINK: case SETXATTR: case REMOVEXATTR:
     case CREATE: case RENAME2:
-        return hot->long_seconds ? outdated(hot, in->nodeid) : 0;
+        return hot->long_seconds && !has_taken_in(hot, in->nodeid, in->pid) ? outdated(hot, in->nodeid) : 0;
     default:
         return 0;
     }
+}
+
+/* Of which nodes an answer has the attributes. */
+static void note_told(Hot *hot, const struct in_header *in, const union body *body)
+{
+    switch (in->opcode) {
+    case LOOKUP: case MKDIR: case SYMLINK: case LINK: case CREATE:
+        told_to(hot, body->entry.nodeid, in->pid);
+        break;
+    case GETATTR: case SETATTR:
+        told_to(hot, in->nodeid, in->pid);
+        break;
+    case READDIRPLUS:
+        anybody_told(hot);
+    }
+}
+
+/* Python is to answer it: of any node, to anybody, and perhaps later. */
+static void left_to_python(Hot *hot)
+{
+    anybody_told(hot);
+    none_is_new(hot);
 }
 
 /* OPEN. What the kernel was told before knows nothing of a write through a mapping (operations.open). */
@@ -276,8 +298,10 @@ static int answer(Hot *hot, Py_ssize_t size)
     struct in_header in;
     memcpy(&in, hot->buffer.buf, sizeof in);
     size_t body = 0;
-    if (in.unique & RESENT || in.len != size || (in.len == sizeof in && in.opcode != READLINK))
+    if (in.unique & RESENT || in.len != size || (in.len == sizeof in && in.opcode != READLINK)) {
+        left_to_python(hot);
         return 0;
+    }
     enum outcome outcome = carried_out(hot, &in, hot->buffer.buf, size, &reply.body, &body);
     if (outcome == FOUND && node_outdated(hot, &in))
         outcome = FAILED;
@@ -285,8 +309,11 @@ static int answer(Hot *hot, Py_ssize_t size)
         return failed(hot, in.unique) ? -1 : 1;
     if (outcome == PYTHONS) {
         PyErr_Clear(); /* Python's own way meets the same, and says it. */
+        left_to_python(hot);
         return 0;
     }
+    if (outcome == FOUND)
+        note_told(hot, &in, &reply.body);
     if (in.opcode == FORGET || in.opcode == BATCH_FORGET)
         return 1;
     body = outcome == FOUND ? body : 0;

@@ -90,6 +90,10 @@ struct place { PyObject *parent; int fd; const char *name; size_t length; uint64
 /* An inode: its number, its node and its state in the gate, NULL where there is none. */
 struct known { PyObject *ino, *node, *inode; };
 
+enum { ASKED = 64, NEW_FILES = 64 };
+struct asked { uint64_t nodeid; uint32_t thread; };
+struct new_file { uint64_t nodeid; double until; };
+
 enum outcome { PYTHONS, ABSENT, NO_DATA, NO_TERMINAL, FOUND, FAILED };
 
 /* What is given to the object by these names, and of which type; anything where that is NULL. */
@@ -116,6 +120,8 @@ typedef struct {
     uid_t euid;
     gid_t egid;
     struct { uint64_t above; char name[NAME_ROOM]; } absent; /* the name that was asked for last and was not there */
+    struct asked asked[ASKED]; /* (_hot_asked.c) */
+    struct new_file new_files[NEW_FILES]; /* (_hot_make.c) */
     mode_t umask; /* the process's own, which making.Maker leaves as it was */
     /* For how long, and for how many, room is taken for granted. */
     struct { double until; unsigned long long low; int left; } ample;
@@ -144,6 +150,15 @@ NAMES(NAME)
 /* --- the kernel (_hot.c) --- */
 /* Have it ask for attributes anew (kernel.Session._outdated). 0, or -1 with an exception. */
 int outdated(Hot *hot, uint64_t nodeid);
+
+/* --- who was told what (_hot_asked.c) --- */
+/* An answer to this thread has the node's attributes. */
+void told_to(Hot *hot, uint64_t nodeid, uint32_t thread);
+/* Nobody has yet to take in what he was told of the node, which this thread changes. If not, the kernel is to be told
+ * now (outdated), and nobody has. */
+int has_taken_in(Hot *hot, uint64_t nodeid, uint32_t thread);
+/* Anybody may be told of any node now. */
+void anybody_told(Hot *hot);
 
 /* --- objects (_hot_state.c) --- */
 PyObject *get_of(PyObject *object, struct attribute *attribute);
@@ -232,6 +247,9 @@ enum outcome make_directory(Hot *hot, const struct in_header *in, uint32_t mode,
                             struct entry_out *out);
 enum outcome create_file(Hot *hot, const struct in_header *in, uint32_t flags, uint32_t mode, uint32_t umask_,
                          const char *name, struct create_out *out);
+/* It was made here a moment ago, and nobody has set an attribute since, nor asked for one: the first who asks. */
+int was_new_file(Hot *hot, uint64_t nodeid);
+void none_is_new(Hot *hot);
 
 /* --- edits behind the mount (_hot_watch.c) --- */
 PyObject *hot_foreign(PyObject *module, PyObject *arguments);

@@ -12,8 +12,7 @@
 #define MODE 01777
 #define BELIEVED 64 /* files that are made or opened */
 #define BELIEVED_SECONDS 0.02
-#define SYNC (O_SYNC | O_DSYNC)
-#define NEW (O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC)
+#define NEW_SECONDS 1.0 /* and what is set behind the mount meanwhile shows then */
 
 /* Whose it must become (making.Maker._owner): 1 with *uid and *gid, 0 where it is already, -1 where that fails. */
 static int owner_of(Hot *hot, const struct in_header *in, int dirfd, const struct stat *st, uid_t *uid, gid_t *gid)
@@ -105,7 +104,7 @@ enum outcome make_directory(Hot *hot, const struct in_header *in, uint32_t mode,
     if (ino && !mark(hot, DIRECTORY, ino, &of))
         nodeid = enter(hot, ino, place.parent, name, place.length);
     Py_XDECREF(ino);
-    fill_entry(hot, nodeid, attributes_last(hot, &st, NULL, NULL), out);
+    fill_entry(hot, nodeid, for_now(hot, attributes_last(hot, &st, NULL, NULL)), out);
     return nodeid ? FOUND : FAILED;
 }
 
@@ -129,14 +128,14 @@ enum outcome make_symlink(Hot *hot, const struct in_header *in, const char *name
     if (ino && !entry_marked(hot, &place, 0))
         nodeid = enter(hot, ino, place.parent, name, place.length);
     Py_XDECREF(ino);
-    fill_entry(hot, nodeid, attributes_last(hot, &st, NULL, NULL), out);
+    fill_entry(hot, nodeid, for_now(hot, attributes_last(hot, &st, NULL, NULL)), out);
     return nodeid ? FOUND : FAILED;
 }
 
 /* --- files ----------------------------------------------------------------------------------------------- */
 
 /* What is needed of a new file. */
-struct made { int fd, opath; struct stat st; struct handle handle; PyObject *number; };
+struct made { int opath; struct stat st; struct handle handle; PyObject *number; };
 
 /* There is room on the local disk (room.Room). Where there is twice as much as has to be, that is believed for a
  * moment: what is written meanwhile does not depend on who is told so. */
@@ -154,41 +153,48 @@ int is_ample(Hot *hot)
     return available >= hot->low;
 }
 
-/* An O_PATH descriptor of a new file, by its name while that is its own, which is the shorter way; -1: none. */
-static int pathed(Hot *hot, const struct place *place, const struct made *made)
-{
-    struct stat st;
-    int fd = openat(place->fd, place->name, O_PATH | O_NOFOLLOW | O_CLOEXEC);
-    if (fd >= 0 && !fstat(fd, &st) && st.st_ino == made->st.st_ino && st.st_dev == made->st.st_dev)
-        return fd;
-    if (fd >= 0)
-        close(fd);
-    return reopened(hot, made->fd, O_PATH);
-}
-
-/* A new file as its owner's; 0 where there is none after all. */
-static int made_file(Hot *hot, const struct in_header *in, const struct place *place, uint32_t flags, uint32_t mode,
-                     uint32_t umask_, struct made *made)
+/* As its owner's. 0, or -1 where that cannot be. */
+static int owned_file(Hot *hot, const struct in_header *in, const struct place *place, struct made *made)
 {
     uid_t uid;
     gid_t gid;
+    int whose = owner_of(hot, in, place->fd, &made->st, &uid, &gid);
+    if (whose <= 0)
+        return whose;
+    return fchownat(made->opath, "", uid, gid, AT_EMPTY_PATH) || fstat(made->opath, &made->st) ? -1 : 0;
+}
+
+/* Nobody has put another in its place, behind the mount in this very moment. */
+static int is_just_made(const Hot *hot, const struct stat *st)
+{
+    return S_ISREG(st->st_mode) && st->st_nlink == 1 && !st->st_size && st->st_uid == hot->euid
+           && st->st_dev == hot->device;
+}
+
+/* A new file as its owner's; 0 where there is none after all. Made without being opened: who had it open for writing
+ * would be one that has closed it, for all who watch. */
+static int made_file(Hot *hot, const struct in_header *in, const struct place *place, uint32_t mode, uint32_t umask_,
+                     struct made *made)
+{
     masked(hot, umask_);
-    made->fd = openat(place->fd, place->name, NEW | (flags & SYNC), mode & MODE);
+    int failed = mknodat(place->fd, place->name, S_IFREG | (mode & MODE), 0);
     unmasked(hot, umask_);
-    if (made->fd < 0)
+    if (failed)
         return 0;
     POINT();
-    int failed = fstat(made->fd, &made->st);
-    int whose = failed ? -1 : owner_of(hot, in, place->fd, &made->st, &uid, &gid);
-    if (whose > 0)
-        failed = fchown(made->fd, uid, gid) || fstat(made->fd, &made->st);
-    made->opath = failed || whose < 0 || is_known(hot, made->st.st_ino) ? -1 : pathed(hot, place, made);
-    POINT();
-    if (made->opath >= 0 && handle_at(made->opath, "", &made->handle))
-        return 1;
-    if (made->opath >= 0)
+    made->opath = openat(place->fd, place->name, O_PATH | O_NOFOLLOW | O_CLOEXEC);
+    if (made->opath < 0)
+        return 0;
+    if (fstat(made->opath, &made->st) || !is_just_made(hot, &made->st)) {
         close(made->opath);
-    close(made->fd);
+        return 0;
+    }
+    if (!owned_file(hot, in, place, made) && !is_known(hot, made->st.st_ino)) {
+        POINT();
+        if (handle_at(made->opath, "", &made->handle))
+            return 1;
+    }
+    close(made->opath);
     unlinkat(place->fd, place->name, 0);
     return 0;
 }
@@ -252,7 +258,7 @@ static enum outcome taken_in(Hot *hot, const struct in_header *in, const struct 
     Py_XDECREF(handle);
     Py_XDECREF(inode);
     Py_XDECREF(ino);
-    close(made->fd);
+    hot->new_files[nodeid % NEW_FILES] = (struct new_file){nodeid, monotonic() + NEW_SECONDS};
     return out->open.fh ? FOUND : FAILED;
 }
 
@@ -270,13 +276,12 @@ enum outcome create_file(Hot *hot, const struct in_header *in, uint32_t flags, u
     enum outcome outcome = PYTHONS;
     if (backing && backing != Py_None) {
         intend(hot, in->unique, DOING_MAKE, NULL, NULL, NULL);
-        if (made_file(hot, in, &place, flags, mode, umask_, &made)) {
+        if (made_file(hot, in, &place, mode, umask_, &made)) {
             POINT();
             if (pack_attr(&out->entry.attr, &made.st) && !registered(hot, backing, &made)) {
                 outcome = taken_in(hot, in, &place, flags, &made, out);
             } else {
                 close(made.opath);
-                close(made.fd);
                 unlinkat(place.fd, name, 0);
             }
         }
@@ -284,4 +289,18 @@ enum outcome create_file(Hot *hot, const struct in_header *in, uint32_t flags, u
     Py_XDECREF(made.number);
     Py_XDECREF(backing);
     return outcome;
+}
+
+int was_new_file(Hot *hot, uint64_t nodeid)
+{
+    struct new_file *file = &hot->new_files[nodeid % NEW_FILES];
+    int was = file->nodeid == nodeid && monotonic() < file->until;
+    if (was)
+        file->nodeid = 0;
+    return was;
+}
+
+void none_is_new(Hot *hot)
+{
+    memset(hot->new_files, 0, sizeof hot->new_files);
 }

@@ -349,7 +349,10 @@ static int others_outdated(Hot *hot, const struct in_header *in, uint64_t above,
 {
     if (!hot->long_seconds)
         return 0;
-    return (above != in->nodeid && outdated(hot, above)) || (node && outdated(hot, number_of(node, s_id))) ? -1 : 0;
+    if (above != in->nodeid && !has_taken_in(hot, above, in->pid) && outdated(hot, above))
+        return -1;
+    uint64_t number = node ? number_of(node, s_id) : 0;
+    return node && !has_taken_in(hot, number, in->pid) ? outdated(hot, number) : 0;
 }
 
 enum outcome rename_name(Hot *hot, const struct in_header *in, const char *name, uint64_t above, const char *new_name)

@@ -96,6 +96,8 @@ enum outcome get_xattr(Hot *hot, uint64_t nodeid, uint32_t room, const char *nam
     enum outcome outcome = PYTHONS;
     if (is_ours(name))
         return PYTHONS;
+    if (!strcmp(name, "security.capability") && was_new_file(hot, nodeid)) /* the kernel, before the first write */
+        return NO_DATA;
     if (found_target(hot, nodeid, &at)) {
         ssize_t length = read_of(hot, &at, name, value);
         outcome = length >= 0 ? sized(length, room, value, size) : errno == ENODATA ? NO_DATA : PYTHONS;
@@ -159,6 +161,7 @@ enum outcome set_xattr(Hot *hot, uint64_t nodeid, const struct setxattr_in *ask,
 {
     struct target at;
     enum outcome outcome = PYTHONS;
+    none_is_new(hot);
     if (is_ours(name) || ask->flags)
         return PYTHONS;
     if (found_target(hot, nodeid, &at) && reached_target(hot, &at) && may_change(hot, &at)

@@ -138,9 +138,10 @@ class Operations:
             for nodeid in nodeids:
                 self._outdated(nodeid)
 
-    def _made(self, nodeid: int, made: tuple[int, Any], seconds: int | None = None) -> bytes:
+    def _made(self, nodeid: int, made: tuple[int, Any]) -> bytes:
+        """Something is new in the node. Others may know it, and change it, before its maker has this answer."""
         self._changed(nodeid)
-        return self._entry(made, seconds)
+        return self._entry(made, self._short(made[1]))
 
     def lookup(self, message: bytes, nodeid: int) -> bytes:
         return self._entry(self._vfs.lookup(nodeid, message[IN:-1]))
@@ -247,7 +248,7 @@ class Operations:
     def link(self, message: bytes, nodeid: int) -> bytes:
         (linked,) = p.U64.unpack_from(message, IN)
         made, st = self._vfs.link(linked, nodeid, _name(message, IN + p.U64.size))
-        return self._made(nodeid, (made, st), self._short(st))
+        return self._made(nodeid, (made, st))
 
     # --- open files ---------------------------------------------------------------------------------------
 
@@ -266,7 +267,8 @@ class Operations:
         name = _name(message, IN + p.CREATE_IN.size)
         made, st, fh, handle = self._vfs.create(nodeid, name, flags, mode, _caller(message, umask))
         # Although it is open for writing: nothing is mapped yet, and a write or change of size says so itself.
-        return self._made(nodeid, (made, st), p.ATTR_SECONDS) + p.OPEN_OUT.pack(fh, *_opened(handle))
+        self._changed(nodeid)
+        return self._entry((made, st), p.ATTR_SECONDS) + p.OPEN_OUT.pack(fh, *_opened(handle))
 
     def tmpfile(self, message: bytes, nodeid: int) -> bytes:
         flags, mode, umask, _ = p.CREATE_IN.unpack_from(message, IN)
