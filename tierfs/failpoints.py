@@ -20,6 +20,10 @@ STUB_COMMITTED = "stub-committed"  # record STUB and pending, all blocks present
 PUNCHED = "punched"  # blocks gone, times moved: a stub whose times recovery restores
 PUNCH_SYNCED = "punch-synced"  # as PUNCHED with times right; the record is still pending
 
+# A rescue copy, after COPY_INTENDED. The file is dirty and whole locally all the while.
+RESCUE_PUT = "rescue-put"  # the object is in the store, nothing but its intent refers to it: an orphan
+RESCUE_COMMITTED = "rescue-committed"  # the index refers to it, and to the one before no more; not told yet
+
 # Fetch, in order. Up to FILL_CLEARED the file stays a stub and is fetched again, over equal pages.
 FILL_WRITTEN = "fill-written"  # some pages written, no bit committed
 FILL_BITS = "fill-bits"  # bits of a large file committed
@@ -65,6 +69,7 @@ TAKEOVER_RESTORED = "takeover-restored"  # nodes, files and marks are, the kerne
 TAKEOVER_RESENT = "takeover-resent"  # the kernel sends again what had no answer
 
 REPLICATE_POINTS = (COPY_INTENDED, COPY_PUT, COPY_COMMITTED)
+RESCUE_POINTS = (COPY_INTENDED, RESCUE_PUT, RESCUE_COMMITTED)
 DRAIN_POINTS = (DRAIN_COMMITTED,)
 RECOVER_POINTS = (RECOVER_MENDED, RECOVER_COMMITTED)
 TAKEOVER_POINTS = (TAKEOVER_BEGUN, TAKEOVER_RESTORED, TAKEOVER_RESENT)

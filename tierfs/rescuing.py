@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 
+from tierfs import failpoints
 from tierfs.copying import CHANGED, Copier, Item, Taken
 from tierfs.errors import BusyError
 from tierfs.index import Rescue, Writer
@@ -65,8 +66,10 @@ class Rescuer(Copier):
         try:
             taken = self._read_and_put(item, stopping)
             if taken.fresh:
+                failpoints.hit(failpoints.RESCUE_PUT)
                 self._kit.index.commit(partial(_put_rescue, item, taken)).result()
                 item.tag = b""
+                failpoints.hit(failpoints.RESCUE_COMMITTED)
             else:
                 if len(self._same) >= _MOST:
                     self._same.clear()
