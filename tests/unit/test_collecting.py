@@ -237,6 +237,24 @@ def test_a_stub_whose_unlink_was_undone_keeps_its_object(volume):
     assert volume.objects() == {key} and volume.index.tombstones(1 << 62) == []
 
 
+def test_the_tree_is_synced_before_anything_is_looked_at_and_removed(volume, monkeypatch):
+    """An unlink that a power cut undoes brings back a stub: only one that is durable ends an object."""
+    key = volume.write("a", b"one" * 1000)
+    volume.server.unlink(volume.path("a"))
+    days(volume, 29.8, 0.2)
+    told, sync, delete, look = [], volume.tree.sync, volume.store.delete, volume.tree.open_handle
+
+    def remove(keys):
+        told.extend("remove" for each in keys if each == key)
+        delete(keys)
+
+    monkeypatch.setattr(volume.tree, "sync", lambda: told.append("sync") or sync())
+    monkeypatch.setattr(volume.store, "delete", remove)
+    monkeypatch.setattr(volume.tree, "open_handle", lambda *which: told.append("look") or look(*which))
+    assert days(volume, 1, 0.2) == 1
+    assert told[told.index("remove") - 2 :][:3] == ["sync", "look", "remove"]
+
+
 def test_a_stub_copied_behind_the_mount_keeps_the_object_of_a_deleted_file(volume):
     """Both walks of the two snapshots see it, whenever it was made."""
     volume.write("a", b"one" * 1000)

@@ -1,0 +1,332 @@
+"""Each step of custody by itself: what the step before or behind it would also have noticed, it notices alone.
+
+The order in which a file is taken away and brought back is written down as it happens, since a killed process
+shows nothing of a missing sync.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from dataclasses import replace
+from functools import partial
+
+import pytest
+from tiering import MIB, Volume
+
+from tierfs import failpoints
+from tierfs.copying import CHANGED, _put_copy
+from tierfs.digests import SIDE_SUFFIX, leaf_digests, unpack_side
+from tierfs.errors import BusyError
+from tierfs.kit import same_tuple
+from tierfs.model import Residency
+from tierfs.store.memory import MemoryStore
+
+SIZE = 2 * MIB + 777
+
+
+@pytest.fixture
+def volume(tmp_path):
+    made = Volume(tmp_path, chunk_size=MIB)
+    yield made
+    made.stop()
+
+
+@pytest.fixture
+def at(monkeypatch):
+    """`at(point, act)`: do that once, when the point is passed."""
+
+    def arm(point, act):
+        def hit(name):
+            if name == point:
+                monkeypatch.setattr(failpoints, "hit", lambda name: None)
+                act()
+
+        monkeypatch.setattr(failpoints, "hit", hit)
+
+    return arm
+
+
+def until(is_so):
+    deadline = time.monotonic() + 20
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def break_lease(path):
+    """Somebody opens it past the gate, and does not wait."""
+    with pytest.raises(BlockingIOError):
+        os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+
+
+def check_whole(volume, name, content):
+    """It is as it was before somebody tried to demote it."""
+    st = os.stat(volume.path(name))
+    assert volume.stub(name) is None and st.st_blocks * 512 >= len(content)
+    assert volume.record(name).residency is Residency.RESIDENT and volume.index.pending() == []
+    assert volume.server.read(volume.path(name)) == content
+
+
+# --- a copy -----------------------------------------------------------------------------------------------
+
+
+def copy_once(volume, name):
+    """As nobody has ordered it: what fails is not tried again."""
+    (item,) = volume.tier.demote([volume.item(name, ordered=False)], punch=False)
+    return item
+
+
+def during_put(volume, monkeypatch, act):
+    """Do that while the object is being put."""
+    put = volume.store.put
+
+    def put_and_act(key, body, size):
+        monkeypatch.setattr(volume.store, "put", put)
+        answer = put(key, body, size)
+        act()
+        return answer
+
+    monkeypatch.setattr(volume.store, "put", put_and_act)
+
+
+def test_what_changes_behind_the_gate_while_it_is_copied_makes_the_copy_void(volume, monkeypatch):
+    volume.server.create(volume.path("a"), b"x" * 10_000)
+
+    def write():
+        with open(volume.path("a"), "r+b") as file:
+            file.write(b"changed")
+
+    during_put(volume, monkeypatch, write)
+    item = copy_once(volume, "a")
+    assert item.reason == CHANGED
+    assert volume.record("a").copy is None and list(volume.store.list("data/")) == []
+
+
+def test_a_seal_that_breaks_after_the_last_byte_was_read_makes_the_copy_void(volume, monkeypatch):
+    """Before the commit asks for generations: the object goes at once."""
+    volume.server.create(volume.path("a"), b"x" * 10_000)
+    ino, committed = os.stat(volume.path("a")).st_ino, []
+
+    def open_to_write():
+        volume.server.write(volume.path("a"), b"")
+        until(lambda: not volume.link.sealed(ino))
+
+    during_put(volume, monkeypatch, open_to_write)
+    monkeypatch.setattr(volume.tier._copier, "_commit", committed.extend)
+    item = copy_once(volume, "a")
+    assert item.reason == CHANGED and committed == []
+
+
+def test_a_write_between_reading_and_commit_makes_the_copy_void(volume, at):
+    volume.server.create(volume.path("a"), b"x" * 10_000)
+    volume.demote("a", punch=False)
+    volume.server.write(volume.path("a"), b"second")
+    at(failpoints.COPY_PUT, partial(volume.server.write, volume.path("a"), b"third"))
+    item = copy_once(volume, "a")
+    assert item.reason == CHANGED
+    assert volume.record("a").dirty
+
+
+def test_a_copy_of_another_generation_is_not_committed(volume):
+    """Though it were not asked for anywhere else."""
+    volume.server.create(volume.path("a"), b"x" * 10_000)
+    volume.demote("a", punch=False)
+    record, item = volume.record("a"), volume.item("a")
+    item.record, item.st, item.generation = record, os.stat(volume.path("a")), record.generation + 1
+    with pytest.raises(BusyError, match=CHANGED):
+        volume.index.commit(partial(_put_copy, item, None)).result()
+
+
+@pytest.mark.parametrize("what", ["data", "side"])
+@pytest.mark.parametrize("kind", ["large", "sparse"])
+def test_what_the_store_altered_of_a_file_or_of_its_digests_keeps_it_here(volume, monkeypatch, what, kind):
+    """The memory store proves nothing about what it was given: all is read back."""
+    make(volume, kind)
+    put = volume.store.put
+
+    def lie(key, body, size):
+        if key.endswith(SIDE_SUFFIX) == (what == "side"):
+            put(key, body, size)
+            whole = bytes(volume.store.get(key))
+            body = whole[:-1] + bytes([whole[-1] ^ 1])
+        return put(key, body, size)
+
+    monkeypatch.setattr(volume.store, "put", lie)
+    (item,) = volume.demote("a")
+    assert item.failed and "gave back other bytes" in item.reason
+    assert volume.stub("a") is None and list(volume.store.list("data/")) == []
+
+
+def test_the_tuple_of_a_copy_has_size_and_both_times(volume):
+    volume.server.create(volume.path("a"), b"x" * 10_000)
+    volume.demote("a", punch=False)
+    record, st = volume.record("a"), os.stat(volume.path("a"))
+
+    class Stat:
+        st_size, st_mtime_ns, st_ctime_ns = st.st_size, st.st_mtime_ns, st.st_ctime_ns
+
+    assert same_tuple(record, record.copy, Stat)
+    for field in ("st_size", "st_mtime_ns", "st_ctime_ns"):
+        other = type("Other", (Stat,), {field: getattr(Stat, field) + 1})
+        assert not same_tuple(record, record.copy, other), field
+
+
+def test_content_that_changed_under_its_old_mtime_is_copied_anew(volume):
+    volume.server.create(volume.path("a"), b"x" * 10_000)
+    volume.demote("a", punch=False)
+    before = os.stat(volume.path("a"))
+    with open(volume.path("a"), "r+b") as file:
+        file.write(b"changed")
+    os.utime(volume.path("a"), ns=(before.st_atime_ns, before.st_mtime_ns))
+    (item,) = volume.demote("a")
+    assert item.demoted and item.uploaded == 10_000
+    assert volume.server.read(volume.path("a")) == b"changed" + b"x" * 9_993
+
+
+# --- a punch ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("point", [failpoints.STUB_WRITTEN, failpoints.STUB_COMMITTED])
+def test_a_lease_that_breaks_before_the_punch_keeps_all_blocks(volume, at, point):
+    content = os.urandom(20_000)
+    volume.server.create(volume.path("a"), content)
+    at(point, partial(break_lease, volume.path("a")))
+    (item,) = volume.demote("a")
+    assert item.reason == "was opened meanwhile" and not item.demoted
+    check_whole(volume, "a", content)
+
+
+def test_who_waits_at_the_guard_before_the_stub_is_committed_wins(volume, at):
+    content = os.urandom(20_000)
+    volume.server.create(volume.path("a"), content)
+    ino, opened = os.stat(volume.path("a")).st_ino, []
+    waiting = threading.Thread(target=lambda: opened.append(volume.server.open(volume.path("a"))))
+
+    def come():
+        waiting.start()
+        until(lambda: volume.link.wanted(ino))
+
+    at(failpoints.STUB_WRITTEN, come)
+    (item,) = volume.demote("a")
+    waiting.join(10)
+    volume.server.release(*opened)
+    assert item.reason == "was opened meanwhile"
+    check_whole(volume, "a", content)
+
+
+def test_a_record_that_changed_after_the_proof_makes_it_void(volume, at):
+    content = os.urandom(20_000)
+    volume.server.create(volume.path("a"), content)
+    ino = os.stat(volume.path("a")).st_ino
+
+    def change():
+        def commit(w):
+            w.put(replace(w.get(ino), name=b"b"))
+
+        volume.index.commit(commit).result()
+
+    at(failpoints.STUB_WRITTEN, change)
+    (item,) = volume.demote("a")
+    assert item.reason == "was changed meanwhile"
+    check_whole(volume, "a", content)
+
+
+# --- a stub -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [20_000, SIZE])
+def test_a_stub_is_fetched_whatever_the_index_says_of_it(volume, size):
+    """An index from before the demotion calls it resident: without its attribute it would read as zeros."""
+    content = os.urandom(size)
+    volume.server.create(volume.path("a"), content)
+    volume.demote("a", punch=False)
+    before = volume.record("a")
+    (item,) = volume.demote("a")
+    assert item.demoted and before.residency is Residency.RESIDENT
+    volume.index.commit(lambda w: w.put(before)).result()
+    assert volume.server.read(volume.path("a")) == content
+
+
+# --- in which order ---------------------------------------------------------------------------------------
+
+
+STEPS_OUT = {
+    "commit _intend_all", "put", "put side", "commit _put_copy", "stub", "no stub", "fsync", "commit _put_stub",
+    "punch", "times", "commit _put_punched",
+}  # fmt: skip
+STEPS_IN = {"fdatasync", "commit note_pending", "no stub", "fsync", "commit _put_resident"}
+
+
+def make(volume, kind):
+    """A file `a` of that kind; its content."""
+    content = os.urandom(SIZE if kind == "large" else 20_000)
+    if kind != "sparse":
+        volume.server.create(volume.path("a"), content)
+        return content
+    with open(volume.path("a"), "wb") as file:
+        file.seek(256 * 1024)
+        file.write(content)
+    return bytes(256 * 1024) + content
+
+
+@pytest.fixture
+def story(volume, monkeypatch):
+    """What is done to the store, to the tree and to the index, in order."""
+    told = []
+
+    def tell(owner, name, what):
+        real = getattr(owner, name)
+
+        def tells(*args, **more):
+            told.append(what(*args) if callable(what) else what)
+            return real(*args, **more)
+
+        monkeypatch.setattr(owner, name, tells)
+
+    def committed(work):
+        name = getattr(work, "func", work).__name__
+        return f"commit {name}"
+
+    tell(MemoryStore, "put", lambda store, key, *rest: "put side" if key.endswith(SIDE_SUFFIX) else "put")
+    tell(volume.tree, "write_stub", "stub")
+    tell(volume.tree, "clear_stub", "no stub")
+    tell(volume.tree, "punch", "punch")
+    tell(volume.tree, "set_times", "times")
+    tell(os, "fsync", "fsync")
+    tell(os, "fdatasync", "fdatasync")
+    tell(volume.index, "commit", committed)
+    return told
+
+
+@pytest.mark.parametrize("kind", ["small", "large", "sparse"])
+def test_the_order_of_a_demotion(volume, story, kind):
+    content = make(volume, kind)
+    volume.tier.drain()
+    story.clear()
+    (item,) = volume.demote("a")
+    assert item.demoted, item.reason
+    steps = [step for step in story if step in STEPS_OUT]
+    side = [] if kind == "small" else ["put side"]
+    assert steps == [
+        "commit _intend_all", "put", *side, "commit _put_copy", "stub", "fsync", "commit _put_stub", "punch",
+        "times", "fsync", "commit _put_punched",
+    ]  # fmt: skip
+    if kind == "large":
+        stub = volume.stub("a")
+        side = volume.store.get(stub.key + SIDE_SUFFIX)
+        assert unpack_side(side, len(content), stub.digest) == (leaf_digests(content), [(0, len(content))])
+
+
+@pytest.mark.parametrize("kind", ["small", "large", "sparse"])
+def test_the_order_of_a_fetch(volume, story, kind):
+    content = make(volume, kind)
+    (item,) = volume.demote("a")
+    assert item.demoted, item.reason
+    story.clear()
+    assert volume.server.read(volume.path("a")) == content
+    volume.settle("a")
+    steps = [step for step in story if step in STEPS_IN]
+    end = ["fdatasync", "commit note_pending", "no stub", "fsync", "commit _put_resident"]
+    assert steps[-len(end) :] == end, steps
