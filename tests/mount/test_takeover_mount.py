@@ -134,7 +134,7 @@ def test_a_storm_does_not_notice_killed_servers(volume):
 @pytest.mark.soak
 @pytest.mark.parametrize("seed", range(2, 6))
 def test_storms_do_not_notice_killed_servers(volume, seed):
-    made = volume()
+    made = volume(limit=900)
     waits, operations = storm(made, 60, seed)
     print(f"\n60 kills, {operations} operations; waited {sorted(waits)[30]:.2f} s, at most {max(waits):.2f} s")
     assert "mounting anew" not in made.log()
