@@ -13,12 +13,13 @@ applied all the same, since lines say how things are.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from tierfs import manifest
-from tierfs.errors import ObjectCorruptError, ObjectMissingError, VolumeError
+from tierfs.errors import ObjectCorruptError, ObjectMissingError, PathError, VolumeError
 from tierfs.manifest import AnyInode, Change, Directory, File, Gone, Key, Opened
 from tierfs.store.base import ObjectStore
 
@@ -85,6 +86,24 @@ class Tree:
                 return None
             ident = child
         return self.inodes.get(ident)
+
+    def beneath(self, path: bytes) -> Tree:
+        """What is in one directory, as a tree of its own. Raises PathError where the path leads to none."""
+        top = self.find(path)
+        if not isinstance(top, Directory):
+            raise PathError(f"{os.fsdecode(path)}: is no directory of this volume as of then")
+        below = Tree()
+        below.root = top.id
+        pending: list[AnyInode] = [top]
+        while pending:
+            inode = pending.pop()
+            if inode.id in below.inodes:
+                continue
+            below.inodes[inode.id] = inode
+            if isinstance(inode, Directory):
+                below.names[inode.id] = self.names.get(inode.id, {})
+                pending += [child for _, child in self.children(inode.id)]
+        return below
 
     def files(self) -> Iterator[File]:
         """All regular files that lines describe, whether or not a name leads to them."""

@@ -82,12 +82,18 @@ def make(
     store: ObjectStore,
     capabilities: Capabilities,
     until: int,
+    only: bytes = b"",
     progress: Progress = lambda what, done, of: None,
 ) -> View:
-    """Read the journal and make the tree of that moment (ns). Raises StoreError, VolumeError, OSError."""
+    """Read the journal and make the tree of that moment (ns), or what is in the directory `only` of it.
+
+    Raises StoreError, VolumeError, PathError, OSError.
+    """
     progress("reading the journal", 0, 0)
     chronicle = Chronicle(store, _volume_in(store))
     names = chronicle.read(until)
+    if only:
+        names = names.beneath(only)
     home = volume.create(state, store=url, local_limit="none")
     outcome = plant(home, names, _ANY_EPOCH, True, progress)
     os.rename(home.path("tree.new"), home.path("tree"))

@@ -5,13 +5,17 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import s3servers
-from harness import Volume, connection_of
+from harness import TIERFS, Volume, connection_of
+
+from tierfs import failpoints
 
 pytestmark = pytest.mark.usefixtures("tiers")
 Make = Callable[..., Volume]
@@ -139,6 +143,12 @@ def test_what_cannot_be_shown_leaves_nothing(volumes: tuple[Volume, Volume], tmp
         (("mount", "--at", "1 day ago", "--force", "--store", view.store, view.mountpoint), 2, "--at needs"),
         (("mount", "--at", "1 day ago", "--store", f"file://{tmp_path}", view.mountpoint), 1, "no volume"),
         (("mount", "--at", "1 day ago", "--store", view.store, first.mountpoint), 1, "already mounted"),
+        (("mount", "--only", "docs", "--store", view.store, view.mountpoint), 2, "--only goes with --at"),
+        (
+            ("mount", "--at", "0 days ago", "--only", "file", "--store", view.store, view.mountpoint),
+            1,
+            "file: is no directory",
+        ),
     ]
     for argv, code, text in wrong:
         done = view.cli(*argv, check=False)
@@ -150,3 +160,43 @@ def test_what_cannot_be_shown_leaves_nothing(volumes: tuple[Volume, Volume], tmp
     assert (view.mountpoint / "file").read_bytes() == b"x" * 5000
     view.umount()
     assert views() == before
+
+
+@pytest.mark.parametrize("volumes", ["directory"], indirect=True)
+def test_a_part_can_be_read_while_a_restore_of_all_is_under_way(
+    volumes: tuple[Volume, Volume], volume: Make
+) -> None:
+    """It has a claim on nothing, and is made of the journal alone, so that neither notices the other."""
+    first, view = volumes
+    root = first.mountpoint
+    (root / "docs" / "old").mkdir(parents=True)
+    (root / "docs").chmod(0o750)
+    content = os.urandom(5 << 20)
+    for path in (root / "docs" / "old" / "large", root / "elsewhere"):
+        path.write_bytes(content)
+    os.link(root / "elsewhere", root / "docs" / "here too")
+    first.umount("--wait")
+    shutil.rmtree(first.state)
+
+    machine = volume(mount=False, store=first.store)
+    argv = [TIERFS, "restore", "--store", machine.store, "--state", machine.state, machine.mountpoint]
+    environment = {**machine.environment, "TIERFS_FAILPOINT": f"{failpoints.RESTORE_PLANTED}:1:STOP"}
+    restoring = subprocess.Popen(argv, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        os.waitid(os.P_PID, restoring.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+        assert not (machine.state / "tree").exists() and connection_of(machine.mountpoint) is None
+        view.cli("mount", "--at", "0 seconds ago", "--only", "/docs/", "--store", view.store, view.mountpoint)
+        view.watch()
+        at = view.mountpoint
+        assert sorted(os.listdir(at)) == ["here too", "old"]
+        assert at.stat().st_mode & 0o777 == 0o750
+        assert (at / "old" / "large").read_bytes() == (at / "here too").read_bytes() == content
+        view.umount()
+    finally:
+        restoring.send_signal(signal.SIGCONT)
+        said = restoring.communicate(timeout=90)
+    machine.watch()
+    assert restoring.returncode == 0, said
+    root = machine.mountpoint
+    assert (root / "docs" / "old" / "large").read_bytes() == (root / "elsewhere").read_bytes() == content
+    assert (root / "docs" / "here too").samefile(root / "elsewhere")

@@ -189,11 +189,15 @@ def test_content_that_changed_under_its_old_mtime_is_copied_anew(volume):
 
 
 @pytest.mark.parametrize("point", [failpoints.STUB_WRITTEN, failpoints.STUB_COMMITTED])
-def test_a_lease_that_breaks_before_the_punch_keeps_all_blocks(volume, at, point):
+def test_a_lease_that_breaks_before_the_punch_keeps_all_blocks(volume, at, monkeypatch, point):
     content = os.urandom(20_000)
     volume.server.create(volume.path("a"), content)
+    puncher, committed = volume.tier._puncher, []
+    commit = puncher._commit_stubs
+    monkeypatch.setattr(puncher, "_commit_stubs", lambda files: committed.extend(files) or commit(files))
     at(point, partial(break_lease, volume.path("a")))
     (item,) = volume.demote("a")
+    assert len(committed) == (point == failpoints.STUB_COMMITTED)
     assert item.reason == "was opened meanwhile" and not item.demoted
     check_whole(volume, "a", content)
 

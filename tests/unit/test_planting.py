@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tierfs import manifest
-from tierfs.errors import VolumeError
+from tierfs.errors import PathError, VolumeError
 from tierfs.namespace import Tree as Namespace
 from tierfs.planting import Planter
 from tierfs.tree import open_tree
@@ -37,9 +37,9 @@ def directory(ident, name, above="root", **more):
     return manifest.Directory(ident, **{**COMMON, **more}, dir=above, name=name)
 
 
-def plant(base, lines, special=True):
+def plant(base, lines, special=True, names=None):
     """(outcome, what was kept) of a tree made at base/tree."""
-    names = Namespace()
+    names = names or Namespace()
     for line in lines:
         names.apply(line)
     (Path(base) / "tree").mkdir()
@@ -70,6 +70,33 @@ def listing(path):
                     content = file.read(65536)  # a planted stub may be a hole of a tebibyte
             found[full] = (st_.st_mode, st_.st_uid, st_.st_mtime_ns, st_.st_size, st_.st_nlink, content)
     return found
+
+
+def test_of_a_part_nothing_else_is_made_not_even_of_a_journal_that_lies(tmp_path):
+    names = Namespace()
+    for line in (
+        root(),
+        directory("docs", "docs", mode=0o750),
+        directory("below", "below", above="docs"),
+        directory("docs", "itself", above="below", mode=0o750),
+        directory("beside", "beside"),
+        file("1", "note", "below"),
+        file("2", "both", "docs", fid="aa" * 16),
+        file("2", "outside", "beside", fid="aa" * 16),
+        file("3", "elsewhere", fid="bb" * 16),
+    ):
+        names.apply(line)
+    for path in (b"docs/below/note", b"nowhere", b"docs/..", b"docs//below"):
+        with pytest.raises(PathError):
+            names.beneath(path)
+    part = names.beneath(b"docs")
+    assert set(part.inodes) == {"docs", "below", "1", "2"}
+    outcome, _ = plant(tmp_path, [], names=part)
+    made = {os.path.relpath(path, tmp_path / "tree") for path in listing(tmp_path / "tree")}
+    assert made == {".", "both", "below", "below/note"}
+    assert (outcome.files, outcome.directories) == (2, 2)
+    assert [path for path, _ in outcome.refused] == [b"below/itself"]
+    assert stat.S_IMODE(os.stat(tmp_path / "tree").st_mode) == 0o750
 
 
 NAMES = st.one_of(

@@ -25,6 +25,7 @@ _END_SECONDS = 120.0
 @click.option("--local-limit", metavar="SIZE", help='Most bytes kept locally, like "20G".')
 @click.option("--binding", type=click.Choice(["auto", "kernel", "fusepy"]), default="auto", show_default=True)
 @click.option("--at", metavar="WHEN", help="A read-only view of the volume in --store as of then.")
+@click.option("--only", metavar="PATH", default="", help="With --at: the part of it in this directory.")
 @click.option("--force", is_flag=True, help="Take the store from another machine that has it.")
 @click.option("--foreground", is_flag=True, help="Stay in the foreground, for service managers.")
 @click.option("-o", "options", metavar="OPTS", multiple=True, help="Mount options, separated by commas.")
@@ -35,6 +36,7 @@ def mount(
     local_limit: str | None,
     binding: str,
     at: str | None,
+    only: str,
     force: bool,
     foreground: bool,
     options: tuple[str, ...],
@@ -42,7 +44,7 @@ def mount(
 ) -> None:
     """Mount the volume of MOUNTPOINT there, creating it where there is none.
 
-    WHEN is a date and time like 2026-11-20T14:30, or like "2 days ago".
+    WHEN is a date and time like 2026-11-20T14:30, or like "2 days ago"; PATH is as seen from MOUNTPOINT.
     """
     check_limit(local_limit)
     real = os.path.realpath(mountpoint)
@@ -52,8 +54,10 @@ def mount(
 
         if store is None or state is not None or local_limit is not None or force:
             raise UsageError("--at needs --store, and goes without --state, --local-limit and --force")
-        mount_view(store, at, binding, foreground, options, real)
+        mount_view(store, at, only, binding, foreground, options, real)
         return
+    if only:
+        raise UsageError("--only goes with --at")
     where = volume.find_state(real, state)
     arguments = daemon_arguments(real, where, store, local_limit, binding, options)
     if force:

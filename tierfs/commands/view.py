@@ -16,14 +16,15 @@ from tierfs.ownership import STORE_KEY
 
 
 def mount_view(
-    url: str, at: str, binding: str, foreground: bool, options: tuple[str, ...], mountpoint: str
+    url: str, at: str, only: str, binding: str, foreground: bool, options: tuple[str, ...], mountpoint: str
 ) -> None:
     """Make the view and mount it; nothing is left of it where that fails. Raises TierError, OSError."""
     until = moments.parse(at, time.time())
+    below = os.fsencode(os.path.normpath("/" + only).strip("/"))
     state = viewing.new_state(volume.default_state(mountpoint))
     try:
         volume.check_mountpoint(mountpoint, state)
-        made = _make(state, url, until)
+        made = _make(state, url, until, below)
         arguments = daemon_arguments(mountpoint, state, binding=binding, options=options)
         _tell(made, until, mountpoint)
         if foreground:
@@ -34,7 +35,7 @@ def mount_view(
         raise
 
 
-def _make(state: str, url: str, until: int) -> viewing.View:
+def _make(state: str, url: str, until: int, only: bytes) -> viewing.View:
     from tierfs.store.probe import look
     from tierfs.store.urls import check_url, open_store
 
@@ -47,7 +48,7 @@ def _make(state: str, url: str, until: int) -> viewing.View:
     lock = volume.lock(state)
     try:
         with contextlib.closing(open_store(url, capabilities=capabilities)) as store, terminal.steps() as show:
-            return viewing.make(state, url, store, capabilities, until, show)
+            return viewing.make(state, url, store, capabilities, until, only, show)
     finally:
         os.close(lock)
 
