@@ -84,7 +84,7 @@ class Gate:
         self.seals: set[int] = set()
         self.recent: dict[int, int] = {}  # ino -> position of its newest mark that the mover has not drained
         self._inflow = Inflow(self._outbox.post)
-        self.room = Room(tree, lambda: self._outbox.post(wire.Poke(self.marks.position, urgent=True)))
+        self.room = Room(tree, self._space_is_short, self._mover_is_loading)
         self.appearance = Appearance(tree, index, self._inodes, self.recent)
         self.lasting = Lasting(tree, self._inodes)
         self._vigil = Vigil()
@@ -201,6 +201,12 @@ class Gate:
         """Call before a file is made. Raises Blocked while the local disk is nearly full and may be emptied."""
         if self._outbox.link is not None:
             self.room.need()
+
+    def _space_is_short(self) -> None:
+        self._outbox.post(wire.Poke(self.marks.position, urgent=True))
+
+    def _mover_is_loading(self) -> bool:
+        return self._outbox.link is not None and not self._vigil.pid
 
     def created(self, fd: int, st: os.stat_result, flags: int, parent: int, name: bytes) -> Handle:
         """The handle of a file just made; takes the descriptor `fd` (open for reading and writing)."""

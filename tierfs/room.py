@@ -15,18 +15,21 @@ from tierfs.waits import Blocked, Wait
 SHARE = 16  # the low reserve: this part of the filesystem ...
 MOST = 256 << 20  # ... and no more bytes than this
 WAIT_SECONDS = 10.0  # for an eviction; then the write goes on and meets what there is
+LOADING_SECONDS = 60.0  # before that for a mover that is still being loaded: a busy machine takes half of it
 HOPELESS_SECONDS = 30.0  # after waiting in vain nobody waits for so long
 
 
 class Room:
     """Belongs to the gate, and is called under its lock."""
 
-    def __init__(self, tree: Tree, ask: Callable[[], None]) -> None:
-        """`ask` tells the mover that space is short."""
+    def __init__(self, tree: Tree, ask: Callable[[], None], loading: Callable[[], bool]) -> None:
+        """`ask` tells the mover that space is short; `loading`: there is one, and it cannot hear that yet."""
         self._tree = tree
         self._ask = ask
+        self._loading = loading
         self.low = min(MOST, tree.space().total // SHARE)
         self._wait: Wait | None = None
+        self._latest = 0.0  # the end of this wait, whatever is still being loaded
         self._hopeless_until = 0.0
 
     @property
@@ -44,6 +47,7 @@ class Room:
         self._ask()
         if self._wait is None:
             self._wait = Wait(now + WAIT_SECONDS)
+            self._latest = now + LOADING_SECONDS + WAIT_SECONDS
         raise Blocked(self._wait)
 
     def look(self, now: float) -> None:
@@ -51,6 +55,8 @@ class Room:
         wait = self._wait
         if wait is None:
             return
+        if self._loading():
+            wait.deadline = min(now + WAIT_SECONDS, self._latest)
         ample = self._ample()
         if not ample and wait.deadline is not None and now < wait.deadline:
             self._ask()

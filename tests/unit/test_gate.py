@@ -628,3 +628,17 @@ def test_a_fetch_that_finds_no_room_among_descriptors_in_flight_is_sent_later(wo
             world.open()
     world.gate.tick(0.0)
     assert len(world.sent(wire.Fetch)) == 1
+
+
+def test_who_writes_on_a_full_disk_waits_until_the_mover_has_said_hello(world):
+    world.gate.room.low = 1 << 62
+    now = time.monotonic()
+    with pytest.raises(Blocked) as caught:
+        world.open(os.O_RDWR)
+    assert world.sent(wire.Poke)[0].urgent
+    world.gate.tick(now + 30)
+    assert not caught.value.wait.done
+    world.tell(wire.Hello(1, 0))
+    world.gate.tick(now + 45)
+    assert caught.value.wait.done and not caught.value.wait.errno
+    world.gate.release(world.open(os.O_RDWR))

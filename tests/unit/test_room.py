@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tierfs.room import HOPELESS_SECONDS, WAIT_SECONDS, Room
+from tierfs.room import HOPELESS_SECONDS, LOADING_SECONDS, WAIT_SECONDS, Room
 from tierfs.waits import Blocked
 
 
@@ -32,8 +32,14 @@ def asked():
 
 
 @pytest.fixture
-def room(disk, asked):
-    return Room(disk, lambda: asked.append(1))
+def loading():
+    """A mover is being loaded while there is something in it."""
+    return []
+
+
+@pytest.fixture
+def room(disk, asked, loading):
+    return Room(disk, lambda: asked.append(1), lambda: bool(loading))
 
 
 def blocked(room):
@@ -68,3 +74,29 @@ def test_who_has_waited_in_vain_goes_on_and_waits_no_more_for_a_while(room, disk
     room.need()
     monkeypatch.setattr(time, "monotonic", lambda: now + WAIT_SECONDS + HOPELESS_SECONDS + 2)
     blocked(room)
+
+
+def test_the_time_to_make_room_begins_when_the_mover_is_loaded(room, disk, loading):
+    disk.available = 0
+    loading.append("a busy machine")
+    now = time.monotonic()
+    wait = blocked(room)
+    room.look(now + 30)
+    assert not wait.done
+    loading.clear()
+    room.look(now + 30 + WAIT_SECONDS - 1)
+    assert not wait.done
+    room.look(now + 30 + WAIT_SECONDS + 1)
+    assert wait.done
+
+
+def test_nobody_waits_for_ever_for_a_mover_that_does_not_get_loaded(room, disk, loading):
+    disk.available = 0
+    loading.append("never ends")
+    now = time.monotonic()
+    wait = blocked(room)
+    room.look(now + LOADING_SECONDS)
+    assert not wait.done
+    room.look(now + LOADING_SECONDS + WAIT_SECONDS + 1)
+    assert wait.done
+    room.need()
