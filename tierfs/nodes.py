@@ -93,6 +93,7 @@ class Tables(NamedTuple):
     dirs: OrderedDict[int, int]  # descriptors; one that is used is to be moved to the end
     opens: dict[int, int]
     former: dict[int, bytes]
+    left: set[tuple[int, bytes]] | None
 
 
 def _opened_dir(name: bytes, parent_fd: int) -> int:
@@ -120,6 +121,9 @@ class NodeTable:
         self.most_dirs = max(directory_fds, 2)
         self._opens: dict[int, int] = {}  # node number -> open files
         self._former: dict[int, bytes] = {}  # node number -> last name, of those that are anchored
+        # (directory's number, name): names that nodes have no more, as it turned out. The kernel may go on
+        # believing in them. None where nobody tells it.
+        self.left: set[tuple[int, bytes]] | None = None
         # Told of descriptors without which a file would end with this process, and of the end of the need.
         self.keep: Callable[[int, int], None] = lambda ino, fd: None
         self.let_go: Callable[[int], None] = lambda ino: None
@@ -204,6 +208,8 @@ class NodeTable:
                 raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), name)
             return self._enter(st.st_ino, parent, name)
         if node is not self.root:
+            if not stat.S_ISDIR(st.st_mode) and (node.parent is not parent or self.name(node) != name):
+                self._leave_name(node)
             self.moved(node, parent, name)
         self._ledger.looked_up(node.id)
         return node
@@ -217,13 +223,14 @@ class NodeTable:
 
     def tables(self) -> Tables:
         """For whoever does this in our place: these very objects, for good."""
-        return Tables(self._by_slot, self._by_ino, self._dirs, self._opens, self._former)
+        return Tables(self._by_slot, self._by_ino, self._dirs, self._opens, self._former, self.left)
 
     def made(self, st: os.stat_result, parent: Node | None, name: bytes) -> Node:
         """The node of an inode that has just been made; counts one lookup."""
         old = self._by_ino.pop(st.st_ino, None)
         if old is not None:
             # Removed behind the mount: the number now means another file.
+            self._leave_name(old)
             self._drop(old)
             self._end(old, st)
         return self.found(st, parent, name)
@@ -236,6 +243,12 @@ class NodeTable:
         self._former.pop(node.id, None)
         node.parent = parent
         self._note(node, name)
+
+    def _leave_name(self, node: Node) -> None:
+        """It is about to be known by another name, or none, and not by a request: that of a directory alone has
+        gone everywhere."""
+        if self.left is not None and node.anchor is None and node.parent is not None:
+            self.left.add((node.parent.id, self._ledger.name(node.id)))
 
     def _note(self, node: Node, content: bytes, kind: Kind = Kind.NAME) -> None:
         """Write down how it is reached now."""

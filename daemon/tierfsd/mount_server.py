@@ -154,7 +154,7 @@ class Server:
             self._session.look_after_interrupted()
         if self._session.interrupted:
             self._next_tick = min(self._next_tick, now + TICK_SECONDS)
-        if now >= self._next_look:
+        if now >= self._next_look or (self._edits is not None and self._edits.hurried):
             self._look_for_edits(now)
 
     def _pause(self) -> float:

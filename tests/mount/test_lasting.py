@@ -201,6 +201,18 @@ def test_a_mapping_of_what_was_known_before(work: Path, mapper: Callable[[Path, 
         before = now, before[1]
 
 
+@contextlib.contextmanager
+def without_a_server(made: Volume) -> Iterator[None]:
+    """The server is killed, and another takes over afterwards."""
+    runtime = volumes.read_runtime(str(made.state))["pids"]
+    os.kill(runtime["supervisor"], signal.SIGSTOP)
+    try:
+        os.kill(runtime["server"], signal.SIGKILL)
+        yield
+    finally:
+        os.kill(runtime["supervisor"], signal.SIGCONT)
+
+
 def test_edits_while_there_is_no_server_show(volume: Callable[..., Volume]) -> None:
     made = volume()
     top = made.mountpoint
@@ -211,21 +223,34 @@ def test_edits_while_there_is_no_server_show(volume: Callable[..., Volume]) -> N
     for name in ("moved", "removed", "changed", "dir"):
         (top / name).stat()
     os.listdir(top)
-    place, runtime = beneath(made, top), volumes.read_runtime(str(made.state))["pids"]
-    os.kill(runtime["supervisor"], signal.SIGSTOP)
-    try:
-        os.kill(runtime["server"], signal.SIGKILL)
+    place = beneath(made, top)
+    with without_a_server(made):
         os.rename(place / "moved", place / "elsewhere")
         (place / "removed").unlink()
         (place / "changed").chmod(0o600)
         (place / "dir" / "new").touch()
-    finally:
-        os.kill(runtime["supervisor"], signal.SIGCONT)
     becomes(lambda: not (top / "moved").exists() and (top / "elsewhere").exists())
     becomes(lambda: not (top / "removed").exists())
     becomes(lambda: (top / "changed").stat().st_mode & 0o777 == 0o600)
     becomes(lambda: os.listdir(top / "dir") == ["new"] and sorted(os.listdir(top))[-1] == "elsewhere")
     assert made.log().count("took over") == 1 and "mounting anew" not in made.log()
+
+
+def test_a_first_of_two_names_that_went_while_there_was_no_server(
+    volume: Callable[..., Volume], opened: Callable[..., int]
+) -> None:
+    """The kernel has been told of it while it was the only one, and of the other since."""
+    made = volume()
+    first, second = made.mountpoint / "first", made.mountpoint / "second"
+    first.write_bytes(b"content")
+    time.sleep(EXPIRED)
+    opened(first, os.O_PATH)  # so that the kernel does not forget it for want of memory
+    os.link(first, second)
+    time.sleep(EXPIRED)
+    with without_a_server(made):
+        beneath(made, first).unlink()
+    becomes(lambda: not first.exists())
+    assert second.read_bytes() == b"content"
 
 
 def test_what_is_mounted_in_it_stays_mounted(volume: Callable[..., Volume]) -> None:

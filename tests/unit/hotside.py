@@ -60,6 +60,7 @@ class Side:
         self.gate = Gate(self.tree, PlainIndex(), MarkWriter(self._marks_fd), 1)
         self.gate.lasting.watched = watched
         self.vfs = Vfs(self.tree, self.gate, directory_fds=directory_fds)
+        self.vfs.nodes.left = set() if watched else None
         self.sock, self._device = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.sock.settimeout(10)
         with monkeypatch.context() as patch:

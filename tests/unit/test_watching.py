@@ -316,6 +316,52 @@ def test_after_an_overflow_all_that_is_known_is_told(side, monkeypatch):
         one.close()
 
 
+@pytest.fixture
+def told(side):
+    """What the kernel is told now, of a side in which nobody edits anything."""
+    reading, writing = os.pipe2(os.O_NONBLOCK)
+    one = Watched(side, reading)
+    yield one.told
+    os.close(writing)
+    one.close()
+
+
+def test_a_name_that_was_the_only_one_is_asked_for_anew_when_there_is_another(side, told):
+    """Nobody could tell, later, that the kernel believes in both."""
+    made(side.path / "first")
+    node, *found = side.lookup(ROOT, b"first")
+    assert found[1] == LONG
+    assert not side.ask(p.Op.LINK, ROOT, p.U64.pack(node) + b"second\0")[0]
+    assert told() == [(ROOT, b"first", p.EXPIRE_ONLY)]
+    assert side.lookup(ROOT, b"second")[0] == node and told() == []
+    assert side.lookup(ROOT, b"first")[0] == node
+    assert told() == [(ROOT, b"second", p.EXPIRE_ONLY)]
+
+
+def test_a_name_is_asked_for_anew_whose_file_is_found_by_another(side, told):
+    """As where somebody has moved it behind the mount, and the event is lost."""
+    (side.path / "dir").mkdir()
+    (side.path / "below").mkdir()
+    made(side.path / "file")
+    directory, node, below = (side.lookup(ROOT, name)[0] for name in (b"dir", b"file", b"below"))
+    os.rename(side.path / "file", side.path / "dir" / "moved")
+    os.rename(side.path / "below", side.path / "dir" / "below")
+    assert side.lookup(directory, b"moved")[0] == node
+    assert told() == [(ROOT, b"file", p.EXPIRE_ONLY)]
+    assert side.lookup(directory, b"below")[0] == below and told() == []  # the kernel moves directories
+    assert not side.ask(p.Op.RENAME, directory, p.U64.pack(ROOT) + b"moved\0back\0")[0] and told() == []
+
+
+def test_a_name_is_asked_for_anew_whose_number_a_new_file_has(side, told):
+    made(side.path / "gone")
+    nodes, node = side.vfs.nodes, side.lookup(ROOT, b"gone")[0]
+    (side.path / "gone").unlink()
+    st = made(side.path / "new").stat()
+    nodes._by_ino[st.st_ino] = nodes.get(node)  # as if the filesystem had given it the number
+    assert nodes.made(st, nodes.root, b"new").id != node
+    assert told() == [(ROOT, b"gone", p.EXPIRE_ONLY)]
+
+
 # --- telling ----------------------------------------------------------------------------------------------
 
 

@@ -101,7 +101,7 @@ enum outcome { PYTHONS, ABSENT, NO_DATA, NO_TERMINAL, FOUND, FAILED };
     X(records, NULL) \
     X(by_slot, &PyList_Type) X(by_ino, &PyDict_Type) X(dirs, &PyODict_Type) X(root, NULL) X(node, NULL) \
     X(plain, &PySet_Type) X(inodes, &PyDict_Type) X(holds, NULL) X(forget, NULL) X(listed, NULL) \
-    X(long_of, &PyDict_Type) X(former, &PyDict_Type) X(gate, NULL) X(kernel_backing, &PyType_Type) X(idle, NULL) \
+    X(long_of, &PyDict_Type) X(former, &PyDict_Type) X(left, NULL) X(gate, NULL) X(kernel_backing, &PyType_Type) X(idle, NULL) \
     X(idle_inodes, &PyODict_Type) X(touched, &PyDict_Type) \
     X(files, &PyDict_Type) X(opens, &PyDict_Type) X(inode, NULL) X(handle, NULL) X(stub_name, &PyBytes_Type) \
     X(marks, NULL) X(recent, &PyDict_Type) X(seals, &PySet_Type) X(late, &PyDict_Type) X(gone_stat, NULL) \
@@ -229,6 +229,7 @@ void drop_known(struct known *known);
 int is_still(PyObject *inode);
 int entry_marked(Hot *hot, const struct place *place, uint64_t removed);
 int moved(Hot *hot, PyObject *node, const struct place *to);
+int leave_name(Hot *hot, PyObject *node);
 int new_name_marked(Hot *hot, const struct place *to, const struct known *known, const struct stat *st);
 enum outcome remove_name(Hot *hot, const struct in_header *in, const char *name, size_t length, int directory);
 enum outcome rename_name(Hot *hot, const struct in_header *in, const char *name, uint64_t above, const char *new_name);

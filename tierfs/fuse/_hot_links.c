@@ -30,7 +30,8 @@ static enum outcome linked(Hot *hot, const struct in_header *in, int fd, const s
         PyErr_SetFromErrno(PyExc_OSError);
         return FAILED;
     }
-    return new_name_marked(hot, to, known, st) || moved(hot, known->node, to) ? FAILED : FOUND;
+    return new_name_marked(hot, to, known, st) || leave_name(hot, known->node) || moved(hot, known->node, to) ? FAILED
+                                                                                                           : FOUND;
 }
 
 /* Of a regular file by its descriptor, if it is still this node. */

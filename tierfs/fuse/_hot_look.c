@@ -73,8 +73,8 @@ long seconds_of(Hot *hot, const struct stat *st)
 
 /* --- looking -------------------------------------------------------------------------------------------- */
 
-/* nodes.moved: a known node has this name. 0, or -1 where Python is to do it. */
-static int follows(Hot *hot, PyObject *node, const struct place *place)
+/* nodes.found: a known node has this name. 0, or -1 where Python is to do it. */
+static int follows(Hot *hot, PyObject *node, const struct place *place, mode_t mode)
 {
     char known[NAME_ROOM];
     uint64_t number = number_of(node, s_id);
@@ -86,6 +86,8 @@ static int follows(Hot *hot, PyObject *node, const struct place *place)
     PyObject *anchor = get_of(node, s_anchor);
     int may = anchor && (anchor == Py_None || PyBytes_Check(anchor)) && has_slots(hot, LONGS, 1);
     Py_XDECREF(anchor);
+    if (may && !S_ISDIR(mode) && leave_name(hot, node))
+        return -1;
     return may ? moved(hot, node, place) : -1;
 }
 
@@ -97,7 +99,7 @@ static uint64_t counted(Hot *hot, const struct place *place, const struct stat *
     uint64_t nodeid = 0;
     if (node) {
         Py_INCREF(node);
-        if (!follows(hot, node, place)) {
+        if (!follows(hot, node, place, st->st_mode)) {
             nodeid = number_of(node, s_id);
             looked_up(hot, nodeid);
         }

@@ -273,6 +273,23 @@ int moved(Hot *hot, PyObject *node, const struct place *to)
     return failed ? -1 : 0;
 }
 
+/* nodes._leave_name. 0, or -1 with an exception. */
+int leave_name(Hot *hot, PyObject *node)
+{
+    char name[NAME_ROOM];
+    if (!PySet_Check(hot->left) || !attribute_is(node, s_anchor, Py_None))
+        return 0;
+    Py_ssize_t length = name_of(hot, number_of(node, s_id), name);
+    PyObject *parent = get_of(node, s_parent);
+    PyObject *place = NULL;
+    if (parent && parent != Py_None)
+        place = Py_BuildValue("(Ky#)", (unsigned long long)number_of(parent, s_id), name, length);
+    int failed = place ? PySet_Add(hot->left, place) : 0;
+    Py_XDECREF(parent);
+    Py_XDECREF(place);
+    return failed || PyErr_Occurred() ? -1 : 0;
+}
+
 /* gate.named and gate.after_change, or gate.made_dir, or gate.entry. 0, or -1 with an exception. */
 int new_name_marked(Hot *hot, const struct place *to, const struct known *known, const struct stat *st)
 {

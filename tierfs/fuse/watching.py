@@ -109,7 +109,7 @@ class Watch:
     @property
     def hurried(self) -> bool:
         """Call it at once."""
-        return self._swept is not None and not self._pending
+        return bool(self._nodes.left) or (self._swept is not None and not self._pending)
 
     def hear(self) -> float:
         """Take events, between two requests; for how many seconds no more need be taken. Raises OSError."""
@@ -170,6 +170,9 @@ class Watch:
 
     def tell(self) -> None:
         """Have the kernel told, as much as can be at once. Raises OSError."""
+        while self._nodes.left:
+            # What is told when something went unseen knows a node by its last name only.
+            self._pending[p.inval_name(*self._nodes.left.pop(), p.EXPIRE_ONLY)] = None
         if self._swept is not None and len(self._pending) < _SWEEP:
             try:
                 next(self._swept)
@@ -211,6 +214,7 @@ def begin(teller: socket.socket, device: int, vfs: Vfs, *, takeover: bool) -> Wa
             why_not = str(error)
         else:
             vfs.gate.lasting.watched = True
+            vfs.nodes.left = set()
             socket.send_fds(teller, [b"\0"], [device])
             module, _ = compiled.find()
             return Watch(fd, teller, vfs, module.foreign if module is not None else foreign)
