@@ -21,6 +21,7 @@ from tierfs.fuse import mounting
 from tierfs.index import Index
 from tierfs.model import Stub, new_fid, new_tag
 
+VOLUME = "0" * 32
 SECONDS = 60
 _GUARD = """
 import select, subprocess, sys
@@ -94,7 +95,7 @@ class Bare:
         ours, theirs = channel.make_pair()
         table = ledger.make()
         with theirs:
-            arguments = {"state": self.state, "channel-fd": theirs.fileno(), "epoch": epoch}
+            arguments = {"state": self.state, "volume": VOLUME, "channel-fd": theirs.fileno(), "epoch": epoch}
             arguments |= {"ledger-fd": table, "takeover": 0}
             command = [sys.executable, "-m", "tierfsd.mount_server"]
             for key, value in arguments.items():
@@ -107,7 +108,7 @@ class Bare:
         ours.settimeout(SECONDS / 2)
         self._channel = channel.Channel(ours, server=False)
         self._said(channel.Prepared)
-        fd = mounting.mount(where, "0" * 32)
+        fd = mounting.mount(where, VOLUME)
         device = mounting.device_of(where)
         assert device is not None
         self.abort_path = connections / device.split(":")[1] / "abort"

@@ -275,7 +275,8 @@ class Server:
 
 def _arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="tierfsd.mount_server")
-    parser.add_argument("--state", required=True)
+    for name in ("--state", "--volume"):
+        parser.add_argument(name, required=True)
     for name in ("--channel-fd", "--epoch", "--ledger-fd", "--takeover"):
         parser.add_argument(name, type=int, required=True)
     return parser.parse_args(argv)
@@ -377,7 +378,7 @@ def main(argv: list[str]) -> int:
     logs.setup()
     try:
         with contextlib.ExitStack() as stack:
-            teller = stack.enter_context(telling.start())
+            teller = stack.enter_context(telling.start(arguments.volume))
             tree = open_tree(os.path.join(arguments.state, "tree"))
             stack.callback(tree.close)
             index = Index.open(os.path.join(arguments.state, "index"), readonly=True)

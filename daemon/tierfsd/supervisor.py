@@ -145,12 +145,12 @@ class Supervisor:
         """Start the server, and mount when it has loaded all it needs; with libfuse it mounts by itself."""
         plan, identity = self._plan, self._plan.volume.identity
         arguments: dict[str, object] = {
-            "state": plan.volume.state, "channel-fd": channel_fd, "epoch": self._epoch,
+            "state": plan.volume.state, "volume": identity.volume, "channel-fd": channel_fd,
+            "epoch": self._epoch,
         }  # fmt: skip
         inherited = [channel_fd, self._lock_fd]
         if plan.binding.name == "fusepy":
-            arguments |= {"mountpoint": plan.mountpoint, "volume": identity.volume}
-            arguments["options"] = ",".join(plan.options)
+            arguments |= {"mountpoint": plan.mountpoint, "options": ",".join(plan.options)}
             self._server.start(arguments, inherited)
             return
         arguments |= {"ledger-fd": self._ledger_fd, "takeover": int(takeover)}

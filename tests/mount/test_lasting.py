@@ -274,3 +274,50 @@ def test_what_is_mounted_in_it_stays_mounted(volume: Callable[..., Volume]) -> N
         assert (inner / "file").exists()
     finally:
         subprocess.run(["umount", inner], check=True)
+
+
+def stands(pid: int, state: str) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == state
+
+
+def caught(teller: int, told: int, place: Path, directory: Path, number: int) -> subprocess.Popen[bytes] | None:
+    """Who waits for the server with the lock of the directory, and so keeps the teller waiting. None: it had to
+    ask for something before that."""
+    os.kill(teller, signal.SIGSTOP)
+    directory.stat()
+    (place / str(number)).unlink()
+    time.sleep(EXPIRED)  # that has been sent to the teller
+    os.kill(told, signal.SIGSTOP)
+    maker = subprocess.Popen(["mkdir", directory / f"new{number}"], stderr=subprocess.PIPE)
+    time.sleep(EXPIRED)
+    os.kill(teller, signal.SIGCONT)
+    time.sleep(EXPIRED)
+    if stands(teller, "D"):
+        return maker
+    os.kill(told, signal.SIGCONT)
+    maker.communicate(timeout=SLACK)
+    return None
+
+
+def test_the_end_of_all_that_serve_while_the_kernel_waits_to_be_told(volume: Callable[..., Volume]) -> None:
+    """Whoever tells it would keep the mount from its end, and with it those who wait for the dead server."""
+    made = volume()
+    directory, tries = made.mountpoint / "dir", range(10)
+    directory.mkdir()
+    for number in tries:
+        (directory / str(number)).touch()
+    pids, told = volumes.read_runtime(str(made.state))["pids"], server(made)
+    (teller,) = map(int, Path(f"/proc/{told}/task/{told}/children").read_text().split())
+    try:
+        place = beneath(made, directory)
+        maker = next(filter(None, (caught(teller, told, place, directory, number) for number in tries)))
+        for name in ("supervisor", "server"):
+            os.kill(pids[name], signal.SIGKILL)
+        _, said = maker.communicate(timeout=WITHIN + SLACK)
+        assert maker.returncode and (b"not connected" in said or b"abort" in said)
+    finally:
+        for pid in (teller, told):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+    with pytest.raises(OSError, match="not connected"):
+        os.statvfs(directory)

@@ -392,7 +392,7 @@ def test_an_inode_that_is_not_known_yet_is_told_again_and_a_name_is_not(monkeypa
 
 def test_the_process_that_tells_ends_with_us():
     reading, writing = os.pipe()
-    teller = telling.start()
+    teller = telling.start("no volume")
     socket.send_fds(teller, [b"\0"], [writing])
     os.close(writing)
     message = p.inval_attributes(7)

@@ -190,25 +190,30 @@ def unmount(mountpoint: str, lazy: bool = False) -> None:
 # --- the kernel's tables and switches ----------------------------------------------------------------------
 
 
-def _mountinfo() -> Iterator[tuple[str, str, str]]:
-    """(mountpoint as the table spells it, major:minor, type) of each mount."""
+def _mountinfo() -> Iterator[tuple[str, str, str, str]]:
+    """(mountpoint, major:minor, type, source) of each mount, as the table spells them."""
     with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
         for line in file:
             fields = line.split(" ")
-            yield fields[4], fields[2], fields[fields.index("-", 6) + 1]
+            kind, source = fields[(end := fields.index("-", 6)) + 1 : end + 3]
+            yield fields[4], fields[2], kind, source
+
+
+def _spelt(text: str, special: str = " \t\n\\") -> str:
+    return "".join(f"\\{ord(c):03o}" if c in special else c for c in text)
 
 
 def filesystem_of(device: int) -> str:
     """The type of the filesystem with this st_dev; "" where the mount table does not tell (btrfs)."""
     number = f"{os.major(device)}:{os.minor(device)}"
-    return next((kind for _, found, kind in _mountinfo() if found == number), "")
+    return next((kind for _, found, kind, _ in _mountinfo() if found == number), "")
 
 
 def device_of(mountpoint: str) -> str | None:
     """The major:minor of the topmost mount at an absolute path, read without touching it."""
-    spelt = "".join(f"\\{ord(c):03o}" if c in " \t\n\\" else c for c in mountpoint)
+    spelt = _spelt(mountpoint)
     found = None
-    for where, number, _ in _mountinfo():
+    for where, number, _, _ in _mountinfo():
         if where == spelt:
             found = number
     return found
@@ -224,6 +229,13 @@ def _raise_read_ahead(mountpoint: str) -> None:
     except OSError as error:
         # Only slower: a container may have /sys read-only.
         log.info("%s: read-ahead stays as it is: %s", mountpoint, error)
+
+
+def abort_volume(volume: str) -> None:
+    """Abort the connection of this volume's mount, read without touching it. Raises OSError."""
+    source = _spelt(f"{SOURCE_PREFIX}{volume}", "#")
+    for device in {device for _, device, kind, said in _mountinfo() if (kind, said) == (FSTYPE, source)}:
+        abort(device)
 
 
 def abort(device: str) -> None:

@@ -3,7 +3,8 @@
 To forget a name the kernel waits for its directory's lock, and whoever holds that may be waiting for an answer
 of the mount server. A thread of the server would then wait for the server, and not even end when it is killed.
 Nobody waits for this process. It is forked before anything is mounted, since its program may lie in what will
-be, and ends when the server does.
+be, and ends when the server does. Where that has been killed while somebody with such a lock waits for it, this
+cannot end before another server has answered them. If nobody is there to start one, the connection is aborted.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ import os
 import select
 import signal
 import socket
+import threading
 import time
 from collections import deque
 
+from tierfs.fuse import mounting
 from tierfs.fuse import protocol as p
 
 log = logging.getLogger("fuse")
@@ -24,19 +27,22 @@ log = logging.getLogger("fuse")
 MOST = 1 << 15  # bytes of notifications in one message
 _AGAIN_SECONDS = 0.05
 _TRIES = 200
+_ALONE_SECONDS = 1.0  # from the server's end until it is asked whether there will be another
 _GONE = frozenset({errno.ENODEV, errno.ECONNABORTED, errno.ENOTCONN})
 
 
-def start() -> socket.socket:
+def start(volume: str) -> socket.socket:
     """Fork it: where to send the descriptor of /dev/fuse (SCM_RIGHTS), and then messages of notifications.
 
-    Call it while there are no threads, and nothing is open that would mind. Raises OSError.
+    Call it in the server, whose parent is the supervisor, while there are no threads, and nothing is open that
+    would mind. Raises OSError.
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    server, supervisor = os.getpid(), os.getppid()
     if not os.fork():
         code = 1
         try:
-            _live(theirs)
+            _live(theirs, server, supervisor, volume)
             code = 0
         except OSError as error:
             log.critical("edits behind the mount cannot be told any more: %s", error)
@@ -47,16 +53,27 @@ def start() -> socket.socket:
     return ours
 
 
-def _live(source: socket.socket) -> None:
+def _live(source: socket.socket, server: int, supervisor: int, volume: str) -> None:
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # it ends with the server
     fd = source.detach()
     os.dup2(fd, 3)  # whatever is inherited otherwise is not ours to keep open
     os.closerange(4, os.sysconf("SC_OPEN_MAX"))
+    others = os.pidfd_open(server), os.pidfd_open(supervisor)
+    threading.Thread(target=_abort_when_alone, args=(*others, volume), daemon=True).start()
     with socket.socket(fileno=3) as alone:
         _, fds, _, _ = socket.recv_fds(alone, 1, 1)
         if fds:
             Teller(alone, fds[0]).run()
+
+
+def _abort_when_alone(server: int, supervisor: int, volume: str) -> None:
+    """Mostly this process has ended before that."""
+    select.select([server], [], [])
+    time.sleep(_ALONE_SECONDS)
+    if select.select([supervisor], [], [], 0)[0]:
+        log.error("nobody serves the mount any more, and somebody waits: the connection is aborted")
+        mounting.abort_volume(volume)
 
 
 class Teller:
