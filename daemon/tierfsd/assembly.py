@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import socket
@@ -11,7 +10,7 @@ from urllib.parse import unquote, urlsplit
 
 from tierfs import control, ownership, volume, wire
 from tierfs.config import EMBEDDED_STORE, FILE_NAME, VolumeConfig
-from tierfs.errors import BusyError, StoreError, VolumeError
+from tierfs.errors import BusyError, StoreError, StoreUnavailableError, VolumeError
 from tierfs.heat_index import HeatIndex
 from tierfs.index import Index
 from tierfs.serverlink import ServerLink
@@ -126,15 +125,13 @@ class Mover:
 
     def _claim(self) -> None:
         """Take the store for this mount; until then nothing is written to it. Reading needs no claim."""
-        if self._home.identity.view:
-            self._tier.kit.withheld = "this is a view of the past"
-            self._tier.kit.claim_tried.set()
-            self._note_where_the_store_is()
-            return
+        view = self._home.identity.view
         while not self.stopping.is_set():
             try:
-                with self._claiming:
-                    ownership.renew(self._home, self._store, self._index.session.epoch)
+                if not view:
+                    with self._claiming:
+                        ownership.renew(self._home, self._store, self._index.session.epoch)
+                self._note_where_the_store_is()
             except VolumeError as error:
                 self._withhold(str(error))
                 log.critical("%s", error)
@@ -145,15 +142,17 @@ class Mover:
                 self._tier.kit.claim_tried.set()
                 self.stopping.wait(_CLAIM_SECONDS)
             else:
-                self._note_where_the_store_is()
-                self._tier.kit.withheld = ""
+                self._tier.kit.withheld = "this is a view of the past" if view else ""
                 self._tier.kit.claim_tried.set()
                 return
 
     def _note_where_the_store_is(self) -> None:
+        """Raises StoreUnavailableError where it is gone again."""
         if self._scheduler.beside is None:
-            with contextlib.suppress(OSError):  # gone again: it is no worse than before
+            try:
                 self._scheduler.beside = _device_of(self._home.store_url) == self._tree.device
+            except OSError as exc:
+                raise StoreUnavailableError(f"{self._store.describe()}: {exc.strerror}") from exc
 
     def _verify_claim(self) -> None:
         """Nothing more is written to a store that another machine has taken over. Raises TierError, OSError."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
-from tierfsd import claiming
+from tierfsd import assembly, claiming
 from tierfsd.claiming import Fence, refuse_if_taken
 
 from tierfs import ownership, volume
@@ -160,3 +162,30 @@ def test_a_store_that_hangs_hinders_no_mount(home, monkeypatch):
     begun = time.monotonic()
     refuse_if_taken(made, False)
     assert time.monotonic() - begun < 20
+
+
+@pytest.mark.parametrize("view", [False, True])
+def test_where_a_store_is_that_is_gone_again_is_looked_at_until_it_is_known(home, monkeypatch, view):
+    """As with a NAS whose disk answers one call and not the next."""
+    made, _, store = home
+    identity = SimpleNamespace(view=view)
+    kit = SimpleNamespace(withheld="not yet", claim_tried=threading.Event())
+    mover = assembly.Mover.__new__(assembly.Mover)
+    mover.stopping, mover._claiming, mover._store = threading.Event(), threading.Lock(), store
+    mover._home = made if not view else SimpleNamespace(identity=identity, store_url=made.store_url)
+    mover._index = SimpleNamespace(session=SimpleNamespace(epoch=2))
+    mover._tier, mover._scheduler = SimpleNamespace(kit=kit), SimpleNamespace(beside=None)
+    mover._tree = SimpleNamespace(device=os.stat(made.state).st_dev)
+    answers = [OSError(116, "Stale file handle"), OSError(2, "No such file or directory")]
+    real = assembly._device_of
+
+    def device_of(url):
+        if answers:
+            raise answers.pop()
+        return real(url)
+
+    monkeypatch.setattr(assembly, "_device_of", device_of)
+    monkeypatch.setattr(assembly, "_CLAIM_SECONDS", 0.01)
+    mover._claim()
+    assert mover._scheduler.beside is True and kit.claim_tried.is_set()
+    assert bool(kit.withheld) is view
