@@ -114,17 +114,38 @@ def _take(volume: Volume, store: ObjectStore, epoch: int, etag: str | None, foun
     fresh = os.urandom(8).hex()
     path = volume.path(_NOTE)
     write_json(path, {"last": nonce, "next": fresh})
+    claim = _claim(volume.identity, epoch, fresh)
     try:
-        store.put_if(STORE_KEY, _claim(volume.identity, epoch, fresh), etag)
-    except PreconditionError as exc:
-        raise VolumeError(
-            f"{store.describe()}: another machine is taking this volume over: nothing is written to it"
-        ) from exc
+        store.put_if(STORE_KEY, claim, etag)
+    except PreconditionError:
+        _take_again(volume, store, claim, nonce)
     if not store.capabilities.conditional_put and check(volume, store).get("nonce") != fresh:
-        raise VolumeError(
-            f"{store.describe()}: another machine is taking this volume over: nothing is written to it"
-        )
+        raise _being_taken(store)
     write_json(path, {"last": fresh, "next": "", "before": nonce})
+
+
+def _take_again(volume: Volume, store: ObjectStore, claim: bytes, nonce: str) -> None:
+    """After a refusal: has somebody taken the store, or are two requests in each other's way (409)?
+
+    Raises VolumeError, or StoreUnavailableError where trying once more is in vain, too.
+    """
+    etag = _etag(store)
+    if str(check(volume, store).get("nonce", "")) != nonce:
+        raise _being_taken(store)
+    try:
+        store.put_if(STORE_KEY, claim, etag)
+    except PreconditionError as exc:
+        if str(check(volume, store).get("nonce", "")) != nonce:
+            raise _being_taken(store) from exc
+        raise StoreUnavailableError(
+            f"{store.describe()}: refuses to have its {STORE_KEY} replaced, although nobody else has done so"
+        ) from exc
+
+
+def _being_taken(store: ObjectStore) -> VolumeError:
+    return VolumeError(
+        f"{store.describe()}: another machine is taking this volume over: nothing is written to it"
+    )
 
 
 def verify(volume: Volume, store: ObjectStore) -> None:

@@ -12,7 +12,7 @@ import pytest
 from tierfs import adoption, locate, ownership, syscalls, volume
 from tierfs.commands import home as commands_home
 from tierfs.commands.home import leave
-from tierfs.errors import PathError, StoreUnavailableError, VolumeError
+from tierfs.errors import PathError, PreconditionError, StoreUnavailableError, VolumeError
 from tierfs.store.memory import MemoryStore
 
 
@@ -147,6 +147,27 @@ def test_of_two_that_take_a_store_at_the_same_moment_one_is_refused(tmp_path, st
     with pytest.raises(VolumeError, match="another machine is taking"):
         ownership.renew(mine, store, 1)
     ownership.verify(clone, store)
+
+
+@pytest.mark.parametrize("refusals", [1, 2])
+def test_a_refusal_although_nobody_has_taken_the_store_is_not_for_good(state, refusals):
+    """As S3 answers when two requests are in each other's way."""
+    store = MemoryStore()
+    mine = complete(volume.create(state), store)
+    real, left = store.put_if, [PreconditionError("409")] * refusals
+
+    def busy(key, body, etag):
+        if left:
+            raise left.pop()
+        return real(key, body, etag)
+
+    store.put_if = busy
+    if refusals > 1:
+        with pytest.raises(StoreUnavailableError, match="although nobody else"):
+            ownership.renew(mine, store, 1)
+    ownership.renew(mine, store, 1)
+    ownership.verify(mine, store)
+    assert json.loads(store.get("volume.json"))["epoch"] == 1
 
 
 def test_epochs_outlive_the_index(state):
