@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from bench_metadata import CONTENDERS, Bindfs, Kernel, Plain, fresh_ext4
+from bench_metadata import CONTENDERS, SETTLED, Bindfs, Kernel, Plain, fresh_ext4
 from common import Scratch, affinity, arguments, forms, median, scratch, table
 from peers import Missing
 
@@ -123,9 +123,11 @@ def one_round(area: Scratch, work: Work, kind: type[Plain], number: int) -> dict
         contender = kind(area, place, stack.enter_context(fresh_ext4(place, 8 << 30)), stack)
         top = contender.directory / "work"
         top.mkdir()
+        time.sleep(SETTLED)
         for title, first, go in work.steps(top):
             if first:
                 contender.again()
+                time.sleep(SETTLED)
             if title.endswith(AGAIN):
                 time.sleep(PAUSE)
             began = time.perf_counter()
