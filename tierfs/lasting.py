@@ -38,6 +38,10 @@ class Lasting:
         if self.watched:
             self.unproven.add(ino)
 
+    def ended(self, ino: int) -> None:
+        """The kernel does not know it any more, so nobody has it open or mapped through the mount."""
+        self.unproven.discard(ino)
+
     def doubt(self, st: os.stat_result) -> None:
         """The kernel is told of it for the first time. What was changed a moment ago is proven when it asks
         again: most is looked at once."""

@@ -127,6 +127,7 @@ class NodeTable:
         # Told of descriptors without which a file would end with this process, and of the end of the need.
         self.keep: Callable[[int, int], None] = lambda ino, fd: None
         self.let_go: Callable[[int], None] = lambda ino: None
+        self.ended: Callable[[int], None] = lambda ino: None  # told of inodes that the kernel knows no more
 
     def __len__(self) -> int:
         return sum(node is not None for node in self._by_slot)
@@ -269,6 +270,7 @@ class NodeTable:
         self._ledger.drop_node(nodeid)
         if self._by_ino.get(node.ino) is node:
             del self._by_ino[node.ino]
+            self.ended(node.ino)
         self._drop(node)
 
     def opened(self, node: Node) -> None:
@@ -331,6 +333,7 @@ class NodeTable:
         if self._by_ino.get(node.ino) is node:
             # The filesystem may give the number to a new file now.
             del self._by_ino[node.ino]
+            self.ended(node.ino)
 
     def _end(self, node: Node, st: os.stat_result) -> None:
         packed = packed_stat(st)

@@ -84,6 +84,7 @@ class Vfs:
         self.gate = gate
         self.ledger = gate.ledger
         self.nodes = NodeTable(tree, gate.ledger, directory_fds)
+        self.nodes.ended = gate.lasting.ended
         self.files = OpenFiles(gate, self.nodes)
         self._evictable = evictable
         self._maker = Maker()

@@ -181,6 +181,22 @@ def test_a_file_that_somebody_writes_behind_the_mount_does_not_last(side):
     assert not side.gate.lasting.unproven
 
 
+@pytest.mark.parametrize("gone", [False, True])
+def test_what_the_kernel_knows_no_more_need_not_be_proven(side, gone):
+    """Days of work would leave the number of each file that was ever written."""
+    made(side.path / "file")
+    node = side.lookup(ROOT, b"file")[0]
+    fh, _ = side.vfs.open(node, os.O_RDWR, ME)
+    side.vfs.release(fh)
+    assert len(side.gate.lasting.unproven) == 1
+    if gone:
+        assert side.ask(p.Op.UNLINK, ROOT, b"file\0") == (0, b"")
+    else:
+        side.send(p.Op.FORGET, node, p.U64.pack(1))
+        assert side.session.serve(1) == 1
+    assert not side.gate.lasting.unproven
+
+
 def test_nothing_lasts_where_edits_are_not_seen(tmp_path, monkeypatch):
     (tmp_path / "tree" / "dir").mkdir(parents=True)
     one = Side(tmp_path / "side", "pure", monkeypatch, None)

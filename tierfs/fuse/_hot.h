@@ -263,6 +263,7 @@ unsigned long attributes_last(Hot *hot, const struct stat *st, PyObject *ino, Py
 /* Where the kernel takes them for the newest, whatever it has been told since it asked. */
 unsigned long for_now(Hot *hot, unsigned long seconds);
 int written(Hot *hot, PyObject *ino);
+int ended(Hot *hot, PyObject *ino);
 
 /* --- names and attributes (_hot_look.c) --- */
 int pack_attr(struct attr *to, const struct stat *st);

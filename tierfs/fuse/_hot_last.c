@@ -93,3 +93,9 @@ int written(Hot *hot, PyObject *ino)
 {
     return hot->long_seconds ? PySet_Add(hot->unproven, ino) : 0;
 }
+
+/* Lasting.ended. 0, or -1 with an exception. */
+int ended(Hot *hot, PyObject *ino)
+{
+    return PySet_GET_SIZE(hot->unproven) && PySet_Discard(hot->unproven, ino) < 0 ? -1 : 0;
+}

@@ -187,7 +187,8 @@ static int buried(Hot *hot, const struct going *going)
     now.kind = GONE_NODE;
     int failed = !anchor || !id || put_of(anchor, s__packed, packed) || former_kept(hot, node)
                  || put_of(node, s_anchor, anchor) || drop_directory(hot, id)
-                 || PyDict_DelItem(hot->by_ino, going->known.ino) || note_node(hot, now, attributes, length);
+                 || PyDict_DelItem(hot->by_ino, going->known.ino) || ended(hot, going->known.ino)
+                 || note_node(hot, now, attributes, length);
     Py_XDECREF(packed);
     Py_XDECREF(anchor);
     Py_XDECREF(id);

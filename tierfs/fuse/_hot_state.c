@@ -418,7 +418,7 @@ static int dropped(Hot *hot, uint64_t nodeid, PyObject *node)
         POINT();
         failed = failed || give_long(hot, slot) || PyList_Append(hot->parts[NODES].free, place);
         if (!failed && PyDict_GetItemWithError(hot->by_ino, ino) == node)
-            failed = PyDict_DelItem(hot->by_ino, ino);
+            failed = PyDict_DelItem(hot->by_ino, ino) || ended(hot, ino);
         failed = failed || drop_directory(hot, id) ? -1 : 0;
     }
     Py_XDECREF(anchor);
