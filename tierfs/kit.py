@@ -29,6 +29,7 @@ log = logging.getLogger("tier")
 # clusters as free that it gives to nobody, hence twice that.
 _INDEX_SHARE = 0.03
 _INDEX_MOST = 32 << 20
+GONE = "is not there any more"  # why a file stays as it is
 TICK = 20_000_000  # ns; twice the coarsest granularity of a ctime (a jiffy at 100 Hz)
 READ_FLAGS = os.O_RDONLY | os.O_NOATIME | os.O_NONBLOCK | os.O_NOFOLLOW
 WRITE_FLAGS = os.O_RDWR | os.O_NOATIME | os.O_NONBLOCK | os.O_NOFOLLOW
@@ -243,8 +244,15 @@ class Kit:
             os.chmod(fd_path(fd), mode)
 
 
+def is_gone(error: Exception) -> bool:
+    """It says that there is no such file any more."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
+
+
 def unopened(error: OSError) -> str:
     """Why a file that could not be opened stays."""
+    if is_gone(error):
+        return GONE
     if error.errno == errno.ETXTBSY:
         return "is being run"
     if error.errno == errno.EPERM:

@@ -29,7 +29,7 @@ from tierfs.draining import Drain
 from tierfs.errors import TierError, VolumeError
 from tierfs.filling import Filler
 from tierfs.index import Index, Writer
-from tierfs.kit import READ_FLAGS, Kit, unopened
+from tierfs.kit import GONE, READ_FLAGS, Kit, is_gone, unopened
 from tierfs.model import Record, Residency
 from tierfs.places import Places
 from tierfs.policy.aging import is_young
@@ -230,7 +230,7 @@ class Tier:
             item.record = record
         place = self.places.of_file(item.fd, item.parent, item.name)
         if place is None:
-            item.stay("was moved just now")
+            item.stay("was moved just now" if os.fstat(item.fd).st_nlink else GONE)
             return
         item.path = place.path
         config = self.kit.config
@@ -299,7 +299,7 @@ class Tier:
             else:
                 self._bring(item, opath, cancelled)
         except (OSError, TierError) as error:
-            item.stay(str(error), failed=True)
+            item.stay(GONE if is_gone(error) else str(error), failed=not is_gone(error))
         finally:
             if opath >= 0:
                 os.close(opath)

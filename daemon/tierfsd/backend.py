@@ -13,6 +13,7 @@ from tierfs.collecting import Collector
 from tierfs.copying import PIECE, Item
 from tierfs.errors import StoreUnavailableError, TierError
 from tierfs.heat_index import HeatIndex
+from tierfs.kit import GONE
 from tierfs.model import Record, Residency, object_key
 from tierfs.store.base import Body
 from tierfs.tier import Tier
@@ -190,13 +191,13 @@ class TierBackend:
         """Carry out an order to demote."""
         items = [_item(target) for target in targets]
         with _Count(items, job) as count:
-            return _done(self._tier.demote(items, job.cancelled, count))
+            return _done(self._tier.demote(items, job.cancelled, count), targets)
 
     def fetch(self, targets: list[Target], job: Job) -> control.Done:
         """Carry out an order to fetch."""
         items = [_item(target) for target in targets]
         with _Count(items, job) as count:
-            return _done(self._tier.fetch(items, job.cancelled, count))
+            return _done(self._tier.fetch(items, job.cancelled, count), targets)
 
     def set_pin(self, opath: int, status: os.stat_result, parent: int, name: bytes, on: bool) -> None:
         """Pin or unpin one file or directory."""
@@ -354,6 +355,9 @@ def _outcome(item: Item) -> control.Outcome:
     return control.Outcome(item.path or item.name, item.reason, item.failed)
 
 
-def _done(items: list[Item]) -> control.Done:
-    stayed = [_outcome(item) for item in items if item.reason]
-    return control.Done(len(items) - len(stayed), stayed)
+def _done(items: list[Item], targets: list[Target]) -> control.Done:
+    """Of what was found in a directory and has gone since nobody wants to hear."""
+    named = {target.ino for target in targets if target.named}
+    there = [item for item in items if item.reason != GONE or item.ino in named]
+    stayed = [_outcome(item) for item in there if item.reason]
+    return control.Done(len(there) - len(stayed), stayed)

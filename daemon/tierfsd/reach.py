@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from tierfs import control
 from tierfs.errors import NotPermittedError, PathError, TierError
+from tierfs.kit import is_gone
 from tierfsd.credentials import Peer, acting_as
 
 
@@ -137,11 +138,12 @@ class Reach:
             try:
                 directory = self._open_below(top, path, here)
             except OSError as exc:
-                stayed.append(outcome_of(here, exc))
+                if here == path or not is_gone(exc):
+                    stayed.append(outcome_of(here, exc))
                 continue
             try:
                 parent = os.fstat(directory).st_ino
-                for text in os.listdir(directory):
+                for text in _listed(directory):
                     name = os.fsencode(text)
                     with contextlib.suppress(FileNotFoundError, PermissionError, NotPermittedError):
                         child = self._child(peer, directory, parent, name, join(here, name), access)
@@ -181,6 +183,14 @@ class Reach:
             return self._target(found, path, named=False)
         finally:
             os.close(opath)
+
+
+def _listed(directory: int) -> list[str]:
+    """The names in it; none where it has been removed meanwhile."""
+    try:
+        return os.listdir(directory)
+    except FileNotFoundError:
+        return []
 
 
 def _add(targets: dict[int, Target], target: Target) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import shutil
 import socket
 import stat
 import struct
@@ -351,6 +352,25 @@ def test_another_user_reaches_what_the_kernel_would_allow(others):
     assert reached(others, NOBODY, b"d", os.O_RDONLY)[0] == [b"d/g"]
     assert reached(others, NOBODY, b"d/g", os.O_WRONLY) == ([], ["belongs to another user"])
     assert reached(others, NOBODY, b"mine", os.O_WRONLY) == ([b"mine"], [])
+
+
+@needs_root
+@pytest.mark.parametrize("when", ["before it is opened", "while it is open"])
+def test_a_directory_that_goes_while_an_order_looks_for_files_is_passed_over(others, tree, monkeypatch, when):
+    (tree / "d" / "sub").mkdir()
+    (tree / "d" / "sub" / "file").write_text("")
+    real = Reach._open_below
+
+    def open_below(reach, top, root, path):
+        if path != b"d/sub":
+            return real(reach, top, root, path)
+        fd = real(reach, top, root, path) if when == "while it is open" else -1
+        shutil.rmtree(tree / "d" / "sub")
+        return fd if fd >= 0 else real(reach, top, root, path)
+
+    monkeypatch.setattr(Reach, "_open_below", open_below)
+    found, stayed = reached(others, Peer(0, 0, ()), b"d", os.O_RDONLY)
+    assert b"d/g" in found and not stayed
 
 
 @needs_root

@@ -6,12 +6,17 @@ import errno
 import os
 import shutil
 import subprocess
+import threading
 import time
+from types import SimpleNamespace
 
 import pytest
+from tierfsd.backend import TierBackend
+from tierfsd.reach import Target
 from tiering import Volume
 
 from tierfs.errors import IndexError_, VolumeError
+from tierfs.kit import GONE
 from tierfs.marks import Mark
 from tierfs.model import Residency
 
@@ -48,6 +53,37 @@ def test_demote_frees_the_blocks_and_a_read_brings_them_back(volume):
     assert record.residency is Residency.RESIDENT and not record.dirty
     shown = volume.server.shown(volume.path("a"))
     assert (shown.st_mtime_ns, shown.st_ctime_ns) == (before.st_mtime_ns, before.st_ctime_ns)
+
+
+@pytest.mark.parametrize("order", ["demote", "fetch"])
+def test_of_files_that_go_during_an_order_only_named_ones_are_told(volume, order):
+    job = SimpleNamespace(cancelled=threading.Event(), report=lambda progress: None)
+    targets = []
+    for name in ("stays", "named", "other", "replaced"):
+        volume.server.create(volume.path(name), name.encode() * 5000)
+        if order == "fetch":
+            volume.demote(name)
+        item, named = volume.item(name), name == "named"
+        targets.append(Target(item.path, item.ino, item.handle, item.parent, item.name, item.size, named))
+    for name in ("named", "other", "replaced"):
+        os.unlink(volume.path(name))
+    volume.server.create(volume.path("replaced"), b"another")
+    backend = TierBackend.__new__(TierBackend)
+    backend._tier = volume.tier
+    done = getattr(backend, order)(targets, job)
+    assert (done.files, [(stayed.path, stayed.reason) for stayed in done.stayed]) == (1, [(b"named", GONE)])
+    assert not volume.tier.kit.troubles.list()
+
+
+def test_a_file_that_goes_while_it_is_looked_at_is_gone(volume, monkeypatch):
+    volume.server.create(volume.path("a"), b"a" * 5000)
+
+    def place(fd, parent, name):
+        os.unlink(volume.path("a"))
+
+    item = volume.item("a")
+    monkeypatch.setattr(volume.tier.places, "of_file", place)
+    assert reasons(volume.tier.demote([item])) == [GONE]
 
 
 def test_a_program_that_runs_stays_and_says_so(volume):
