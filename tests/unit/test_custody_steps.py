@@ -20,8 +20,10 @@ from tierfs.copying import CHANGED, _put_copy
 from tierfs.digests import SIDE_SUFFIX, leaf_digests, unpack_side
 from tierfs.errors import BusyError
 from tierfs.kit import same_tuple
-from tierfs.model import Residency
+from tierfs.marks import Mark
+from tierfs.model import Residency, Stub
 from tierfs.store.memory import MemoryStore
+from tierfs.survey import Survey
 
 SIZE = 2 * MIB + 777
 
@@ -251,6 +253,93 @@ def test_a_stub_is_fetched_whatever_the_index_says_of_it(volume, size):
     assert item.demoted and before.residency is Residency.RESIDENT
     volume.index.commit(lambda w: w.put(before)).result()
     assert volume.server.read(volume.path("a")) == content
+
+
+def test_a_stub_copied_behind_the_mount_becomes_a_file_of_its_own(volume):
+    """As `cp -a` and rsync -X copy it: one file id on two inodes, of which each may change and go."""
+    content = os.urandom(20_000)
+    volume.server.create(volume.path("a"), content)
+    volume.demote("a")
+    name = volume.tree.stub_name
+    with open(volume.path("b"), "wb") as twin:
+        twin.truncate(len(content))
+    os.setxattr(volume.path("b"), name, os.getxattr(volume.path("a"), name))
+    assert volume.server.read(volume.path("b")) == content
+    volume.settle("b")
+    first, second = volume.record("a"), volume.record("b")
+    assert second.fid != first.fid and second.copy is None
+    assert volume.index.get_by_fid(first.fid) == first
+    (item,) = volume.demote("b")
+    assert item.demoted and volume.stub("b").key != volume.stub("a").key
+    volume.server.unlink(volume.path("a"))
+    assert volume.server.read(volume.path("b")) == content
+
+
+# --- an inode number ---------------------------------------------------------------------------------------
+
+
+def test_a_number_that_is_used_again_is_another_file(volume):
+    """Whose mark of removal is missing: nothing of the former one is taken for the new one's."""
+    volume.server.create(volume.path("a"), b"x" * 10_000)
+    volume.demote("a", punch=False)
+    former = volume.record("a")
+    place = {"parent": former.parent, "name": b"b"}
+    volume.marks.append(Mark.WRITE, former.ino, former.generation + 1, handle=b"another", **place)
+    volume.tier.drain()
+    now = volume.index.get(former.ino)
+    assert (now.handle, now.copy, now.dirty) == (b"another", None, True) and now.fid != former.fid
+    assert [version.tag for version in volume.index.versions_of(former.fid)] == [former.copy.tag]
+
+
+def test_the_removal_of_a_former_file_of_that_number_removes_nothing(volume):
+    volume.server.create(volume.path("a"), b"x" * 10_000)
+    volume.demote("a", punch=False)
+    record = volume.record("a")
+    volume.marks.append(Mark.GONE, record.ino, handle=b"a former file", name=b"a", parent=record.parent)
+    volume.tier.drain()
+    assert volume.index.get(record.ino) == record and volume.index.tombstones(1 << 62) == []
+
+
+# --- a look through the tree -------------------------------------------------------------------------------
+
+
+def test_a_file_that_moves_behind_the_look_is_not_taken_for_gone(volume, monkeypatch):
+    """From a directory that is not looked through yet into one that is: nobody sees it, and it is there."""
+    content = os.urandom(20_000)
+    for name in ("one", "two"):
+        volume.server.mkdir(volume.path(name))
+    volume.server.create(volume.path("two/a"), content)
+    (item,) = volume.demote("two/a")
+    assert item.demoted
+    record = volume.record("two/a")
+    survey = Survey(volume.tier, lambda guesses: None, threading.Event())
+    look = survey._directory
+
+    def look_and_move(path):
+        below = look(path)
+        if path == b"":
+            below.sort(reverse=True)  # the last one is looked through first
+        if path == b"one":
+            volume.server.rename(volume.path("two/a"), volume.path("one/a"))
+        return below
+
+    monkeypatch.setattr(survey, "_directory", look_and_move)
+    assert survey.run()
+    volume.tier.drain()
+    assert volume.index.get(record.ino).fid == record.fid and volume.index.tombstones(1 << 62) == []
+    assert volume.server.read(volume.path("one/a")) == content
+
+
+def test_the_look_finds_what_has_changed_without_a_mark(volume):
+    volume.server.create(volume.path("a"), b"x" * 10_000)
+    volume.demote("a", punch=False)
+    before = volume.record("a").copy
+    with open(volume.path("a"), "r+b") as file:
+        file.write(b"changed")
+    assert Survey(volume.tier, lambda guesses: None, threading.Event()).run()
+    copy = volume.record("a").copy
+    assert copy.tag != before.tag
+    assert bytes(volume.store.get(Stub.of(volume.record("a").fid, copy).key)) == b"changed" + b"x" * 9_993
 
 
 # --- in which order ---------------------------------------------------------------------------------------

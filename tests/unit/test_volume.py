@@ -170,6 +170,26 @@ def test_a_refusal_although_nobody_has_taken_the_store_is_not_for_good(state, re
     assert json.loads(store.get("volume.json"))["epoch"] == 1
 
 
+def test_who_takes_a_store_while_its_claim_is_being_read_is_not_written_over(tmp_path, state, monkeypatch):
+    """What is compared at the write is what the claim was read from, not what has come since."""
+    store = MemoryStore()
+    mine = complete(volume.create(state), store)
+    clone = volume.Volume(str(tmp_path / "clone"), mine.identity)
+    shutil.copytree(state, clone.state)
+    read = ownership.check
+
+    def read_and_wait(*which):
+        found = read(*which)
+        monkeypatch.undo()
+        ownership.renew(clone, store, 1)
+        return found
+
+    monkeypatch.setattr(ownership, "check", read_and_wait)
+    with pytest.raises(VolumeError, match="another machine is taking"):
+        ownership.renew(mine, store, 1)
+    ownership.verify(clone, store)
+
+
 def test_epochs_outlive_the_index(state):
     assert volume.last_epoch(state) == 0
     volume.keep_epoch(state, 7)
