@@ -423,3 +423,26 @@ def test_the_order_of_a_fetch(volume, story, kind):
     steps = [step for step in story if step in STEPS_IN]
     end = ["fdatasync", "commit note_pending", "no stub", "fsync", "commit _put_resident"]
     assert steps[-len(end) :] == end, steps
+
+
+@pytest.mark.parametrize("kind", ["small", "large"])
+@pytest.mark.parametrize("how", ["open", "truncate"])
+def test_the_order_of_a_truncation_to_nothing(volume, monkeypatch, kind, how):
+    """The other way round a server that is killed in between leaves zeros of the former length."""
+    make(volume, kind)
+    (item,) = volume.demote("a")
+    assert item.demoted, item.reason
+    told, cut, clear, path = [], os.ftruncate, volume.tree.clear_stub, volume.path("a")
+    monkeypatch.setattr(os, "ftruncate", lambda fd, size: told.append(f"size {size}") or cut(fd, size))
+    monkeypatch.setattr(volume.tree, "clear_stub", lambda fd: told.append("no stub") or clear(fd))
+    if how == "open":
+        volume.server.release(volume.server.open(path, os.O_WRONLY | os.O_TRUNC))
+    else:
+        opath = os.open(path, os.O_PATH)
+        parent = os.stat(volume.root).st_ino
+        try:
+            volume.server.run(lambda: volume.server.gate.truncate(opath, os.fstat(opath), 0, parent, b"a"))
+        finally:
+            os.close(opath)
+    assert told == ["size 0", "no stub"]
+    assert volume.stub("a") is None and os.stat(path).st_size == 0
