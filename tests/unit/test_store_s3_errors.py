@@ -354,6 +354,44 @@ def test_no_credentials(server: FakeS3, open_s3: Opener, monkeypatch: pytest.Mon
     assert server.requests == []
 
 
+@pytest.mark.parametrize(
+    ("status", "code", "remedy"),
+    [
+        (403, "InvalidAccessKeyId", r"does not accept .* \(403 InvalidAccessKeyId\): correct them, or set"),
+        (403, "SignatureDoesNotMatch", "does not accept .*: correct them"),
+        (401, "", "does not accept .*: correct them"),
+        (403, "AccessDenied", r"may not do this in the bucket \(403 AccessDenied\): they need s3:ListBucket"),
+        (403, "", "correct them, or set AWS_PROFILE to others; or they may not do this in the bucket"),
+    ],
+)
+@pytest.mark.parametrize("kept", ["in the environment", "in a file"])
+def test_refused_credentials_are_named_with_what_is_to_be_done(
+    server: FakeS3, open_s3: Opener, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    status: int, code: str, remedy: str, kept: str,
+) -> None:  # fmt: skip
+    origin = "the environment (AWS_ACCESS_KEY_ID ends in "
+    if kept == "in a file":
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            monkeypatch.delenv(name)
+        file = tmp_path / "credentials"
+        file.write_text("[work]\naws_access_key_id = AKIA1234\naws_secret_access_key = a secret\n")
+        monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(file))
+        monkeypatch.setenv("AWS_PROFILE", "work")
+        origin = f"{file}, profile work, key ending in 1234"
+    server.answer = lambda request: error(status, code) if code else Answer(status)
+    store = open_s3()
+    for call in (
+        lambda: store.get("the key"),
+        lambda: store.put("the key", b"x", 1),
+        lambda: list(store.list("")),
+    ):
+        with pytest.raises(StoreDeniedError, match=remedy) as caught:
+            call()
+        said = str(caught.value)
+        assert origin in said and said.startswith("s3://bucket") and "the key" not in said
+        assert "a secret" not in said and s3servers.SECRET_KEY not in said
+
+
 def test_a_false_condition_writes_nothing(server: FakeS3, open_s3: Opener) -> None:
     server.answer = lambda request: error(412, "PreconditionFailed")
     store = open_s3(conditional_put=True)

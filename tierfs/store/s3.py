@@ -88,6 +88,9 @@ class S3Store(ObjectStore):
         """The same place, used as if the server could do this; for probing."""
         return S3Store(self.settings, capabilities, self.timeouts)
 
+    def _translated(self, key: str = "") -> Translated:
+        return Translated(self._place, key, self._credentials.origin)
+
     def use_storage_class(self, name: str) -> None:
         """For new objects, from now on."""
         self.settings = replace(self.settings, storage_class=name)
@@ -95,7 +98,7 @@ class S3Store(ObjectStore):
     def put(self, key: str, body: bytes | Iterable[bytes], size: int) -> Put:
         full = self._full(key)
         storage_class = self.settings.storage_class if key.startswith(COLD_PREFIX) else ""
-        with Translated(self._place, key):
+        with self._translated(key):
             answer = self._data().put(full, body, size, storage_class)
         if size <= ONE_REQUEST and answer.etag:
             return answer
@@ -117,12 +120,12 @@ class S3Store(ObjectStore):
     def _put_if_matching(self, full: str, body: bytes, etag: str | None) -> Put:
         """RADOS gateways compare the bare etag: what is refused in quotes is tried once without."""
         try:
-            with Translated(self._place, full):
+            with self._translated(full):
                 return self._data().put_if(full, body, etag)
         except PreconditionError:
             if etag is None or not etag.startswith('"'):
                 raise
-            with Translated(self._place, full):
+            with self._translated(full):
                 return self._data().put_if(full, body, etag.strip('"'))
 
     def _put_after_check(self, key: str, body: bytes, etag: str | None) -> Put:
@@ -140,7 +143,7 @@ class S3Store(ObjectStore):
         if length == 0:
             return self._nothing(key, start, length)
         try:
-            with Translated(self._place, key):
+            with self._translated(key):
                 return self._data().get(full, start, length)
         except ObjectCorruptError:
             if length is None and start:  # servers refuse to read from the very end on
@@ -155,7 +158,7 @@ class S3Store(ObjectStore):
             return
         begun = False
         try:
-            with Translated(self._place, key):
+            with self._translated(key):
                 for piece in self._data().stream(full, start, length):
                     begun = True
                     yield piece
@@ -174,7 +177,7 @@ class S3Store(ObjectStore):
     def head(self, key: str) -> ObjectInfo:
         full = self._full(key)
         try:
-            with Translated(self._place, key):
+            with self._translated(key):
                 found = self._data().head(full)
         except ObjectMissingError:
             self.get(key)  # the answer to a HEAD has no body to say whether the object or the bucket is missing
@@ -184,7 +187,7 @@ class S3Store(ObjectStore):
     def delete(self, keys: Sequence[str]) -> None:
         full = [self._full(key) for key in keys]
         if full:
-            with Translated(self._place):
+            with self._translated():
                 self._data().delete(full)
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
@@ -194,7 +197,7 @@ class S3Store(ObjectStore):
         may have put there, and shows "a/" as "a".
         """
         check_prefix(prefix)
-        with Translated(self._place):
+        with self._translated():
             pages = self.admin().get_paginator("list_objects_v2")
             for page in pages.paginate(Bucket=self.settings.bucket, Prefix=self._root + prefix):
                 if "IsTruncated" not in page:  # boto3 takes nonsense for an empty listing
@@ -210,7 +213,7 @@ class S3Store(ObjectStore):
         check_prefix(prefix)
         count = 0
         bucket, root = self.settings.bucket, self._root
-        with Translated(self._place):
+        with self._translated():
             pages = self.admin().get_paginator("list_multipart_uploads")
             for page in pages.paginate(Bucket=bucket, Prefix=root + prefix):
                 for upload in page.get("Uploads", ()):
@@ -244,19 +247,19 @@ class S3Store(ObjectStore):
     def accepts_part_sum(self, key: str, body: bytes, summed: bytes) -> bool:
         """As `accepts_sum`, of a part of an upload that is given up afterwards."""
         target = {"Bucket": self.settings.bucket, "Key": self._full(key)}
-        with Translated(self._place, key):
+        with self._translated(key):
             upload = self.admin().create_multipart_upload(**target, ChecksumAlgorithm="SHA256")
         target["UploadId"] = upload["UploadId"]
         part = {"PartNumber": 1, "Body": body, "ChecksumSHA256": sha256_base64(summed)}
         try:
             return self._accepted(lambda: self.admin().upload_part(**target, **part))
         finally:
-            with Translated(self._place, key):
+            with self._translated(key):
                 self.admin().abort_multipart_upload(**target)
 
     def _accepted(self, send: Callable[[], Any]) -> bool:
         try:
-            with Translated(self._place):
+            with self._translated():
                 send()
         except (ObjectCorruptError, StoreDeniedError):
             return False

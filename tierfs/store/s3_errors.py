@@ -8,6 +8,7 @@ text, which may hold signatures.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -43,6 +44,9 @@ _DAMAGED = frozenset(
 _REDIRECTS = frozenset(
     {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException"}
 )
+_UNKNOWN = frozenset(
+    {"InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "InvalidClientTokenId", "Unauthorized"}
+)
 _EXPIRED = frozenset({"ExpiredToken", "TokenRefreshRequired", "RequestExpired"})
 _RETRYABLE = frozenset({"RequestTimeout", "InternalError", "ServiceUnavailable"})
 _NO_CREDENTIALS = frozenset({"NoCredentialsError", "PartialCredentialsError"})
@@ -64,13 +68,17 @@ class _Facts:
 
 
 class Translated:
-    """A context in which a client's errors become ours: `with Translated("s3://bucket", key): ...`"""
+    """A context in which a client's errors become ours: `with Translated("s3://bucket", key): ...`
 
-    __slots__ = ("_key", "_place")
+    `origin` says where the credentials come from, "" where that is not known.
+    """
 
-    def __init__(self, place: str, key: str = "") -> None:
+    __slots__ = ("_key", "_origin", "_place")
+
+    def __init__(self, place: str, key: str = "", origin: Callable[[], str] = str) -> None:
         self._place = place
         self._key = key
+        self._origin = origin
 
     def __enter__(self) -> None:
         return None
@@ -79,7 +87,7 @@ class Translated:
         self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
     ) -> None:
         if isinstance(exc, Exception) and _from_client(exc):
-            raise translate(exc, self._place, self._key) from exc
+            raise translate(exc, self._place, self._key, self._origin) from exc
 
 
 def _from_client(exc: Exception) -> bool:
@@ -95,13 +103,14 @@ def _from_client(exc: Exception) -> bool:
     return isinstance(exc, FileNotFoundError) and exc.errno is None
 
 
-def translate(exc: Exception, place: str, key: str = "") -> StoreError:
+def translate(exc: Exception, place: str, key: str = "", origin: Callable[[], str] = str) -> StoreError:
     """Our error for a client's; `place` is the store's URL, `key` the object's where there is one."""
     facts = _facts(exc)
     subject = f"{place}: {key}" if key else place
     return (
         _of_credentials(facts, place)
         or _of_code(facts, place, subject)
+        or _of_refusal(facts, place, origin)
         or _of_status(facts, subject)
         or _of_transport(facts, place, subject)
     )
@@ -113,9 +122,10 @@ def _facts(exc: Exception) -> _Facts:
     if isinstance(response, dict):  # botocore's ClientError
         error = response.get("Error", {})
         status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        return _Facts(
-            int(status), str(error.get("Code", "")), name, f"<Region>{error.get('Region', '')}</Region>"
-        )
+        code = str(error.get("Code", ""))
+        if code == str(status):  # what botocore says of an answer without a body
+            code = ""
+        return _Facts(int(status), code, name, f"<Region>{error.get('Region', '')}</Region>")
     text = str(exc)
     status_found, code_found = _STATUS.search(text), _CODE.search(text)
     status = (status_found[1] or status_found[2]) if status_found else 0
@@ -125,7 +135,7 @@ def _facts(exc: Exception) -> _Facts:
 def _of_credentials(facts: _Facts, place: str) -> StoreError | None:
     if facts.name in _NO_CREDENTIALS:
         return StoreDeniedError(f"{place}: {NO_CREDENTIALS}")
-    if facts.name in _CREDENTIAL_TROUBLE:
+    if facts.name in _CREDENTIAL_TROUBLE and not facts.status:
         reason = "" if facts.name == "UnauthenticatedError" else f" ({facts.name})"
         return StoreDeniedError(
             f"{place}: the AWS credentials cannot be read or renewed{reason}: "
@@ -159,6 +169,21 @@ def _of_code(facts: _Facts, place: str, subject: str) -> StoreError | None:
     return None
 
 
+def _of_refusal(facts: _Facts, place: str, origin: Callable[[], str]) -> StoreError | None:
+    """Of whoever asks, and not of an object: its key would only mislead."""
+    if facts.status not in (401, 403) and facts.name != "PermissionDeniedError":
+        return None
+    where, named = origin(), f"{facts.status} {facts.code}".rstrip()
+    credentials = f"the credentials from {where}" if where else "these credentials"
+    unknown = f"the server does not accept {credentials} ({named}): correct them, or set AWS_PROFILE to others"
+    if facts.status == 401 or facts.code in _UNKNOWN:
+        return StoreDeniedError(f"{place}: {unknown}")
+    needed = "they need s3:ListBucket, s3:GetObject, s3:PutObject and s3:DeleteObject"
+    if facts.code:
+        return StoreDeniedError(f"{place}: {credentials} may not do this in the bucket ({named}): {needed}")
+    return StoreDeniedError(f"{place}: {unknown}; or they may not do this in the bucket: {needed}")
+
+
 def _of_status(facts: _Facts, subject: str) -> StoreError | None:
     status, named = facts.status, f"{facts.status} {facts.code}".rstrip()
     if facts.name in ("AlreadyExistsError", "PreconditionError") or status in (409, 412):
@@ -167,8 +192,6 @@ def _of_status(facts: _Facts, subject: str) -> StoreError | None:
         return ObjectMissingError(f"{subject}: no such object")
     if status in (429, 503):
         return StoreThrottledError(f"{subject}: the server asks for fewer requests ({named})")
-    if status in (401, 403) or facts.name == "PermissionDeniedError":
-        return StoreDeniedError(f"{subject}: the server refuses these credentials or this action ({named})")
     if status == 416:
         return ObjectCorruptError(f"{subject} is shorter than recorded")
     if status == 507:
