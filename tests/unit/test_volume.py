@@ -6,6 +6,7 @@ import shutil
 import stat
 import subprocess
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -442,6 +443,32 @@ def test_leaving_that_is_cut_short_is_done_again(home, monkeypatch, capsys):
     assert "the same command goes on" in capsys.readouterr().err
     assert os.listdir(home) == ["letter"] and volume.exists(state)
     leave.callback(home)
+    assert os.listdir(home) == ["letter"] and not os.path.exists(state)
+
+
+def test_leaving_that_is_cut_short_names_the_state_directory_that_is_to_be_given(home, monkeypatch, capsys):
+    state = f"{os.path.dirname(home)}/another place"
+    volume.make_state(state)
+    made = complete(volume.create(state), MemoryStore())
+    os.rename(home, made.path("tree"))
+    os.mkdir(home)
+    mounts = [locate.Mount(home, locate.FSTYPE, "tierfs#1", 0)]
+
+    def interrupted(mount, status):
+        mounts.clear()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(locate, "read_mounts", lambda: list(mounts))
+    monkeypatch.setattr(commands_home, "_status", lambda mount: SimpleNamespace(state=state))
+    monkeypatch.setattr(commands_home, "_bring_home", interrupted)
+    with pytest.raises(VolumeError, match="leave out --state"):
+        leave.callback(home, f"{home}-elsewhere")
+    with pytest.raises(KeyboardInterrupt):
+        leave.callback(home)
+    assert f"`tierfs leave --state '{state}' {home}` goes on where it was" in capsys.readouterr().err
+    with pytest.raises(VolumeError, match="correct --state"):
+        leave.callback(home, f"{home}-elsewhere")
+    leave.callback(home, state)
     assert os.listdir(home) == ["letter"] and not os.path.exists(state)
 
 

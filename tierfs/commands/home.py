@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 
 import click
 
@@ -28,35 +29,51 @@ def adopt(store: str | None, state: str | None, directory: str) -> None:
 
 
 @click.command()
+@click.option(
+    "--state",
+    metavar="DIR",
+    type=click.Path(readable=False),
+    help="Where it keeps its local data, if it is unmounted and was given another place.",
+)
 @click.argument("directory", type=click.Path(readable=False))
-def leave(directory: str) -> None:
+def leave(directory: str, state: str | None = None) -> None:
     """Fetch everything, unmount, and make DIRECTORY a plain directory again."""
     real = os.path.realpath(directory)
     clear_dead_mount(real)
+    where = volume.find_state(real, state)
+    mounted = None
+    if _is_mounted(real):
+        mounted = _status(mounted_at(real))
+        if state and where != mounted.state:
+            raise VolumeError(f"{directory}: keeps its local data in {mounted.state}: leave out --state")
+        where = mounted.state
+    elif not volume.exists(where):
+        remedy = "correct --state" if state else "mount it first"
+        raise VolumeError(f"{directory}: is no mounted TierFS volume: {remedy}")
     try:
-        _leave(directory, real)
+        if mounted is not None:
+            _bring_home(mounted_at(real), mounted)
+        _give_back(real, where)
     except KeyboardInterrupt:
-        if locate.mount_at(real, locate.read_mounts()) is None:
-            terminal.say(f"{directory}: is unmounted already: the same command goes on where it was")
+        if not _is_mounted(real):
+            again = _command(real, where, state)
+            terminal.say(f"{directory}: is unmounted already: {again} goes on where it was")
         raise
 
 
-def _leave(directory: str, real: str) -> None:
-    if locate.mount_at(real, locate.read_mounts()) is None:
-        state = volume.find_state(real, None)
-        if not volume.exists(state):
-            raise VolumeError(f"{directory}: is no mounted TierFS volume: mount it first")
-    else:
-        state = _bring_home(mounted_at(real))
-    _give_back(real, state)
+def _is_mounted(real: str) -> bool:
+    return locate.mount_at(real, locate.read_mounts()) is not None
 
 
-def _bring_home(mount: locate.Mount) -> str:
-    """Fetch everything and unmount; nothing has changed where this fails. Returns the state directory.
+def _command(real: str, where: str, given: str | None) -> str:
+    """By which a directory is left whose volume is not mounted any more."""
+    if volume.find_state(real, given) == where:
+        return "the same command"
+    return f"`tierfs leave --state {shlex.quote(where)} {shlex.quote(real)}`"
 
-    Raises VolumeError.
-    """
-    status = _status(mount)
+
+def _bring_home(mount: locate.Mount, status: control.Status) -> None:
+    """Fetch everything and unmount; nothing has changed where this fails. Raises VolumeError."""
     _check_room(mount, status)
     # A pin on the root keeps the mover from demoting again what has just come back.
     pinned_before = any(item == b"" for item in _pins(mount))
@@ -69,7 +86,6 @@ def _bring_home(mount: locate.Mount) -> str:
             with contextlib.suppress(TierError):
                 _must(mount, control.SetPin([b""], False), "Unpinning")
         raise
-    return status.state
 
 
 def _status(mount: locate.Mount) -> control.Status:
