@@ -23,7 +23,7 @@ class Request:
 @dataclass
 class Answer:
     """`cut`: bytes of the body that are really sent before the connection ends; `raw`: sent instead of HTTP;
-    `hang`: the body comes after seconds."""
+    `hang`: the body comes after seconds; `pause`: so many pass before the connection ends."""
 
     status: int = 200
     body: bytes = b""
@@ -31,6 +31,7 @@ class Answer:
     cut: int | None = None
     raw: bytes | None = None
     hang: bool = False
+    pause: float = 0.0
 
 
 def error(status: int, code: str) -> Answer:
@@ -101,6 +102,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             time.sleep(3)
         if self.command != "HEAD":
             self.wfile.write(answer.body[: answer.cut])
+        time.sleep(answer.pause)
         self.close_connection = self.close_connection or answer.cut is not None
 
     def log_message(self, *args: object) -> None:

@@ -50,7 +50,7 @@ class Request:
 
 @dataclass(slots=True, eq=False)
 class Range:
-    """Leaf-aligned bytes [start, end) on their way."""
+    """Leaf-aligned bytes [start, end) on their way; `start` moves on with what has arrived."""
 
     start: int
     end: int
@@ -148,11 +148,22 @@ class Arrival:
         self.ranges.extend(found)
         return found
 
-    def landed(self, piece: Range, state: int) -> None:
-        """The range has arrived (HERE) or not (MISSING)."""
+    def landed(self, piece: Range, count: int) -> None:
+        """So many bytes of the range, from its start on, are here: the rest is what it is from now on."""
+        self._become(piece.start, piece.start + count, HERE)
+        piece.start += count
+        if piece.start >= piece.end:
+            self.ended(piece)
+
+    def ended(self, piece: Range) -> None:
+        """No more of the range comes."""
         if piece in self.ranges:
             self.ranges.remove(piece)
-        low, high = piece.start // LEAF, leaf_count(piece.end)
+        if piece.start < piece.end:
+            self._become(piece.start, piece.end, MISSING)
+
+    def _become(self, start: int, end: int, state: int) -> None:
+        low, high = start // LEAF, leaf_count(end)
         self.leaves[low:high] = bytes([state]) * (high - low)
 
     # --- writing, under the lock --------------------------------------------------------------------------

@@ -9,17 +9,18 @@ A request ends with FetchEnd as soon as all it covers is here, or at its first f
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from concurrent import futures
 from functools import partial
 
 from tierfs import failpoints, wire
-from tierfs.arrivals import HERE, MISSING, Arrival, Range, Request
+from tierfs.arrivals import HERE, Arrival, Range, Request
 from tierfs.digests import Extents, leaf_digests, sha256
 from tierfs.errors import BusyError, ForeignStubError, ObjectCorruptError, TierError
 from tierfs.kit import Kit
@@ -247,8 +248,11 @@ class Filler:
         try:
             if piece.ahead and self._passer.is_full(piece.end - piece.start):
                 raise self._passer.found_full()
-            data = self._get(arrival, piece, request)
-            written = data is not None and self._write(arrival, piece, data)
+            while piece.start < piece.end:
+                data = self._opener.patiently(partial(self._stream, arrival, piece), request)
+                if data is None or not self._squeeze_in(arrival, piece, data):
+                    break
+                data = None
         except (TierError, OSError) as error:
             if isinstance(error, OSError) and error.errno in _FULL:
                 self._pass_on(arrival, piece, data, error)
@@ -258,43 +262,69 @@ class Filler:
         except BaseException as error:
             self._failed(arrival, piece, OSError(errno.EIO, str(error)))
             raise
-        if not written:
-            with arrival.lock:
-                arrival.landed(piece, MISSING)
+        with arrival.lock:
+            arrival.ended(piece)
         self._continue(arrival)
 
-    def _get(self, arrival: Arrival, piece: Range, request: Request) -> Body | None:
-        """The checked bytes; None where nobody wants them any more. Raises TierError."""
+    def _stream(self, arrival: Arrival, piece: Range) -> Body | None:
+        """Write the rest of a range as it comes, for as long as somebody wants it. What has come stays.
 
-        def get() -> Body | None:
-            with arrival.lock:
-                if not arrival.wanted(piece):
-                    return None
-            return self._fetch_once(arrival, piece)
+        Returns checked bytes of its beginning for which there is no room. Raises TierError, OSError.
+        """
+        with arrival.lock:
+            if not arrival.wanted(piece):
+                return None
+        with contextlib.closing(self._parts(arrival, piece)) as parts:
+            for data in parts:
+                self._check(arrival, piece, data)
+                self._kit.fetched.add(len(data))
+                try:
+                    if not self._kit.has_room(len(data)):
+                        return data
+                    if not self._fill(arrival, piece, data):
+                        return None
+                except OSError as error:
+                    if error.errno not in _FULL:
+                        raise
+                    return data
+        if piece.start < piece.end:
+            raise ObjectCorruptError(f"{arrival.stub.key}: bytes at {piece.start} are missing")
+        return None
+
+    def _parts(self, arrival: Arrival, piece: Range) -> Generator[Body]:
+        """The range in parts that can be checked each by itself."""
+        store, key, count = self._kit.store, arrival.stub.key, piece.end - piece.start
+        if arrival.small:
+            yield store.get(key, piece.start, count)
+        else:
+            yield from store.pieces(key, piece.start, count)
+
+    def _fetched(self, arrival: Arrival, piece: Range, request: Request) -> Body:
+        """The checked bytes, which nothing is done with. Raises TierError."""
+
+        def get() -> Body:
+            data = self._kit.store.get(arrival.stub.key, piece.start, piece.end - piece.start)
+            self._check(arrival, piece, data, whole=True)
+            self._kit.fetched.add(len(data))
+            return data
 
         return self._opener.patiently(get, request)
 
-    def _fetched(self, arrival: Arrival, piece: Range, request: Request) -> Body:
-        """As `_get`, whoever wants it. Raises TierError."""
-        return self._opener.patiently(partial(self._fetch_once, arrival, piece), request)
-
-    def _fetch_once(self, arrival: Arrival, piece: Range) -> Body:
-        data = self._kit.store.get(arrival.stub.key, piece.start, piece.end - piece.start)
-        self._check(arrival, piece, data)
-        self._kit.fetched.add(len(data))
-        return data
-
-    def _check(self, arrival: Arrival, piece: Range, data: Body) -> None:
+    def _check(self, arrival: Arrival, piece: Range, data: Body, whole: bool = False) -> None:
+        """Whether these bytes are those with which the range begins, or (`whole`) all of it."""
+        left = piece.end - piece.start - len(data)
         if arrival.small:
             good = len(data) == arrival.size and sha256(data) == arrival.stub.digest
         else:
             first = piece.start // LEAF * 32
             found = leaf_digests(data)
-            good = len(data) == piece.end - piece.start and found == arrival.digests[first : first + len(found)]
-        if not good:
+            good = bool(data) and found == arrival.digests[first : first + len(found)]
+        if not good or left < 0 or (whole and left):
             raise ObjectCorruptError(f"{arrival.stub.key}: bytes at {piece.start} do not match their digest")
 
-    def _write(self, arrival: Arrival, piece: Range, data: Body) -> bool:
+    def _squeeze_in(self, arrival: Arrival, piece: Range, data: Body) -> bool:
+        """As `_fill`, for what has found no room. Nothing is asked of the store meanwhile: it may be needed to
+        make room."""
         if not self._kit.has_room(len(data)):
             if not self._passer.is_full(len(data)):
                 self._make_room(len(data), False)
@@ -309,18 +339,20 @@ class Filler:
         return self._fill(arrival, piece, data)
 
     def _fill(self, arrival: Arrival, piece: Range, data: Body) -> bool:
-        if arrival.noted is not None:
+        """Write the bytes with which the range begins; False where nobody wants them. Raises as `fill`."""
+        if arrival.noted is not None and not arrival.noted.done():
             # An index that cannot be written must not keep content away: then a crash may move times.
             futures.wait([arrival.noted])
         with arrival.lock:
             if not arrival.wanted(piece):
                 return False
-            arrival.fill(self._kit.tree, piece.start, data)
-            arrival.landed(piece, HERE)
+            start = piece.start
+            arrival.fill(self._kit.tree, start, data)
+            arrival.landed(piece, len(data))
             arrival.unsynced += len(data)
             arrival.used = time.monotonic()
             failpoints.hit(failpoints.FILL_WRITTEN)
-            self._kit.server.send(wire.Filled(arrival.ino, piece.start, len(data)))
+            self._kit.server.send(wire.Filled(arrival.ino, start, len(data)))
         return True
 
     def _continue(self, arrival: Arrival) -> None:
@@ -358,7 +390,7 @@ class Filler:
     def _pass_on(self, arrival: Arrival, piece: Range, data: Body | None, error: OSError) -> None:
         """There is no room on the disk: who only reads gets the content in memory, others the error."""
         with arrival.lock:
-            arrival.landed(piece, MISSING)
+            arrival.ended(piece)
             arrival.used = time.monotonic()
             hit = [r for r in arrival.requests if r.start < piece.end and r.end > piece.start and not r.passing]
             for request in hit:
@@ -382,7 +414,7 @@ class Filler:
 
     def _failed(self, arrival: Arrival, piece: Range, error: Exception) -> None:
         with arrival.lock:
-            arrival.landed(piece, MISSING)
+            arrival.ended(piece)
             hit = [r for r in arrival.requests if r.start < piece.end and r.end > piece.start]
             for request in hit:
                 arrival.requests.remove(request)

@@ -42,8 +42,8 @@ class Passer:
         return OSError(errno.ENOSPC, "the local disk is full of what cannot leave")
 
     def serve(self, arrival: Arrival, request: Request, piece: Range, data: Body | None) -> bool:
-        """Pass on what this request is about; `data` is that of `piece`, if it has been fetched. Whether that
-        could be done. Raises TierError, OSError."""
+        """Pass on what this request is about; `data`, if it has been fetched, is how `piece` begins. Whether
+        that could be done. Raises TierError, OSError."""
         if not request.passable or request.cancelled:
             return False
         start, end = request.start, request.end
@@ -51,7 +51,7 @@ class Passer:
             end = min(arrival.size, max(end, start + _LEAST))
         if end - start > _MOST or start % LEAF:
             return False
-        if data is not None and piece.start <= start and piece.end >= end:
+        if data is not None and piece.start <= start and piece.start + len(data) >= end:
             data = memoryview(data)[start - piece.start : end - piece.start]
         else:
             data = self._bring(arrival, Range(start, end, False), request)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -44,6 +45,17 @@ def store(server: FakeS3) -> Iterator[S3Store]:
     opened.close()
 
 
+Get = Callable[[S3Store, str], bytes]
+
+
+@pytest.fixture(params=["get", "pieces"])
+def get(request: pytest.FixtureRequest) -> Get:
+    """Both ways to the range."""
+    if request.param == "get":
+        return lambda store, key: bytes(store.get(key, START, LENGTH))
+    return lambda store, key: b"".join(bytes(piece) for piece in store.pieces(key, START, LENGTH))
+
+
 def signed(request: Request) -> bool:
     return "X-Amz-Signature=" in request.path
 
@@ -53,9 +65,11 @@ def only_signed(answer: Callable[[Request], Answer]) -> Callable[[Request], Answ
     return lambda request: answer(request) if signed(request) else content(BODY, request)
 
 
-def test_a_large_range_is_one_signed_request_on_a_warm_connection(server: FakeS3, store: S3Store) -> None:
+def test_a_large_range_is_one_signed_request_on_a_warm_connection(
+    server: FakeS3, store: S3Store, get: Get
+) -> None:
     for _ in range(5):
-        assert store.get("the key", START, LENGTH) == RANGE
+        assert get(store, "the key") == RANGE
     assert [signed(request) for request in server.requests] == [True] * 5
     assert server.requests[0].path.startswith("/bucket/a%20prefix/the%20key?")
     assert server.connections == 1
@@ -80,13 +94,13 @@ def test_a_small_range_is_the_clients(server: FakeS3, store: S3Store) -> None:
     ids=["refused", "whole", "elsewhere", "short", "cut", "nonsense", "silence"],
 )
 def test_what_is_not_the_range_is_left_to_the_client(
-    server: FakeS3, store: S3Store, wrong: Callable[[Request], Answer]
+    server: FakeS3, store: S3Store, get: Get, wrong: Callable[[Request], Answer]
 ) -> None:
     server.answer = only_signed(wrong)
-    assert store.get("key", START, LENGTH) == RANGE
+    assert get(store, "key") == RANGE
     assert [signed(request) for request in server.requests] == [True, False]
     server.answer = lambda request: content(BODY, request)
-    assert store.get("key", START, LENGTH) == RANGE
+    assert get(store, "key") == RANGE
     assert signed(server.requests[-1])
 
 
@@ -95,51 +109,98 @@ def test_what_is_not_the_range_is_left_to_the_client(
     [(403, "AccessDenied", 3), (400, "InvalidArgument", 3), (503, "SlowDown", 5), (404, "NoSuchKey", 5)],
 )
 def test_a_server_that_takes_none_is_asked_no_more(
-    server: FakeS3, store: S3Store, status: int, code: str, asked: int
+    server: FakeS3, store: S3Store, get: Get, status: int, code: str, asked: int
 ) -> None:
     server.answer = only_signed(lambda request: error(status, code))
     for _ in range(5):
-        assert store.get("key", START, LENGTH) == RANGE
+        assert get(store, "key") == RANGE
     assert sum(map(signed, server.requests)) == asked
 
 
-def test_the_client_says_what_is_wrong(server: FakeS3, store: S3Store) -> None:
+def test_the_client_says_what_is_wrong(server: FakeS3, store: S3Store, get: Get) -> None:
     server.answer = lambda request: error(404, "NoSuchKey")
     with pytest.raises(ObjectMissingError):
-        store.get("key", START, LENGTH)
+        get(store, "key")
 
 
-def test_a_server_that_hangs_is_waited_for_once(server: FakeS3, store: S3Store) -> None:
+def test_a_server_that_hangs_is_waited_for_once(server: FakeS3, store: S3Store, get: Get) -> None:
     server.answer = lambda request: Answer(206, RANGE, content(BODY, request).headers, hang=True)
     with pytest.raises(StoreUnavailableError, match="did not answer in time"):
-        store.get("key", START, LENGTH)
+        get(store, "key")
     assert [signed(request) for request in server.requests] == [True]
 
 
 def test_a_connection_that_the_server_has_closed(
-    server: FakeS3, store: S3Store, monkeypatch: pytest.MonkeyPatch
+    server: FakeS3, store: S3Store, get: Get, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert store.get("key", START, LENGTH) == RANGE
+    assert get(store, "key") == RANGE
     monkeypatch.setattr(s3_ranges, "_KEPT_SECONDS", 0.0)
-    assert store.get("key", START, LENGTH) == RANGE
+    assert get(store, "key") == RANGE
     assert server.connections == 2
     assert [signed(request) for request in server.requests] == [True] * 2
 
 
-def test_a_server_that_keeps_no_connection(server: FakeS3, store: S3Store) -> None:
+def test_a_server_that_keeps_no_connection(server: FakeS3, store: S3Store, get: Get) -> None:
     def answer(request: Request) -> Answer:
         given = content(BODY, request)
         return Answer(given.status, given.body, {**given.headers, "Connection": "close"})
 
     server.answer = answer
     for _ in range(3):
-        assert store.get("key", START, LENGTH) == RANGE
+        assert get(store, "key") == RANGE
     assert [signed(request) for request in server.requests] == [True] * 3
 
 
 def test_by_way_of_a_proxy_it_is_the_clients(
-    server: FakeS3, store: S3Store, monkeypatch: pytest.MonkeyPatch
+    server: FakeS3, store: S3Store, get: Get, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("http_proxy", server.endpoint)
-    store.get("key", START, LENGTH)
+    get(store, "key")
     assert not any(map(signed, server.requests))
+
+
+def test_the_rest_of_a_range_that_breaks_off_is_the_clients(server: FakeS3, store: S3Store) -> None:
+    """What has come is not asked for again."""
+    asked: list[str] = []
+
+    def answer(request: Request) -> Answer:
+        asked.append(request.headers["range"])
+        return content(BODY, request) if not signed(request) else broken(request)
+
+    def broken(request: Request) -> Answer:
+        return Answer(206, RANGE, content(BODY, request).headers, cut=LENGTH - 5)
+
+    server.answer = answer
+    pieces = store.pieces("key", START, LENGTH)
+    assert bytes(next(pieces)) == RANGE[: s3_ranges.PIECE]
+    assert b"".join(map(bytes, pieces)) == RANGE[s3_ranges.PIECE :]
+    rest = START + s3_ranges.PIECE
+    assert asked == [f"bytes={START}-{START + LENGTH - 1}", f"bytes={rest}-{START + LENGTH - 1}"]
+
+
+def test_a_server_that_falls_silent_on_the_way_is_waited_for_once(server: FakeS3, store: S3Store) -> None:
+    def answer(request: Request) -> Answer:
+        cut = content(BODY, request)
+        return Answer(206, RANGE, cut.headers, cut=s3_ranges.PIECE + 1, pause=3)
+
+    server.answer = answer
+    pieces = store.pieces("key", START, LENGTH)
+    assert bytes(next(pieces)) == RANGE[: s3_ranges.PIECE]
+    with pytest.raises(StoreUnavailableError, match="did not answer in time"):
+        next(pieces)
+    assert [signed(request) for request in server.requests] == [True]
+
+
+def test_a_range_that_is_given_up_ends_its_connection(server: FakeS3, store: S3Store) -> None:
+    with contextlib.closing(store.pieces("key", START, LENGTH)) as pieces:
+        next(pieces)
+    assert b"".join(map(bytes, store.pieces("key", START, LENGTH))) == RANGE
+    assert server.connections == 2
+    assert [signed(request) for request in server.requests] == [True] * 2
+
+
+def test_after_its_last_piece_a_connection_is_good_for_the_next(server: FakeS3, store: S3Store) -> None:
+    for _ in range(3):
+        with contextlib.closing(store.pieces("key", START, s3_ranges.PIECE)) as pieces:
+            next(pieces)
+    assert server.connections == 1

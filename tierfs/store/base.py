@@ -70,6 +70,12 @@ class ObjectStore(ABC):
     def stream(self, key: str, start: int = 0, length: int | None = None) -> Iterator[bytes]:
         """As `get`, in pieces of a few MiB. Raises as `get`, also midway."""
 
+    def pieces(self, key: str, start: int, length: int) -> Iterator[Body]:
+        """As `get`, in pieces of whole leaves as they come. What reads them one by one finds each in the
+        processor's cache: a piece is good until the next is asked for. Raises as `get`, also midway."""
+        if length:
+            yield self.get(key, start, length)
+
     @abstractmethod
     def head(self, key: str) -> ObjectInfo:
         """Size and etag. Raises ObjectMissingError."""

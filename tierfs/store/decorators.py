@@ -27,6 +27,9 @@ class Decorator(ObjectStore):
     def stream(self, key: str, start: int = 0, length: int | None = None) -> Iterator[bytes]:
         return self.inner.stream(key, start, length)
 
+    def pieces(self, key: str, start: int, length: int) -> Iterator[Body]:
+        return self.inner.pieces(key, start, length)
+
     def head(self, key: str) -> ObjectInfo:
         return self.inner.head(key)
 

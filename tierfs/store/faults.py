@@ -97,6 +97,18 @@ class FaultyStore(Decorator):
             self._after(fault, None)
             first = False
 
+    def pieces(self, key: str, start: int, length: int) -> Iterator[Body]:
+        """A read like `get`, and counted as such."""
+        fault = self._strike("get", key)
+        given = 0
+        for piece in self.inner.pieces(key, start, length):
+            if fault and fault.kind is Kind.SHORT and 2 * (given + len(piece)) > length:
+                raise ObjectCorruptError(f"injected: {key} is shorter than recorded")
+            flipped = fault and fault.kind is Kind.FLIP and 2 * given <= length < 2 * (given + len(piece))
+            given += len(piece)
+            yield _flip(bytes(piece)) if flipped else piece
+        self._after(fault, None)
+
     def head(self, key: str) -> ObjectInfo:
         return self._do("head", key, lambda: self.inner.head(key))
 

@@ -20,6 +20,7 @@ from tierfs.store.decorators import Decorator
 from tierfs.store.priority import Priority, current_priority
 
 T = TypeVar("T")
+Part = TypeVar("Part", bound=Body)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,12 +120,21 @@ class RetryingStore(Decorator):
         return self._try(Priority.FOREGROUND, lambda: self.inner.get(key, start, length))
 
     def stream(self, key: str, start: int = 0, length: int | None = None) -> Iterator[bytes]:
-        """Goes on where it broke; each piece that arrives gives it the whole deadline again."""
+        return self._going_on(
+            lambda given: self.inner.stream(key, start + given, None if length is None else length - given)
+        )
+
+    def pieces(self, key: str, start: int, length: int) -> Iterator[Body]:
+        return self._going_on(lambda given: self.inner.pieces(key, start + given, length - given))
+
+    def _going_on(self, begin: Callable[[int], Iterator[Part]]) -> Iterator[Part]:
+        """What `begin` gives from a byte on. Goes on where it broke; each piece that arrives gives it the whole
+        deadline again."""
         tries = self._tries(Priority.FOREGROUND)
         given = 0
         while True:
             try:
-                for piece in self.inner.stream(key, start + given, None if length is None else length - given):
+                for piece in begin(given):
                     given += len(piece)
                     tries.progress()
                     yield piece

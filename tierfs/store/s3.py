@@ -167,6 +167,12 @@ class S3Store(ObjectStore):
                 raise
             self._nothing(key, start, length)
 
+    def pieces(self, key: str, start: int, length: int) -> Iterator[Body]:
+        check_range(start, length)
+        full = self._full(key)
+        with Translated(self._place, key):
+            yield from self._data().pieces(full, start, length)
+
     def _nothing(self, key: str, start: int, length: int | None) -> bytes:
         """No bytes, if the object reaches to `start`."""
         size = self.head(key).size

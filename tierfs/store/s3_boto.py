@@ -84,6 +84,9 @@ class BotoData:
     def get(self, key: str, start: int, length: int | None) -> Body:
         return b"".join(self.stream(key, start, length))
 
+    def pieces(self, key: str, start: int, length: int) -> Iterator[Body]:
+        yield self.get(key, start, length)
+
     def stream(self, key: str, start: int, length: int | None) -> Iterator[bytes]:
         extra = {}
         if start or length is not None:

@@ -29,6 +29,8 @@ class Data(Protocol):
 
     def stream(self, key: str, start: int, length: int | None) -> Iterator[bytes]: ...
 
+    def pieces(self, key: str, start: int, length: int) -> Iterator[Body]: ...
+
     def head(self, key: str) -> ObjectInfo: ...
 
     def delete(self, keys: Sequence[str]) -> None: ...
@@ -80,9 +82,21 @@ class ObstoreData:
         if length is None:
             return b"".join(self.stream(key, start, None)) if start else bytes(self._quick.get(key).bytes())
         if self._ranges is not None and length >= LEAST:
-            found = self._ranges.get(key, start, length)
+            found = next(self._ranges.pieces(key, start, length, length), None)
             if found is not None:
                 return found
+        return self._range(key, start, length)
+
+    def pieces(self, key: str, start: int, length: int) -> Iterator[Body]:
+        end = start + length
+        if self._ranges is not None and length >= LEAST:
+            for piece in self._ranges.pieces(key, start, length):
+                start += len(piece)
+                yield piece
+        if start < end:
+            yield self._range(key, start, end - start)
+
+    def _range(self, key: str, start: int, length: int) -> memoryview:
         data = memoryview(self._quick.get_range(key, start=start, length=length))
         if len(data) != length:
             raise too_short(key, start, length, len(data))

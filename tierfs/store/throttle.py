@@ -49,6 +49,10 @@ class ThrottledStore(Decorator):
         with self.gate.request(Priority.FOREGROUND):
             yield from self.inner.stream(key, start, length)
 
+    def pieces(self, key: str, start: int, length: int) -> Iterator[Body]:
+        with self.gate.request(Priority.FOREGROUND):
+            yield from self.inner.pieces(key, start, length)
+
     def head(self, key: str) -> ObjectInfo:
         with self.gate.request(Priority.FOREGROUND):
             return self.inner.head(key)

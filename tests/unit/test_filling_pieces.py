@@ -1,0 +1,209 @@
+"""A range that comes in pieces: each is checked, written and told by itself, and what has landed stays."""
+
+import contextlib
+import errno
+import os
+import threading
+from collections.abc import Callable
+
+import pytest
+from bare import until
+from tiering import MIB, Volume
+
+from tierfs.errors import StoreUnavailableError
+from tierfs.kit import Kit
+from tierfs.model import LEAF, Residency
+from tierfs.store.memory import MemoryStore
+
+SIZE = 5 * MIB + 12_345
+PIECE = 4 * LEAF
+START = 2 * MIB  # of the range that is read here: four pieces
+
+
+class Pieces(MemoryStore):
+    """Gives ranges in pieces, and calls `before` with the place of each; `open` counts those under way."""
+
+    def __init__(self):
+        super().__init__()
+        self.ranges: list[tuple[int, int]] = []
+        self.before: Callable[[int], None] = lambda at: None
+        self.open = 0
+
+    def pieces(self, key, start, length):
+        self.ranges.append((start, length))
+        self.open += 1
+        try:
+            for at in range(start, start + length, PIECE):
+                self.before(at)
+                # As a client that uses one buffer for all: what was given is gone.
+                piece = bytearray(self.get(key, at, min(PIECE, start + length - at)))
+                yield memoryview(piece)
+                piece[:] = bytes(len(piece))
+        finally:
+            self.open -= 1
+
+
+@pytest.fixture
+def volume(tmp_path):
+    made = Volume(tmp_path, Pieces(), chunk_size=MIB, fetch_timeout=10.0)
+    yield made
+    made.stop()
+
+
+@pytest.fixture
+def cold(volume):
+    """The content of a demoted file `big`."""
+    data = os.urandom(SIZE)
+    volume.server.create(volume.path("big"), data)
+    (item,) = volume.demote("big")
+    assert item.demoted, item.reason
+    return data
+
+
+def local(volume, start, length):
+    with open(volume.path("big"), "rb") as backing:
+        return os.pread(backing.fileno(), length, start)
+
+
+def alter(volume, at):
+    """Change a byte of the object; what it takes to have it as it was."""
+    key = volume.stub("big").key
+    raw = bytes(volume.store.get(key))
+    wrong = raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :]
+
+    def put(data):
+        volume.store.delete([key])
+        volume.store.put(key, data, len(data))
+
+    put(wrong)
+    return lambda: put(raw)
+
+
+def test_a_reader_goes_on_with_the_first_piece(volume, cold):
+    go = threading.Event()
+    volume.store.before = lambda at: at < START + PIECE or go.wait(20)
+    handle = volume.server.open(volume.path("big"))
+    whole = threading.Thread(target=volume.server.read, args=(volume.path("big"), START, MIB))
+    whole.start()
+    try:
+        assert until(lambda: volume.store.open)
+        read = volume.server.run(lambda: volume.server.gate.read(handle, START, PIECE), seconds=5)
+        assert read == cold[START : START + PIECE]
+        assert volume.store.open, "the rest is still on its way"
+    finally:
+        go.set()
+        whole.join(20)
+        volume.server.release(handle)
+    assert volume.store.ranges == [(START, MIB)]
+
+
+def test_of_a_range_that_breaks_off_the_rest_is_asked_for(volume, cold):
+    def breaks(at):
+        if at == START + 2 * PIECE and len(volume.store.ranges) == 1:
+            raise StoreUnavailableError("the line is cut")
+
+    volume.store.before = breaks
+    assert volume.server.read(volume.path("big"), START, MIB) == cold[START : START + MIB]
+    assert volume.store.ranges == [(START, MIB), (START + 2 * PIECE, MIB - 2 * PIECE)]
+
+
+def test_a_store_that_ends_too_soon_is_found_out(volume, cold, monkeypatch):
+    pieces = volume.store.pieces
+    monkeypatch.setattr(volume.store, "pieces", lambda key, start, length: pieces(key, start, length // 2))
+    with pytest.raises(OSError) as failed:
+        volume.server.read(volume.path("big"), START, MIB)
+    assert failed.value.errno == errno.EIO
+
+
+def test_wrong_bytes_in_the_second_piece(volume, cold):
+    """Asked for once more, then an error for whoever wants them; they are never written."""
+    restore = alter(volume, START + PIECE + 100)
+    handle = volume.server.open(volume.path("big"))
+    try:
+        with pytest.raises(OSError) as failed:
+            volume.server.run(lambda: volume.server.gate.read(handle, START, MIB))
+        assert failed.value.errno == errno.EIO
+        assert volume.store.ranges == [(START, MIB), (START + PIECE, MIB - PIECE)]
+        assert local(volume, START, PIECE) == cold[START : START + PIECE]
+        assert local(volume, START + PIECE, PIECE) == bytes(PIECE)
+        volume.store.ranges.clear()
+        first = volume.server.run(lambda: volume.server.gate.read(handle, START, PIECE))
+        assert first == cold[START : START + PIECE]
+        assert volume.store.ranges == [], "that is here"
+        restore()
+        whole = volume.server.run(lambda: volume.server.gate.read(handle, START, MIB))
+        assert whole == cold[START : START + MIB]
+        assert volume.store.ranges[0] == (START + PIECE, MIB - PIECE)
+    finally:
+        volume.server.release(handle)
+
+
+def test_a_truncation_between_two_pieces(volume, cold):
+    """Nothing is written after it, and nothing more is taken from the store."""
+    go, asked = threading.Event(), []
+
+    def hold(at):
+        asked.append(at)
+        assert at < START + PIECE or go.wait(20)
+
+    volume.store.before = hold
+    path = volume.path("big")
+
+    def read():
+        with contextlib.suppress(OSError):  # the file ends before it meanwhile
+            volume.server.read(path, START, MIB)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    assert until(lambda: len(asked) == 2)
+    cut = threading.Thread(target=lambda: volume.server.write(path, b"new", 0, os.O_WRONLY | os.O_TRUNC))
+    cut.start()
+    cut.join(20)
+    go.set()
+    reader.join(20)
+    assert until(lambda: not volume.store.open)
+    assert asked == [START, START + PIECE]
+    with open(path, "rb") as backing:
+        assert backing.read() == b"new"
+
+
+@pytest.mark.parametrize("writes_fail", [False, True])
+def test_a_disk_that_fills_up_between_two_pieces(volume, cold, monkeypatch, writes_fail):
+    """What is here stays, room is looked for while nothing is asked of the store, and the rest goes past it."""
+    full, under_way = threading.Event(), []
+    room, fill, make = Kit.has_room, volume.tree.set_mtime, volume.tier.filler._make_room
+
+    def make_room(count, failed):
+        under_way.append(volume.store.open)
+        make(count, failed)
+
+    def has_room(kit, count):
+        return (writes_fail or not full.is_set()) and room(kit, count)
+
+    def set_mtime(fd, mtime_ns):
+        if writes_fail and full.is_set():
+            raise OSError(errno.ENOSPC, "full")
+        fill(fd, mtime_ns)
+
+    monkeypatch.setattr(Kit, "has_room", has_room)
+    monkeypatch.setattr(volume.tree, "set_mtime", set_mtime)
+    monkeypatch.setattr(volume.tier.filler, "_make_room", make_room)
+    volume.store.before = lambda at: full.set() if at == START + PIECE else None
+    assert volume.server.read(volume.path("big"), START, MIB) == cold[START : START + MIB]
+    assert local(volume, START, PIECE) == cold[START : START + PIECE]
+    assert under_way and not any(under_way)
+    assert volume.record("big").residency is not Residency.RESIDENT
+    full.clear()
+    volume.store.before = lambda at: None
+    assert volume.server.read(volume.path("big")) == cold
+
+
+def test_room_that_is_made_between_two_pieces(volume, cold, monkeypatch):
+    full, room = threading.Event(), Kit.has_room
+    monkeypatch.setattr(Kit, "has_room", lambda kit, count: not full.is_set() and room(kit, count))
+    monkeypatch.setattr(volume.tier.filler, "_make_room", lambda count, failed: full.clear())
+    volume.store.before = lambda at: full.set() if at == START + PIECE else None
+    assert volume.server.read(volume.path("big"), START, MIB) == cold[START : START + MIB]
+    assert local(volume, START, MIB) == cold[START : START + MIB]
+    rest = (START + 2 * PIECE, MIB - 2 * PIECE)
+    assert volume.store.ranges == [(START, MIB), rest], "the piece that found no room was kept"
