@@ -164,11 +164,11 @@ static int owned_file(Hot *hot, const struct in_header *in, const struct place *
     return fchownat(made->opath, "", uid, gid, AT_EMPTY_PATH) || fstat(made->opath, &made->st) ? -1 : 0;
 }
 
-/* Nobody has put another in its place, behind the mount in this very moment. */
+/* Nobody has put another in its place, behind the mount in this very moment. Not its device is compared: overlayfs gives
+ * files another than directories. */
 static int is_just_made(const Hot *hot, const struct stat *st)
 {
-    return S_ISREG(st->st_mode) && st->st_nlink == 1 && !st->st_size && st->st_uid == hot->euid
-           && st->st_dev == hot->device;
+    return S_ISREG(st->st_mode) && st->st_nlink == 1 && !st->st_size && st->st_uid == hot->euid;
 }
 
 /* A new file as its owner's; 0 where there is none after all. Made without being opened: who had it open for writing
@@ -183,19 +183,18 @@ static int made_file(Hot *hot, const struct in_header *in, const struct place *p
         return 0;
     POINT();
     made->opath = openat(place->fd, place->name, O_PATH | O_NOFOLLOW | O_CLOEXEC);
-    if (made->opath < 0)
-        return 0;
-    if (fstat(made->opath, &made->st) || !is_just_made(hot, &made->st)) {
-        close(made->opath);
-        return 0;
-    }
-    if (!owned_file(hot, in, place, made) && !is_known(hot, made->st.st_ino)) {
+    failed = made->opath < 0 ? fstatat(place->fd, place->name, &made->st, AT_SYMLINK_NOFOLLOW)
+                             : fstat(made->opath, &made->st);
+    int ours = !failed && is_just_made(hot, &made->st);
+    if (ours && made->opath >= 0 && !is_known(hot, made->st.st_ino) && !owned_file(hot, in, place, made)) {
         POINT();
         if (handle_at(made->opath, "", &made->handle))
             return 1;
     }
-    close(made->opath);
-    unlinkat(place->fd, place->name, 0);
+    if (made->opath >= 0)
+        close(made->opath);
+    if (ours)
+        unlinkat(place->fd, place->name, 0);
     return 0;
 }
 
