@@ -173,7 +173,8 @@ class Server:
         assert watch is not None
         pause = watch.hear()
         watch.tell()
-        self._next_look = time.monotonic() + pause
+        # What could not be told is tried again soon, however many requests there are.
+        self._next_look = time.monotonic() + (min(pause, watching.SOON) if watch.busy else pause)
         self._others.modify(watch.fileno(), 0)
 
     def _look_for_edits(self, now: float) -> None:

@@ -1,0 +1,66 @@
+"""When the mount server hears of edits behind the mount, and when it tells of them."""
+
+import os
+import socket
+import time
+from types import SimpleNamespace
+
+import pytest
+from tierfsd.mount_server import UNHEARD, Server
+
+from tierfs.fuse import watching
+
+
+class Watch:
+    """One that counts."""
+
+    hurried = busy = False
+    heard = told = 0
+
+    def __init__(self, fd):
+        self.fileno = lambda: fd
+
+    def hear(self):
+        self.heard += 1
+        return watching.LATER
+
+    def tell(self):
+        self.told += 1
+
+
+@pytest.fixture
+def heard():
+    """A server that is not running, and what it hears."""
+    (reading, writing), (ours, theirs) = os.pipe(), socket.socketpair()
+    watch = Watch(os.eventfd(0))
+    server = Server(
+        SimpleNamespace(fileno=lambda: reading, spinner=None),
+        SimpleNamespace(nodes=SimpleNamespace()),
+        SimpleNamespace(),
+        SimpleNamespace(sock=ours, fileno=ours.fileno),
+        os.dup(reading),
+        watch,
+    )
+    yield server, watch
+    server._poll.close()
+    server._others.close()
+    for each in (ours, theirs):
+        each.close()
+    for fd in (reading, writing, server._signal_fd, watch.fileno()):
+        os.close(fd)
+
+
+def test_edits_are_heard_when_many_requests_have_been_served(heard):
+    server, watch = heard
+    before = time.monotonic()
+    for _ in range(4):
+        server._hear_in_time(UNHEARD // 2)
+    assert (watch.heard, watch.told) == (2, 2)
+    assert server._next_look >= before + watching.LATER
+
+
+def test_what_could_not_be_told_is_soon_tried_again_in_spite_of_many_requests(heard):
+    server, watch = heard
+    watch.busy = True
+    server._hear_in_time(UNHEARD)
+    assert server._next_look <= time.monotonic() + watching.SOON
