@@ -11,7 +11,7 @@ import os
 import time
 from pathlib import Path
 
-from common import Volume, arguments, new_volume, scratch, table, timed
+from common import Volume, arguments, new_volume, scratch, table, timed, used
 
 PER_DIRECTORY = 200
 
@@ -80,12 +80,6 @@ def settled(mounted: Volume, seconds: float) -> float:
     while sum(busy(mounted, 5).values()) > 0.02 and time.monotonic() - began < seconds:
         pass
     return time.monotonic() - began
-
-
-def used(pid: int) -> float:
-    """Seconds of processor time."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def indexed(mounted: Volume, files: int, seconds: float) -> int:

@@ -20,7 +20,7 @@ from harness import Scratch, Volume, scratch
 
 __all__ = [
     "MIB", "Scratch", "Volume", "affinity", "arguments", "build_load", "compile_c", "drop_caches", "forms",
-    "load", "median", "new_volume", "scratch", "store_server", "table", "timed", "warm_memory",
+    "load", "median", "new_volume", "scratch", "store_server", "table", "timed", "used", "warm_memory",
 ]  # fmt: skip
 
 MIB = 1 << 20
@@ -52,9 +52,7 @@ forms = ("pinned", "free")
 
 
 @contextlib.contextmanager
-def new_volume(
-    area: Scratch, mount: bool = True, base: Path | None = None, **options: Any
-) -> Iterator[Volume]:
+def new_volume(area: Scratch, mount: bool = True, base: Path | None = None, **options: Any) -> Iterator[Volume]:
     """A volume, mounted, gone with the block; in `base`, an empty directory."""
     if base is None:
         base = area.path / f"b{next(_numbers)}"
@@ -121,6 +119,12 @@ def drop_caches() -> None:
     """Forget clean pages, so that the next read is the disk's."""
     os.sync()
     Path("/proc/sys/vm/drop_caches").write_text("1")
+
+
+def used(pid: int) -> float:
+    """Seconds of processor time, of all threads of a process."""
+    runs = (path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/schedstat"))
+    return sum(int(run.split()[0]) for run in runs) / 1e9
 
 
 def timed(work: Callable[[], Any]) -> float:

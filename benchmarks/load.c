@@ -3,7 +3,7 @@
  *   load MODE PATH BYTES COUNT
  *
  * Prints the seconds that COUNT operations took; for `stat` the median and the 99th percentile in microseconds,
- * PATH then being a directory of files named 0 … BYTES - 1. Ends with 1 and a message on any error.
+ * PATH then being a directory of files named 0 … BYTES - 1; stat+N pauses for N microseconds before each. Ends with 1 and a message on any error.
  */
 #define _GNU_SOURCE
 #include <err.h>
@@ -99,8 +99,9 @@ static int compare(const void *a, const void *b)
 }
 
 /* Each stat asks the server: AT_STATX_FORCE_SYNC passes the kernel's cache of attributes. */
-static void stats(const char *path, size_t files, long count)
+static void stats(const char *path, size_t files, long count, long pause)
 {
+    const struct timespec rest = {0, pause * 1000};
     double *took = malloc(sizeof *took * count);
     int directory = open(path, O_RDONLY | O_DIRECTORY);
     struct statx found;
@@ -109,6 +110,8 @@ static void stats(const char *path, size_t files, long count)
         err(1, "%s", path);
     for (long i = 0; i < count; i++) {
         snprintf(name, sizeof name, "%zu", (size_t)(draw() % files));
+        if (pause)
+            nanosleep(&rest, NULL);
         double began = now();
         if (statx(directory, name, AT_STATX_FORCE_SYNC, STATX_BASIC_STATS, &found))
             err(1, "stat %s", name);
@@ -125,8 +128,8 @@ int main(int argc, char **argv)
         errx(2, "usage: load MODE PATH BYTES COUNT");
     size_t bytes = strtoull(argv[3], NULL, 10);
     long count = atol(argv[4]);
-    if (!strcmp(argv[1], "stat"))
-        stats(argv[2], bytes, count);
+    if (!strncmp(argv[1], "stat", 4))
+        stats(argv[2], bytes, count, argv[1][4] ? atol(argv[1] + 5) : 0);
     else if (!strncmp(argv[1], "mmap", 4))
         printf("%.6f\n", mapped(argv[1], argv[2], bytes, count));
     else
