@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Iterable
@@ -108,6 +109,20 @@ def _mount_of(real: str, mounts: Iterable[Mount]) -> Mount | None:
         ):
             found = mount
     return found
+
+
+def holder(volume: str) -> str:
+    """A process that has this volume mounted in another mount namespace, in words; "" where none is seen."""
+    seen = {os.readlink("/proc/self/ns/mnt")}
+    for pid in filter(str.isdecimal, os.listdir("/proc")):
+        with contextlib.suppress(OSError):  # it has ended, or is another user's
+            namespace = os.readlink(f"/proc/{pid}/ns/mnt")
+            if namespace not in seen:
+                seen.add(namespace)
+                if any(mount.volume == volume for mount in read_mounts(f"/proc/{pid}/mountinfo")):
+                    with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as file:
+                        return f"process {pid} ({file.read().strip()})"
+    return ""
 
 
 def tier_mounts() -> list[Mount]:

@@ -171,10 +171,23 @@ def lock(state: str) -> int:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as exc:
         os.close(fd)
-        where = read_runtime(state).get("mountpoint", "")
-        used = f"is in use by the mount at {where}" if where else "is in use by another process"
-        raise VolumeError(f"{state}: the volume {used}: unmount that first") from exc
+        raise VolumeError(f"{state}: the volume {_use(state)}") from exc
     return fd
+
+
+def _use(state: str) -> str:
+    """Who has the lock of a volume, and what is to be done."""
+    where = read_runtime(state).get("mountpoint", "")
+    if not where:
+        return "is in use by another process: unmount that first"
+    holder = ""
+    with contextlib.suppress(VolumeError):  # what is wrong with it, the mount at `where` has said
+        ident = load(state).identity.volume
+        here = any(mount.volume == ident for mount in locate.read_mounts())
+        holder = "" if here else locate.holder(ident)
+    if holder:
+        return f"is still mounted at {where} in another mount namespace, by {holder}: end that first"
+    return f"is in use by the mount at {where}: unmount that first"
 
 
 def exists(state: str) -> bool:

@@ -6,6 +6,7 @@ import socket
 import stat
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 
@@ -260,3 +261,31 @@ def test_a_volume_and_a_part_of_it_bound_to_other_places(volume):
     subprocess.run(["mount", "--bind", made.mountpoint, whole], check=True)
     made.cli("umount", whole, timeout=60)  # does not wait for a daemon that has a mount left
     assert (made.mountpoint / "d" / "file").read_bytes() == b"x" * 10_000
+
+
+def test_a_copy_of_the_mount_in_another_namespace_keeps_the_daemon(volume, needs_root):
+    made = volume()
+    supervisor, ours = made.status()["pids"]["supervisor"], os.readlink("/proc/self/ns/mnt")
+    # Those of other tests must not be kept.
+    others = "grep fuse.tierfs /proc/self/mountinfo | cut -d' ' -f5 | grep -vxF \"$0\" | xargs -rn1 umount -l"
+    script = f"{others}; exec sleep 300"
+    command = ["unshare", "-m", "--propagation", "private", "sh", "-c", script, made.mountpoint]
+    with subprocess.Popen(command) as other:
+        try:
+            until(lambda: Path(f"/proc/{other.pid}/comm").read_text() == "sleep\n")
+            assert os.readlink(f"/proc/{other.pid}/ns/mnt") != ours
+            assert str(made.mountpoint) in Path(f"/proc/{other.pid}/mountinfo").read_text()
+            done = made.cli("umount", made.mountpoint, timeout=30)
+            who = f"process {other.pid} (sleep)"
+            assert done.stderr == (
+                f"tierfs: {made.mountpoint}: is unmounted here; {who} has it in another mount namespace:"
+                " its daemon ends with that\n"
+            )
+            assert not os.path.ismount(made.mountpoint) and os.path.exists(f"/proc/{supervisor}")
+            refused = made.cli("mount", "--state", made.state, made.mountpoint, check=False)
+            assert refused.returncode == 1 and refused.stderr.count("\n") == 1
+            assert f"in another mount namespace, by {who}: end that first" in refused.stderr
+        finally:
+            other.kill()
+    until(lambda: not os.path.exists(f"/proc/{supervisor}"))
+    made.mount()

@@ -80,7 +80,12 @@ def _bring_home(mount: locate.Mount, status: control.Status) -> None:
     try:
         _must(mount, control.SetPin([b""], True), "Pinning")
         _must(mount, control.Fetch([b""], True), "Fetching")
-        unmount(mount)
+        holder = unmount(mount)
+        if holder:
+            raise VolumeError(
+                f"{mount.mountpoint}: is unmounted here, but {holder} has it in another mount namespace:"
+                f" end that, then {_command(mount.mountpoint, status.state, None)} goes on"
+            )
     except BaseException:
         if not pinned_before:
             with contextlib.suppress(TierError):

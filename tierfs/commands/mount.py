@@ -8,6 +8,7 @@ import os
 import select
 import subprocess
 import sys
+import time
 
 import click
 
@@ -15,6 +16,7 @@ from tierfs import config, control, launch, locate, terminal, volume
 from tierfs.errors import TierError, UsageError, VolumeError
 
 _END_SECONDS = 120.0
+_LOOK_SECONDS = 1.0
 
 
 @click.command()
@@ -122,11 +124,14 @@ def clear_dead_mount(mountpoint: str) -> None:
 def umount(wait: bool, mountpoint: str) -> None:
     """Unmount MOUNTPOINT and end its daemon."""
     found = mounted_at(mountpoint)
-    if not wait:
-        unmount(found)
+    position, state = (drain(found), _state_of(found)) if wait else (0, "")
+    holder = unmount(found)
+    if holder:
+        terminal.complain(
+            mountpoint,
+            f"is unmounted here; {holder} has it in another mount namespace: its daemon ends with that",
+        )
         return
-    position, state = drain(found), _state_of(found)
-    unmount(found)
     # Bound to another place too, the volume goes on there, and nothing is over.
     if position and not any(other.volume == found.volume for other in locate.read_mounts()):
         from tierfs.commands.late import refuse_what_came_late
@@ -192,8 +197,11 @@ def drain(mount: locate.Mount) -> int:
     return done.position
 
 
-def unmount(mount: locate.Mount) -> None:
-    """Unmount, and wait until the daemon has ended. Raises VolumeError (busy, not permitted)."""
+def unmount(mount: locate.Mount) -> str:
+    """Unmount, and wait until the daemon has ended. Returns who keeps it from that in another mount namespace.
+
+    Raises VolumeError (busy, not permitted).
+    """
     supervisor = _daemon_of(mount)
     try:
         if os.geteuid() == 0:
@@ -203,9 +211,15 @@ def unmount(mount: locate.Mount) -> None:
         _run(command, mount.mountpoint)
         elsewhere = any(other.volume == mount.volume for other in locate.read_mounts())
         if elsewhere or supervisor is None:
-            return  # bound to another place too, or nobody is there to wait for
-        if not select.select([supervisor], [], [], _END_SECONDS)[0]:
-            raise VolumeError(f"{mount.mountpoint}: is unmounted, but its daemon still runs: see its log")
+            return ""  # bound to another place too, or nobody is there to wait for
+        deadline = time.monotonic() + _END_SECONDS
+        while not select.select([supervisor], [], [], _LOOK_SECONDS)[0]:
+            holder = locate.holder(mount.volume)
+            if holder:
+                return holder
+            if time.monotonic() > deadline:
+                raise VolumeError(f"{mount.mountpoint}: is unmounted, but its daemon still runs: see its log")
+        return ""
     finally:
         if supervisor is not None:
             os.close(supervisor)
