@@ -294,6 +294,32 @@ def test_edits_of_others_are_told_and_ours_are_not(watched):
     assert set(watched.told()) == {(directory, b"sub", 0), directory, sub}
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_of_a_rename_each_place_is_told_that_is_known(watched, form, request):
+    if form == "compiled":
+        watched.watch._sift = request.getfixturevalue("built").foreign
+    side, tree = watched.side, watched.side.path
+    for name in ("dir", "dir/sub", "unknown"):
+        (tree / name).mkdir()
+    for name in ("dir/file", "unknown/file"):
+        made(tree / name)
+    directory = side.lookup(ROOT, b"dir")[0]
+    file, sub = side.lookup(directory, b"file")[0], side.lookup(directory, b"sub")[0]
+    exchange = """
+from tierfs import syscalls
+old, new = map(os.fsencode, sys.argv[1:])
+syscalls.renameat2(syscalls.AT_FDCWD, old, syscalls.AT_FDCWD, new, 2)
+"""
+    for script, old, new, told in (
+        (exchange, "dir/file", "dir/sub", {(directory, b"file", 0), (directory, b"sub", 0), file, sub}),
+        (exchange, "unknown/file", "dir/sub", {(directory, b"sub", 0), file}),
+        ("os.rename(*sys.argv[1:])", "dir/file", "unknown/sub", {(directory, b"file", 0), sub}),
+        ("os.rename(*sys.argv[1:])", "unknown/sub", "dir/back", {(directory, b"back", 0), sub}),
+    ):
+        elsewhere(script, str(tree / old), str(tree / new))
+        assert set(watched.told()) == {directory, *told}
+
+
 def test_a_directory_that_came_back_is_only_looked_up_anew(watched):
     (watched.side.path / "dir").mkdir()
     node = watched.side.lookup(ROOT, b"dir")[0]
