@@ -411,6 +411,7 @@ class Filler:
                 if request in arrival.requests:
                     arrival.requests.remove(request)
             self._end(request, problem)
+        self._end_done(arrival)
 
     def _failed(self, arrival: Arrival, piece: Range, error: Exception) -> None:
         with arrival.lock:
@@ -423,6 +424,7 @@ class Filler:
             self._kit.troubles.note(f"{name} cannot be fetched: {_text(error)}", arrival.ino)
         for request in hit:
             self._end(request, error)
+        self._end_done(arrival)
 
     def _end(self, request: Request, error: Exception | None) -> None:
         """Say FetchEnd, once."""

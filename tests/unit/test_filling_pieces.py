@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import os
 import threading
 from collections.abc import Callable
@@ -136,6 +137,32 @@ def test_wrong_bytes_in_the_second_piece(volume, cold):
         assert volume.store.ranges[0] == (START + PIECE, MIB - PIECE)
     finally:
         volume.server.release(handle)
+
+
+@pytest.mark.parametrize("trouble", ["wrong bytes", "a full disk"])
+def test_who_wanted_what_has_come_is_done_when_the_rest_fails(volume, cold, monkeypatch, trouble):
+    """Also in the mover's books: a file for which something is asked for cannot leave."""
+    go, full, room = threading.Event(), threading.Event(), Kit.has_room
+    if trouble == "wrong bytes":
+        alter(volume, START + PIECE + 100)
+    monkeypatch.setattr(Kit, "has_room", lambda kit, count: not full.is_set() and room(kit, count))
+    volume.store.before = lambda at: at != START or go.wait(20)
+
+    ino, handle = os.stat(volume.path("big")).st_ino, volume.server.open(volume.path("big"))
+    with volume.server.lock:  # read ahead, as for somebody who reads on and on
+        volume.server.gate._inflow.ahead(ino, START, START + MIB)
+    assert until(lambda: volume.store.open)
+    read = functools.partial(volume.server.gate.read, handle, START, PIECE)
+    reader = threading.Thread(target=volume.server.run, args=(read,))
+    reader.start()
+    assert until(lambda: volume.tier.filler.waiting == 2)
+    if trouble == "a full disk":
+        volume.store.before = lambda at: full.set() if at == START + PIECE else None
+    go.set()
+    reader.join(20)
+    assert until(lambda: volume.tier.filler.waiting == 0)
+    assert not volume.tier.filler.is_wanted(ino)
+    volume.server.release(handle)
 
 
 def test_a_truncation_between_two_pieces(volume, cold):
