@@ -1,15 +1,17 @@
 """The supervisor: holds the lock and the control socket, and keeps a mount server and a mover running.
 
-A mover that dies is replaced at once, later after a growing pause, and the server gets a new link. When the
-server dies another takes its session over: the descriptor of the mount and the ledger are kept here, and so is
-what nameless files would end without. Where that cannot be, or does not help, the mount is detached and made
-anew. A new server comes with a new mover. On SIGUSR2 it becomes another version of itself (see `handover`). An
-unmount, by whomever, ends the server in order, and then all.
+A mover that dies is replaced at once, later after a growing pause, and the server gets a new link; in a long
+pause whoever asks something is told so from here. When the server dies another takes its session over: the
+descriptor of the mount and the ledger are kept here, and so is what nameless files would end without. Where
+that cannot be, or does not help, the mount is detached and made anew. A new server comes with a new mover. On
+SIGUSR2 it becomes another version of itself (see `handover`). An unmount, by whomever, ends the server in
+order, and then all.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import selectors
@@ -23,7 +25,7 @@ from dataclasses import dataclass, field
 from types import FrameType
 
 from tierfs import __version__, channel, control, launch, ledger, locate, volume, wire
-from tierfs.errors import TierError, VolumeError
+from tierfs.errors import TierError, UsageError, VolumeError
 from tierfs.fuse import mounting
 from tierfs.fuse.choice import Choice
 from tierfsd import handover
@@ -37,6 +39,8 @@ log = logging.getLogger("supervisor")
 
 READY_SECONDS = 60.0
 _MOVER_PAUSES = (0.0, 0.1, 0.5, 2.0, 10.0, 30.0)
+_LONG_PAUSE = 5.0  # who asks the mover something shall not wait so long for the next one
+_REQUEST_SECONDS = 0.5  # for a request from somebody who has just connected
 _SERVER_DEATHS = 5  # in quick succession; then the volume is given up
 _TAKEOVERS = 3  # in quick succession; then something in the session itself is wrong, and it is mounted anew
 _STEADY_SECONDS = 0.5  # of serving, after which a death is no consequence of the one before
@@ -84,6 +88,7 @@ class Supervisor:
         self._ready = False
         self._clean = False
         self._mover_due = 0.0
+        self._answering = ""
         self._care = IndexCare(plan.volume)
         self._suspect = False
         self._restarts = handover.Restarts()
@@ -181,6 +186,7 @@ class Supervisor:
             return
         server_end, mover_end = wire.make_pair()
         with server_end, mover_end:
+            self._answer_instead("")
             control_fd = self._listener.fileno()
             link_fd = mover_end.fileno()
             arguments = {"state": self._plan.volume.state, "link-fd": link_fd, "control-fd": control_fd}
@@ -271,9 +277,31 @@ class Supervisor:
             pause = _MOVER_PAUSES[min(self._mover.deaths, len(_MOVER_PAUSES)) - 1]
             self._mover_due = time.monotonic() + pause
             log.error("the mover %s; starting another in %.1f s", _how(status), pause)
+            self._answer_instead(_how(status) if pause >= _LONG_PAUSE else "")
         if not self._mover.pid and time.monotonic() >= self._mover_due:
             self._start_mover()
             self._publish()
+
+    def _answer_instead(self, how: str) -> None:
+        """Tell whoever asks something that the mover has ended like this; "": the next one answers."""
+        if self._answering:
+            self._selector.unregister(self._listener)
+        self._answering = how
+        if how:
+            self._selector.register(self._listener, selectors.EVENT_READ, self._decline)
+
+    def _decline(self) -> None:
+        left = max(1.0, self._mover_due - time.monotonic())
+        message = (
+            f"{self._plan.mountpoint}: the mover {self._answering}, for the {self._mover.deaths}th time:"
+            f" another is started in {left:.0f} s; what is local can be used; {self._logfile.path} says more"
+        )
+        with contextlib.suppress(OSError, UsageError):  # who asks has gone, or never said what for
+            sock, _ = self._listener.accept()
+            with sock:
+                sock.settimeout(_REQUEST_SECONDS)
+                control.receive_request(sock)
+                control.send(sock, control.Failed(errno.EAGAIN, message))
 
     def _revive(self, status: int) -> bool:
         """The server has died: let another take its session over, or mount anew. False where nothing helps."""

@@ -78,6 +78,30 @@ def test_a_killed_mover_is_replaced_and_files_do_not_notice(volume):
     assert (made.mountpoint / "g").read_text() == "y"
 
 
+def test_of_a_mover_that_dies_again_and_again_whoever_asks_is_told(volume):
+    """Not before it dies for the fifth time: until then the next one comes soon."""
+    made = volume()
+    (made.mountpoint / "f").write_text("x")
+    supervisor = made.status()["pids"]["supervisor"]
+
+    def movers():
+        listed = Path(f"/proc/{supervisor}/task/{supervisor}/children").read_text().split()
+        return [int(pid) for pid in listed if b"tierfsd.mover" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+    def killed():
+        for pid in movers():
+            os.kill(pid, signal.SIGKILL)
+        return "starting another in 10.0 s" in made.log()
+
+    until(killed)
+    refused = made.cli("status", made.mountpoint, check=False, timeout=9)
+    assert refused.returncode == 1
+    assert f"{made.mountpoint}: the mover was killed by SIGKILL, for the 5th time: another is" in refused.stderr
+    assert (made.mountpoint / "f").read_text() == "x"
+    until(movers)
+    assert made.status()["mover_deaths"] == 5
+
+
 def test_a_killed_server_is_replaced(volume):
     made = volume()
     (made.mountpoint / "f").write_text("x" * 5000)
