@@ -1,10 +1,10 @@
 """The power fails: whatever a program has synced is there afterwards, byte for byte, here or in the store.
 
-Tree and state lie on an ext4 of their own, the store elsewhere. Files are replaced, appended to and removed,
-and demoted and fetched all the while; then the filesystem is shut down in mid-flight without writing its log
-(as a power cut leaves it), the processes are killed, and all is mounted anew. What was acknowledged by fsync,
-of the file and of its directory, was noted outside before: it must be there. What was under way may be as
-before or as after.
+Tree and state lie on an ext4 of their own, the store elsewhere. Files are replaced, appended to, written over,
+cut short, emptied and removed, and demoted and fetched all the while; then the filesystem is shut down in
+mid-flight without writing its log (as a power cut leaves it), the processes are killed, and all is mounted
+anew. What was acknowledged by fsync, of the file and of its directory, was noted outside before: it must be
+there. What was under way may be as before or as after.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ pytestmark = pytest.mark.usefixtures("tiers", "needs_root")
 MIB = 1 << 20
 SIZES = (100, 5_000, 60_000, 300_000, 1_500_000)
 WRITERS = 3
+BLOCK = 4096
 POWERLESS = (OSError, TierError)  # what a program hears of a machine that goes down
 GOING_DOWN, NO_LOG_FLUSH = 0x8004587D, 2  # EXT4_IOC_SHUTDOWN
 
@@ -42,20 +43,34 @@ class Noted:
 
     acked: bytes | None = None
     under_way: list[bytes | None] = field(default_factory=list)
+    rewritten: bool = False  # it is emptied first
 
     def allows(self, content: bytes | None) -> bool:
         if content == self.acked or content in self.under_way:
             return True
-        if content is None or self.acked is None or not content.startswith(self.acked):
+        if content is None or self.acked is None:
             return False
-        # Of an append any part may have come; of what fits the last block ext4 may have the size before data.
-        rest = content[len(self.acked) :]
-        return any(
-            coming is not None
-            and len(content) <= len(coming)
-            and all(found in (0, byte) for found, byte in zip(rest, coming[len(self.acked) :], strict=False))
-            for coming in self.under_way
-        )
+        return any(coming is not None and self._is_on_the_way(content, coming) for coming in self.under_way)
+
+    def _is_on_the_way(self, content: bytes, coming: bytes) -> bool:
+        """What the filesystem beneath may have of it, too, when the power fails before a sync has answered."""
+        acked = b"" if self.rewritten else self.acked or b""
+        if len(coming) > len(acked):
+            # Of what is written behind the end any part may have come; of what fits the last block ext4 may
+            # have the size before data.
+            behind = zip(content[len(acked) :], coming[len(acked) :], strict=False)
+            within = content.startswith(acked) and len(content) <= len(coming)
+            return within and all(found in (0, byte) for found, byte in behind)
+        if len(content) != len(acked):
+            return False
+        if len(coming) < len(acked):
+            # The rest of the block in which it is cut is zeros before it is shorter.
+            end = -(-len(coming) // BLOCK) * BLOCK
+            cut = zip(content[len(coming) : end], acked[len(coming) : end], strict=True)
+            whole = content.startswith(coming) and content[end:] == acked[end:]
+            return whole and all(found in (0, byte) for found, byte in cut)
+        # What is written over comes block by block.
+        return all(found in pair for found, *pair in zip(content, acked, coming, strict=True))
 
 
 class Disk:
@@ -164,8 +179,10 @@ class Writer(Load):
         entry = self.noted.setdefault(name, Noted())
         if entry.acked is None or self.draw.random() < 0.4:
             self.replace(name, entry)
-        elif self.draw.random() < 0.5:
+        elif self.draw.random() < 0.3:
             self.append(name, entry)
+        elif self.draw.random() < 0.5:
+            self.change(name, entry, entry.acked)
         elif self.draw.random() < 0.3:
             self.remove(name, entry)
         elif (self.place / name).read_bytes() != entry.acked:
@@ -192,6 +209,25 @@ class Writer(Load):
             os.fsync(out.fileno())
         self.ack(entry, entry.acked + more)
 
+    def change(self, name: str, entry: Noted, content: bytes) -> None:
+        """What is there, local or not, is written over in its middle, cut short, or emptied and written."""
+        at, more = self.draw.randrange(len(content) + 1), self.draw.randbytes(self.draw.choice(SIZES[:3]))
+        how = self.draw.choice(("over", "cut", "rewrite"))
+        if how == "over":
+            more = more[: len(content) - at]
+            coming = content[:at] + more + content[at + len(more) :]
+        else:
+            coming = content[:at] if how == "cut" else more
+        entry.under_way, entry.rewritten = [coming], how == "rewrite"
+        flags = os.O_WRONLY | (os.O_TRUNC if how == "rewrite" else 0)
+        with open(os.open(self.place / name, flags), "wb", buffering=0) as out:
+            if how == "cut":
+                out.truncate(at)
+            else:
+                os.pwrite(out.fileno(), more, at if how == "over" else 0)
+            os.fsync(out.fileno())
+        self.ack(entry, coming)
+
     def remove(self, name: str, entry: Noted) -> None:
         entry.under_way = [None]
         os.unlink(self.place / name)
@@ -203,7 +239,7 @@ class Writer(Load):
         filesystem that is being shut down may say that it has written what it has not."""
         if self.off.is_set():
             raise OSError("the power is gone")
-        entry.acked, entry.under_way = content, []
+        entry.acked, entry.under_way, entry.rewritten = content, [], False
 
     def sync_names(self) -> None:
         os.fsync(self.directory)
@@ -264,7 +300,7 @@ def verify(mounted: Volume, noted: dict[str, Noted], where: str) -> None:
         beneath = (os.stat(raw), os.listxattr(raw)) if os.path.exists(raw) else None
         said = f"{where}: {name} has {size} bytes for {expected} that were synced; beneath: {beneath}"
         assert entry.allows(found), f"{said}\n{mounted.log()[-3000:]}"
-        entry.acked, entry.under_way = found, []
+        entry.acked, entry.under_way, entry.rewritten = found, [], False
 
 
 def check(mounted: Volume) -> list[control.Finding]:

@@ -149,6 +149,30 @@ def lines(draw):
     return manifest.Gone(base["dir"], base["name"] or "x")
 
 
+@pytest.mark.parametrize(
+    "name", ["../new", "../outside/new", "\0Li4vbmV3", "", ".", "..", "d/below", "a\0b", "x" * 256]
+)
+def test_a_name_that_is_none_makes_nothing(tmp_path, name):
+    """A file, a directory, a link, a fifo, and a second name of a file that is there."""
+    (tmp_path / "outside").mkdir()
+    told = [
+        root(),
+        directory("d", "d"),
+        file("f", "good"),
+        file("1", name),
+        directory("2", name),
+        manifest.Symlink("3", **COMMON, dir="root", name=name, target="good"),
+        manifest.Special("4", **COMMON, dir="root", name=name, kind="fifo"),
+        file("f", name),
+        file("5", "below", "2"),
+    ]
+    outcome, kept = plant(tmp_path, told)
+    assert sorted(os.listdir(tmp_path)) == ["outside", "tree"] and os.listdir(tmp_path / "outside") == []
+    made = {os.path.relpath(path, tmp_path / "tree") for path in listing(tmp_path / "tree")}
+    assert made == {".", "d", "good"}
+    assert len(kept) == 1 and outcome.directories == 2
+
+
 def line_id(line):
     return getattr(line, "id", "")
 
