@@ -22,6 +22,7 @@ from tierfs.errors import BusyError
 from tierfs.kit import same_tuple
 from tierfs.marks import Mark
 from tierfs.model import Residency, Stub
+from tierfs.recovery import finish_pending
 from tierfs.store.memory import MemoryStore
 from tierfs.survey import Survey
 
@@ -239,6 +240,24 @@ def test_a_record_that_changed_after_the_proof_makes_it_void(volume, at):
     check_whole(volume, "a", content)
 
 
+def test_what_lies_in_a_directory_that_is_pinned_while_it_is_copied_stays(volume, at):
+    """The file itself shows nothing of it."""
+    content = os.urandom(20_000)
+    volume.server.mkdir(volume.path("d"))
+    volume.server.create(volume.path("d/a"), content)
+    volume.tier.drain()
+
+    def pin():
+        fd = os.open(volume.path("d"), os.O_RDONLY | os.O_DIRECTORY)
+        volume.tier.set_pin(fd, os.stat(volume.root).st_ino, b"d", True)
+        os.close(fd)
+
+    at(failpoints.COPY_COMMITTED, pin)
+    (item,) = volume.demote("d/a")
+    assert item.reason == "is pinned"
+    check_whole(volume, "d/a", content)
+
+
 # --- a stub -----------------------------------------------------------------------------------------------
 
 
@@ -252,6 +271,29 @@ def test_a_stub_is_fetched_whatever_the_index_says_of_it(volume, size):
     (item,) = volume.demote("a")
     assert item.demoted and before.residency is Residency.RESIDENT
     volume.index.commit(lambda w: w.put(before)).result()
+    assert volume.server.read(volume.path("a")) == content
+
+
+def test_a_crash_left_a_stub_that_is_not_that_of_its_record(volume):
+    """Of a state directory that was put back: what the record says of times and copy is another content's."""
+    volume.server.create(volume.path("a"), b"first" * 4000)
+    volume.demote("a")
+    earlier = volume.record("a")
+    content = os.urandom(20_000)
+    volume.server.write(volume.path("a"), content, flags=os.O_WRONLY | os.O_TRUNC)
+    (item,) = volume.demote("a")
+    assert item.demoted
+    before, stub = os.stat(volume.path("a")), volume.stub("a")
+
+    def put_back(w):
+        w.put(earlier)
+        w.put_pending(earlier.ino)
+
+    volume.index.commit(put_back).result()
+    assert finish_pending(volume.tier) == 0
+    after = os.stat(volume.path("a"))
+    assert (after.st_mtime_ns, after.st_ctime_ns) == (before.st_mtime_ns, before.st_ctime_ns)
+    assert volume.stub("a") == stub and volume.index.get(earlier.ino) == earlier
     assert volume.server.read(volume.path("a")) == content
 
 
