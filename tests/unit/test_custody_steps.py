@@ -317,6 +317,21 @@ def test_a_stub_copied_behind_the_mount_becomes_a_file_of_its_own(volume):
     assert volume.server.read(volume.path("b")) == content
 
 
+def test_without_privilege_another_file_at_the_place_of_one_is_not_taken_for_it(volume, monkeypatch):
+    """Nothing is opened by handle then, and a path may lead elsewhere by now."""
+    for name in ("a", "b"):
+        volume.server.create(volume.path(name), name.encode() * 10_000)
+    item, kit = volume.item("a"), volume.tier.kit
+    monkeypatch.setattr(volume.tree, "privileged", False)
+    os.close(kit.open(item.ino, item.handle, os.O_RDONLY, b"a"))
+    for ino, handle in ((item.ino, b"another"), (item.ino + 1, item.handle)):
+        with pytest.raises(OSError, match=r"[Ss]tale"):
+            kit.open(ino, handle, os.O_RDONLY, b"a")
+    os.rename(volume.path("b"), volume.path("a"))
+    with pytest.raises(OSError, match=r"[Ss]tale"):
+        kit.open(item.ino, item.handle, os.O_RDONLY, b"a")
+
+
 # --- an inode number ---------------------------------------------------------------------------------------
 
 

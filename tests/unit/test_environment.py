@@ -15,6 +15,7 @@ from test_index import put, record
 
 from tierfs import environment
 from tierfs.errors import IndexDamagedError, IndexError_, IndexFullError
+from tierfs.heat_index import HeatIndex
 from tierfs.index import Index
 
 LITTLE = 256 << 20  # bytes of address space
@@ -145,3 +146,14 @@ def test_a_meta_page_that_cannot_be_written_ends_the_process_not_the_index(tmp_p
     assert again.get(1) == record(1) and again.get(2) is None
     put(again, record(2))
     again.close()
+
+
+def test_what_is_acknowledged_is_synced_and_heat_is_not(tmp_path):
+    """A power cut takes nothing that a commit has answered for: neither data nor the page that leads to it."""
+    index = Index.open(str(tmp_path / "index"))
+    heat = HeatIndex(str(tmp_path / "heat"), capacity=1 << 20)
+    durable, quick = index._env.flags(), heat._env.flags()
+    heat.close()
+    index.close()
+    assert durable["sync"] and durable["metasync"]
+    assert not quick["sync"]
