@@ -24,7 +24,10 @@ pytestmark = pytest.mark.usefixtures("tiers", "needs_root")
 KIB = 1 << 10
 FILES = 40  # of one round, in each of two directories
 KEPT = 30  # files that stay, and are demoted and read
-GROWTH = 3 * 1024 * KIB  # bytes: what an allocator may do without anything being kept
+MIB = 1 << 20
+# Bytes. What takes marks in holds a batch of them for a while, and its highest batch counts for good.
+GROWTH = {"mover": 8 * MIB}
+LITTLE = 1 * MIB
 
 
 def one_file(draw: random.Random, path: Path, number: int) -> None:
@@ -126,7 +129,9 @@ def assert_level(prints: list[dict[str, tuple[int, int]]]) -> None:
     early, late = prints[quarter : 2 * quarter], prints[3 * quarter :]
     for name in prints[0]:
         before, after = (statistics.median(each[name][0] for each in part) for part in (early, late))
-        assert after - before <= GROWTH, f"{name}: from {before / KIB:,.0f} to {after / KIB:,.0f} KiB"
+        assert after - before <= GROWTH.get(name, LITTLE), (
+            f"{name}: from {before / KIB:,.0f} to {after / KIB:,.0f} KiB"
+        )
         before, after = (min(each[name][1] for each in part) for part in (early, late))
         assert after <= before + 2, f"{name}: from {before} to {after} descriptors"
 
@@ -148,7 +153,8 @@ def test_days_of_work_leave_nothing(volume: Callable[..., Volume]) -> None:
     before, until = held(mounted), time.monotonic() + seconds
     prints = churn(mounted, lambda number: time.monotonic() < until, 20)
     shutil.rmtree(mounted.mountpoint / "kept")
-    print(f"{len(prints)} rounds: {prints[len(prints) // 4]} -> {prints[-1]}")
+    every = max(len(prints) // 10, 1)
+    print(f"{len(prints)} rounds", *prints[::every], sep="\n")
     assert_level(prints)
     assert held(mounted) == before
 
