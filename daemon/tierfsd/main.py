@@ -17,7 +17,7 @@ import sys
 
 from tierfs import __version__, adoption, config, control, launch, ownership, volume
 from tierfs.errors import TierError, UsageError, VolumeError
-from tierfs.fuse import choice
+from tierfs.fuse import choice, mounting
 from tierfsd import handover, logs
 from tierfsd.claiming import refuse_if_taken
 from tierfsd.supervisor import Plan, Supervisor, notify
@@ -98,6 +98,10 @@ class Answer:
 def _run(arguments: argparse.Namespace, answer: Answer) -> int:
     state, mountpoint = arguments.state, arguments.mountpoint
     logging.getLogger().addHandler(logging.NullHandler())  # until there is a log file we answer otherwise
+    chosen = choice.choose(arguments.binding)
+    options = [part for given in arguments.options for part in given.split(",") if part]
+    if chosen.name == "kernel":
+        mounting.parse_options(options)
     _precheck(arguments)
     fresh = not os.path.isdir(state)
     volume.make_state(state)
@@ -122,9 +126,7 @@ def _run(arguments: argparse.Namespace, answer: Answer) -> int:
         _raise_limits()
         listener = _listen(opened)
         stack.callback(_stop_listening, listener)
-        options = [part for given in arguments.options for part in given.split(",") if part]
         options += ["ro"] if view else []
-        chosen = choice.choose(arguments.binding)
         log.info("binding %s: %s", *chosen)
         plan = Plan(opened, mountpoint, chosen, options, arguments.foreground)
         supervisor = Supervisor(plan, lock, listener, logfile)

@@ -66,6 +66,16 @@ def test_mountpoint_not_empty(volume: Make, more: tuple[str, ...]) -> None:
     assert (made.mountpoint / "mine").read_text() == "precious"
 
 
+def test_a_mount_with_an_option_that_is_none_makes_no_volume(volume: Make) -> None:
+    """The next attempt, with another store, would be refused for that."""
+    made = volume(mount=False)
+    made.mountpoint.mkdir()
+    wrong = made.mount("-o", "noatime,bogus", "--binding", "kernel", check=False)
+    assert wrong.returncode == 2 and wrong.stderr.startswith("tierfs: -o bogus: unknown mount option: use ")
+    assert not made.state.exists()
+    made.mount("--store", f"file://{made.base}/store", "-o", "noatime")
+
+
 def test_state_inside_the_mountpoint(volume: Make) -> None:
     made = volume(mount=False)
     made.mountpoint.mkdir()
