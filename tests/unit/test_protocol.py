@@ -6,11 +6,13 @@ import errno
 import os
 import socket
 import struct
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from tierfs import locate
 from tierfs.errors import UsageError, VolumeError
 from tierfs.fuse import mounting
 from tierfs.fuse import protocol as p
@@ -98,6 +100,24 @@ def test_mount_options() -> None:
     assert mounting.parse_options(["allow_other", "defaults"]).allow_other
     with pytest.raises(UsageError, match=r"frobnicate: unknown mount option: use .*\bdev,.*\bsuid,"):
         mounting.parse_options(["frobnicate"])
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_where_fusermount3_may_not_enter_its_users_own_mount_that_is_said(monkeypatch, inside):
+    mounts = [locate.Mount("/", "ext4", "x", 0), locate.Mount("/home/me", "fuse.other", "y", 1000)]
+    monkeypatch.setattr(locate, "read_mounts", lambda: mounts if inside else mounts[:1])
+    said = b"/usr/bin/fusermount3: failed to access mountpoint /home/me/v: Permission denied\n"
+    done = subprocess.CompletedProcess([], 1, b"", said)
+    monkeypatch.setattr(mounting, "check_device", lambda: None)
+    monkeypatch.setattr(mounting, "_open_device", lambda: os.open(os.devnull, os.O_RDONLY))
+    monkeypatch.setattr(mounting, "_tool", lambda: "/usr/bin/fusermount3")
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(subprocess, "run", lambda *args, **more: done)
+    with pytest.raises(VolumeError) as caught:
+        mounting.mount("/home/me/v", "0" * 32)
+    refused = "/home/me/v: cannot be mounted: failed to access mountpoint /home/me/v: Permission denied"
+    hint = ": it lies in /home/me, a mount in which only root can mount others: choose another place"
+    assert str(caught.value) == refused + (hint if inside else "")
 
 
 def test_missing_device_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import ctypes
 import errno
 import logging
 import os
+import re
 import shutil
 import socket
 import stat
@@ -21,6 +22,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from tierfs import locate
 from tierfs.errors import UsageError, VolumeError
 from tierfs.locate import FSTYPE, SOURCE_PREFIX
 
@@ -140,7 +142,7 @@ def _mount_by_tool(mountpoint: str, volume: str, options: Options) -> int:
             timeout=_TOOL_SECONDS,
         )
         if done.returncode:
-            raise VolumeError(f"{mountpoint}: cannot be mounted: {_said(done)}")
+            raise VolumeError(f"{mountpoint}: cannot be mounted: {_said(done)}{_hint(mountpoint)}")
         ours.setblocking(False)
         return _received(ours, mountpoint)
 
@@ -168,7 +170,17 @@ def _tool() -> str:
 def _said(done: subprocess.CompletedProcess[bytes]) -> str:
     """The tool's complaint on one line, without its own name."""
     lines = done.stderr.decode(errors="replace").strip().splitlines()
-    return lines[-1].removeprefix(f"{_TOOL}: ") if lines else f"{_TOOL} failed without a word"
+    said = lines[-1] if lines else "failed without a word"
+    return re.sub(rf"^(\S*/)?{_TOOL}: ", "", said)
+
+
+def _hint(mountpoint: str) -> str:
+    """The kernel keeps the tool, as any other user, out of a mount of FUSE that is its user's alone."""
+    inside = [mount for mount in locate.read_mounts() if locate.is_under(mountpoint, mount.mountpoint)]
+    above = max(inside, key=lambda mount: len(mount.mountpoint), default=None)
+    if above is None or not above.fstype.startswith("fuse"):
+        return ""
+    return f": it lies in {above.mountpoint}, a mount in which only root can mount others: choose another place"
 
 
 def unmount(mountpoint: str, lazy: bool = False) -> None:
