@@ -120,11 +120,16 @@ def find_state(mountpoint: str, given: str | None) -> str:
     return adopted if os.path.isdir(adopted) else os.path.realpath(default_state(mountpoint))
 
 
-def check_mountpoint(mountpoint: str, state: str) -> None:
-    """Refuse a mountpoint that cannot be used. Both are absolute real paths. Raises VolumeError."""
+def check_unmounted(mountpoint: str) -> None:
+    """Refuse an absolute real path at which a volume is mounted. Raises VolumeError."""
     mount = locate.mount_at(mountpoint, locate.read_mounts())
     if mount is not None and mount.fstype == locate.FSTYPE:
         raise VolumeError(f"{mountpoint}: is already mounted: see `tierfs status`, or unmount it first")
+
+
+def check_mountpoint(mountpoint: str, state: str) -> None:
+    """Refuse a mountpoint that cannot be used. Both are absolute real paths. Raises VolumeError."""
+    check_unmounted(mountpoint)
     if locate.is_under(state, mountpoint):
         raise VolumeError(f"{state}: the state directory lies inside the mountpoint: choose another --state")
     if locate.is_under(mountpoint, state):

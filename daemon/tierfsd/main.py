@@ -163,6 +163,7 @@ def _resume(arguments: argparse.Namespace) -> int:
 
 def _precheck(arguments: argparse.Namespace) -> None:
     """Find what is wrong before anything is made. Raises VolumeError."""
+    volume.check_unmounted(arguments.mountpoint)  # its state directory may be another user's
     if os.path.exists(os.path.join(arguments.state, volume.RESTORING)) and not _is_complete(arguments.state):
         raise VolumeError(f"{arguments.state}: its restore was interrupted: run `tierfs restore` again")
     new = not _is_complete(arguments.state)

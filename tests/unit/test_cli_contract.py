@@ -9,6 +9,7 @@ import pytest
 
 from tierfs import cli, control, locate
 from tierfs.commands import check
+from tierfs.commands import mount as commands_mount
 from tierfs.errors import PathError, VolumeError
 
 MOUNT = locate.Mount("/vol", locate.FSTYPE, "tierfs#abc", 0)
@@ -78,6 +79,32 @@ def test_leaving_what_is_no_volume_says_so(run, daemon, tmp_path):
     code, out, err = run("leave", str(tmp_path))
     assert (code, out) == (1, "")
     assert err == f"tierfs: {tmp_path}: is no mounted TierFS volume: mount it first\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "what"),
+    [
+        (("umount",), "unmount it"), (("umount", "--wait"), "unmount it"), (("restart",), "restart it"),
+        (("leave",), "make it a plain directory"),
+    ],
+)  # fmt: skip
+def test_what_only_the_owner_of_a_mount_may_is_refused_to_others(run, daemon, monkeypatch, command, what):
+    monkeypatch.setattr(os, "geteuid", lambda: 4242)
+    code, out, err = run(*command, "/vol")
+    assert (code, out) == (1, "")
+    assert err == f"tierfs: /vol: only root and the user who mounted it may {what}\n"
+    assert not daemon.requests
+
+
+def test_a_mount_that_is_busy_for_another_in_it_says_so(run, daemon, monkeypatch):
+    inner = locate.Mount("/vol/a b", locate.FSTYPE, "tierfs#def", 0)
+    monkeypatch.setattr(locate, "read_mounts", lambda *_: [locate.Mount("/", "ext4", "x", 0), MOUNT, inner])
+    monkeypatch.setattr(commands_mount, "_daemon_of", lambda mount: None)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    done = subprocess.CompletedProcess([], 32, "", "umount: /vol: target is busy.\n")
+    monkeypatch.setattr(subprocess, "run", lambda *args, **more: done)
+    code, _, err = run("umount", "/vol")
+    assert (code, err) == (1, "tierfs: /vol: is busy: /vol/a b is mounted in it: unmount that first\n")
 
 
 def test_without_arguments_the_commands_are_shown(run):

@@ -21,8 +21,8 @@ from tierfsd.scheduler import Scheduler
 from tierfsd.watcher import ConfigWatcher
 from tiering import Volume
 
-from tierfs import config, wire
-from tierfs.errors import ConfigError, StoreUnavailableError
+from tierfs import config, locate, wire
+from tierfs.errors import ConfigError, StoreUnavailableError, VolumeError
 from tierfs.heat_index import HeatIndex
 from tierfs.survey import Survey
 
@@ -73,6 +73,14 @@ def test_the_server_has_more_descriptors_than_one_program_may(monkeypatch, permi
     monkeypatch.setattr(resource, "setrlimit", setrlimit)
     main._raise_limits()
     assert now == ([most, most] if permitted else [512, 512])
+
+
+def test_what_is_mounted_is_refused_before_a_state_directory_that_may_be_anothers(tmp_path, monkeypatch):
+    mount = locate.Mount(str(tmp_path), locate.FSTYPE, "tierfs#1", 0)
+    monkeypatch.setattr(locate, "read_mounts", lambda: [mount])
+    monkeypatch.setattr(os, "stat", lambda *_, **__: pytest.fail("it looks into it"))
+    with pytest.raises(VolumeError, match="is already mounted"):
+        main._precheck(SimpleNamespace(mountpoint=str(tmp_path), state=str(tmp_path / "state"), store=None))
 
 
 def test_the_foreground_sees_the_log(tmp_path):

@@ -9,7 +9,7 @@ import shlex
 import click
 
 from tierfs import adoption, config, control, launch, locate, terminal, volume
-from tierfs.commands.mount import clear_dead_mount, daemon_arguments, mounted_at, unmount
+from tierfs.commands.mount import clear_dead_mount, daemon_arguments, mounted_at, refuse_others, unmount
 from tierfs.commands.orders import converse_with_bar
 from tierfs.errors import TierError, VolumeError
 
@@ -43,6 +43,7 @@ def leave(directory: str, state: str | None = None) -> None:
     where = volume.find_state(real, state)
     mounted = None
     if _is_mounted(real):
+        refuse_others(mounted_at(real), "make it a plain directory")
         mounted = _status(mounted_at(real))
         if state and where != mounted.state:
             raise VolumeError(f"{directory}: keeps its local data in {mounted.state}: leave out --state")

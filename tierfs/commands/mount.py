@@ -124,6 +124,7 @@ def clear_dead_mount(mountpoint: str) -> None:
 def umount(wait: bool, mountpoint: str) -> None:
     """Unmount MOUNTPOINT and end its daemon."""
     found = mounted_at(mountpoint)
+    refuse_others(found, "unmount it")
     position, state = (drain(found), _state_of(found)) if wait else (0, "")
     holder = unmount(found)
     if holder:
@@ -147,6 +148,7 @@ def restart(mountpoint: str) -> None:
     Open files stay open; who asks for something meanwhile waits.
     """
     found = mounted_at(mountpoint)
+    refuse_others(found, "restart it")
     supervisor = _daemon_of(found)
     if supervisor is None:
         raise VolumeError(f"{mountpoint}: its daemon does not answer: unmount it, then mount it again")
@@ -176,6 +178,12 @@ def mounted_at(mountpoint: str) -> locate.Mount:
     return found
 
 
+def refuse_others(mount: locate.Mount, what: str) -> None:
+    """Raises VolumeError where this is neither root nor who has mounted it."""
+    if os.geteuid() not in (0, mount.uid):
+        raise VolumeError(f"{mount.mountpoint}: only root and the user who mounted it may {what}")
+
+
 def drain(mount: locate.Mount) -> int:
     """Wait, with a progress bar, until all is in the store. Returns up to which place in the mark log it was
     looked at; 0: nothing is for the store. Raises VolumeError where something cannot leave."""
@@ -202,6 +210,7 @@ def unmount(mount: locate.Mount) -> str:
 
     Raises VolumeError (busy, not permitted).
     """
+    refuse_others(mount, "unmount it")
     supervisor = _daemon_of(mount)
     try:
         if os.geteuid() == 0:
@@ -249,6 +258,9 @@ def _run(command: list[str], mountpoint: str) -> None:
         return
     said = result.stderr.strip().splitlines()[-1:] or [f"{command[0]} failed"]
     if "busy" in said[0]:
+        inner = [m.mountpoint for m in locate.read_mounts() if locate.is_under(m.mountpoint, mountpoint)]
+        if len(inner) > 1:
+            raise VolumeError(f"{mountpoint}: is busy: {inner[-1]} is mounted in it: unmount that first")
         raise VolumeError(
             f"{mountpoint}: is busy: close what is open in it (`fuser -vm {mountpoint}` names the processes)"
         )
