@@ -55,6 +55,7 @@ class Range:
     start: int
     end: int
     ahead: bool
+    allocated: bool = False  # there are blocks for all of it, or it has been tried
 
 
 @dataclass(slots=True)
@@ -168,12 +169,15 @@ class Arrival:
 
     # --- writing, under the lock --------------------------------------------------------------------------
 
-    def fill(self, tree: Tree, start: int, data: Body) -> None:
-        """Write checked content; times stay as shown. Raises ForeignStubError, OSError."""
+    def fill(self, tree: Tree, start: int, data: Body, reach: int = 0) -> None:
+        """Write checked content; times stay as shown. `reach`: what lies before that will follow, and gets its
+        blocks now, where the file's holes are known. Raises ForeignStubError, OSError."""
         self.compare(start, data)
         self.notice(os.fstat(self.fd))
         try:
             with tree.keeping_privileges(self.fd):
+                for low, high in self._data_within(start, reach):
+                    tree.allocate(self.fd, low, high - low)
                 for low, high in self._to_write(start, data):
                     pwrite_all(self.fd, memoryview(data)[low - start : high - start], low)
         finally:
@@ -216,11 +220,13 @@ class Arrival:
                         f"inode {self.ino}: holds data at {at} that is not its copy's: nothing is overwritten"
                     )
 
+    def _data_within(self, start: int, end: int) -> Extents:
+        clipped = ((max(low, start), min(high, end)) for low, high in self.extents or [])
+        return [(low, high) for low, high in clipped if low < high]
+
     def _to_write(self, start: int, data: Body) -> Extents:
-        end = start + len(data)
         if self.extents is not None:
-            clipped = ((max(low, start), min(high, end)) for low, high in self.extents)
-            return [(low, high) for low, high in clipped if low < high]
+            return self._data_within(start, start + len(data))
         found: Extents = []
         for at in range(0, len(data), _PAGE):
             page = data[at : at + _PAGE]

@@ -346,8 +346,11 @@ class Filler:
         with arrival.lock:
             if not arrival.wanted(piece):
                 return False
-            start = piece.start
-            arrival.fill(self._kit.tree, start, data)
+            start, reach = piece.start, piece.end
+            if piece.allocated or start + len(data) >= reach:
+                reach = 0
+            piece.allocated = True  # also where that fails: without it there may be room for these bytes
+            arrival.fill(self._kit.tree, start, data, reach)
             arrival.landed(piece, len(data))
             arrival.unsynced += len(data)
             arrival.used = time.monotonic()

@@ -11,6 +11,7 @@ import pytest
 from bare import until
 from tiering import MIB, Volume
 
+from tierfs import syscalls
 from tierfs.errors import StoreUnavailableError
 from tierfs.kit import Kit
 from tierfs.model import LEAF, Residency
@@ -223,6 +224,40 @@ def test_a_disk_that_fills_up_between_two_pieces(volume, cold, monkeypatch, writ
     full.clear()
     volume.store.before = lambda at: None
     assert volume.server.read(volume.path("big")) == cold
+
+
+def test_blocks_are_got_for_a_range_at_once_and_only_for_its_data(volume, monkeypatch):
+    data = os.urandom(MIB) + bytes(MIB) + os.urandom(SIZE - 2 * MIB)
+    volume.server.create(volume.path("big"), data)
+    os.truncate(volume.path("big"), 0)  # to be written again with a hole
+    with open(volume.path("big"), "r+b") as file:
+        file.write(data[:MIB])
+        file.seek(2 * MIB)
+        file.write(data[2 * MIB :])
+    (item,) = volume.demote("big")
+    assert item.demoted, item.reason
+    asked, allocate = [], volume.tree.allocate
+    monkeypatch.setattr(volume.tree, "allocate", lambda fd, *where: asked.append(where) or allocate(fd, *where))
+    assert volume.server.read(volume.path("big"), 4096, 2 * MIB) == data[4096 : 2 * MIB + 4096]
+    assert asked and all(start + length <= MIB or start >= 2 * MIB for start, length in asked)
+    with open(volume.path("big"), "rb") as backing:
+        assert os.lseek(backing.fileno(), MIB, os.SEEK_DATA) == 2 * MIB
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EOPNOTSUPP])
+def test_what_gets_no_blocks_at_once_is_written_as_it_comes(volume, cold, monkeypatch, number):
+    asked = []
+
+    def refuse(fd, mode, offset, length):
+        asked.append((offset, length))
+        raise OSError(number, os.strerror(number))
+
+    before = os.stat(volume.path("big")).st_mtime_ns
+    monkeypatch.setattr(syscalls, "fallocate", refuse)
+    assert volume.server.read(volume.path("big"), START, MIB) == cold[START : START + MIB]
+    assert local(volume, START, MIB) == cold[START : START + MIB]
+    assert asked == [(START, MIB)]
+    assert os.stat(volume.path("big")).st_mtime_ns == before
 
 
 def test_room_that_is_made_between_two_pieces(volume, cold, monkeypatch):
