@@ -188,9 +188,11 @@ class Server:
         """Sleep until something happens, and let all be heard but the kernel, whose turn is next."""
         before = time.perf_counter()
         events = self._poll.poll(timeout)
-        if timeout and events:
+        ready = {fd for fd, _ in events}
+        # What the mover says ends a sleep too, but no spinning would have caught it.
+        if timeout and self._session.fileno() in ready:
             self._spinner.slept(time.perf_counter() - before)
-        if any(fd == self._others.fileno() for fd, _ in events):
+        if self._others.fileno() in ready:
             self._hear_others()
         if events:
             self._next_tick = min(self._next_tick, time.monotonic() + TICK_SECONDS)

@@ -4,6 +4,7 @@ import errno
 import logging
 import os
 import resource
+import select
 import signal
 import socket
 import sys
@@ -13,7 +14,7 @@ from queue import Empty, SimpleQueue
 from types import SimpleNamespace
 
 import pytest
-from tierfsd import logs, main
+from tierfsd import logs, main, mount_server
 from tierfsd import scheduler as scheduling
 from tierfsd.backend import TierBackend
 from tierfsd.children import Child
@@ -329,3 +330,29 @@ def rounds_have_ended(rounds):
     except Empty:
         return True
     return False
+
+
+@pytest.mark.parametrize("who", ["the kernel", "the mover"])
+def test_only_a_request_that_ends_a_sleep_is_one_that_spinning_would_have_caught(who):
+    """While content arrives the mover speaks once a millisecond: the server would spin for that in vain."""
+    pipes = {name: os.pipe() for name in ("the kernel", "the mover")}
+    slept = []
+    server = object.__new__(mount_server.Server)
+    server._session = SimpleNamespace(fileno=lambda: pipes["the kernel"][0])
+    server._spinner = SimpleNamespace(slept=slept.append)
+    server._handlers = {pipes["the mover"][0]: lambda: os.read(pipes["the mover"][0], 1)}
+    server._next_tick = float("inf")
+    server._others, server._poll = select.epoll(), select.epoll()
+    try:
+        server._others.register(pipes["the mover"][0], select.EPOLLIN)
+        for fd in (pipes["the kernel"][0], server._others.fileno()):
+            server._poll.register(fd, select.EPOLLIN)
+        os.write(pipes[who][1], b"x")
+        server._events(5.0)
+        assert len(slept) == (who == "the kernel")
+    finally:
+        server._poll.close()
+        server._others.close()
+        for pipe in pipes.values():
+            os.close(pipe[0])
+            os.close(pipe[1])
