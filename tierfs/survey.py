@@ -17,6 +17,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 
+from tierfs import transitions
 from tierfs.copying import Item
 from tierfs.draining import forget
 from tierfs.errors import ForeignStubError, TierError
@@ -74,6 +75,8 @@ class Survey:
         self._flush()
         self._verify()
         self._forget_unseen()
+        if self._stopping.is_set():
+            return False
         self._kit.index.commit(lambda w: w.set_surveyed(True)).result()
         log.info("looked through %d files in %.1f s", len(self._seen), time.monotonic() - begun)
         return True
@@ -119,7 +122,7 @@ class Survey:
                 self._commit(partial(_put_place, st.st_ino, parent, name))
             if self._first and record.residency is Residency.RESIDENT and record.copy is None:
                 self._made_of_marks(dirfd, name, st, record)
-            if self._is_doubtful(record, st):
+            if self._is_doubtful(dirfd, name, record, st):
                 self._doubtful.append(Item(st.st_ino, handle, path, parent, name, st.st_size))
                 if len(self._doubtful) >= _VERIFY:
                     self._verify()
@@ -128,10 +131,23 @@ class Survey:
         if len(self._futures) >= _COMMITS:
             self._flush()
 
-    def _is_doubtful(self, record: Record, st: os.stat_result) -> bool:
-        if record.residency is not Residency.RESIDENT or record.copy is None or record.dirty:
+    def _is_doubtful(self, dirfd: int, name: bytes, record: Record, st: os.stat_result) -> bool:
+        """Something has touched it since its copy was proven. A stub that was emptied and written, and has no
+        attribute any more, is a file like others, whatever became of the marks."""
+        if record.copy is None or record.dirty or same_tuple(record, record.copy, st):
             return False
-        return not same_tuple(record, record.copy, st)
+        return record.residency is Residency.RESIDENT or not self._is_stub(dirfd, name, st.st_ino)
+
+    def _is_stub(self, dirfd: int, name: bytes, ino: int) -> bool:
+        opath = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=dirfd)
+        try:
+            if os.fstat(opath).st_ino != ino:
+                return True  # replaced just now, which has a mark
+            return self._kit.tree.read_stub(opath) is not None
+        except ForeignStubError:
+            return True
+        finally:
+            os.close(opath)
 
     def _new(self, dirfd: int, parent: int, name: bytes, st: os.stat_result, handle: bytes) -> None:
         opath = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=dirfd)
@@ -175,16 +191,20 @@ class Survey:
             self._seed(guesses)
 
     def _verify(self) -> None:
-        """Compare doubtful files with their copies; those that differ are copied out anew."""
+        """Compare doubtful files with their copies; those that differ are copied out anew. What cannot be
+        compared now, since the store is away, is dirty from here on: nobody would look at it again."""
         items, self._doubtful = self._doubtful, []
         if not items or self._stopping.is_set():
             return
+        left = items
         try:
-            for item in self._tier.demote(items, self._stopping, punch=False):
-                if item.reason:
-                    log.info("%r: not compared with its copy: %s", item.path, item.reason)
+            left = [item for item in self._tier.demote(items, self._stopping, punch=False) if item.reason]
         except (TierError, OSError) as error:
             log.warning("%d files were not compared with their copies: %s", len(items), error)
+        for item in left:
+            log.info("%r: not compared with its copy: %s", item.path, item.reason)
+            self._commit(partial(_put_dirty, item.ino, item.handle))
+        self._flush()
 
     def _forget_unseen(self) -> None:
         """Records of files that are not there any more: their marks were lost."""
@@ -236,6 +256,13 @@ def _put_place(ino: int, parent: int, name: bytes, w: Writer) -> None:
     record = w.get(ino)
     if record is not None and not (record.parent and record.name):
         w.put(replace(record, parent=parent, name=name))
+
+
+def _put_dirty(ino: int, handle: bytes, w: Writer) -> None:
+    """Unless it is so already. The generation is none that a copy has; those of this session are higher."""
+    record = w.get(ino)
+    if record is not None and record.handle == handle and not record.dirty:
+        w.put(transitions.wrote(record, record.generation + 1))
 
 
 def put_new(record: Record, twin: Record | None, w: Writer) -> None:

@@ -18,7 +18,7 @@ from tiering import MIB, Volume
 from tierfs import failpoints
 from tierfs.copying import CHANGED, _put_copy
 from tierfs.digests import SIDE_SUFFIX, leaf_digests, unpack_side
-from tierfs.errors import BusyError
+from tierfs.errors import BusyError, StoreUnavailableError
 from tierfs.kit import same_tuple
 from tierfs.marks import Mark
 from tierfs.model import Residency, Stub
@@ -397,6 +397,100 @@ def test_the_look_finds_what_has_changed_without_a_mark(volume):
     copy = volume.record("a").copy
     assert copy.tag != before.tag
     assert bytes(volume.store.get(Stub.of(volume.record("a").fid, copy).key)) == b"changed" + b"x" * 9_993
+
+
+@pytest.mark.parametrize("size", [20_000, SIZE])
+@pytest.mark.parametrize("partly", [False, True])
+def test_the_look_finds_a_stub_that_was_emptied_and_written_without_a_mark(volume, size, partly):
+    """A program has emptied and written it and synced that; then the power was cut, which took the marks."""
+    volume.server.create(volume.path("a"), os.urandom(size))
+    (item,) = volume.demote("a")
+    assert item.demoted
+    if partly and size > MIB:
+        volume.server.read(volume.path("a"), 0, 4096)
+        volume.tier._settler.commit_bits(everything=True)
+        assert volume.record("a").residency is Residency.PARTIAL
+    with open(volume.path("a"), "wb") as file:
+        os.removexattr(volume.path("a"), volume.tree.stub_name)
+        file.write(b"written anew" * 500)
+    volume.restart(clean=False, boot="another")
+    survey = Survey(volume.tier, lambda guesses: None, threading.Event())
+    assert survey.run() and survey.left == 0
+    record = volume.record("a")
+    assert record.residency is Residency.RESIDENT and not record.dirty
+    assert bytes(volume.store.get(Stub.of(record.fid, record.copy).key)) == b"written anew" * 500
+
+
+@pytest.mark.parametrize("emptied", [False, True])
+def test_what_the_look_cannot_compare_is_dirty(volume, monkeypatch, emptied):
+    """The store is away when the machine is started again after a power cut."""
+    volume.server.create(volume.path("a"), b"x" * 10_000)
+    volume.demote("a", punch=emptied)
+    before = volume.record("a")
+    with open(volume.path("a"), "wb") as file:
+        if emptied:
+            os.removexattr(volume.path("a"), volume.tree.stub_name)
+        file.write(b"y" * 10_000)
+    volume.restart(clean=False, boot="another")
+
+    def away(*args):
+        raise StoreUnavailableError("the store is down")
+
+    with monkeypatch.context() as outage:
+        outage.setattr(volume.store, "put", away)
+        assert Survey(volume.tier, lambda guesses: None, threading.Event()).run()
+    record = volume.record("a")
+    assert record.dirty and record.residency is Residency.RESIDENT and record.copy.tag == before.copy.tag
+    assert volume.index.quiet(time.time_ns(), 10) == [record.ino], "it waits to be copied out"
+    assert [item.reason for item in volume.demote("a", punch=False)] == [""]
+    copy = volume.record("a").copy
+    assert not volume.record("a").dirty
+    assert bytes(volume.store.get(Stub.of(record.fid, copy).key)) == b"y" * 10_000
+
+
+def test_what_the_look_cannot_compare_and_is_as_it_was_costs_no_copy(volume, monkeypatch):
+    volume.server.create(volume.path("a"), b"x" * 10_000)
+    volume.demote("a", punch=False)
+    before = volume.record("a")
+    os.utime(volume.path("a"))
+    volume.restart(clean=False, boot="another")
+
+    def busy(items, *rest, **more):
+        for item in items:
+            item.stay("is being worked on")
+        return items
+
+    with monkeypatch.context() as nothing:
+        nothing.setattr(volume.tier, "demote", busy)
+        assert Survey(volume.tier, lambda guesses: None, threading.Event()).run()
+    assert volume.record("a").dirty
+    (item,) = volume.demote("a", punch=False)
+    record = volume.record("a")
+    assert (item.reason, item.uploaded) == ("", 0) and not record.dirty and record.copy.tag == before.copy.tag
+
+
+def test_a_look_that_is_cut_short_while_it_compares_begins_anew(volume, monkeypatch):
+    volume.server.create(volume.path("a"), b"x" * 10_000)
+    volume.demote("a", punch=False)
+    os.utime(volume.path("a"))
+    volume.restart(clean=False, boot="another")
+    stopping = threading.Event()
+    survey = Survey(volume.tier, lambda guesses: None, stopping)
+    monkeypatch.setattr(survey, "_forget_unseen", stopping.set)
+    assert not survey.run() and not volume.index.surveyed
+
+
+def test_the_look_leaves_stubs_whose_attributes_were_changed_alone(volume):
+    content = os.urandom(20_000)
+    volume.server.create(volume.path("a"), content)
+    (item,) = volume.demote("a")
+    assert item.demoted
+    os.chmod(volume.path("a"), 0o600)
+    before = volume.record("a")
+    volume.restart(clean=False, boot="another")
+    assert Survey(volume.tier, lambda guesses: None, threading.Event()).run()
+    assert volume.record("a") == before and volume.stub("a") is not None
+    assert volume.server.read(volume.path("a")) == content
 
 
 # --- in which order ---------------------------------------------------------------------------------------
