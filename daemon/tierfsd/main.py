@@ -14,11 +14,13 @@ import resource
 import shutil
 import socket
 import sys
+from functools import partial
 
 from tierfs import __version__, adoption, config, control, launch, ownership, volume
 from tierfs.errors import TierError, UsageError, VolumeError
 from tierfs.fuse import choice, mounting
 from tierfsd import handover, logs
+from tierfsd.apart import apart
 from tierfsd.claiming import refuse_if_taken
 from tierfsd.supervisor import Plan, Supervisor, notify
 
@@ -219,19 +221,25 @@ def _existing(arguments: argparse.Namespace) -> volume.Volume:
 
 def _create(arguments: argparse.Namespace, adopting: bool) -> volume.Volume:
     """Make a volume and claim its store. Raises TierError, OSError."""
-    from tierfs.store.probe import probe
-    from tierfs.store.urls import open_store
-
     settings = {"store": arguments.store, "local_limit": arguments.local_limit}
     given = {key: value for key, value in settings.items() if value is not None}
     made = volume.create(arguments.state, **given)
     if not adopting:
         volume.make_tree(made, os.stat(arguments.mountpoint))
+    apart(partial(_claim, made))
+    return volume.load(arguments.state)
+
+
+def _claim(made: volume.Volume) -> None:
+    """Find out what the store of a new volume can do, and make it this volume's. Raises TierError, OSError."""
+    from tierfs.store.probe import probe
+    from tierfs.store.urls import open_store
+
     with contextlib.closing(open_store(made.store_url, create=True)) as unknown:
         capabilities = probe(unknown)
     with contextlib.closing(open_store(made.store_url, capabilities=capabilities, create=True)) as store:
         ownership.create(made, store)
-    return volume.complete(made, capabilities)
+    volume.complete(made, capabilities)
 
 
 def _undo(state: str) -> None:

@@ -95,6 +95,13 @@ def test_a_store_that_is_down_does_not_stop_a_mount(volume: Make, rclone_s3: s3s
     assert path.read_bytes() == SMALL
 
 
+def test_no_s3_client_is_in_the_process_that_supervises(volume: Make, rclone_s3: s3servers.Server) -> None:
+    """What it forks to look whose the store is would wait in vain for the threads of one."""
+    mounted = volume(store=rclone_s3.url_for("apart"), env=rclone_s3.env)
+    maps = Path(f"/proc/{mounted.status()['pids']['supervisor']}/maps").read_text()
+    assert "_obstore" not in maps
+
+
 @pytest.mark.parametrize("content", [SMALL, LARGE], ids=["small", "large"])
 def test_ctrl_c_ends_a_cold_read_at_once(
     volume: Make, rclone_s3: s3servers.Server, stopped: Callable[[int], None], content: bytes

@@ -1,0 +1,47 @@
+"""Work in a process of its own ends as it would have in this one."""
+
+import errno
+import os
+import signal
+
+import pytest
+from tierfsd.apart import apart
+
+from tierfs.errors import BucketMissingError, UsageError, VolumeError
+
+
+def raising(error):
+    def work():
+        raise error
+
+    return work
+
+
+def test_what_it_does_is_done_elsewhere(tmp_path):
+    apart(lambda: (tmp_path / "pid").write_text(str(os.getpid())))
+    assert int((tmp_path / "pid").read_text()) != os.getpid()
+
+
+@pytest.mark.parametrize("kind", [UsageError, VolumeError, BucketMissingError, ValueError])
+def test_what_it_raises_is_raised_here(kind):
+    with pytest.raises(kind, match=r"^what is wrong$"):
+        apart(raising(kind("what is wrong")))
+
+
+def test_an_errno_and_a_path_come_along():
+    with pytest.raises(FileNotFoundError) as caught:
+        apart(lambda: os.stat("/nowhere"))
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOENT, "/nowhere")
+
+
+def test_that_it_was_killed_is_told():
+    with pytest.raises(VolumeError, match="was killed"):
+        apart(lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def test_no_child_and_no_descriptor_is_left():
+    before = sorted(os.listdir("/proc/self/fd"))
+    apart(lambda: None)
+    assert sorted(os.listdir("/proc/self/fd")) == before
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
