@@ -155,6 +155,8 @@ class Tier:
                 self._puncher.punch(going)
         finally:
             for item in batch:
+                if item.reason and item.fd >= 0 and not os.fstat(item.fd).st_nlink:
+                    item.stay(GONE)
                 item.close()
             for ino in claimed:
                 self.kit.claims.give(ino)

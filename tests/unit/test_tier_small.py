@@ -75,6 +75,20 @@ def test_of_files_that_go_during_an_order_only_named_ones_are_told(volume, order
     assert not volume.tier.kit.troubles.list()
 
 
+def test_a_file_that_goes_while_it_is_copied_is_gone(volume, monkeypatch):
+    volume.server.create(volume.path("a"), b"a" * 5000)
+    real = volume.store.put
+
+    def put(key, body, size):
+        if os.path.exists(volume.path("a")):
+            volume.server.unlink(volume.path("a"))
+        return real(key, body, size)
+
+    monkeypatch.setattr(volume.store, "put", put)
+    assert reasons(volume.demote("a")) == [GONE]
+    assert not volume.tier.kit.troubles.list()
+
+
 def test_a_file_that_goes_while_it_is_looked_at_is_gone(volume, monkeypatch):
     volume.server.create(volume.path("a"), b"a" * 5000)
 
