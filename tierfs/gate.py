@@ -289,13 +289,23 @@ class Gate:
         if inode.content is None and not inode.backing_id:
             stub = self.tree.read_stub(opath)
             if stub is not None and st.st_size == 0:
-                self.tree.clear_stub(opath)  # a truncation that was cut short; empty files are never demoted
+                self._finish_cut(inode, opath)
             elif stub is not None:
                 self._take_in(inode, stub, opath, st)
         if inode.opath < 0:
             inode.opath = opath
         self._inodes[st.st_ino] = inode
         return inode
+
+    def _finish_cut(self, inode: Inode, opath: int) -> None:
+        """A truncation that was cut short, perhaps with its mark: empty files are never demoted."""
+        former, inode.opath = inode.opath, opath
+        try:
+            self._mark_write(inode)
+            self.tree.clear_stub(opath)
+            self._mark_closed(inode)
+        finally:
+            inode.opath = former
 
     def _take_in(self, inode: Inode, stub: Stub, opath: int, st: os.stat_result) -> None:
         """Begin to keep the state of a stub's content."""

@@ -466,10 +466,26 @@ def test_truncating_a_stub_to_a_size_waits_for_its_content(world):
 
 
 def test_a_stub_of_size_zero_is_a_truncation_to_be_finished(world):
+    """Its own mark may be lost with the power: by another one the store learns of it."""
     world.make_stub()
     os.truncate(world.path, 0)
-    handle = world.open(os.O_RDWR)
+    handle = world.open()
     assert handle.inode.content is None and world.tree.read_stub(handle.inode.opath) is None
+    world.gate.release(handle)
+    assert [(entry.kind, entry.ino, entry.a) for entry in world.reader.read()] == [
+        (Mark.WRITE, world.ino, 0), (Mark.CLOSED, world.ino, 0),
+    ]  # fmt: skip
+
+
+def test_a_truncation_that_cannot_be_marked_is_not_finished(world, monkeypatch):
+    world.make_stub()
+    os.truncate(world.path, 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(MarkWriter, "append", refuse(errno.ENOSPC))
+        with pytest.raises(OSError, match="No space"):
+            world.open()
+    handle = world.open()
+    assert next(world.reader.read()).kind == Mark.WRITE
     world.gate.release(handle)
 
 
