@@ -6,8 +6,9 @@ BIN := $(VENV)/bin
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 PACKAGES := python3-venv fuse3 libfuse2 attr acl gcc libc6-dev e2fsprogs git make procps psmisc sqlite3 strace util-linux
 PYTEST := $(BIN)/pytest
-# Tests wait more than they compute. A file's tests stay together: they share its mounts.
-PYTEST_ARGS ?= -n 3 --dist loadfile
+# Tests wait more than they compute. A file's tests stay together: they share its mounts. The long ones come first
+# (tests/conftest.py), so that no worker ends with one of them alone.
+PYTEST_ARGS ?= -n 3 --dist loadfile --no-loadscope-reorder
 
 .PHONY: setup demo test soak conformance lint bench clean
 

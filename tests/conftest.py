@@ -160,8 +160,17 @@ def user(area: Scratch) -> Iterator[pwd.struct_passwd]:
         subprocess.run(["userdel", name], check=True, capture_output=True)
 
 
+LONGEST = ("home", "crash", "model", "mount")  # directories, by how long their files take
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests under mount/ and home/ need FUSE and the command."""
+    """Tests under mount/ and home/ need FUSE and the command. Long ones come first."""
+
+    def place(item: pytest.Item) -> int:
+        top = item.path.relative_to(Path(__file__).parent).parts[0]
+        return LONGEST.index(top) if top in LONGEST else len(LONGEST)
+
+    items.sort(key=place)
     usable = os.path.exists("/dev/fuse") and TIERFS.exists()
     for item in items:
         if {"mount", "home"} & set(item.path.relative_to(Path(__file__).parent).parts[:-1]):
