@@ -149,6 +149,37 @@ def test_spinning_follows_the_requests() -> None:
     assert not alone.patience
 
 
+def spins(spinner: Spinner, count: int, asleep: float) -> int:
+    """How many spins are in vain where each of so many requests ends a sleep of this length."""
+    found = 0
+    for _ in range(count):
+        if spinner.patience:
+            found += 1
+            spinner.miss()
+        spinner.slept(asleep)
+    return found
+
+
+def test_what_comes_just_after_a_spin_is_seldom_waited_for_awake() -> None:
+    spinner = Spinner(enabled=True)
+    assert 0 < spins(spinner, 1000, NEAR_SECONDS / 2) < 40
+    assert spins(spinner, 1000, NEAR_SECONDS / 2) < 20
+    while not spinner.patience:  # and then it comes sooner
+        spinner.slept(NEAR_SECONDS / 2)
+    spinner.hit()
+    assert spinner.patience
+
+
+def test_the_end_of_a_burst_says_nothing_of_the_next() -> None:
+    spinner = Spinner(enabled=True)
+    for _ in range(10):
+        spinner.slept(NEAR_SECONDS / 2)
+        assert spinner.patience
+        for _ in range(20):
+            spinner.hit()
+        assert spins(spinner, 20, NEAR_SECONDS * 2) <= 8
+
+
 # --- a session over a packet socket instead of the device ---------------------------------------------------
 
 
