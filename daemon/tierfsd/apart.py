@@ -44,9 +44,19 @@ def _run(work: Callable[[], None], fd: int) -> None:
     try:
         work()
         said = _DONE
-    except Exception as error:
-        said = pickle.dumps(error)
+    except Exception as error:  # whatever it is, the other process has to hear of it
+        said = _packed(error)
     finally:
         with contextlib.suppress(OSError), open(fd, "wb") as answer:
             answer.write(said)
         os._exit(0)
+
+
+def _packed(error: Exception) -> bytes:
+    """An error of a library may not be one that can be handed on: then it is told in words."""
+    try:
+        packed = pickle.dumps(error)
+        pickle.loads(packed)
+    except Exception:
+        return pickle.dumps(RuntimeError(f"{type(error).__name__}: {error}"))
+    return packed

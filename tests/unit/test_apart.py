@@ -29,6 +29,18 @@ def test_what_it_raises_is_raised_here(kind):
         apart(raising(kind("what is wrong")))
 
 
+class Refusing(Exception):
+    """As those of libraries: it cannot be made of its arguments."""
+
+    def __init__(self, one, other):
+        super().__init__(f"{one} and {other}")
+
+
+def test_what_cannot_be_handed_on_is_told_in_words():
+    with pytest.raises(RuntimeError, match=r"^Refusing: this and that$"):
+        apart(raising(Refusing("this", "that")))
+
+
 def test_an_errno_and_a_path_come_along():
     with pytest.raises(FileNotFoundError) as caught:
         apart(lambda: os.stat("/nowhere"))
