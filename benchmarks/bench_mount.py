@@ -14,6 +14,7 @@ from pathlib import Path
 from common import Volume, arguments, new_volume, scratch, table, timed, used
 
 PER_DIRECTORY = 200
+QUIET = 6  # times of five seconds in a row: longer than names wait to go to the store
 
 
 def populate(root: Path, files: int) -> None:
@@ -75,11 +76,14 @@ def busy(mounted: Volume, seconds: float) -> dict[str, float]:
 
 
 def settled(mounted: Volume, seconds: float) -> float:
-    """Wait, for so long at most, until the work that a mount begins with is done; how long it took."""
-    began = time.monotonic()
-    while sum(busy(mounted, 5).values()) > 0.02 and time.monotonic() - began < seconds:
-        pass
-    return time.monotonic() - began
+    """Wait, for so long at most, until the work that a mount begins with is done; how long it took.
+
+    After the look through the tree there is a pause until all names go to the store.
+    """
+    began, quiet = time.monotonic(), 0
+    while quiet < QUIET and time.monotonic() - began < seconds:
+        quiet = quiet + 1 if sum(busy(mounted, 5).values()) <= 0.02 else 0
+    return time.monotonic() - began - quiet * 5
 
 
 def indexed(mounted: Volume, files: int, seconds: float) -> int:
