@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from harness import Scratch, Volume
+from harness import Scratch, Volume, wait_gone
 
 from tierfs import volume as volumes
 from tierfs.fuse import watching
@@ -299,9 +299,11 @@ def caught(teller: int, told: int, place: Path, directory: Path, number: int) ->
     return None
 
 
-def test_the_end_of_all_that_serve_while_the_kernel_waits_to_be_told(volume: Callable[..., Volume]) -> None:
+def test_the_end_of_all_that_serve_while_the_kernel_waits_to_be_told(
+    volume: Callable[..., Volume], tmp_path: Path
+) -> None:
     """Whoever tells it would keep the mount from its end, and with it those who wait for the dead server."""
-    made = volume()
+    made = volume(env={"TMPDIR": str(tmp_path)})
     directory, tries = made.mountpoint / "dir", range(10)
     directory.mkdir()
     for number in tries:
@@ -321,3 +323,5 @@ def test_the_end_of_all_that_serve_while_the_kernel_waits_to_be_told(volume: Cal
                 os.kill(pid, signal.SIGCONT)
     with pytest.raises(OSError, match="not connected"):
         os.statvfs(directory)
+    assert not wait_gone([teller], WITHIN + SLACK)
+    assert os.listdir(tmp_path) == [], "what it was aborted by is left"

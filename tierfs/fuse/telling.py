@@ -60,20 +60,23 @@ def _live(source: socket.socket, server: int, supervisor: int, volume: str) -> N
     os.dup2(fd, 3)  # whatever is inherited otherwise is not ours to keep open
     os.closerange(4, os.sysconf("SC_OPEN_MAX"))
     others = os.pidfd_open(server), os.pidfd_open(supervisor)
-    threading.Thread(target=_abort_when_alone, args=(*others, volume), daemon=True).start()
+    aborting = threading.Lock()
+    threading.Thread(target=_abort_when_alone, args=(*others, volume, aborting), daemon=True).start()
     with socket.socket(fileno=3) as alone:
         _, fds, _, _ = socket.recv_fds(alone, 1, 1)
         if fds:
             Teller(alone, fds[0]).run()
+    aborting.acquire()  # an abort, which has let us go on, takes away what it has mounted first
 
 
-def _abort_when_alone(server: int, supervisor: int, volume: str) -> None:
+def _abort_when_alone(server: int, supervisor: int, volume: str, aborting: threading.Lock) -> None:
     """Mostly this process has ended before that."""
     select.select([server], [], [])
     time.sleep(_ALONE_SECONDS)
     if select.select([supervisor], [], [], 0)[0]:
         log.error("nobody serves the mount any more, and somebody waits: the connection is aborted")
-        mounting.abort_volume(volume)
+        with aborting:
+            mounting.abort_volume(volume)
 
 
 class Teller:
