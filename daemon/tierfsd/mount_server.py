@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from tierfs import channel, failpoints, wire
 from tierfs.errors import IndexError_, TierError, VolumeError
-from tierfs.fuse import telling, watching
+from tierfs.fuse import hot, telling, watching
 from tierfs.fuse.backing import KernelBacking
 from tierfs.fuse.kernel import End, Session
 from tierfs.fuse.spinning import Spinner
@@ -364,6 +364,7 @@ def _serve(
             watch.doubt()
     # Not SCHED_BATCH, although it serves a few per cent more: behind programs that compute, such a process
     # waits for their time slices, and a stat takes 0.3 ms on average instead of 0.03 to 0.15.
+    hot.stand_back()
     # What exists now stays: it need not be looked at in each collection.
     gc.collect()
     gc.freeze()

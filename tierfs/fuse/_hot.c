@@ -582,6 +582,7 @@ static PyTypeObject HotType = {
 };
 static PyMethodDef functions[] = {
     {"foreign", hot_foreign, METH_VARARGS, "See tierfs.fuse.watching.foreign."},
+    {"time_slice", hot_time_slice, METH_VARARGS, "See tierfs.fuse.hot.stand_back."},
     {NULL},
 };
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "tierfs.fuse._hot", NULL, -1, functions};

@@ -254,6 +254,7 @@ void none_is_new(Hot *hot);
 
 /* --- edits behind the mount (_hot_watch.c) --- */
 PyObject *hot_foreign(PyObject *module, PyObject *arguments);
+PyObject *hot_time_slice(PyObject *module, PyObject *arguments);
 
 /* --- for how long (_hot_last.c) --- */
 int prove(Hot *hot, int dirfd, const char *name, const struct stat *st);

@@ -15,8 +15,8 @@ PURE = "TIERFS_PURE"  # an environment variable; 1: do without
 C = (
     "fuse/_hot.c", "fuse/_hot_asked.c", "fuse/_hot_attrs.c", "fuse/_hot_copy.c", "fuse/_hot_dirs.c",
     "fuse/_hot_index.c", "fuse/_hot_last.c", "fuse/_hot_links.c", "fuse/_hot_look.c", "fuse/_hot_make.c",
-    "fuse/_hot_marks.c", "fuse/_hot_names.c", "fuse/_hot_open.c", "fuse/_hot_release.c", "fuse/_hot_state.c",
-    "fuse/_hot_watch.c", "fuse/_hot_xattrs.c",
+    "fuse/_hot_marks.c", "fuse/_hot_names.c", "fuse/_hot_open.c", "fuse/_hot_release.c", "fuse/_hot_slice.c",
+    "fuse/_hot_state.c", "fuse/_hot_watch.c", "fuse/_hot_xattrs.c",
 )  # fmt: skip
 SOURCES = (
     *C, "fuse/_hot.h", "appearance.py", "codec.py", "dirs.py", "gate.py", "handles.py", "idle.py", "intents.py",

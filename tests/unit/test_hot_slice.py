@@ -1,0 +1,60 @@
+"""The serving thread lets whoever it has answered run at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tierfs.fuse import compiled
+
+_SHOW = """
+import ctypes, json, os, struct, sys
+from tierfs.fuse import hot
+if sys.argv[1] == "batch":
+    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+os.nice(3)
+def now():
+    attributes = ctypes.create_string_buffer(48)
+    number = {"x86_64": 315, "aarch64": 275}[os.uname().machine]
+    assert ctypes.CDLL(None).syscall(number, 0, attributes, 48, 0) == 0
+    return struct.unpack("=IIQiIQQQ", attributes.raw)[1:6]
+before = now()
+hot.stand_back()
+print(json.dumps([before, now()]))
+"""
+
+
+def _shown(how: str, **environment: str) -> tuple[list[int], list[int]]:
+    """Policy, flags, nice, priority and slice, before and after."""
+    out = subprocess.run(
+        [sys.executable, "-c", _SHOW, how], check=True, capture_output=True, text=True, timeout=30,
+        env={**os.environ, **environment},
+    ).stdout  # fmt: skip
+    before, after = json.loads(out)
+    return before, after
+
+
+pytestmark = pytest.mark.skipif(
+    os.uname().machine not in ("x86_64", "aarch64"), reason="the system call's number is not known here"
+)
+_VERSION = tuple(int(part) for part in re.findall(r"\d+", os.uname().release)[:2])
+needs_slices = pytest.mark.skipif(_VERSION < (6, 12), reason="slices came with Linux 6.12")
+
+
+@needs_slices
+@pytest.mark.skipif(compiled.find()[0] is None, reason="the compiled part was not built")
+def test_slice_is_longer_than_that_of_others_and_all_else_stays() -> None:
+    before, after = _shown("usual")
+    assert before[-1] < 5_000_000 < after[-1]
+    assert before[:-1] == after[:-1]
+
+
+@pytest.mark.parametrize("how, environment", [("batch", {}), ("usual", {compiled.PURE: "1"})])
+def test_policy_that_somebody_chose_or_pure_form_changes_nothing(how: str, environment: dict[str, str]) -> None:
+    before, after = _shown(how, **environment)
+    assert before == after
