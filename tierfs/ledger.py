@@ -52,8 +52,8 @@ PENDING = 16  # intents of killed servers that may be asked for again
 
 _INTENTS_AT = 4096  # one that is being carried out, then the pending ones
 _NODES_AT = _INTENTS_AT + (1 + PENDING) * _INTENT_SIZE + 4096 & ~4095
-_MOST_NODES = 1 << 26
-_LONGS_AT = _NODES_AT + _MOST_NODES * _NODE.size
+MOST_NODES = 1 << 26
+_LONGS_AT = _NODES_AT + MOST_NODES * _NODE.size
 _MOST_LONGS = 1 << 22
 _FILES_AT = _LONGS_AT + _MOST_LONGS * _LONG.size
 _MOST_OPEN = 1 << _HANDLE_BITS
@@ -186,7 +186,7 @@ class Ledger:
             raise Incompatible(f"a session of form {found}; this version reads {FORMAT}")
         self._flags = self._head.cast("I")
         self._lookups = self._view[_NODES_AT:_LONGS_AT].cast("I")
-        self._nodes = _Slots(1, _MOST_NODES, self._words, _NODES)
+        self._nodes = _Slots(1, MOST_NODES, self._words, _NODES)
         self._longs = _Slots(0, _MOST_LONGS, self._words, _LONGS)
         self._files = _Slots(0, _MOST_OPEN, self._words, _FILES)
         self._dirs = _Slots(0, _MOST_OPEN, self._words, _DIRS)

@@ -24,6 +24,7 @@ from tierfs.marks import Entry
 from tierfs.names import Names
 from tierfs.nodes import ROOT, GoneStat, Node, NodeTable
 from tierfs.openfiles import OpenFiles
+from tierfs.told import Told
 from tierfs.tree import Tree, fd_path
 from tierfs.xattrs import Xattrs
 
@@ -85,6 +86,7 @@ class Vfs:
         self.ledger = gate.ledger
         self.nodes = NodeTable(tree, gate.ledger, directory_fds)
         self.nodes.ended = gate.lasting.ended
+        self.told = Told()
         self.files = OpenFiles(gate, self.nodes)
         self._evictable = evictable
         self._maker = Maker()
@@ -161,17 +163,27 @@ class Vfs:
     def _attr(self, st: os.stat_result) -> Attr:
         return self.gate.appearance.shown(st) if stat.S_ISREG(st.st_mode) else st
 
-    def lookup(self, parent: int, name: bytes) -> tuple[int, Attr]:
-        """The node of a name, and its attributes; counts one lookup. Raises OSError."""
+    def lookup(self, parent: int, name: bytes, *, listed: bool = False) -> tuple[int, Attr]:
+        """The node of a name, and its attributes; counts one lookup. Raises OSError.
+
+        `listed`: nobody has asked for it yet, but many are asked for then.
+        """
         directory = self.nodes.get(parent)
         dirfd = self.nodes.dirfd(directory)
         st = os.stat(name, dir_fd=dirfd, follow_symlinks=False)
-        if self.nodes.known(st.st_ino) is None:
+        if not listed and self.nodes.known(st.st_ino) is None:
             self.gate.lasting.doubt(st)
         elif self.gate.lasting.prove(dirfd, name, st):
             st = os.stat(name, dir_fd=dirfd, follow_symlinks=False)
         attr = self._attr(st)
         return self.nodes.found(st, directory, name).id, attr
+
+    def told_lately(self, parent: int, name: bytes, ino: int) -> bool:
+        """The kernel need not be told what this name in a listing is."""
+        node = self.nodes.known(ino)
+        if node is None or node.anchor is not None or node.parent is not self.nodes.get(parent):
+            return False
+        return self.told.lasts(node.id) and self.nodes.name(node) == name
 
     def forget(self, nodeid: int, count: int = 1) -> None:
         """Take back lookups."""

@@ -29,6 +29,7 @@ def pair(place: Place) -> tuple[Path, Path]:
         os.stat(shown / name)
     os.listdir(shown)
     assert (shown / "file").read_bytes() == CONTENT
+    assert not (shown / "new").exists() and not (shown / "moved").exists()
     return shown, behind
 
 
@@ -122,3 +123,37 @@ def test_a_name_made_behind_the_mount_is_opened_as_it_allows(
     (behind / "secret").chmod(0o600)
     denied(BOB, errno.EACCES, os.open, shown / "secret", os.O_CREAT | os.O_RDWR, 0o600)
     assert (behind / "secret").read_bytes() == b"secret"
+
+
+MAKERS: dict[str, Callable[[Path], Any]] = {
+    "file": lambda new: new.touch(),
+    "exclusive file": lambda new: os.close(os.open(new, os.O_CREAT | os.O_EXCL | os.O_WRONLY)),
+    "directory": lambda new: new.mkdir(),
+    "symlink": lambda new: new.symlink_to("file"),
+    "fifo": os.mkfifo,
+    "link": lambda new: os.link(new.with_name("file"), new),
+    "renamed": lambda new: os.rename(new.with_name("file"), new),
+    "renamed directory": lambda new: os.rename(new.with_name("sub"), new),
+}
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_a_name_that_was_absent_is_there_when_it_is_made(pair: tuple[Path, Path], maker: str) -> None:
+    """Through the mount, or behind it a moment before it is to be made."""
+    shown, behind = pair
+    make = MAKERS[maker]
+    assert not os.path.lexists(shown / "new")
+    make(shown / "new")
+    assert os.path.lexists(shown / "new")
+    assert not os.path.lexists(shown / "moved")
+    (behind / "moved").write_bytes(b"behind")
+    if maker == "file":
+        with open(shown / "moved", "ab") as file:  # whoever makes or appends finds what is there
+            file.write(b" and through")
+        assert (behind / "moved").read_bytes() == b"behind and through"
+    elif "renamed" not in maker:
+        with pytest.raises(FileExistsError):
+            make(shown / "moved")
+    else:
+        os.rename(shown / "new", shown / "moved") if maker == "renamed" else os.rmdir(shown / "new")
+        assert (behind / "moved").read_bytes() == (CONTENT if maker == "renamed" else b"behind")

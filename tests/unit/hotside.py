@@ -1,5 +1,6 @@
 """One session over a tree, of the pure or of the compiled form, with the kernel's end of it in our hands."""
 
+import errno
 import importlib.util
 import os
 import shutil
@@ -93,7 +94,7 @@ class Side:
 
     def lookup(self, parent, name):
         number, body = self.ask(p.Op.LOOKUP, parent, name + b"\0")
-        return number or p.ENTRY_OUT.unpack(body)
+        return number or (errno.ENOENT if body == p.ABSENT else p.ENTRY_OUT.unpack(body))
 
     def getattr(self, nodeid, flags=0, fh=0):
         number, body = self.ask(p.Op.GETATTR, nodeid, p.GETATTR_IN.pack(flags, 0, fh))

@@ -4,6 +4,7 @@ Each has a tree of its own, so that requests may change it; inode numbers are co
 """
 
 import contextlib
+import errno
 import os
 
 from hotside import FORMS, Side
@@ -210,10 +211,11 @@ class Both:
             assert same(one[key], other[key], pairs), (key, one[key], other[key], pairs)
 
     def lookup(self, parent, name):
-        found = self.ask(p.Op.LOOKUP, parent, name + b"\0")
-        if not found[0] and found[1][0][0] not in self.nodes:
-            self.nodes.append(found[1][0][0])
-        return found[1][0][0] if not found[0] else -found[0]
+        number, *found = self.ask(p.Op.LOOKUP, parent, name + b"\0")
+        nodeid = found[0][0][0] if not number else 0
+        if nodeid and nodeid not in self.nodes:
+            self.nodes.append(nodeid)
+        return nodeid or -number or errno.ENOENT
 
     def opened(self, nodeid, flags):
         """Open a file; its number, or the errno."""

@@ -917,7 +917,7 @@ def test_what_cannot_be_listed_is_said_by_python(both, how, monkeypatch):
         for side in both.sides:
             shown = ShownTimes(1, 2, 3), 1e9
             side.gate.appearance.late[os.stat(side.path / "dir" / "late").st_ino] = shown
-            monkeypatch.setattr(side.vfs, "lookup", lambda *_: 1 / 0)
+            monkeypatch.setattr(side.vfs, "lookup", lambda *_, **__: 1 / 0)
     found = both.listed(p.Op.READDIRPLUS, node, 4096, fh=77 if how == "number" else 0)
     if how == "descriptor":
         assert len(found) == 3

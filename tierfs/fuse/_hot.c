@@ -153,10 +153,14 @@ static int node_outdated(Hot *hot, const struct in_header *in)
 static void note_told(Hot *hot, const struct in_header *in, const union body *body)
 {
     switch (in->opcode) {
-    case LOOKUP: case MKDIR: case SYMLINK: case LINK: case CREATE:
+    case MKDIR: case SYMLINK: case LINK: case CREATE:
+        told_for(hot, body->entry.nodeid, entry_lasts(&body->entry));
+        /* fall through */
+    case LOOKUP:
         told_to(hot, body->entry.nodeid, in->pid);
         break;
     case GETATTR: case SETATTR:
+        told_for_now(hot, in->nodeid, body->attr.attr_valid);
         told_to(hot, in->nodeid, in->pid);
         break;
     case READDIRPLUS:
@@ -191,6 +195,18 @@ static enum outcome set_one(Hot *hot, const struct in_header *in, const char *me
     return whole ? set_xattr(hot, in->nodeid, &ask, name, value) : PYTHONS;
 }
 
+/* LOOKUP. That a name is absent is believed for a moment (operations.lookup). */
+static enum outcome look_one(Hot *hot, uint64_t above, const char *message, Py_ssize_t length, struct entry_out *entry)
+{
+    if (message[length - 1])
+        return PYTHONS;
+    enum outcome outcome = look_up(hot, above, message + sizeof(struct in_header),
+                                   length - sizeof(struct in_header) - 1, 0, entry);
+    if (outcome == ABSENT)
+        *entry = (struct entry_out){.entry_valid = hot->entry_seconds};
+    return outcome == ABSENT ? FOUND : outcome;
+}
+
 /* READDIR and READDIRPLUS. */
 static enum outcome list_one(Hot *hot, const struct in_header *in, const char *message, Py_ssize_t length,
                              union body *body, size_t *size)
@@ -214,8 +230,7 @@ static enum outcome carried_out(Hot *hot, const struct in_header *in, const char
     switch (in->opcode) {
     case LOOKUP:
         *size = sizeof body->entry;
-        return message[length - 1] ? PYTHONS
-               : look_up(hot, in->nodeid, message + sizeof *in, length - sizeof *in - 1, &body->entry);
+        return look_one(hot, in->nodeid, message, length, &body->entry);
     case GETATTR:
         *size = sizeof body->attr;
         if (!fields(message, length, &ask, sizeof ask))
@@ -423,7 +438,7 @@ static PyObject *hot_entry(Hot *hot, PyObject *arguments)
         return NULL;
     if (!is_open(hot))
         return NULL;
-    if (look_up(hot, nodeid, name, length, &out) == FOUND)
+    if (look_up(hot, nodeid, name, length, 1, &out) == FOUND)
         return PyBytes_FromStringAndSize((char *)&out, sizeof out);
     PyErr_Clear();
     Py_RETURN_NONE;
@@ -435,6 +450,7 @@ static PyObject *hot_close(Hot *hot, PyObject *Py_UNUSED(none))
 {
     PyBuffer_Release(&hot->buffer);
     PyBuffer_Release(&hot->memory);
+    PyBuffer_Release(&hot->told);
     int *fds[] = {&hot->sleeper, &hot->descriptors};
     for (int each = 0; each < 2; each++) {
         if (*fds[each] >= 0)
@@ -490,7 +506,7 @@ static int hot_init(Hot *hot, PyObject *arguments, PyObject *named)
     static char *names[] = {
         "fd", "buffer", "root_fd", "device", "memory", "parts", "free",
         "intents_at", "segment", "directory_fds", "low", "entry_seconds", "attr_seconds", "long_seconds",
-        "file_seconds", "fresh", "idle_seconds", "objects", NULL,
+        "file_seconds", "fresh", "idle_seconds", "told", "told_left", "objects", NULL,
     };
     PyObject *parts, *free, *objects;
     if (hot->by_slot) {
@@ -503,11 +519,12 @@ static int hot_init(Hot *hot, PyObject *arguments, PyObject *named)
     umask(hot->umask);
     hot->euid = geteuid();
     hot->egid = getegid();
-    if (!PyArg_ParseTupleAndKeywords(arguments, named, "iw*iKw*OOnnnKkkkkldO!", names, &hot->fd, &hot->buffer, &hot->root_fd,
+    if (!PyArg_ParseTupleAndKeywords(arguments, named, "iw*iKw*OOnnnKkkkkldw*kO!", names, &hot->fd, &hot->buffer, &hot->root_fd,
                                      &hot->device, &hot->memory, &parts, &free, &hot->intents_at, &hot->segment,
                                      &hot->directory_fds, &hot->low, &hot->entry_seconds, &hot->attr_seconds,
                                      &hot->long_seconds, &hot->file_seconds, &hot->fresh,
-                                     &hot->idle_seconds, &PyDict_Type, &objects)
+                                     &hot->idle_seconds, &hot->told, &hot->told_left, &PyDict_Type,
+                                     &objects)
         || take_form(hot, parts, free))
         return -1;
 #define TAKE(name, type) if (take_object(objects, #name, type, &hot->name)) return -1;
@@ -549,6 +566,7 @@ static void hot_dealloc(Hot *hot)
     PyObject_GC_UnTrack(hot);
     PyBuffer_Release(&hot->buffer);
     PyBuffer_Release(&hot->memory);
+    PyBuffer_Release(&hot->told);
     hot_clear(hot);
     PyMem_Free(hot->reading);
     Py_TYPE(hot)->tp_free((PyObject *)hot);

@@ -111,10 +111,11 @@ typedef struct {
     PyObject_HEAD
     int fd, root_fd, others, sleeper, watched, descriptors; /* the last: /proc/self/fd */
     unsigned long long device;
-    Py_buffer buffer, memory;
+    Py_buffer buffer, memory, told; /* the last: told.Told's */
     unsigned long entry_seconds, attr_seconds, long_seconds, file_seconds; /* long_seconds 0: never */
     long fresh;
     double idle_seconds;
+    unsigned long told_left; /* told.LEFT */
     unsigned long long low; /* bytes: with less room nothing is begun here */
     Py_ssize_t intents_at, segment, directory_fds;
     uid_t euid;
@@ -257,21 +258,33 @@ PyObject *hot_foreign(PyObject *module, PyObject *arguments);
 PyObject *hot_time_slice(PyObject *module, PyObject *arguments);
 
 /* --- for how long (_hot_last.c) --- */
-int prove(Hot *hot, int dirfd, const char *name, const struct stat *st);
-int doubt(Hot *hot, const struct stat *st);
+/* Lasting.prove; *st is what it shows then. */
+void prove(Hot *hot, int dirfd, const char *name, struct stat *st);
+void doubt(Hot *hot, const struct stat *st);
 unsigned long name_lasts(Hot *hot, mode_t mode, nlink_t links);
 unsigned long attributes_last(Hot *hot, const struct stat *st, PyObject *ino, PyObject *inode);
 /* Where the kernel takes them for the newest, whatever it has been told since it asked. */
 unsigned long for_now(Hot *hot, unsigned long seconds);
 int written(Hot *hot, PyObject *ino);
 int ended(Hot *hot, PyObject *ino);
+/* told.Told.note, as such and of attributes alone (Operations._attributes), and lasts. */
+void told_for(Hot *hot, uint64_t nodeid, unsigned long seconds);
+void told_for_now(Hot *hot, uint64_t nodeid, unsigned long seconds);
+int told_lately(Hot *hot, uint64_t nodeid);
 
 /* --- names and attributes (_hot_look.c) --- */
+/* For how long all of it holds. */
+static inline unsigned long entry_lasts(const struct entry_out *entry)
+{
+    return entry->entry_valid < entry->attr_valid ? entry->entry_valid : entry->attr_valid;
+}
 int pack_attr(struct attr *to, const struct stat *st);
-enum outcome look_up_in(Hot *hot, PyObject *parent, int fd, const char *name, Py_ssize_t length,
+enum outcome look_up_in(Hot *hot, PyObject *parent, int fd, const char *name, Py_ssize_t length, int listed,
                         struct entry_out *out);
 long seconds_of(Hot *hot, const struct stat *st);
-enum outcome look_up(Hot *hot, uint64_t above, const char *name, Py_ssize_t length, struct entry_out *out);
+/* `listed`: for a listing (vfs.lookup). */
+enum outcome look_up(Hot *hot, uint64_t above, const char *name, Py_ssize_t length, int listed,
+                     struct entry_out *out);
 enum outcome get_attributes(Hot *hot, uint64_t nodeid, struct attr_out *out);
 enum outcome fill_attributes(Hot *hot, const struct stat *st, struct attr_out *out);
 

@@ -50,12 +50,28 @@ static ssize_t read_on(struct reading *reading, int fd)
     return size;
 }
 
-/* What the kernel may know of an entry, counted; zeros where it learns no node from it. 0, or -1 with an exception. */
-static int entry_known(Hot *hot, PyObject *node, int fd, const char *name, size_t length, struct entry_out *out)
+/* vfs.told_lately. */
+static int need_not_be_told(Hot *hot, PyObject *directory, uint64_t number, const char *name, size_t length)
+{
+    char known[NAME_ROOM];
+    PyObject *ino = PyLong_FromUnsignedLongLong(number);
+    PyObject *node = ino ? PyDict_GetItemWithError(hot->by_ino, ino) : NULL;
+    uint64_t nodeid = node ? number_of(node, s_id) : 0;
+    int need_not = nodeid && told_lately(hot, nodeid) && attribute_is(node, s_parent, directory)
+                   && attribute_is(node, s_anchor, Py_None) && name_of(hot, nodeid, known) == length
+                   && !memcmp(known, name, length);
+    Py_XDECREF(ino);
+    return need_not;
+}
+
+/* What the kernel may know of an entry, counted; zeros where it learns no node from it, or knows it. 0, or -1 with an exception. */
+static int entry_known(Hot *hot, PyObject *node, int fd, const struct dirent64 *entry, struct entry_out *out)
 {
     enum outcome outcome = ABSENT;
-    if (strcmp(name, ".") && strcmp(name, ".."))
-        outcome = look_up_in(hot, node, fd, name, length, out);
+    const char *name = entry->d_name;
+    size_t length = strlen(name);
+    if (strcmp(name, ".") && strcmp(name, "..") && !need_not_be_told(hot, node, entry->d_ino, name, length))
+        outcome = look_up_in(hot, node, fd, name, length, 1, out);
     if (outcome == FOUND)
         return 0;
     memset(out, 0, sizeof *out);
@@ -104,7 +120,7 @@ static enum outcome packed(Hot *hot, PyObject *node, int fd, struct reading *rea
             return FOUND;
         if (plus) {
             struct entry_out known;
-            if (entry_known(hot, node, fd, entry->d_name, length, &known))
+            if (entry_known(hot, node, fd, entry, &known))
                 return FAILED;
             memcpy(to + *size, &known, sizeof known);
         }

@@ -14,17 +14,20 @@ static int is_unproven(Hot *hot, PyObject *ino)
     return PySet_GET_SIZE(hot->unproven) && PySet_Contains(hot->unproven, ino) == 1;
 }
 
-/* Nobody has the file of this name and number open for writing, or mapped so. */
-static int is_unwritten(int dirfd, const char *name, ino_t ino)
+/* Nobody has the file of this name and number open for writing, or mapped so: *st is what it shows then. */
+static int is_unwritten(int dirfd, const char *name, struct stat *st)
 {
-    struct stat st;
+    struct stat now;
     int fd = openat(dirfd, name, PROBE);
     if (fd < 0)
         return 0;
-    /* The default signal of a broken lease, SIGIO, would end the process; SIGURG is ignored. */
-    int is = !fstat(fd, &st) && st.st_ino == ino && !fcntl(fd, F_SETSIG, SIGURG)
-             && !fcntl(fd, F_SETLEASE, F_RDLCK) && !fcntl(fd, F_SETLEASE, F_UNLCK);
+    /* The default signal of a broken lease, SIGIO, would end the process; SIGURG is ignored. The lease ends with the
+     * descriptor. */
+    int is = !fcntl(fd, F_SETSIG, SIGURG) && !fcntl(fd, F_SETLEASE, F_RDLCK) && !fstat(fd, &now)
+             && now.st_ino == st->st_ino;
     close(fd);
+    if (is)
+        *st = now;
     return is;
 }
 
@@ -34,25 +37,24 @@ static long fresh_of(Hot *hot, const struct stat *st)
     return st->st_ctim.tv_sec + hot->fresh - time(NULL);
 }
 
-int prove(Hot *hot, int dirfd, const char *name, const struct stat *st)
+void prove(Hot *hot, int dirfd, const char *name, struct stat *st)
 {
     if (!hot->long_seconds || !S_ISREG(st->st_mode))
-        return 0;
+        return;
     PyObject *ino = PyLong_FromUnsignedLongLong(st->st_ino);
     int proven = ino && (is_unproven(hot, ino) || fresh_of(hot, st) > 0);
     PyObject *inode = proven ? PyDict_GetItemWithError(hot->inodes, ino) : NULL;
     if (inode)
         proven = !number_of(inode, s_writers) && attribute_is(inode, s_guard, Py_None);
     if (proven && !PyErr_Occurred()) {
-        proven = is_unwritten(dirfd, name, st->st_ino);
+        proven = is_unwritten(dirfd, name, st);
         if (proven ? PySet_Discard(hot->unproven, ino) < 0 : PySet_Add(hot->unproven, ino))
-            proven = 0;
+            PyErr_Clear();
     }
     Py_XDECREF(ino);
-    return proven;
 }
 
-int doubt(Hot *hot, const struct stat *st)
+void doubt(Hot *hot, const struct stat *st)
 {
     if (hot->long_seconds && S_ISREG(st->st_mode) && fresh_of(hot, st) > 0) {
         PyObject *ino = PyLong_FromUnsignedLongLong(st->st_ino);
@@ -60,7 +62,6 @@ int doubt(Hot *hot, const struct stat *st)
             PyErr_Clear(); /* it lasts for the time in which it is fresh, at most */
         Py_XDECREF(ino);
     }
-    return 0;
 }
 
 unsigned long name_lasts(Hot *hot, mode_t mode, nlink_t links)
@@ -98,4 +99,20 @@ int written(Hot *hot, PyObject *ino)
 int ended(Hot *hot, PyObject *ino)
 {
     return PySet_GET_SIZE(hot->unproven) && PySet_Discard(hot->unproven, ino) < 0 ? -1 : 0;
+}
+
+void told_for(Hot *hot, uint64_t nodeid, unsigned long seconds)
+{
+    ((uint32_t *)hot->told.buf)[nodeid & SLOT] = (uint32_t)monotonic() + seconds;
+}
+
+void told_for_now(Hot *hot, uint64_t nodeid, unsigned long seconds)
+{
+    if (seconds < hot->told_left)
+        told_for(hot, nodeid, 0);
+}
+
+int told_lately(Hot *hot, uint64_t nodeid)
+{
+    return ((uint32_t *)hot->told.buf)[nodeid & SLOT] >= (uint32_t)monotonic() + hot->told_left;
 }

@@ -121,17 +121,19 @@ static int is_known(Hot *hot, uint64_t number)
 }
 
 /* A name in a directory whose descriptor is at hand. */
-enum outcome look_up_in(Hot *hot, PyObject *parent, int fd, const char *name, Py_ssize_t length,
+enum outcome look_up_in(Hot *hot, PyObject *parent, int fd, const char *name, Py_ssize_t length, int listed,
                         struct entry_out *out)
 {
     struct stat st;
     if (length < 1 || (Py_ssize_t)strnlen(name, length) != length)
         return PYTHONS;
     int failed = status(fd, name, &st);
-    if (!failed && (is_known(hot, st.st_ino) ? prove(hot, fd, name, &st) : doubt(hot, &st)))
-        failed = status(fd, name, &st);
     if (failed)
         return failed == ENOENT ? ABSENT : PYTHONS;
+    if (listed || is_known(hot, st.st_ino))
+        prove(hot, fd, name, &st);
+    else
+        doubt(hot, &st);
     memset(out, 0, sizeof *out);
     long seconds = pack_attr(&out->attr, &st) ? seconds_of(hot, &st) : -1;
     if (seconds < 0)
@@ -139,6 +141,8 @@ enum outcome look_up_in(Hot *hot, PyObject *parent, int fd, const char *name, Py
     out->nodeid = counted(hot, &(struct place){parent, fd, name, length, 0}, &st);
     out->entry_valid = name_lasts(hot, st.st_mode, st.st_nlink);
     out->attr_valid = seconds;
+    if (out->nodeid)
+        told_for(hot, out->nodeid, entry_lasts(out));
     return out->nodeid ? FOUND : PYTHONS;
 }
 
@@ -151,11 +155,11 @@ static void note_absent(Hot *hot, uint64_t above, const char *name, size_t lengt
     }
 }
 
-enum outcome look_up(Hot *hot, uint64_t above, const char *name, Py_ssize_t length, struct entry_out *out)
+enum outcome look_up(Hot *hot, uint64_t above, const char *name, Py_ssize_t length, int listed, struct entry_out *out)
 {
     PyObject *parent = node_at(hot, above);
     int fd = parent ? directory_of(hot, parent) : -1;
-    enum outcome outcome = fd < 0 ? PYTHONS : look_up_in(hot, parent, fd, name, length, out);
+    enum outcome outcome = fd < 0 ? PYTHONS : look_up_in(hot, parent, fd, name, length, listed, out);
     if (outcome == ABSENT)
         note_absent(hot, above, name, length);
     return outcome;
@@ -183,8 +187,8 @@ enum outcome get_attributes(Hot *hot, uint64_t nodeid, struct attr_out *out)
         PyObject *parent = get_of(node, s_parent);
         int fd = name_of(hot, nodeid, name) && parent && parent != Py_None ? directory_of(hot, parent) : -1;
         int failed = fd < 0 || status(fd, name, &st);
-        if (!failed && prove(hot, fd, name, &st))
-            failed = status(fd, name, &st);
+        if (!failed)
+            prove(hot, fd, name, &st);
         Py_XDECREF(parent);
         if (failed || st.st_ino != number_of(node, s_ino))
             return PYTHONS;

@@ -21,7 +21,7 @@ C = (
 SOURCES = (
     *C, "fuse/_hot.h", "appearance.py", "codec.py", "dirs.py", "gate.py", "handles.py", "idle.py", "intents.py",
     "lasting.py", "ledger.py", "making.py", "marks.py", "names.py", "nodes.py", "openfiles.py", "report.py",
-    "room.py", "vfs.py", "fuse/backing.py", "fuse/compiled.py", "fuse/hot.py", "fuse/kernel.py",
+    "room.py", "told.py", "vfs.py", "fuse/backing.py", "fuse/compiled.py", "fuse/hot.py", "fuse/kernel.py",
     "fuse/operations.py", "fuse/protocol.py", "fuse/watching.py",
 )  # fmt: skip
 

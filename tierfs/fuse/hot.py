@@ -18,7 +18,7 @@ from functools import partial
 from types import ModuleType
 from typing import Any, Protocol
 
-from tierfs import idle
+from tierfs import idle, told
 from tierfs.fuse import compiled
 from tierfs.fuse import protocol as p
 from tierfs.fuse.backing import KernelBacking
@@ -155,6 +155,8 @@ def receiver(fd: int, buffer: bytearray, vfs: Vfs, refused: Told, failed: Told) 
         file_seconds=FILES,
         fresh=FRESH,
         idle_seconds=idle.SECONDS,
+        told=vfs.told.memory,
+        told_left=told.LEFT,
         objects={
             **nodes.tables()._asdict(),
             "records": _records(module, gate.appearance.index),

@@ -16,6 +16,7 @@ from tierfs.dirs import Entry
 from tierfs.fuse import protocol as p
 from tierfs.fuse.protocol import IN, Op
 from tierfs.handles import Handle
+from tierfs.told import LEFT
 from tierfs.vfs import NOW, Caller, Vfs
 from tierfs.waits import Slow
 
@@ -74,7 +75,10 @@ def _seconds(vfs: Vfs, st: Any) -> int:
 def _entry(vfs: Vfs, nodeid: int, st: Any, seconds: int | None = None) -> bytes:
     """A packed entry, whose attributes may be believed for so long; None: as they are found now."""
     name_seconds = vfs.gate.lasting.of_name(st, p.ENTRY_SECONDS)
-    return p.entry(nodeid, st, _seconds(vfs, st) if seconds is None else seconds, name_seconds)
+    if seconds is None:
+        seconds = _seconds(vfs, st)
+    vfs.told.note(nodeid, min(seconds, name_seconds))
+    return p.entry(nodeid, st, seconds, name_seconds)
 
 
 def listed_entry(vfs: Vfs, nodeid: int, name: bytes) -> bytes | None:
@@ -83,7 +87,7 @@ def listed_entry(vfs: Vfs, nodeid: int, name: bytes) -> bytes | None:
     None where it is gone meanwhile, or not to be shown: asked for by name, it says why.
     """
     try:
-        known, st = vfs.lookup(nodeid, name)
+        known, st = vfs.lookup(nodeid, name, listed=True)
     except OSError:
         return None
     try:
@@ -129,6 +133,11 @@ class Operations:
     def _entry(self, found: tuple[int, Any], seconds: int | None = None) -> bytes:
         return _entry(self._vfs, *found, seconds)
 
+    def _attributes(self, nodeid: int, st: Any, seconds: int) -> bytes:
+        if seconds < LEFT:
+            self._vfs.told.note(nodeid, 0)
+        return p.attributes(st, seconds)
+
     def _changed(self, *nodeids: int) -> None:
         """A request has changed what these show, which the kernel takes for outdated when it has its answer.
 
@@ -144,7 +153,11 @@ class Operations:
         return self._entry(made, self._short(made[1]))
 
     def lookup(self, message: bytes, nodeid: int) -> bytes:
-        return self._entry(self._vfs.lookup(nodeid, message[IN:-1]))
+        try:
+            found = self._vfs.lookup(nodeid, message[IN:-1])
+        except FileNotFoundError:
+            return p.ABSENT  # for a moment; who makes it through the mount has the kernel know at once
+        return self._entry(found)
 
     def forget(self, message: bytes, nodeid: int) -> None:
         (count,) = p.U64.unpack_from(message, IN)
@@ -160,9 +173,9 @@ class Operations:
         flags, _, fh = p.GETATTR_IN.unpack_from(message, IN)
         if flags & p.GETATTR_FH:  # of an open file: nobody has proven that it is at rest
             st = self._vfs.getattr(nodeid, fh)
-            return p.attributes(st, self._short(st))
+            return self._attributes(nodeid, st, self._short(st))
         st = self._vfs.getattr(nodeid)
-        return p.attributes(st, _seconds(self._vfs, st))
+        return self._attributes(nodeid, st, _seconds(self._vfs, st))
 
     def statx(self, message: bytes, nodeid: int) -> bytes:
         flags, _, fh, _, _ = p.STATX_IN.unpack_from(message, IN)
@@ -192,7 +205,7 @@ class Operations:
             kill_suidgid=bool(valid & p.SET_KILL_SUIDGID),
             caller=_caller(message),
         )
-        return p.attributes(st, self._short(st))
+        return self._attributes(nodeid, st, self._short(st))
 
     def statfs(self, _message: bytes, _nodeid: int) -> bytes:
         fs = self._vfs.statfs()
@@ -367,7 +380,7 @@ class Operations:
             if room < 0:
                 break
             found = None
-            if name not in _DOTS:
+            if name not in _DOTS and not vfs.told_lately(nodeid, name, ino):
                 found = quick(nodeid, name) or listed_entry(vfs, nodeid, name)
                 if found is not None:
                     counted.append(p.U64.unpack_from(found)[0])

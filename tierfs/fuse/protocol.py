@@ -199,6 +199,10 @@ def entry(nodeid: int, st: Any, attr_seconds: int, entry_seconds: int = ENTRY_SE
     )  # fmt: skip
 
 
+# Instead of an entry, where ENOENT would have the kernel ask again at once.
+ABSENT = _pack_entry(0, 0, ENTRY_SECONDS, *(0,) * 19)
+
+
 def attributes(st: Any, attr_seconds: int) -> bytes:
     """A fuse_attr_out."""
     atime, atime_ns = divmod(st.st_atime_ns, _SECOND)
