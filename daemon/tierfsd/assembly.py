@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 import threading
+import time
 from urllib.parse import unquote, urlsplit
 
 from tierfs import control, ownership, volume, wire
@@ -34,6 +35,7 @@ from tierfsd.watcher import ConfigWatcher
 log = logging.getLogger("mover")
 
 _CLAIM_SECONDS = 10.0  # between two attempts to take a store that does not answer
+_BEGINNING_SECONDS = 5.0  # of processors: to load and to ask the store takes one or two
 _LAST_WORDS_SECONDS = 0.3
 _READING_SECONDS = 5.0  # a check that was cancelled ends with the piece that it reads
 _WAITING = "the store has not answered yet"
@@ -114,7 +116,16 @@ class Mover:
         self._heat.close()
 
     def _is_waited_for(self) -> bool:
-        return self._tier.filler.waiting > 0 or self._control.asked or self._scheduler.is_waited_for
+        return (
+            self._begins()
+            or self._tier.filler.waiting > 0
+            or self._control.asked
+            or self._scheduler.is_waited_for
+        )
+
+    def _begins(self) -> bool:
+        """Any order waits for the store's first answer; a store that is down is not what keeps us busy."""
+        return not self._tier.kit.claim_tried.is_set() and time.process_time() < _BEGINNING_SECONDS
 
     def _greet(self) -> None:
         try:

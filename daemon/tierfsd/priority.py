@@ -1,7 +1,9 @@
 """How much of a busy processor the mover takes: next to nothing, but for what somebody waits for.
 
-Who reads a stub, or asks how things are, is answered with a usual share for as long as that takes. Who has
-ordered something long gets a small one: enough to get on beside a build, too little to be felt by others.
+Who reads a stub, or asks how things are, is answered with a usual share for as long as that takes. What is
+ordered has one until it has used so much of a processor as is not felt, then a small one: enough to get on
+beside a build. And a mover that begins or ends is always waited for, perhaps by an order or an unmount, which
+has no way to tell it so.
 
 `nice` counts within a scheduling group only, and with autogroups (sched(7)) every session is a group: beside a
 program in another session a mover of nice 19 would get half of a processor. So it has a session of its own
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -21,14 +24,14 @@ from collections.abc import Callable
 log = logging.getLogger("mover")
 
 _GROUP = "/proc/self/autogroup"
-_LOW, _LOADING, _ORDERED, _USUAL = 19, 10, 10, 0
+_LOW, _ORDERED, _USUAL = 19, 10, 0
 _CALM_SECONDS = 1.0  # after the last who waited; the kernel takes a change ten times a second at most
 
 
-def give_way_a_little(pid: int) -> None:
-    """For a mover that has just begun: its loading shall not be felt much, nor a cold read wait long for it."""
-    with contextlib.suppress(OSError):  # no groups here; it has a nice value of its own
-        _write(f"/proc/{pid}/autogroup", _LOADING)
+def hurry_on(pid: int) -> None:
+    """Of a mover that is to end: by itself it would hear of that when a busy processor comes to it."""
+    with contextlib.suppress(OSError):  # it has ended, or there are no groups here
+        _write(f"/proc/{pid}/autogroup", _USUAL)
 
 
 def _write(path: str, nice: int) -> None:
@@ -44,21 +47,25 @@ class Priority:
         self._calm_seconds = calm_seconds
         self._lock = threading.Lock()
         self._asked = threading.Event()
-        self._nice = _USUAL
+        self._nice = _USUAL  # a session begins so
         self._until = 0.0
+        self._used = 0.0  # of processors, when somebody last began to wait
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
 
     def start(self, waiting: Callable[[], bool], ordered: Callable[[], bool] = lambda: False) -> None:
-        """Give way to everybody else, from now on: while it loads a cold read may be waiting for it already.
+        """Give way to everybody else, from a moment after nobody waits any more.
 
         `waiting`: whether somebody waits; `ordered`: whether for an order. A thread of its own asks both.
         """
-        if self._become(_LOW):
-            self._thread = threading.Thread(
-                target=self._calm_down, args=(waiting, ordered), name="priority", daemon=True
-            )
-            self._thread.start()
+        if not os.access(self._path, os.W_OK):
+            return
+        self.hurry()
+        self._asked.set()
+        self._thread = threading.Thread(
+            target=self._calm_down, args=(waiting, ordered), name="priority", daemon=True
+        )
+        self._thread.start()
 
     def stop(self) -> None:
         """End the thread; from now on, until the process ends, others wait for it."""
@@ -72,6 +79,7 @@ class Priority:
         """Somebody waits for us: take a usual share, for a moment at least."""
         with self._lock:
             self._until = time.monotonic() + self._calm_seconds
+            self._used = time.process_time()
             if self._nice != _USUAL:
                 self._become(_USUAL)
                 self._asked.set()  # also where it was changed too lately: then the thread does it
@@ -85,7 +93,8 @@ class Priority:
                 if waiting() or time.monotonic() < self._until:
                     self._become(_USUAL)
                 elif ordered():
-                    self._become(_ORDERED)
+                    used = time.process_time() - self._used
+                    self._become(_USUAL if used < self._calm_seconds else _ORDERED)
                 elif self._become(_LOW):
                     self._asked.clear()
 

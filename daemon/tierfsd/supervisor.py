@@ -33,7 +33,7 @@ from tierfsd.children import Child
 from tierfsd.farewell import say_what_is_local_only
 from tierfsd.indexcare import IndexCare
 from tierfsd.logs import LogFile
-from tierfsd.priority import give_way_a_little
+from tierfsd.priority import hurry_on
 
 log = logging.getLogger("supervisor")
 
@@ -191,7 +191,6 @@ class Supervisor:
             link_fd = mover_end.fileno()
             arguments = {"state": self._plan.volume.state, "link-fd": link_fd, "control-fd": control_fd}
             self._mover.start(arguments, [link_fd, control_fd, self._lock_fd])
-            give_way_a_little(self._mover.pid)
             with contextlib.suppress(OSError):  # the server's death is noticed by itself
                 self._channel.send(channel.NewMover(), [server_end.fileno()])
 
@@ -445,6 +444,7 @@ class Supervisor:
 
     def _end_mover(self) -> None:
         self._mover.signal(signal.SIGTERM)
+        hurry_on(self._mover.pid)
         self._wait(lambda: not self._mover.alive(), _EXIT_SECONDS)
         if self._mover.alive():
             log.error("the mover did not end within %.0f s: killed", _EXIT_SECONDS)

@@ -95,6 +95,40 @@ def test_a_store_that_is_down_does_not_stop_a_mount(volume: Make, rclone_s3: s3s
     assert path.read_bytes() == SMALL
 
 
+def nice_of_group(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/autogroup").read_text().split()[-1])
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/autogroup"), reason="this kernel has no autogroups")
+def test_a_mover_that_begins_or_ends_is_not_held_back(
+    volume: Make, rclone_s3: s3servers.Server, stopped: Callable[[int], None]
+) -> None:
+    """Somebody waits for it then, an order or an unmount: beside busy programs it would not get on."""
+    mounted = volume(store=rclone_s3.url_for("begins"), env=rclone_s3.env)
+    mounted.umount()
+    server = rclone_s3.processes[0].pid
+    os.kill(server, signal.SIGSTOP)
+    try:
+        mounted.mount()
+        mover = mounted.mover()
+        for _ in range(25):  # longer than a question is remembered
+            assert nice_of_group(mover) == 0, "the store has yet to answer"
+            time.sleep(0.1)
+    finally:
+        os.kill(server, signal.SIGCONT)
+    while nice_of_group(mover) != 19:
+        time.sleep(0.1)
+    stopped(mover)  # so that it cannot help itself
+    with subprocess.Popen(
+        [*mounted.program, "umount", mounted.mountpoint], env=mounted.environment
+    ) as unmounting:
+        while nice_of_group(mover) != 0:
+            assert unmounting.poll() is None
+            time.sleep(0.05)
+        kill(mover, signal.SIGCONT)
+    assert unmounting.returncode == 0
+
+
 def test_no_s3_client_is_in_the_process_that_supervises(volume: Make, rclone_s3: s3servers.Server) -> None:
     """What it forks to look whose the store is would wait in vain for the threads of one."""
     mounted = volume(store=rclone_s3.url_for("apart"), env=rclone_s3.env)
