@@ -4,11 +4,13 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 
 from tierfs import cli, control, locate
-from tierfs.commands import check
+from tierfs.commands import asking, check
 from tierfs.commands import mount as commands_mount
 from tierfs.errors import PathError, VolumeError
 
@@ -168,6 +170,47 @@ def test_a_missing_path_fails_and_the_others_are_shown(run, daemon):
     assert code == 1
     assert err == "tierfs: /vol/x: does not exist\n"
     assert "file:///store" in out
+
+
+@pytest.fixture
+def several(daemon, monkeypatch):
+    """Four volumes, of which two say nothing. The others answer when all four have been asked."""
+    mounts = [locate.Mount(f"/{name}", locate.FSTYPE, f"tierfs#{name}", 0) for name in ("v1", "v2", "v3", "v4")]
+    all_asked, over = threading.Barrier(len(mounts)), threading.Event()
+
+    def converse(mount, request):
+        all_asked.wait(20)
+        if mount.mountpoint in ("/v1", "/v3"):
+            over.wait()
+        yield from daemon.answers[type(request)]
+
+    monkeypatch.setattr(control, "converse", converse)
+    monkeypatch.setattr(locate, "read_mounts", lambda *_: mounts)
+    monkeypatch.setattr(asking, "_PATIENCE_SECONDS", 1.0)
+    yield
+    over.set()
+
+
+SILENT = "".join(
+    f"tierfs: /{name}: has not answered within 1 s: name it, and it is waited for longer;"
+    " log/tierfs.log in its state directory may say why\n"
+    for name in ("v1", "v3")
+)
+
+
+def test_volumes_that_nobody_named_are_asked_together_and_the_silent_ones_named(run, several):
+    began = time.monotonic()
+    code, out, err = run("status", "--json")
+    assert time.monotonic() - began < 5, "one patience for all of them"
+    assert [document["mountpoint"] for document in json.loads(out)] == ["/v2", "/v4"]
+    assert (code, err) == (1, SILENT)
+
+
+def test_pins_of_silent_volumes_keep_nobody_from_those_of_others(run, several, daemon):
+    daemon.answers[control.GetPins] = [facts(b"d", "directory", pinned=True), control.Done(1)]
+    code, out, err = run("pins", "--json")
+    assert [document["path"] for document in json.loads(out)] == ["/v2/d", "/v4/d"]
+    assert (code, err) == (0, SILENT)
 
 
 def test_ls_names_what_it_cannot_show_and_shows_the_rest(run, daemon):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import click
 
 from tierfs import control, locate, terminal
+from tierfs.commands.asking import ask_all
 from tierfs.errors import PathError, TierError
 
 
@@ -18,30 +19,38 @@ from tierfs.errors import PathError, TierError
 @click.argument("paths", nargs=-1, type=click.Path(readable=False))
 def status(as_json: bool, paths: tuple[str, ...]) -> int:
     """Show sizes, tiers, queue and errors of volumes, or tier, heat and pin of a PATH in one."""
-    mounts = locate.read_mounts()
     documents: list[dict[str, Any]] = []
     failed = False
-    if not paths:
-        paths = tuple(mount.mountpoint for mount in locate.tier_mounts())
-        if not paths and not as_json:
-            click.echo("No TierFS volume is mounted.")
+    for path, answer in _answers(paths) if paths else _answers_of_all():
+        if isinstance(answer, TierError):
+            if len(paths) == 1:
+                raise answer
+            terminal.complain(path, str(answer).removeprefix(f"{path}: "))
+            failed = True
+            continue
+        documents.append(answer)
+        if not as_json:
+            (_print_volume if "mountpoint" in answer else _print_path)(answer)
+    if as_json:
+        terminal.print_json(documents[0] if documents and len(paths) == 1 else documents)
+    elif not documents and not failed:
+        click.echo("No TierFS volume is mounted.")
+    return 1 if failed else 0
+
+
+def _answers(paths: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Any] | TierError]]:
+    mounts = locate.read_mounts()
     for path in paths:
         try:
             place = locate.locate(path, mounts)
-            document = _volume_document(place.mount) if not place.relative else _path_document(path, place)
+            yield path, _path_document(path, place) if place.relative else _volume_document(place.mount)
         except TierError as exc:
-            if len(paths) == 1:
-                raise
-            terminal.complain(path, str(exc).removeprefix(f"{path}: "))
-            failed = True
-            continue
-        documents.append(document)
-        if not as_json:
-            (_print_volume if "mountpoint" in document else _print_path)(document)
-    if as_json:
-        single = len(documents) == 1 and len(click.get_current_context().params["paths"]) == 1
-        terminal.print_json(documents[0] if single else documents)
-    return 1 if failed else 0
+            yield path, exc
+
+
+def _answers_of_all() -> Iterator[tuple[str, dict[str, Any] | TierError]]:
+    for mount, answer in ask_all(locate.tier_mounts(), _volume_document):
+        yield mount.mountpoint, answer
 
 
 def _volume_document(mount: locate.Mount) -> dict[str, Any]:
@@ -192,29 +201,26 @@ def ls(as_json: bool, path: str) -> int:
 @click.argument("mountpoints", nargs=-1, type=click.Path(readable=False))
 def pins(as_json: bool, mountpoints: tuple[str, ...]) -> None:
     """List what is pinned in these volumes; without a MOUNTPOINT in all that are mounted and answer."""
-    documents = []
-    for mount, named in _volumes(mountpoints):
-        try:
-            found, _ = _facts(locate.Place(mount, b""), control.GetPins(), mount.mountpoint)
-        except TierError as exc:
-            if named:
-                raise
+    documents: list[dict[str, Any]] = []
+    if mountpoints:
+        for path in mountpoints:
+            documents += _pins(locate.locate(path).mount)
+    else:
+        for mount, found in ask_all(locate.tier_mounts(), _pins):
             # Nobody named it: another user's, or one that is just being unmounted, must not hide the others.
-            terminal.complain(mount.mountpoint, str(exc).removeprefix(f"{mount.mountpoint}: "))
-            continue
-        for document in found:
-            documents.append({**document, "path": mount.shown(os.fsencode(document["path"]))})
+            if isinstance(found, TierError):
+                terminal.complain(mount.mountpoint, str(found).removeprefix(f"{mount.mountpoint}: "))
+            else:
+                documents += found
     if as_json:
         terminal.print_json(documents)
         return
     _print_table(documents, lambda document: str(document["path"]))
 
 
-def _volumes(mountpoints: tuple[str, ...]) -> list[tuple[locate.Mount, bool]]:
-    """The volumes to ask, and whether each was named."""
-    if not mountpoints:
-        return [(mount, False) for mount in locate.tier_mounts()]
-    return [(locate.locate(path).mount, True) for path in mountpoints]
+def _pins(mount: locate.Mount) -> list[dict[str, Any]]:
+    found, _ = _facts(locate.Place(mount, b""), control.GetPins(), mount.mountpoint)
+    return [{**document, "path": mount.shown(os.fsencode(document["path"]))} for document in found]
 
 
 def _print_table(documents: list[dict[str, Any]], name: Callable[[dict[str, Any]], str]) -> None:
