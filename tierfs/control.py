@@ -292,10 +292,11 @@ class Findings(Frame, frozen=True):
 
 
 class Failed(Frame, frozen=True):
-    """The request failed; `message` is one line for the person."""
+    """The request failed; `message` says why, in a line for the person that is to follow the name of `path`."""
 
     errno: int
     message: str
+    path: bytes = b""  # that it is about; the root: the volume as a whole
 
 
 Answer = Facts | Status | Progress | Done | Findings | Failed | Version | Content | Garbage
@@ -450,7 +451,7 @@ def converse(mount: Mount, request: Request) -> Iterator[Answer]:
             send(sock, request)
             while (answer := receive_answer(sock)) is not None:
                 if isinstance(answer, Failed):
-                    raise error_of(answer)
+                    raise error_of(answer, mount)
                 yield answer
                 if isinstance(answer, Last):
                     return
@@ -463,13 +464,14 @@ def converse(mount: Mount, request: Request) -> Iterator[Answer]:
     raise VolumeError(f"{mount.mountpoint}: its daemon was restarted: try again")
 
 
-def error_of(answer: Failed) -> TierError:
-    """The error that a `Failed` stands for."""
+def error_of(answer: Failed, mount: Mount) -> TierError:
+    """The error that a `Failed` stands for; it names the path as it is seen in this mount."""
     classes: dict[int, type[TierError]] = {
         NotPermittedError.errno: NotPermittedError,
         PathError.errno: PathError,
     }
-    error = classes.get(answer.errno, TierError)(answer.message)
+    text = f"{mount.shown(answer.path)}: {answer.message}"
+    error = classes.get(answer.errno, TierError)(text)
     error.errno = answer.errno
     return error
 

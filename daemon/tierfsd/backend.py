@@ -283,7 +283,8 @@ class TierBackend:
         """Remove what may go from the store, or name what will."""
         self._tier.drain()
         if not dry_run:
-            self._kit.claim_tried.wait(_FIRST_ANSWER_SECONDS)
+            if not self._kit.claim_tried.wait(_FIRST_ANSWER_SECONDS):
+                raise StoreUnavailableError(f"nothing is removed: {self._kit.withheld}: try again when it has")
             if self._kit.withheld:
                 raise StoreUnavailableError(f"nothing is removed: {self._kit.withheld}")
             yield control.Done(self._collector.run(now=True))

@@ -29,6 +29,7 @@ _MAX_CONNECTIONS = 64
 _IDLE_SECONDS = 30.0
 _PROGRESS_SECONDS = 0.1
 _LIST_LIMIT = 100_000  # outcomes named in one answer
+_OF_A_PATH = (control.ListNames, control.GetVersions, control.ReadVersion)
 # What may take hours; all else is answered as soon as it can be.
 _ORDERS = (control.Demote, control.Fetch, control.SetPin, control.Drain, control.Check, control.Collect)
 
@@ -164,14 +165,15 @@ class ControlServer:
 
     def _answer(self, sock: socket.socket, peer: Peer, request: control.Request) -> None:
         """Carry out one request and send its last frame. Raises OSError where the client is gone."""
+        about = request.path if isinstance(request, _OF_A_PATH) else b""
         try:
             answer = self._carry_out(sock, peer, request)
         except TierError as exc:
-            answer = control.Failed(exc.errno, str(exc))
+            answer = control.Failed(exc.errno, str(exc), about)
         except (BrokenPipeError, ConnectionError, TimeoutError):
             raise
         except OSError as exc:
-            answer = control.Failed(exc.errno or errno.EIO, f"{exc.strerror or exc}")
+            answer = control.Failed(exc.errno or errno.EIO, f"{exc.strerror or exc}", about)
         except Exception as exc:
             if self._stopping.is_set():  # the pools take nothing more, and drop what waits
                 log.info("a %s request was cut short: %r", type(request).__name__, exc)
@@ -203,7 +205,7 @@ class ControlServer:
             case control.ReadVersion():
                 return self._versions.read(sock, peer, request)
         if not peer.trusted:
-            raise NotPermittedError("only root and the volume's owner may ask for this")
+            raise NotPermittedError("only root and the volume's owner may ask for this: act as one of them")
         with self._job(sock) as job:
             match request:
                 case control.Drain():

@@ -55,7 +55,7 @@ class Reach:
         with acting_as(peer):
             found = self._walk_to(path)
             try:
-                _permit(peer, found, path, access)
+                _permit(peer, found, access)
             except BaseException:
                 os.close(found.opath)
                 raise
@@ -80,7 +80,7 @@ class Reach:
         try:
             for name in path.split(b"/") if path else []:
                 if name in (b"", b".", b".."):
-                    raise PathError(f"{os.fsdecode(path)!r}: is not a plain path inside the volume")
+                    raise PathError("is not a plain path inside the volume")
                 parent = os.fstat(opath).st_ino
                 below = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=opath)
                 os.close(opath)
@@ -179,7 +179,7 @@ class Reach:
                 return path
             if not stat.S_ISREG(found.status.st_mode):
                 return None
-            _permit(peer, found, path, access)
+            _permit(peer, found, access)
             return self._target(found, path, named=False)
         finally:
             os.close(opath)
@@ -199,25 +199,23 @@ def _add(targets: dict[int, Target], target: Target) -> None:
         targets[target.ino] = target
 
 
-def _permit(peer: Peer, found: Found, path: bytes, access: int) -> None:
+def _permit(peer: Peer, found: Found, access: int) -> None:
     """Judge the last component; the peer's rights are in force. Raises NotPermittedError."""
     if peer.trusted:
         return
     if access == os.O_WRONLY:
         if found.status.st_uid != peer.uid:
-            raise NotPermittedError(f"{os.fsdecode(path)!r}: belongs to another user")
+            raise NotPermittedError("belongs to another user")
     elif not stat.S_ISLNK(found.status.st_mode) and not os.access(
         f"/proc/self/fd/{found.opath}", os.R_OK, effective_ids=True
     ):
-        raise NotPermittedError(f"{os.fsdecode(path)!r}: you may not read it")
+        raise NotPermittedError("you may not read it")
 
 
 def outcome_of(path: bytes, exc: Exception) -> control.Outcome:
     """An error as what is told of one path."""
     if isinstance(exc, TierError):
-        text = str(exc)
-        prefix = f"{os.fsdecode(path)!r}: "
-        return control.Outcome(path, text.removeprefix(prefix), failed=True)
+        return control.Outcome(path, str(exc), failed=True)
     reasons = {
         errno.ENOENT: "does not exist",
         errno.ENOTDIR: "does not exist",

@@ -292,7 +292,7 @@ class Supervisor:
     def _decline(self) -> None:
         left = max(1.0, self._mover_due - time.monotonic())
         message = (
-            f"{self._plan.mountpoint}: the mover {self._answering}, for the {self._mover.deaths}th time:"
+            f"the mover {self._answering}, for the {self._mover.deaths}th time:"
             f" another is started in {left:.0f} s; what is local can be used; {self._logfile.path} says more"
         )
         with contextlib.suppress(OSError, UsageError):  # who asks has gone, or never said what for

@@ -57,7 +57,9 @@ class VersionRequests:
             control.send(sock, self._answer(kept))
             count += 1
         if not count and not exists:
-            raise PathError(f"{os.fsdecode(path)!r}: neither exists nor is a version of it kept")
+            raise PathError(
+                "neither exists nor is a version of it kept: `tierfs versions` of its directory lists what is"
+            )
         return control.Done(count)
 
     def read(self, sock: socket.socket, peer: Peer, request: control.ReadVersion) -> control.Done:
@@ -65,8 +67,7 @@ class VersionRequests:
         found, exists, directory = self._find(peer, request.path)
         if not found and (directory or (not exists and any(self._beneath(peer, request.path)))):
             raise PathError(
-                f"{os.fsdecode(request.path)!r}: is a directory: name a file in it, or see all of it with"
-                " `tierfs mount --at`"
+                "is a directory: name a file in it, or see all of it with `tierfs mount --at`"
             )
         kept = choose(found, request.generation, request.when)
         sock.settimeout(_PATIENCE)
@@ -92,7 +93,7 @@ class VersionRequests:
             exists, whole, directory = False, self._reach.exists(peer, os.path.dirname(path)), False
         allowed = [kept for kept in found if _permits(peer, kept, whole)]
         if found and not allowed:
-            raise NotPermittedError(f"{os.fsdecode(path)!r}: you may not read what was there")
+            raise NotPermittedError("you may not read what was there")
         return allowed, exists, directory
 
     def _beneath(self, peer: Peer, path: bytes) -> Iterator[Kept]:

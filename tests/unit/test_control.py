@@ -55,6 +55,12 @@ class FakeBackend:
 
     fetch = demote
 
+    def versions(self, path, opath):
+        return []
+
+    def versions_beneath(self, path):
+        return []
+
     def set_pin(self, opath, status, parent, name, on):
         (self.pinned.add if on else self.pinned.discard)(name)
 
@@ -123,6 +129,16 @@ def test_status_and_facts(mount):
         b"link/g": "does not exist",
         b"../x": "is not a plain path inside the volume",
     }
+
+
+def test_what_is_refused_of_a_path_names_it_as_it_is_seen(mount):
+    with pytest.raises(PathError) as refused:
+        ask(mount, control.GetVersions(b"d/../f"))
+    assert str(refused.value) == "/m/f: is not a plain path inside the volume"
+    bound = mount._replace(mountpoint="/elsewhere", root="/d")
+    with pytest.raises(PathError) as refused:
+        ask(bound, control.GetVersions(b"d/none"))
+    assert str(refused.value).startswith("/elsewhere/none: neither exists nor is a version of it kept: `tierfs")
 
 
 def test_names_are_listed_in_order(mount):
@@ -248,13 +264,13 @@ def test_pinning_fetches_and_pins_are_listed(mount, backend):
 
 
 def test_errors_keep_their_message_and_class(mount, backend):
-    with pytest.raises(TierError, match=r"config\.toml:1: bad"):
+    with pytest.raises(TierError, match=r"^/m: config\.toml:1: bad"):
         ask(mount, control.Reload())
     backend.error = PathError("f: is gone")
-    with pytest.raises(PathError, match="f: is gone"):
+    with pytest.raises(PathError, match=r"^/m: f: is gone"):
         ask(mount, control.Demote([b"f"], True))
     backend.error = ZeroDivisionError("boom")
-    with pytest.raises(TierError, match="internal error: see"):
+    with pytest.raises(TierError, match=r"^/m: an internal error: see"):
         ask(mount, control.Demote([b"f"], True))
     (status,) = ask(mount, control.GetStatus())
     assert status.volume == "abc"
@@ -426,7 +442,8 @@ assert [fact.path for fact in facts] == [b"d/g"], facts
 for request in (control.Drain(), control.Check(False, False), control.Reload()):
     try:
         list(control.converse(mount, request))
-    except control.NotPermittedError:
+    except control.NotPermittedError as error:
+        assert str(error) == "/m: only root and the volume's owner may ask for this: act as one of them", error
         continue
     sys.exit(f"{{request}} was allowed")
 (done,) = control.converse(mount, control.SetPin([b"d/g"], True))

@@ -112,7 +112,7 @@ def _pins(mount: locate.Mount) -> list[bytes]:
 def _must(mount: locate.Mount, request: control.Request, title: str) -> None:
     """Carry out a request of which nothing may fail. Raises VolumeError."""
     done = converse_with_bar(mount, request, title)
-    failed = [(os.fsdecode(item.path), item.reason) for item in done.stayed if item.failed]
+    failed = [(mount.shown(item.path), item.reason) for item in done.stayed if item.failed]
     if failed:
         terminal.complain_all(failed)
         raise VolumeError(
