@@ -24,9 +24,8 @@ PACKAGE = Path(compiled.__file__).parent.parent
 FORMS = ("pure", "compiled")
 
 
-def build(place, *macros):
-    """The compiled part, built from the sources that are under test."""
-    program = place / "_hot.so"
+def build(program, *macros):
+    """Build the compiled part from the sources that are under test; returns the program."""
     include = sysconfig.get_paths()["include"]
     if not Path(include, "Python.h").exists():
         pytest.skip(f"no Python.h in {include}: the compiled part cannot be built here")
@@ -34,6 +33,11 @@ def build(place, *macros):
     argv = ["gcc", "-O2", "-Wall", "-Werror", "-shared", "-fPIC", f"-I{include}", macro]
     argv += [*macros, "-o", str(program)]
     subprocess.run([*argv, *(str(PACKAGE / name) for name in compiled.C)], check=True)
+    return program
+
+
+def load(program):
+    """The module that has been built."""
     spec = importlib.util.spec_from_file_location("tierfs.fuse._hot", program)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

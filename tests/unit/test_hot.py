@@ -9,7 +9,7 @@ import threading
 import time
 
 import pytest
-from hotside import FORMS, Side, build
+from hotside import FORMS, Side
 from hottwins import listed_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -21,12 +21,6 @@ from tierfs.handles import Inode, ShownTimes
 from tierfs.vfs import ROOT
 
 SIZE, MODE, LINKS = 4, 12, 13  # where these are in a fuse_attr_out
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    """The compiled part."""
-    return build(tmp_path_factory.mktemp("hot"))
 
 
 @pytest.fixture(params=FORMS)

@@ -8,19 +8,13 @@ import itertools
 import os
 
 import pytest
-from hotside import Side, build
+from hotside import Side
 
 from tierfs.fuse import protocol as p
 from tierfs.vfs import ROOT
 
 CAPABILITY = bytes.fromhex("0100000200040000000000000000000000000000")  # version 2: net_bind_service
 ONE, OTHER = 1234, 1235  # threads
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    """The compiled part."""
-    return build(tmp_path_factory.mktemp("hot"))
 
 
 @pytest.fixture

@@ -8,18 +8,12 @@ from pathlib import Path
 
 import damaging
 import pytest
-from hotside import build
 
 from tierfs.index import Index
 from tierfs.model import Residency
 
 INODES = 3000
 CTIMES = (5, -7, 1_700_000_000_000_000_000)
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    return build(tmp_path_factory.mktemp("hot"))
 
 
 def look(built, index):

@@ -4,7 +4,7 @@ import os
 from itertools import count
 
 import pytest
-from hotside import build
+from hotside import build, load
 from hottwins import listed_of
 from test_gate import FakeBacking
 from test_takeover import (
@@ -114,7 +114,7 @@ def prepare(world, nodes, files):
 @pytest.fixture(scope="module")
 def ending(tmp_path_factory):
     """The compiled part, built to end at its points."""
-    return build(tmp_path_factory.mktemp("points"), "-DTIERFS_POINTS")
+    return load(build(tmp_path_factory.mktemp("points") / "_hot.so", "-DTIERFS_POINTS"))
 
 
 def furnish_more(world):

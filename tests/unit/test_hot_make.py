@@ -7,16 +7,10 @@ import resource
 import subprocess
 
 import pytest
-from hotside import Side, build
+from hotside import Side
 
 from tierfs.fuse import protocol as p
 from tierfs.vfs import ROOT
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    """The compiled part."""
-    return build(tmp_path_factory.mktemp("hot"))
 
 
 def created(side, name, flags=os.O_RDWR | os.O_EXCL):

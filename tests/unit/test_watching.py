@@ -15,7 +15,7 @@ import threading
 import time
 
 import pytest
-from hotside import FORMS, Side, build
+from hotside import FORMS, Side
 
 from tierfs import syscalls
 from tierfs.fuse import protocol as p
@@ -24,12 +24,6 @@ from tierfs.lasting import FRESH, LONG
 from tierfs.vfs import ROOT, Caller
 
 ME = Caller(os.geteuid(), os.getegid(), os.getpid())
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    """The compiled part."""
-    return build(tmp_path_factory.mktemp("hot"))
 
 
 @pytest.fixture(params=FORMS)
