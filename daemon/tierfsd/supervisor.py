@@ -77,6 +77,7 @@ class Supervisor:
         self._mover = Child("mover", "tierfsd.mover", self._log_write)
         self._channel: channel.Channel | None = None
         self._fuse_fd = -1
+        self._devices: set[str] = set()  # of a mount that is in no table any more
         self._ledger_fd = -1
         self._epoch = 0
         self._lasting = False
@@ -421,6 +422,7 @@ class Supervisor:
             self._wait(lambda: not self._server.alive(), 0.5)
         if self._server.alive():
             log.warning("files are still open: detaching the mount")
+            self._devices = mounting.devices_of(self._plan.volume.identity.volume)
             self._detach_mount()
             self._wait(lambda: not self._server.alive(), _BUSY_SECONDS / 2)
         self._server.reap()
@@ -460,6 +462,8 @@ class Supervisor:
     def _detach(self) -> None:
         """Let go of the mount, whatever its state."""
         self._drop_channel()
+        if self._fuse_fd >= 0:
+            self._abort()
         self._detach_mount()
         if self._fuse_fd >= 0:
             os.close(self._fuse_fd)
@@ -474,6 +478,17 @@ class Supervisor:
             self._selector.unregister(self._channel)
             self._channel.close()
             self._channel = None
+
+    def _abort(self) -> None:
+        """End what waits for a server. Without the last descriptor the kernel would do so by itself, but a dead
+        server's teller has one too, and may be waiting for one of those who wait."""
+        if not mounting.is_connected(self._fuse_fd):
+            return
+        try:
+            for device in self._devices or mounting.devices_of(self._plan.volume.identity.volume):
+                mounting.abort(device)
+        except OSError as exc:
+            log.error("the connection of the mount is not aborted: %s", exc)
 
     def _detach_mount(self) -> None:
         with contextlib.suppress(OSError):

@@ -11,8 +11,10 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
+from harness import connection_of, kill, wait_gone
 
 from tierfs import failpoints
 from tierfs import volume as volumes
@@ -270,6 +272,30 @@ def test_a_server_that_is_killed_while_it_takes_over(volume, opened, point):
     assert os.pread(unlinked, 9, 0) == b"unlinked"
     assert made.log().count("another takes its session over") == 2
     assert "mounting anew" not in made.log()
+
+
+def test_who_waits_for_a_server_that_none_can_follow_is_told_although_its_teller_is_stuck(volume):
+    """The teller has the session open as well, and may itself be waiting for who waits."""
+    made = volume(env={"TIERFS_FAILPOINT": failpoints.TAKEOVER_BEGUN})
+    server = daemon(made)["pids"]["server"]
+    (teller,) = map(int, Path(f"/proc/{server}/task/{server}/children").read_text().split())
+    waiting = made.connections / str(connection_of(made.mountpoint)) / "waiting"
+    for pid in (server, teller):
+        os.kill(pid, signal.SIGSTOP)
+    with subprocess.Popen(["mkdir", made.mountpoint / "d"], stderr=subprocess.PIPE) as maker:
+        try:
+            while int(waiting.read_text()) == 0:
+                time.sleep(0.02)
+            os.kill(server, signal.SIGKILL)
+            assert not wait_gone([maker.pid], 30), "it waits for a mount that is no more"
+            said = maker.stderr.read()
+            replaced(made, server)
+            assert "mounting anew" in made.log()
+            (made.mountpoint / "d").mkdir()
+        finally:
+            for pid in (server, teller):
+                kill(pid, signal.SIGCONT)
+    assert maker.returncode and (b"not connected" in said or b"abort" in said)
 
 
 def test_two_killed_in_quick_succession(volume, opened):

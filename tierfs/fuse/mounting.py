@@ -13,6 +13,7 @@ import errno
 import logging
 import os
 import re
+import select
 import shutil
 import socket
 import stat
@@ -243,11 +244,23 @@ def _raise_read_ahead(mountpoint: str) -> None:
         log.info("%s: read-ahead stays as it is: %s", mountpoint, error)
 
 
-def abort_volume(volume: str) -> None:
-    """Abort the connection of this volume's mount, read without touching it. Raises OSError."""
+def devices_of(volume: str) -> set[str]:
+    """The major:minor of this volume's mounts, read without touching them."""
     source = _spelt(f"{SOURCE_PREFIX}{volume}", "#")
-    for device in {device for _, device, kind, said in _mountinfo() if (kind, said) == (FSTYPE, source)}:
+    return {device for _, device, kind, said in _mountinfo() if (kind, said) == (FSTYPE, source)}
+
+
+def abort_volume(volume: str) -> None:
+    """Abort the connection of this volume's mount. Raises OSError."""
+    for device in devices_of(volume):
         abort(device)
+
+
+def is_connected(fuse_fd: int) -> bool:
+    """Whether the kernel still has the filesystem: until then its number is no other's."""
+    poll = select.poll()
+    poll.register(fuse_fd, 0)
+    return not poll.poll(0)
 
 
 def abort(device: str) -> None:
