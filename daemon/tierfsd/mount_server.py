@@ -18,9 +18,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from tierfs import channel, failpoints, wire
+from tierfs import channel, failpoints, slices, wire
 from tierfs.errors import IndexError_, TierError, VolumeError
-from tierfs.fuse import hot, telling, watching
+from tierfs.fuse import telling, watching
 from tierfs.fuse.backing import KernelBacking
 from tierfs.fuse.kernel import End, Session
 from tierfs.fuse.spinning import Spinner
@@ -364,7 +364,7 @@ def _serve(
             watch.doubt()
     # Not SCHED_BATCH, although it serves a few per cent more: behind programs that compute, such a process
     # waits for their time slices, and a stat takes 0.3 ms on average instead of 0.03 to 0.15.
-    hot.stand_back()
+    slices.stand_back(slices.SERVER)
     # What exists now stays: it need not be looked at in each collection.
     gc.collect()
     gc.freeze()

@@ -32,8 +32,6 @@ from tierfs.vfs import Vfs
 
 log = logging.getLogger("fuse")
 
-_SLICE = 20_000_000  # nanoseconds; any that is above the kernel's default, of 0.7 to 2.8 ms, does the same
-
 
 class Receiver(Protocol):
     """Where requests come from.
@@ -190,20 +188,6 @@ def receiver(fd: int, buffer: bytearray, vfs: Vfs, refused: Told, failed: Told) 
         },
     )
     return made
-
-
-def stand_back() -> None:
-    """Let whoever is answered run at once, on the processor of the calling thread (see `_hot_slice.c`).
-
-    Where the compiled part is missing or the kernel refuses, all stays as it is, which costs time alone.
-    """
-    module, _why_not = compiled.find()
-    if module is None:
-        return
-    try:
-        module.time_slice(_SLICE)
-    except OSError as error:
-        log.info("the time slice stays as it is: %s", error)  # a sandbox
 
 
 def form(receiver: Receiver) -> str:

@@ -1,4 +1,4 @@
-"""The serving thread lets whoever it has answered run at once."""
+"""Our threads let others run at once."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import sys
 
 import pytest
 
+from tierfs import slices
 from tierfs.fuse import compiled
 
 _SHOW = """
 import ctypes, json, os, struct, sys
-from tierfs.fuse import hot
+from tierfs import slices
 if sys.argv[1] == "batch":
     os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 os.nice(3)
@@ -24,7 +25,7 @@ def now():
     assert ctypes.CDLL(None).syscall(number, 0, attributes, 48, 0) == 0
     return struct.unpack("=IIQiIQQQ", attributes.raw)[1:6]
 before = now()
-hot.stand_back()
+slices.stand_back(int(sys.argv[2]))
 print(json.dumps([before, now()]))
 """
 
@@ -32,8 +33,8 @@ print(json.dumps([before, now()]))
 def _shown(how: str, **environment: str) -> tuple[list[int], list[int]]:
     """Policy, flags, nice, priority and slice, before and after."""
     out = subprocess.run(
-        [sys.executable, "-c", _SHOW, how], check=True, capture_output=True, text=True, timeout=30,
-        env={**os.environ, **environment},
+        [sys.executable, "-c", _SHOW, how, str(slices.SERVER)],
+        check=True, capture_output=True, text=True, timeout=30, env={**os.environ, **environment},
     ).stdout  # fmt: skip
     before, after = json.loads(out)
     return before, after
@@ -50,7 +51,7 @@ needs_slices = pytest.mark.skipif(_VERSION < (6, 12), reason="slices came with L
 @pytest.mark.skipif(compiled.find()[0] is None, reason="the compiled part was not built")
 def test_slice_is_longer_than_that_of_others_and_all_else_stays() -> None:
     before, after = _shown("usual")
-    assert before[-1] < 5_000_000 < after[-1]
+    assert before[-1] < 5_000_000 < after[-1] == slices.SERVER
     assert before[:-1] == after[:-1]
 
 
@@ -58,3 +59,21 @@ def test_slice_is_longer_than_that_of_others_and_all_else_stays() -> None:
 def test_policy_that_somebody_chose_or_pure_form_changes_nothing(how: str, environment: dict[str, str]) -> None:
     before, after = _shown(how, **environment)
     assert before == after
+
+
+@needs_slices
+@pytest.mark.skipif(compiled.find()[0] is None, reason="the compiled part was not built")
+def test_threads_that_are_begun_later_have_it_too() -> None:
+    shown = _SHOW.replace("print(json.dumps([before, now()]))", """
+import threading
+found = []
+thread = threading.Thread(target=lambda: found.append(now()))
+thread.start()
+thread.join()
+print(json.dumps([before, found[0]]))
+""")  # fmt: skip
+    out = subprocess.run(
+        [sys.executable, "-c", shown, "usual", str(slices.MOVER)],
+        check=True, capture_output=True, text=True, timeout=30,
+    ).stdout  # fmt: skip
+    assert json.loads(out)[1][-1] == slices.MOVER > slices.SERVER
