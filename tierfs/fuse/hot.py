@@ -126,15 +126,7 @@ def receiver(fd: int, buffer: bytearray, vfs: Vfs, refused: Told, failed: Told) 
         log.warning("the compiled part is not used: %s", why_not)
     if module is None:
         return Pure(fd, buffer)
-    gate, nodes = vfs.gate, vfs.nodes
-
-    def holds(ino: int, ctime: int, blocks: int) -> int:
-        """For how many seconds attributes as they are hold; -1 where others are shown."""
-        if not gate.appearance.is_itself(ino, ctime, blocks):
-            return -1
-        return 0 if gate.writers_open(ino) else p.ATTR_SECONDS
-
-    ledger = vfs.ledger.form()
+    gate, ledger = vfs.gate, vfs.ledger.form()
     made: Receiver = module.Hot(
         fd=fd,
         buffer=buffer,
@@ -145,7 +137,7 @@ def receiver(fd: int, buffer: bytearray, vfs: Vfs, refused: Told, failed: Told) 
         free=ledger.free,
         intents_at=ledger.intents,
         segment=SEGMENT,
-        directory_fds=nodes.most_dirs,
+        directory_fds=vfs.nodes.most_dirs,
         low=gate.room.low,
         entry_seconds=p.ENTRY_SECONDS,
         attr_seconds=p.ATTR_SECONDS,
@@ -156,38 +148,53 @@ def receiver(fd: int, buffer: bytearray, vfs: Vfs, refused: Told, failed: Told) 
         told=vfs.told.memory,
         told_left=told.LEFT,
         objects={
-            **nodes.tables()._asdict(),
+            **vfs.nodes.tables()._asdict(),
+            **_objects(vfs),
             "records": _records(module, gate.appearance.index),
             "long_of": ledger.long_of,
-            "root": nodes.root,
-            "node": Node,
-            "forget": nodes.forget,
-            "listed": partial(listed_entry, vfs),
-            "plain": gate.appearance.plain,
-            "inodes": gate.appearance.inodes,
-            "holds": holds,
-            "gate": gate,
-            "kernel_backing": KernelBacking,
-            "idle": gate.idle,
-            "idle_inodes": gate.idle.inodes,
-            "touched": gate.heat.touched,
-            "files": vfs.files.handles,
-            "inode": Inode(0, 0, b""),
-            "handle": Handle(Inode(0, 0, b""), -1, 0, 0),
-            "stub_name": os.fsencode(vfs.tree.stub_name),
-            "marks": gate.marks,
-            "recent": gate.recent,
-            "seals": gate.seals,
-            "late": gate.appearance.late,
-            "gone_stat": GoneStat(b""),
-            "nodes": nodes,
-            "privileged": vfs.tree.privileged,
             "refused": refused,
             "failed": failed,
-            "unproven": gate.lasting.unproven,
         },
     )
     return made
+
+
+def _objects(vfs: Vfs) -> dict[str, object]:
+    """What the compiled form works on, by its names for it."""
+    gate, nodes = vfs.gate, vfs.nodes
+
+    def holds(ino: int, ctime: int, blocks: int) -> int:
+        """For how many seconds attributes as they are hold; -1 where others are shown."""
+        if not gate.appearance.is_itself(ino, ctime, blocks):
+            return -1
+        return 0 if gate.writers_open(ino) else p.ATTR_SECONDS
+
+    return {
+        "root": nodes.root,
+        "node": Node,
+        "forget": nodes.forget,
+        "listed": partial(listed_entry, vfs),
+        "plain": gate.appearance.plain,
+        "inodes": gate.appearance.inodes,
+        "holds": holds,
+        "gate": gate,
+        "kernel_backing": KernelBacking,
+        "idle": gate.idle,
+        "idle_inodes": gate.idle.inodes,
+        "touched": gate.heat.touched,
+        "files": vfs.files.handles,
+        "inode": Inode(0, 0, b""),
+        "handle": Handle(Inode(0, 0, b""), -1, 0, 0),
+        "stub_name": os.fsencode(vfs.tree.stub_name),
+        "marks": gate.marks,
+        "recent": gate.recent,
+        "seals": gate.seals,
+        "late": gate.appearance.late,
+        "gone_stat": GoneStat(b""),
+        "nodes": nodes,
+        "privileged": vfs.tree.privileged,
+        "unproven": gate.lasting.unproven,
+    }
 
 
 def form(receiver: Receiver) -> str:
