@@ -4,7 +4,7 @@ import errno
 import os
 
 import pytest
-from hotside import FORMS, Side, build
+from hotside import FORMS, Side
 from hottwins import listed_of
 
 from tierfs import lasting, told
@@ -12,12 +12,6 @@ from tierfs.fuse import protocol as p
 from tierfs.vfs import ROOT
 
 ENTRY, ATTR = 2, 3  # for how long, in a fuse_entry_out
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    """The compiled part."""
-    return build(tmp_path_factory.mktemp("hot"))
 
 
 @pytest.fixture(params=FORMS)
