@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import fakes3
 import netproxy
 import s3servers
+from botocore.loaders import JSONFileLoader
 from fakes3 import Answer, FakeS3, Request, content, error
 
 from tierfs.errors import (
@@ -132,6 +133,12 @@ def test_an_error_without_words(server: FakeS3, open_s3: Opener) -> None:
         for call in (open_s3().get, open_s3().head):
             with pytest.raises(expected):
                 call("key")
+
+
+def test_what_botocore_knows_of_s3_is_read_once(open_s3: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert open_s3().get("key") == BODY
+    monkeypatch.setattr(JSONFileLoader, "load_file", lambda *_: pytest.fail("it is read again"))
+    assert open_s3().get("key") == BODY
 
 
 def test_a_read_is_one_request_on_a_warm_connection(server: FakeS3, open_s3: Opener) -> None:

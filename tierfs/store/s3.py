@@ -11,13 +11,14 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 import boto3
 import botocore.config
+import botocore.session
 import obstore
 import obstore.store
 
@@ -79,7 +80,7 @@ class S3Store(ObjectStore):
         self.timeouts = timeouts
         self._root = f"{settings.prefix}/" if settings.prefix else ""
         self._place = describe(settings)
-        self._credentials = Credentials(settings.region, boto3.Session)
+        self._credentials = Credentials(settings.region, _new_session)
         self._lock = threading.Lock()
         self._connected: tuple[Any, Any, Data] | None = None
         self._look_again = 0.0
@@ -346,6 +347,18 @@ class S3Store(ObjectStore):
             retry_config={"max_retries": tries - 1, "retry_timeout": timedelta(seconds=_PART_SECONDS)},
             credential_provider=self._credentials,
         )
+
+
+def _new_session(**settings: str) -> Any:
+    core = botocore.session.get_session()
+    core.register_component("data_loader", _models())
+    return boto3.Session(botocore_session=core, **settings)
+
+
+@cache
+def _models() -> Any:
+    """What botocore knows of S3, as it has read it: megabytes of JSON, which each session would read anew."""
+    return botocore.session.get_session().get_component("data_loader")
 
 
 def describe(settings: S3Settings) -> str:
