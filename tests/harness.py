@@ -234,16 +234,14 @@ class Volume:
         self.mount(*args)
 
     def configure(self, **keys: str) -> None:
-        """Set keys of the configuration; the volume is unmounted around it when it is mounted."""
-        from tierfs import config
+        """Set keys of the configuration; they are in force when this returns, if the volume is mounted."""
+        from tierfs import config, control, locate
 
-        mounted = connection_of(self.mountpoint) is not None
-        if mounted:
-            self.umount()
         for key, value in keys.items():
             config.set_key(str(self.state / config.FILE_NAME), key, value)
-        if mounted:
-            self.mount()
+        if connection_of(self.mountpoint) is not None:
+            place = locate.locate(os.fspath(self.mountpoint))
+            assert list(control.converse(place.mount, control.Reload())) == [control.Done()]
 
     def close(self) -> None:
         """Unmount whatever the state; AssertionError where that needed force."""

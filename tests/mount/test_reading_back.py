@@ -33,10 +33,16 @@ def spoil(path: Path) -> None:
 def test_a_check_stopped_by_ctrl_c_goes_on_there_and_ends_with_all_findings(volume: Make) -> None:
     made = volume()
     made.configure(min_age="0s", min_size="0", replicate="cold")
-    made.mountpoint.joinpath("small").write_bytes(os.urandom(5000))
-    made.mountpoint.joinpath("large").write_bytes(os.urandom(24 * MIB))
-    made.demote(made.mountpoint / "small")
-    made.demote(made.mountpoint / "large")
+    first, second = made.mountpoint / "first", made.mountpoint / "second"
+    first.touch()
+    second.touch()
+    small, large = made.mountpoint / "small", made.mountpoint / "large"
+    for path, name in zip(sorted((first, second), key=lambda path: path.stat().st_ino), (small, large)):
+        path.rename(name)  # copies are read in the order of inode numbers
+    small.write_bytes(os.urandom(5000))
+    large.write_bytes(os.urandom(24 * MIB))
+    made.demote(small)
+    made.demote(large)
     assert made.cli("check", "--read-data", made.mountpoint).returncode == 0
     spoil(object_of(made, "small"))
     argv = [TIERFS, "check", "--read-data", "--rate", "6M", made.mountpoint]
