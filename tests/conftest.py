@@ -160,6 +160,21 @@ def user(area: Scratch) -> Iterator[pwd.struct_passwd]:
         subprocess.run(["userdel", name], check=True, capture_output=True)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """The files of contract/ go to one worker: they share servers, some of which take their time to start."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByServers(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::", 1)[0]
+            return os.path.dirname(file) if os.path.basename(os.path.dirname(file)) == "contract" else file
+
+    return ByServers(config, log)
+
+
 LONGEST = ("home", "crash", "model", "mount")  # directories, by how long their files take
 
 

@@ -41,6 +41,11 @@ def twin(area: Scratch, archive: Path) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def twin_survey(twin: Path) -> dict[str, Entry]:
+    return workload.survey(twin)
+
+
 @pytest.fixture(params=["directory", pytest.param("s3", marks=pytest.mark.s3)])
 def home(request: pytest.FixtureRequest, volume: Make) -> Iterator[Volume]:
     if request.param == "directory":
@@ -52,7 +57,9 @@ def home(request: pytest.FixtureRequest, volume: Make) -> Iterator[Volume]:
 
 @pytest.mark.usefixtures("tiers")
 @pytest.mark.timeout(420)
-def test_a_home_demoted_while_in_use(home: Volume, twin: Path, archive: Path) -> None:
+def test_a_home_demoted_while_in_use(
+    home: Volume, twin: Path, twin_survey: dict[str, Entry], archive: Path
+) -> None:
     root = home.mountpoint / "home"
     root.mkdir()
     workload.everything(root, archive)
@@ -64,7 +71,7 @@ def test_a_home_demoted_while_in_use(home: Volume, twin: Path, archive: Path) ->
     git_reads_nothing_back(home, root / "src")
     after = workload.survey(root)
     same_as_before(before, after)
-    same_as_twin(workload.survey(twin), after)
+    same_as_twin(twin_survey, after)
     assert workload.dump(root / "data.sqlite") == workload.dump(twin / "data.sqlite")
     assert workload.run("git", "fsck", "--full", cwd=root / "src") == ""
     workload.check_busy(home.mountpoint / "busy", turns)
@@ -137,10 +144,12 @@ def same_as_twin(twin: dict[str, Entry], after: dict[str, Entry]) -> None:
 
 
 @pytest.mark.timeout(300)
-def test_the_workload_is_repeatable(area: Scratch, twin: Path, archive: Path) -> None:
+def test_the_workload_is_repeatable(
+    area: Scratch, twin: Path, twin_survey: dict[str, Entry], archive: Path
+) -> None:
     """Two plain runs give the same: what differs above is then TierFS's doing."""
     again = area.path / "again"
     again.mkdir()
     workload.everything(again, archive)
-    same_as_twin(workload.survey(twin), workload.survey(again))
+    same_as_twin(twin_survey, workload.survey(again))
     assert workload.dump(again / "data.sqlite") == workload.dump(twin / "data.sqlite")

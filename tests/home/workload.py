@@ -92,8 +92,9 @@ def unpack_and_commit(root: Path, archive: Path) -> None:
     run("git", "init", "-q", "-b", "main", cwd=source)
     run("git", "-c", "core.fsync=none", "add", "-A", cwd=source)
     run("git", "commit", "-q", "-m", "all of it", cwd=source)
-    # Packed with one thread, since several cut deltas differently each time.
-    run("git", "-c", "pack.threads=1", "gc", "-q", cwd=source)
+    # Packed with one thread, since several cut deltas differently each time, and with a small window, since the
+    # time would go into looking for better ones.
+    run("git", "-c", "pack.threads=1", "-c", "pack.window=2", "gc", "-q", cwd=source)
     run("git", "checkout", "-q", "-b", "topic", cwd=source)
     changed = source / ".gitignore"
     changed.write_text("__pycache__/\n*.o\n")
