@@ -8,7 +8,9 @@ processes are known by a variable in their environment, and are ended by pid.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
+import mmap
 import os
 import select
 import shutil
@@ -129,6 +131,22 @@ def command(pid: int) -> str:
 def kill(pid: int, number: int = signal.SIGKILL) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
+
+
+@contextlib.contextmanager
+def mapped(path: Path_, size: int) -> Iterator[int]:
+    """The address of a shared mapping without a descriptor; the mmap module would keep one."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    fd = os.open(path, os.O_RDWR)
+    address = libc.mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, fd, 0)
+    os.close(fd)
+    try:
+        yield address
+    finally:
+        libc.munmap(address, size)
 
 
 def wait_gone(pids: Sequence[int], seconds: float) -> list[int]:

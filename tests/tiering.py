@@ -22,6 +22,17 @@ from tierfs.waits import Blocked
 MIB = 1 << 20
 
 
+class Job:
+    """A request to the control server, as far as its work knows of it: nobody cancels it."""
+
+    def __init__(self):
+        self.cancelled = threading.Event()
+        self.reports = []
+
+    def report(self, progress):
+        self.reports.append(progress)
+
+
 class Server:
     """The mount server's half: a Gate whose loop runs in a thread, and files opened through it."""
 

@@ -7,12 +7,12 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
 from rescuing_run import NAMES, content_of, open_home, rescue
 from tierfsd import checking
+from tiering import Job
 
 from tierfs import failpoints
 from tierfs.digests import SIDE_SUFFIX
@@ -20,13 +20,6 @@ from tierfs.model import Residency, object_key
 from tierfs.recovery import finish_pending
 
 SCRIPT = Path(__file__).with_name("rescuing_run.py")
-
-
-class Job:
-    cancelled = threading.Event()
-
-    def report(self, progress):
-        pass
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-from harness import connection_of, kill, wait_gone
+from harness import connection_of, kill, mapped, wait_gone
 
 from tierfs import failpoints
 from tierfs import volume as volumes
@@ -227,20 +227,11 @@ def test_what_is_mapped_and_closed_is_not_demoted_by_the_next_server(volume):
     made = volume()
     path = made.mountpoint / "mapped"
     path.write_bytes(b"a" * 8192)
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.mmap.restype = ctypes.c_void_p
-    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
-    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-    fd = os.open(path, os.O_RDWR)
-    where = libc.mmap(None, 8192, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, fd, 0)
-    os.close(fd)
-    try:
+    with mapped(path, 8192) as where:
         kill_server(made)
         made.cli("demote", path, check=False)
         assert made.tier(path) == "resident"
         ctypes.memmove(where, b"bbbb", 4)
-    finally:
-        libc.munmap(where, 8192)
     assert path.read_bytes()[:5] == b"bbbba"
     made.demote(path)
     assert made.tier(path) == "stub" and path.read_bytes()[:5] == b"bbbba"

@@ -1,10 +1,19 @@
-"""The compiled part, built once for all tests of a run."""
+"""What several files of unit tests use: a volume in this process, and the compiled part."""
 
 import fcntl
 import os
 
 import pytest
 from hotside import build, load
+from tiering import Volume
+
+
+@pytest.fixture
+def volume(tmp_path):
+    """With everything in force that the defaults say, and a store in memory."""
+    made = Volume(tmp_path)
+    yield made
+    made.stop()
 
 
 @pytest.fixture(scope="session")

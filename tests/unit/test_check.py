@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 import time
 from dataclasses import replace
 
@@ -11,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tierfsd import checking
-from tiering import Volume
+from tiering import Job
 
 from tierfs import recovery
 from tierfs.codec import pack_record, unpack_record
@@ -21,23 +20,6 @@ from tierfs.model import Residency, Stub, object_key
 from tierfs.past import U64
 
 SMALL = os.urandom(30_000)
-
-
-class Job:
-    """Of the control server, as far as a check goes."""
-
-    def __init__(self):
-        self.cancelled = threading.Event()
-
-    def report(self, progress):
-        pass
-
-
-@pytest.fixture
-def volume(tmp_path):
-    made = Volume(tmp_path)
-    yield made
-    made.stop()
 
 
 @pytest.fixture

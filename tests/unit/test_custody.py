@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tiering import Volume
 
 from tierfs.errors import IndexError_
 from tierfs.index import Index
@@ -18,13 +17,6 @@ from tierfs.syscalls import fallocate
 TESTS = Path(__file__).parents[1]
 KEEP_SIZE = 1
 RULES = 28
-
-
-@pytest.fixture
-def volume(tmp_path):
-    made = Volume(tmp_path)
-    yield made
-    made.stop()
 
 
 def test_each_rule_has_tests_and_each_test_exists():

@@ -2,19 +2,10 @@
 
 import os
 
-import pytest
 from tierfsd.farewell import local_only
-from tiering import Volume
 
 from tierfs.commands.late import left
 from tierfs.config import Never
-
-
-@pytest.fixture
-def volume(tmp_path):
-    made = Volume(tmp_path)
-    yield made
-    made.stop()
 
 
 def said(volume):

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import gc
-import mmap
 import os
 import socket
 import time
 
 import pytest
+from harness import mapped
 
 from tierfs import idle, wire
 from tierfs.codec import is_plain, pack_record
@@ -332,15 +331,8 @@ def test_a_seal_is_refused_while_a_handle_writes_and_while_a_mark_is_undrained(w
 
 
 def test_a_seal_is_refused_while_a_mapping_outlives_its_descriptor(world):
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.mmap.restype = ctypes.c_void_p
-    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
-    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-    fd = os.open(world.path, os.O_RDWR)
-    address = libc.mmap(None, 4096, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, fd, 0)
-    os.close(fd)
-    assert world.seal() == 0
-    libc.munmap(address, 4096)
+    with mapped(world.path, 4096):
+        assert world.seal() == 0
     assert world.seal() != 0
 
 

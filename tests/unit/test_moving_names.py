@@ -8,19 +8,13 @@ import threading
 import pytest
 from journals import Journalled
 from tierfsd import checking
+from tiering import Job
 
 from tierfs import failpoints
 
 OUT = failpoints.DEMOTE_POINTS
 IN = (failpoints.FILL_WRITTEN, failpoints.FILL_SYNCED, failpoints.FILL_CLEARED)
 WAIT_SECONDS = 0.1  # for what has to wait for the step itself
-
-
-class Job:
-    cancelled = threading.Event()
-
-    def report(self, progress):
-        pass
 
 
 @pytest.fixture

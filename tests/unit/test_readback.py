@@ -9,7 +9,7 @@ import time
 
 import pytest
 from tierfsd import checking
-from tiering import MIB, Volume
+from tiering import MIB, Job, Volume
 
 from tierfs import control, copying, punching, readback, transitions
 from tierfs.digests import SIDE_SUFFIX
@@ -34,17 +34,6 @@ class Watched(Decorator):
         self.before(key, start)
         self.read.append((key, start))
         return super().get(key, start, length)
-
-
-class Job:
-    """Of the control server, as far as a check goes."""
-
-    def __init__(self):
-        self.cancelled = threading.Event()
-        self.reports = []
-
-    def report(self, progress):
-        self.reports.append(progress)
 
 
 @pytest.fixture

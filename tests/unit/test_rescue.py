@@ -10,6 +10,7 @@ from journals import Journalled
 from test_planting import COPY, file, plant, root
 from tierfsd import checking, rescues
 from tierfsd.rescues import Rescues
+from tiering import Job
 
 from tierfs import copying, manifest
 from tierfs.errors import BusyError, VolumeError
@@ -169,13 +170,6 @@ def test_a_store_that_another_machine_has_taken_gets_none(home):
         take(home, "db")
     assert not objects(home) and home.volume.index.orphans(1 << 62) == []
     home.volume.server.release(handle)
-
-
-class Job:
-    cancelled = threading.Event()
-
-    def report(self, progress):
-        pass
 
 
 def test_a_check_knows_one_that_is_taken_while_it_lists_the_store(home, monkeypatch):

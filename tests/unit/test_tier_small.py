@@ -13,19 +13,11 @@ from types import SimpleNamespace
 import pytest
 from tierfsd.backend import TierBackend
 from tierfsd.reach import Target
-from tiering import Volume
 
 from tierfs.errors import IndexError_, VolumeError
 from tierfs.kit import GONE
 from tierfs.marks import Mark
 from tierfs.model import Residency
-
-
-@pytest.fixture
-def volume(tmp_path):
-    made = Volume(tmp_path)
-    yield made
-    made.stop()
 
 
 def reasons(items):

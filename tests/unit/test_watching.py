@@ -1,9 +1,6 @@
 """For how long the kernel may believe what it is told, and how it hears of edits behind the mount."""
 
-import contextlib
-import ctypes
 import errno
-import mmap
 import os
 import random
 import select
@@ -15,6 +12,7 @@ import threading
 import time
 
 import pytest
+from harness import mapped
 from hotside import FORMS, Side
 
 from tierfs import syscalls
@@ -56,20 +54,6 @@ def made(path):
     """A file at this path."""
     path.write_bytes(b"content")
     return path
-
-
-@contextlib.contextmanager
-def mapped(path):
-    """A shared mapping of the file without a descriptor."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.mmap.restype = ctypes.c_void_p
-    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
-    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-    fd = os.open(path, os.O_RDWR)
-    address = libc.mmap(None, 4096, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, fd, 0)
-    os.close(fd)
-    yield
-    libc.munmap(address, 4096)
 
 
 def seconds(found):
@@ -158,7 +142,7 @@ def test_a_file_that_is_written_does_not_last_until_nobody_can_be_writing(side):
     fh, _ = side.vfs.open(node, os.O_RDWR, ME)
     assert side.gate.lasting.unproven == {ino}
     assert side.getattr(node)[0] == 0
-    with mapped(path):
+    with mapped(path, 4096):
         side.vfs.release(fh)
         assert side.getattr(node)[0] == p.ATTR_SECONDS
         assert seconds(side.lookup(ROOT, b"file")) == (LONG, p.ATTR_SECONDS)
