@@ -39,6 +39,9 @@ log = logging.getLogger("mover")
 T = TypeVar("T")
 _CLAIM_SECONDS = 30.0
 _LONGEST_PAUSE = 5.0
+# Where somebody has a lease, as the server for the moment of a proof (lasting.Lasting.prove), this waits until
+# it is given back; the kernel takes it after /proc/sys/fs/lease-break-time.
+_WAITING_FLAGS = WRITE_FLAGS & ~(os.O_NOFOLLOW | os.O_NONBLOCK)
 # Credentials are renewed, a disk is plugged in again: whoever reads waits for that as for a network.
 _AWAY = (StoreUnavailableError, StoreDeniedError, BucketMissingError)
 
@@ -62,7 +65,7 @@ class Opener:
         fd = -1
         try:
             with kit.writable(opath):
-                fd = kit.tree.reopen(opath, WRITE_FLAGS & ~os.O_NOFOLLOW)
+                fd = kit.tree.reopen(opath, _WAITING_FLAGS)
             st, stub = os.fstat(fd), kit.tree.read_stub(fd)
             if stub is None:
                 self._found_resident(ino, fd)

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import functools
 import os
 import threading
@@ -97,6 +98,19 @@ def test_a_reader_goes_on_with_the_first_piece(volume, cold):
         whole.join(20)
         volume.server.release(handle)
     assert volume.store.ranges == [(START, MIB)]
+
+
+def test_whoever_proves_for_a_moment_that_nobody_writes_disturbs_no_read(volume, cold):
+    """The mount server does, by a read lease, whenever a file that changed lately is looked at."""
+    tree, proof = volume.server.tree, os.open(volume.path("big"), os.O_RDONLY)
+    assert tree.try_lease(proof, fcntl.F_RDLCK)
+    end = threading.Timer(0.3, os.close, [proof])
+    end.start()
+    try:
+        assert volume.server.read(volume.path("big"), START, MIB) == cold[START : START + MIB]
+        assert end.finished.is_set()
+    finally:
+        end.join()
 
 
 def test_of_a_range_that_breaks_off_the_rest_is_asked_for(volume, cold):
