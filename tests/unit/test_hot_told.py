@@ -7,7 +7,7 @@ import pytest
 from hotside import FORMS, Side
 from hottwins import listed_of
 
-from tierfs import lasting, told
+from tierfs import lasting, syscalls, told
 from tierfs.fuse import protocol as p
 from tierfs.vfs import ROOT
 
@@ -76,6 +76,21 @@ def test_what_was_told_for_a_moment_only_is_told_again(side):
     number, body = side.ask(p.Op.SETATTR, node, setattr_of(valid=p.SET_MODE, mode=0o600))
     assert number == 0 and p.ATTR_OUT.unpack(body)[0] < told.LEFT
     assert listed(side)[b"file"] == node
+
+
+@pytest.mark.parametrize("exchanged", [False, True])
+def test_what_was_renamed_is_told_again(side, exchanged):
+    settle(side, "file", "other", "third")
+    listed(side)
+    assert set(listed(side).values()) == {0}
+    if exchanged:
+        how = p.RENAME2_IN.pack(ROOT, syscalls.RENAME_EXCHANGE, 0)
+        assert side.ask(p.Op.RENAME2, ROOT, how + b"file\0other\0")[0] == 0
+    else:
+        assert side.ask(p.Op.RENAME, ROOT, p.U64.pack(ROOT) + b"file\0moved\0")[0] == 0
+    found = listed(side)
+    assert found.pop(b"third") == 0
+    assert all(found.values()) if exchanged else found.pop(b"moved") and set(found.values()) == {0}
 
 
 def test_another_file_of_the_name_and_another_name_of_the_file_are_told(side):

@@ -365,6 +365,8 @@ static enum outcome renamed(Hot *hot, uint64_t request, struct renaming *each)
 /* As node_outdated, of what a rename changes besides the directory that it is from. 0, or -1 with an exception. */
 static int others_outdated(Hot *hot, const struct in_header *in, uint64_t above, PyObject *node)
 {
+    if (node)
+        told_for(hot, number_of(node, s_id), 0); /* the kernel asks for its attributes again */
     if (!hot->long_seconds)
         return 0;
     if (above != in->nodeid && !has_taken_in(hot, above, in->pid) && outdated(hot, above))

@@ -256,6 +256,8 @@ class Operations:
         moved = self._vfs.rename(nodeid, old, new_parent, new, flags)
         others = () if new_parent == nodeid else (new_parent,)
         self._changed(*others, *moved, nodeid)
+        for each in moved:
+            self._vfs.told.note(each, 0)  # the kernel asks for its attributes again
         return _DONE
 
     def link(self, message: bytes, nodeid: int) -> bytes:
