@@ -30,7 +30,9 @@ def volumes(request: pytest.FixtureRequest, volume: Make, tmp_path: Path) -> Ite
         options = {"store": server.url_for("view"), "env": server.env}
     first = volume(mount=False, **options)
     first.mount()
+    first.umount()  # at once: its journal has yet to begin
     first.configure(journal="200ms")
+    first.mount()
     view = volume(mount=False, **options)
     view.mountpoint.mkdir()
     yield first, view
