@@ -39,7 +39,8 @@ PARTS_OF = {
     "restoring": {"planting"},
     "ledger": {"intents"},
     "gate": {"idle", "inflow", "passages", "handles", "appearance", "report", "room", "vigil", "lasting"},
-    "vfs": {"nodes", "dirs", "xattrs", "making", "names", "openfiles"},
+    "vfs": {"nodes", "dirs", "xattrs", "making", "names", "openfiles", "told"},
+    "fuse": {"slices"},
     "tier": {
         "kit",
         "restless",
