@@ -33,14 +33,13 @@ def main() -> int:
 
 def _work(arguments: argparse.Namespace, stopping: threading.Event) -> int:
     # Loaded only now: it takes a moment, and a signal must not end the process meanwhile.
-    from tierfs import slices, volume
+    from tierfs import volume
     from tierfs.errors import IndexDamagedError, TierError
     from tierfsd import logs
     from tierfsd.assembly import Mover
     from tierfsd.indexcare import INDEX_DAMAGED
 
     logs.setup()
-    slices.stand_back(slices.MOVER)  # before there are other threads, too
     try:
         home = volume.load(arguments.state)
         mover = Mover(home, arguments.link_fd, arguments.control_fd, stopping)

@@ -21,6 +21,8 @@ import threading
 import time
 from collections.abc import Callable
 
+from tierfs import slices
+
 log = logging.getLogger("mover")
 
 _GROUP = "/proc/self/autogroup"
@@ -107,5 +109,8 @@ class Priority:
         except OSError as error:
             log.debug("nice %d is not set: %s", nice, error)
             return False
+        # A longer slice has it displaced sooner, and run later: both are for work that nobody waits for.
+        if (nice == _USUAL) != (self._nice == _USUAL):
+            slices.stand_back_all(slices.DEFAULT if nice == _USUAL else slices.MOVER)
         self._nice = nice
         return True

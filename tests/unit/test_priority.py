@@ -9,6 +9,8 @@ import time
 import pytest
 from tierfsd.priority import Priority
 
+from tierfs import slices
+
 
 def eventually(condition):
     deadline = time.monotonic() + 20
@@ -17,9 +19,10 @@ def eventually(condition):
         time.sleep(0.01)
 
 
-def test_it_gives_way_but_for_who_waits(tmp_path):
-    group = tmp_path / "autogroup"
+def test_it_gives_way_but_for_who_waits(tmp_path, monkeypatch):
+    group, given = tmp_path / "autogroup", []
     group.write_text("0")
+    monkeypatch.setattr(slices, "stand_back_all", given.append)
     waiting = threading.Event()
     waiting.set()
     priority = Priority(str(group), 0.05)
@@ -42,6 +45,7 @@ def test_it_gives_way_but_for_who_waits(tmp_path):
     finally:
         priority.stop()
     assert group.read_text() == "0"  # whoever unmounts waits for what is left
+    assert len(given) >= 6 and given == [slices.MOVER, slices.DEFAULT] * (len(given) // 2)
 
 
 def use_a_processor(seconds):

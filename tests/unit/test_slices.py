@@ -63,17 +63,29 @@ def test_policy_that_somebody_chose_or_pure_form_changes_nothing(how: str, envir
 
 @needs_slices
 @pytest.mark.skipif(compiled.find()[0] is None, reason="the compiled part was not built")
-def test_threads_that_are_begun_later_have_it_too() -> None:
-    shown = _SHOW.replace("print(json.dumps([before, now()]))", """
-import threading
-found = []
-thread = threading.Thread(target=lambda: found.append(now()))
-thread.start()
-thread.join()
-print(json.dumps([before, found[0]]))
-""")  # fmt: skip
+def test_threads_that_are_there_and_such_as_are_begun_later_have_it_too() -> None:
+    shown = _SHOW.replace("slices.stand_back(", "slices.stand_back_all(").replace(
+        "print(json.dumps([before, now()]))",
+        """
+other, go, found = [], threading.Event(), []
+def there():
+    go.wait()
+    found.append(now())
+threads = [threading.Thread(target=there)]
+threads[0].start()
+slices.stand_back_all(slices.MOVER)
+go.set()
+threads.append(threading.Thread(target=there))
+threads[1].start()
+for thread in threads:
+    thread.join()
+slices.stand_back_all(slices.DEFAULT)
+print(json.dumps([before[-1], found[0][-1], found[1][-1], now()[-1]]))
+""",
+    )
     out = subprocess.run(
-        [sys.executable, "-c", shown, "usual", str(slices.MOVER)],
+        [sys.executable, "-c", f"import threading\n{shown}", "usual", str(slices.DEFAULT)],
         check=True, capture_output=True, text=True, timeout=30,
     ).stdout  # fmt: skip
-    assert json.loads(out)[1][-1] == slices.MOVER > slices.SERVER
+    before, *others, after = json.loads(out)
+    assert others == [slices.MOVER] * 2 and before == after < slices.SERVER < slices.MOVER

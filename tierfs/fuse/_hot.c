@@ -600,7 +600,7 @@ static PyTypeObject HotType = {
 };
 static PyMethodDef functions[] = {
     {"foreign", hot_foreign, METH_VARARGS, "See tierfs.fuse.watching.foreign."},
-    {"time_slice", hot_time_slice, METH_VARARGS, "See tierfs.slices.stand_back."},
+    {"time_slice", hot_time_slice, METH_VARARGS, "See tierfs.slices."},
     {NULL},
 };
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "tierfs.fuse._hot", NULL, -1, functions};

@@ -18,18 +18,20 @@ struct attributes {
     uint64_t runtime, deadline, period;
 };
 
+/* Of a thread, 0: the calling one; 0 nanoseconds: the kernel's default again. */
 PyObject *hot_time_slice(PyObject *Py_UNUSED(module), PyObject *arguments)
 {
+    int thread;
     unsigned long long nanoseconds;
     struct attributes now;
-    if (!PyArg_ParseTuple(arguments, "K", &nanoseconds))
+    if (!PyArg_ParseTuple(arguments, "iK", &thread, &nanoseconds))
         return NULL;
-    if (syscall(SYS_sched_getattr, 0, &now, sizeof now, 0))
+    if (syscall(SYS_sched_getattr, thread, &now, sizeof now, 0))
         return PyErr_SetFromErrno(PyExc_OSError);
     if (now.policy != SCHED_OTHER)
         Py_RETURN_NONE; /* somebody has chosen how it is to run */
     now.runtime = nanoseconds;
-    if (syscall(SYS_sched_setattr, 0, &now, 0))
+    if (syscall(SYS_sched_setattr, thread, &now, 0))
         return PyErr_SetFromErrno(PyExc_OSError);
     Py_RETURN_NONE;
 }
