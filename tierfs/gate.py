@@ -41,7 +41,7 @@ from tierfs.report import HeatReport, Outbox
 from tierfs.room import Room
 from tierfs.tree import Tree, drop_set_id, fd_path
 from tierfs.vigil import Vigil
-from tierfs.waits import Blocked, Wait
+from tierfs.waits import Blocked, Stretch, Wait
 
 log = logging.getLogger("gate")
 
@@ -387,18 +387,8 @@ class Gate:
 
     def read(self, handle: Handle, offset: int, size: int) -> bytes:
         """Up to `size` bytes. Raises Blocked until they are local."""
-        inode, content = handle.inode, handle.inode.content
-        if content is not None and content.missing:
-            end = min(offset + size, content.size)
-            if offset >= end:
-                return b""
-            window = handle.ahead.advance(offset, end, content.size)
-            try:
-                self._inflow.need(inode.ino, offset, end, passable=True)
-            finally:
-                # Behind what is waited for, so that it comes second, but without waiting for that.
-                if window is not None:
-                    self._inflow.ahead(inode.ino, *window)
+        content = handle.inode.content
+        self._await(handle, offset, size)
         if handle.fd >= 0:
             data = os.pread(handle.fd, size, offset)
         else:
@@ -407,6 +397,31 @@ class Gate:
         if content is not None and content.missing:
             return content.filled_in(data, offset)
         return data
+
+    def stretch(self, handle: Handle, offset: int, size: int) -> Stretch | None:
+        """Where up to `size` bytes are, None where they must be read. Raises Blocked until they are local."""
+        content = handle.inode.content
+        if handle.fd < 0:
+            return None
+        self._await(handle, offset, size)
+        count = min(size, os.fstat(handle.fd).st_size - offset)
+        if count <= 0 or (content is not None and content.lacks(offset, offset + count) is not None):
+            return None
+        return Stretch(handle.fd, offset, count)
+
+    def _await(self, handle: Handle, offset: int, size: int) -> None:
+        inode, content = handle.inode, handle.inode.content
+        if content is not None and content.missing:
+            end = min(offset + size, content.size)
+            if offset >= end:
+                return
+            window = handle.ahead.advance(offset, end, content.size)
+            try:
+                self._inflow.need(inode.ino, offset, end, passable=True)
+            finally:
+                # Behind what is waited for, so that it comes second, but without waiting for that.
+                if window is not None:
+                    self._inflow.ahead(inode.ino, *window)
 
     def write(self, handle: Handle, offset: int, data: bytes | memoryview) -> int:
         """Write all of `data` at `offset`. Raises Blocked until the file is resident."""

@@ -19,7 +19,7 @@ from tierfs.handles import Handle
 from tierfs.ledger import KeptFile
 from tierfs.making import Caller, changed_by
 from tierfs.nodes import Node, NodeTable
-from tierfs.waits import Slow
+from tierfs.waits import Slow, Stretch
 
 log = logging.getLogger("gate")
 
@@ -113,6 +113,10 @@ class OpenFiles:
     def read(self, fh: int, offset: int, size: int) -> bytes:
         """Up to `size` bytes. Raises Blocked, OSError."""
         return self._gate.read(self.get(fh), offset, size)
+
+    def stretch(self, fh: int, offset: int, size: int) -> Stretch | None:
+        """Where up to `size` bytes are; None where they have to be read. Raises Blocked, OSError."""
+        return self._gate.stretch(self.get(fh), offset, size)
 
     def write(
         self,

@@ -94,6 +94,7 @@ class Vfs:
         names = Names(tree, gate, self.nodes)
         xattrs = Xattrs(tree, gate, self.nodes, heat)
         self.read = self.files.read
+        self.stretch = self.files.stretch
         self.write = self.files.write
         self.release = self.files.release
         self.flush = self.files.flush

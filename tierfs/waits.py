@@ -8,7 +8,7 @@ the wait fires. One that needs a slow local system call returns Slow, and the bi
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 
 class Wait:
@@ -69,3 +69,11 @@ class Slow:
 
     def __init__(self, run: Callable[[], Any]) -> None:
         self.run = run
+
+
+class Stretch(NamedTuple):
+    """The result of reading: these bytes of a file, which its reader may be given without their being read."""
+
+    fd: int
+    offset: int
+    length: int

@@ -19,7 +19,7 @@ from tierfs.marks import Mark, MarkReader, MarkWriter
 from tierfs.model import Copy, Record, Residency, Stub, make_generation
 from tierfs.tree import open_tree
 from tierfs.vigil import SILENCE_SECONDS
-from tierfs.waits import Blocked
+from tierfs.waits import Blocked, Stretch
 
 EPOCH = 3
 
@@ -556,6 +556,9 @@ def test_without_a_backing_id_a_file_is_served_from_here(world, monkeypatch):
     made, old = create(world), world.open(os.O_RDWR)
     assert made.fd >= 0 and old.fd >= 0 and not made.backing_id and not old.backing_id
     assert world.gate.read(old, 0, 7) == b"content"
+    size = os.fstat(old.fd).st_size
+    assert world.gate.stretch(old, 2, size) == Stretch(old.fd, 2, size - 2)
+    assert world.gate.stretch(old, size, 5) is None
     world.gate.release(made)
     world.gate.release(old)
 

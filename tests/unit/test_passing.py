@@ -17,7 +17,7 @@ from tierfs.heat_index import HeatIndex
 from tierfs.inflow import Content, Inflow
 from tierfs.kit import Kit
 from tierfs.model import LEAF, Residency, Stub
-from tierfs.waits import Blocked
+from tierfs.waits import Blocked, Stretch
 
 SIZE = 5 * MIB + 12_345
 
@@ -92,6 +92,19 @@ def test_what_is_partly_here_is_joined_with_what_is_not(volume, files, full, nam
         for offset, size in [(MIB - 10, 5 * LEAF), (0, 100), (MIB + LEAF, MIB), (len(files[name]) - 5, 100)]:
             read = volume.server.run(lambda at=offset, n=size: volume.server.gate.read(handle, at, n))
             assert read == files[name][offset : offset + size]
+    finally:
+        volume.server.release(handle)
+
+
+def test_only_what_is_in_the_file_is_lent_from_it(volume, files, full):
+    full.clear()
+    volume.server.read(volume.path("big"), MIB, 2 * LEAF)
+    full.set()
+    handle = volume.server.open(volume.path("big"))
+    try:
+        lent = volume.server.run(lambda: volume.server.gate.stretch(handle, MIB, LEAF))
+        assert lent == Stretch(handle.fd, MIB, LEAF)
+        assert volume.server.run(lambda: volume.server.gate.stretch(handle, MIB - LEAF, 2 * LEAF)) is None
     finally:
         volume.server.release(handle)
 

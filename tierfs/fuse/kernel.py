@@ -27,13 +27,16 @@ from tierfs.fuse.interrupts import is_wanted
 from tierfs.fuse.mounting import filesystem_of
 from tierfs.fuse.operations import Answer, Message, Operation, Operations
 from tierfs.fuse.spinning import Spinner
+from tierfs.fuse.splicing import Splicer
 from tierfs.vfs import Vfs
-from tierfs.waits import Blocked, Slow, Wait
+from tierfs.waits import Blocked, Slow, Stretch, Wait
 
 log = logging.getLogger("fuse")
 
 SLOW_THREADS = 4
-READAHEAD = 1 << 20  # bytes; the kernel takes the lesser of this and the mount's read_ahead_kb
+# Bytes; the kernel takes the lesser of this and the mount's read_ahead_kb. A page less than 1 MiB: with its
+# header such a reply fits a pipe (splicing).
+READAHEAD = (1 << 20) - 4096
 _STACKED = frozenset({"overlay", "ecryptfs"})
 _GATHER = 4096  # a reply larger than this is not worth copying behind its header
 _RESENT = 1 << 63
@@ -86,6 +89,7 @@ class Session:
         self._buffer = bytearray(p.BUFFER)
         self._view = memoryview(self._buffer)
         self._receiver: hot.Receiver = receiver(fd, self._buffer, vfs, self._refused, self._failed)
+        self._splicer = Splicer(fd)
         self._parked: dict[int, _Parked] = {}
         self._interrupted: dict[int, _Parked] = {}
         self._runnable: collections.deque[_Parked] = collections.deque()
@@ -133,6 +137,7 @@ class Session:
         """Finish what the threads still do. Parked requests get no answer: the connection's end is theirs."""
         self._pool.shutdown(wait=True)
         self._receiver.close()
+        self._splicer.close()
         self._parked.clear()
 
     # --- requests -----------------------------------------------------------------------------------------
@@ -249,6 +254,8 @@ class Session:
     def _answer(self, unique: int, answer: Answer, message: Message) -> None:
         if isinstance(answer, bytes):
             self._reply(unique, answer)
+        elif isinstance(answer, Stretch):
+            self._reply_with(unique, answer)
         elif answer is not None:
             self._pool.submit(self._finish, unique, answer, bytes(message[: p.IN]))
 
@@ -273,6 +280,16 @@ class Session:
                 self._device.write(head + body)
         except OSError as error:
             self._not_replied(unique, error)
+
+    def _reply_with(self, unique: int, stretch: Stretch) -> None:
+        try:
+            if self._splicer.reply(unique, stretch):
+                return
+            body = os.pread(stretch.fd, stretch.length, stretch.offset)
+        except OSError as error:
+            self._not_replied(unique, error)
+        else:
+            self._reply(unique, body)
 
     def _fail(self, unique: int, number: int) -> None:
         try:

@@ -1,7 +1,8 @@
 """Requests of the kernel as calls of the vfs: unpack, call, pack. No policy, no state, no input or output.
 
-An operation gets a whole request and the node's number. It returns the body of the reply, or Slow whose result
-is that, or None where no reply is expected; it raises what the vfs raises. A request may be run several times.
+An operation gets a whole request and the node's number. It returns the body of the reply, or a Stretch of a
+file that is it, or Slow whose result is it, or None where no reply is expected; it raises what the vfs raises.
+A request may be run several times.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from typing import Any
 from tierfs.dirs import Entry
 from tierfs.fuse import protocol as p
 from tierfs.fuse.protocol import IN, Op
+from tierfs.fuse.splicing import LEAST
 from tierfs.handles import Handle
 from tierfs.told import LEFT
 from tierfs.vfs import NOW, Caller, Vfs
-from tierfs.waits import Slow
+from tierfs.waits import Slow, Stretch
 
 Message = bytes | memoryview
-Answer = bytes | Slow | None
+Answer = bytes | Stretch | Slow | None
 Operation = Callable[[Any, int], Answer]
 
 _DOTS = frozenset({b".", b".."})
@@ -290,8 +292,12 @@ class Operations:
         made, st, fh, handle = self._vfs.tmpfile(nodeid, flags, mode, _caller(message, umask))
         return self._entry((made, st)) + p.OPEN_OUT.pack(fh, *_opened(handle))
 
-    def read(self, message: bytes, _nodeid: int) -> bytes:
+    def read(self, message: bytes, _nodeid: int) -> bytes | Stretch:
         fh, offset, size, *_ = p.READ_IN.unpack_from(message, IN)
+        if size >= LEAST:
+            stretch = self._vfs.stretch(fh, offset, size)
+            if stretch is not None:
+                return stretch
         return self._vfs.read(fh, offset, size)
 
     def write(self, message: Message, _nodeid: int) -> bytes:
