@@ -26,6 +26,7 @@ _LEAST_SPLIT = 1 << 20
 _RANGES = 16
 
 MISSING, COMING, HERE = 0, 1, 2
+_MISSING = bytes([MISSING])
 
 
 @dataclass(slots=True)
@@ -139,10 +140,9 @@ class Arrival:
             first = self.leaves.find(MISSING, low, high)
             if first < 0:
                 break
-            last = first
-            limit = len(self.leaves) if self.small else first + split // LEAF
-            while last < min(high, limit) and self.leaves[last] == MISSING:
-                last += 1
+            limit = high if self.small else min(high, first + split // LEAF)
+            rest = self.leaves[first:limit]
+            last = first + len(rest) - len(rest.lstrip(_MISSING))
             self.leaves[first:last] = bytes([COMING]) * (last - first)
             found.append(Range(first * LEAF, min(last * LEAF, self.size), request.ahead))
             low = last

@@ -47,6 +47,7 @@ _name_to_handle_at = _function("name_to_handle_at", _int, _char_p, _void_p, _voi
 _open_by_handle_at = _function("open_by_handle_at", _int, _char_p, _int)
 _renameat2 = _function("renameat2", _int, _char_p, _int, _char_p, _uint)
 _fallocate = _function("fallocate", _int, _int, _off, _off)
+_futimens = _function("futimens", _int, _char_p)
 _utimensat = _function("utimensat", _int, _char_p, _char_p, _int)
 _statx = _function("statx", _int, _char_p, _int, _uint, _void_p)
 _syncfs = _function("syncfs", _int)
@@ -117,6 +118,12 @@ def utimensat(dirfd: int, path: bytes, times: tuple[int, int, int, int], flags: 
     """Set times: (atime seconds, nanoseconds, mtime seconds, nanoseconds), UTIME_NOW or UTIME_OMIT as those."""
     if _utimensat(dirfd, path, _TIMESPECS.pack(*times), flags) < 0:
         raise _fail(path)
+
+
+def futimens(fd: int, times: tuple[int, int, int, int]) -> None:
+    """As `utimensat`, of a file that is open and not by O_PATH."""
+    if _futimens(fd, _TIMESPECS.pack(*times)) < 0:
+        raise _fail()
 
 
 def birth_time(dirfd: int, name: bytes) -> int | None:

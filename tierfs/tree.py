@@ -249,9 +249,9 @@ class Tree:
                 os.setxattr(fd_path(fd), _CAPABILITY, capability)
 
     def set_mtime(self, fd: int, mtime_ns: int) -> None:
-        """Set the modification time and leave the other to whoever uses the file. Raises OSError."""
+        """Set the modification time of an open file and leave the other to whoever uses it. Raises OSError."""
         times = (0, syscalls.UTIME_OMIT, *divmod(mtime_ns, 1_000_000_000))
-        syscalls.utimensat(syscalls.AT_FDCWD, os.fsencode(fd_path(fd)), times, 0)
+        syscalls.futimens(fd, times)
 
     def set_times(self, fd: int, atime_ns: int, mtime_ns: int) -> None:
         """Set both times; ctime moves. Raises OSError."""
