@@ -90,8 +90,14 @@ def test_a_small_range_is_the_clients(server: FakeS3, store: S3Store) -> None:
         lambda request: Answer(206, RANGE, content(BODY, request).headers, cut=LENGTH // 2),
         lambda request: Answer(raw=b"SSH-2.0-OpenSSH_9.2\r\n"),
         lambda request: Answer(raw=b""),
+        lambda request: Answer(raw=b"HTTP/1.1 many thanks\r\n\r\n"),
+        lambda request: Answer(raw=b"HTTP/1.1 206 Partial Content\r\nX: " + b"x" * (80 << 10)),
+        lambda request: Answer(206, RANGE, {**content(BODY, request).headers, "Transfer-Encoding": "chunked"}),
     ],
-    ids=["refused", "whole", "elsewhere", "short", "cut", "nonsense", "silence"],
+    ids=[
+        *("refused", "whole", "elsewhere", "short", "cut", "nonsense", "silence"),
+        *("no number", "endless head", "chunked"),
+    ],
 )
 def test_what_is_not_the_range_is_left_to_the_client(
     server: FakeS3, store: S3Store, get: Get, wrong: Callable[[Request], Answer]
@@ -203,4 +209,21 @@ def test_after_its_last_piece_a_connection_is_good_for_the_next(server: FakeS3, 
     for _ in range(3):
         with contextlib.closing(store.pieces("key", START, s3_ranges.PIECE)) as pieces:
             next(pieces)
+    assert server.connections == 1
+
+
+def sizes(store: S3Store) -> list[int]:
+    return [len(piece) for piece in store.pieces("key", 0, len(BODY))]
+
+
+def test_pieces_that_come_quickly_are_larger(
+    server: FakeS3, store: S3Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    piece = s3_ranges.PIECE
+    monkeypatch.setattr(s3_ranges, "_QUICK_SECONDS", 100.0)
+    assert sizes(store) == [piece, 2 * piece]
+    assert sizes(store) == [2 * piece, piece]  # the network is as it was a moment ago
+    monkeypatch.setattr(s3_ranges, "_QUICK_SECONDS", 0.0)
+    assert sizes(store) == [2 * piece, piece]
+    assert sizes(store) == [piece] * 3
     assert server.connections == 1

@@ -82,7 +82,7 @@ class ObstoreData:
         if length is None:
             return b"".join(self.stream(key, start, None)) if start else bytes(self._quick.get(key).bytes())
         if self._ranges is not None and length >= LEAST:
-            found = next(self._ranges.pieces(key, start, length, length), None)
+            found = self._ranges.whole(key, start, length)
             if found is not None:
                 return found
         return self._range(key, start, length)

@@ -7,26 +7,110 @@ obstore, which asks again and says what is wrong.
 
 from __future__ import annotations
 
-import http.client
 import logging
+import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 log = logging.getLogger("store")
 
 LEAST = 1 << 20  # bytes; of a smaller range all this is nothing
-PIECE = 1 << 20  # bytes; whoever works on a piece finds it in the processor's cache
+PIECE = 1 << 20  # bytes
+# Each piece has its own way to the disk and to who waits: fewer are less work, where none has to wait for more.
+_LARGE_PIECE = 2 * PIECE
+_QUICK_SECONDS = 0.03  # for a MiB
 _KEPT_SECONDS = 20.0  # a connection that was idle for longer may have been closed by the server
 _REFUSALS = 3  # in a row: this server does not take such requests
 _OF_THE_OBJECT = frozenset({404, 416, 429})  # and what a server in trouble says: nothing about such requests
+_SERVER_TROUBLE = 500
+_HEAD_PART = 2048  # what comes with it of the body has to be copied
+_MOST_HEAD = 64 << 10
 
 
-class _Idle(NamedTuple):
-    since: float
-    connection: http.client.HTTPConnection
+class _Answer:
+    """What an answer says of itself."""
+
+    def __init__(self, head: bytes) -> None:
+        """Raises ValueError."""
+        first, *lines = head.split(b"\r\n")
+        version, status, *_ = first.split(b" ", 2)
+        if not version.startswith(b"HTTP/1."):
+            raise ValueError("not HTTP")
+        self.status = int(status)
+        parts = (line.partition(b":") for line in lines)
+        self._fields = {name.lower(): value.strip() for name, _, value in parts}
+        self.lasting = version != b"HTTP/1.0" and self._fields.get(b"connection", b"").lower() != b"close"
+
+    def is_range(self, start: int, length: int) -> bool:
+        """Its body is these bytes of the object, as they are."""
+        expected = b"bytes %d-%d/" % (start, start + length - 1)
+        return (
+            self.status == 206
+            and self._fields.get(b"content-length") == b"%d" % length
+            and b"transfer-encoding" not in self._fields
+            and self._fields.get(b"content-range", b"").startswith(expected)
+        )
+
+
+class _Connection:
+    """To the server. Its calls raise OSError; what it may wait for is bounded by the timeouts."""
+
+    def __init__(self, url: SplitResult, connect_timeout: float, read_timeout: float) -> None:
+        self._sock = socket.create_connection((url.hostname or "", url.port or 80), connect_timeout)
+        self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        # The kernel waits, not Python: so one call takes all of a piece, in whatever parts it comes.
+        self._sock.settimeout(None)
+        seconds, rest = divmod(read_timeout, 1)
+        timeout = struct.pack("@ll", int(seconds), int(rest * 1e6))
+        for side in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            self._sock.setsockopt(socket.SOL_SOCKET, side, timeout)
+        self._ahead = b""  # what has come with the head
+        self.piece = PIECE
+        self.idle_since = 0.0
+
+    def close(self) -> None:
+        self._sock.close()
+
+    def ask(self, url: SplitResult, start: int, length: int) -> _Answer:
+        """The head of the answer. Raises ValueError where it is none."""
+        asked = (
+            f"GET {url.path}?{url.query} HTTP/1.1\r\nHost: {url.netloc}\r\nAccept-Encoding: identity\r\n"
+            f"Range: bytes={start}-{start + length - 1}\r\n\r\n"
+        )
+        self._sock.sendall(asked.encode("ascii"))
+        head, part, end = bytearray(), memoryview(bytearray(_HEAD_PART)), -1
+        while end < 0:
+            count = self._receive(part)
+            head += part[:count]
+            end = head.find(b"\r\n\r\n")
+            if not count or len(head) > _MOST_HEAD:
+                raise ValueError("no answer")
+        self._ahead = bytes(head[end + 4 :])
+        return _Answer(bytes(head[:end]))
+
+    def read_into(self, piece: memoryview) -> bool:
+        """Fill it with what comes next; False where the connection ends before."""
+        began = time.monotonic()
+        done = min(len(self._ahead), len(piece))
+        piece[:done] = self._ahead[:done]
+        self._ahead = self._ahead[done:]
+        while done < len(piece):
+            count = self._receive(piece[done:], socket.MSG_WAITALL)
+            if not count:
+                return False
+            done += count
+        quick = time.monotonic() - began < _QUICK_SECONDS * done / PIECE
+        self.piece = _LARGE_PIECE if quick else PIECE
+        return True
+
+    def _receive(self, into: memoryview, flags: int = 0) -> int:
+        try:
+            return self._sock.recv_into(into, 0, flags)
+        except BlockingIOError as error:
+            raise TimeoutError("the server is silent") from error
 
 
 class Ranges:
@@ -38,67 +122,71 @@ class Ranges:
         self._connect_timeout = connect_timeout
         self._read_timeout = read_timeout
         self._lock = threading.Lock()
-        self._idle: list[_Idle] = []  # the last used is the last
+        self._idle: list[_Connection] = []  # the last used is the last
         self._refused = 0
 
-    def pieces(self, key: str, start: int, length: int, most: int = PIECE) -> Iterator[memoryview]:
-        """The range in pieces of `most` bytes, each in the place of the one before. Ends early where no more is
-        to be had this way. Raises TimeoutError."""
+    def whole(self, key: str, start: int, length: int) -> memoryview | None:
+        """The range, for whoever keeps it; None where it is not to be had this way. Raises TimeoutError."""
+        buffer = memoryview(bytearray(length))
+        found = sum(len(piece) for piece in self._pieces(key, start, buffer, length, length))
+        return buffer if found == length else None
+
+    def pieces(self, key: str, start: int, length: int) -> Iterator[memoryview]:
+        """The range in pieces, each in the place of the one before, larger where they come quickly. Ends early
+        where no more is to be had this way. Raises TimeoutError."""
+        buffer = memoryview(bytearray(min(_LARGE_PIECE, length)))
+        return self._pieces(key, start, buffer, length, 0)
+
+    def _pieces(
+        self, key: str, start: int, buffer: memoryview, length: int, least: int
+    ) -> Iterator[memoryview]:
+        """`least`: bytes of a piece."""
         if self._refused >= _REFUSALS:
             return
         url = urlsplit(self._sign(key))
-        connection = self._kept() or http.client.HTTPConnection(url.netloc, timeout=self._connect_timeout)
-        left = length
+        connection, left, lasting = None, length, False
         try:
-            answer = self._ask(connection, f"{url.path}?{url.query}", start, length)
-            if answer is None:
+            connection = self._kept() or _Connection(url, self._connect_timeout, self._read_timeout)
+            answer = connection.ask(url, start, length)
+            if not self._is_taken(answer, start, length):
                 return
-            buffer = memoryview(bytearray(min(most, length)))
             while left:
-                piece = buffer[:left]
-                if answer.readinto(piece) < len(piece):
+                piece = buffer[: min(left, max(connection.piece, least))]
+                if not connection.read_into(piece):
                     return
                 left -= len(piece)
+                lasting = answer.lasting and not left
                 yield piece
         except TimeoutError:
             raise
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, ValueError) as error:
             log.debug("%s: %s", key, type(error).__name__)
         finally:
-            if left:
-                connection.close()
-            else:
-                with self._lock:
-                    self._idle.append(_Idle(time.monotonic(), connection))
+            if connection is not None:
+                self._leave(connection, lasting)
 
-    def _kept(self) -> http.client.HTTPConnection | None:
+    def _is_taken(self, answer: _Answer, start: int, length: int) -> bool:
+        if answer.is_range(start, length):
+            self._refused = 0
+            return True
+        self._refused += answer.status < _SERVER_TROUBLE and answer.status not in _OF_THE_OBJECT
+        return False
+
+    def _leave(self, connection: _Connection, lasting: bool) -> None:
+        if not lasting:
+            connection.close()
+            return
+        connection.idle_since = time.monotonic()
+        with self._lock:
+            self._idle.append(connection)
+
+    def _kept(self) -> _Connection | None:
         """The last used, if it is fresh. All are to the same host."""
         oldest = time.monotonic() - _KEPT_SECONDS
         with self._lock:
-            stale = [idle for idle in self._idle if idle.since < oldest]
+            stale = [idle for idle in self._idle if idle.idle_since < oldest]
             self._idle = self._idle[len(stale) :]
-            kept = self._idle.pop().connection if self._idle else None
+            kept = self._idle.pop() if self._idle else None
         for idle in stale:
-            idle.connection.close()
+            idle.close()
         return kept
-
-    def _ask(
-        self, connection: http.client.HTTPConnection, target: str, start: int, length: int
-    ) -> http.client.HTTPResponse | None:
-        """The answer, if its body is the range."""
-        end = start + length
-        if connection.sock is None:
-            self._connect(connection)
-        connection.request("GET", target, headers={"Range": f"bytes={start}-{end - 1}"})
-        answer = connection.getresponse()
-        given = answer.getheader("Content-Range", "")
-        expected = f"bytes {start}-{end - 1}/"
-        if answer.status != 206 or answer.length != length or not given.startswith(expected):
-            self._refused += answer.status < 500 and answer.status not in _OF_THE_OBJECT
-            return None
-        self._refused = 0
-        return answer
-
-    def _connect(self, connection: http.client.HTTPConnection) -> None:
-        connection.connect()
-        connection.sock.settimeout(self._read_timeout)
