@@ -18,7 +18,7 @@ import time
 from typing import Any
 
 from tierfs import channel, wire
-from tierfs.errors import TierError
+from tierfs.errors import TierError, UsageError
 from tierfs.fuse import mounting, portable
 from tierfs.gate import Gate
 from tierfs.index import Index
@@ -32,6 +32,7 @@ from tierfsd.mount_server import Evictable, HeatReader
 log = logging.getLogger("server")
 
 _TICK_SECONDS = 0.25
+_KNOWN_TO_LIBFUSE = ("ro", "noexec", "sync", "dirsync", "noatime")
 
 
 class Ears:
@@ -134,16 +135,22 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """libfuse's options. nosuid and nodev hold unless they are taken back."""
-    given = [name for name in arguments.options.split(",") if name]
+    """libfuse's options. Raises UsageError for what it cannot.
+
+    It refuses all that it does not know by name. Of ours that is what only a mount table regards (`nofail`) and
+    what says when atime moves, which the mount of the backing tree decides in any case.
+    """
+    asked = mounting.parse_options(name for name in arguments.options.split(",") if name)
+    if asked.has("nosymfollow"):
+        raise UsageError("-o nosymfollow: libfuse 2 cannot: use --binding kernel")
     options: dict[str, Any] = {"fsname": f"{SOURCE_PREFIX}{arguments.volume}", "subtype": "tierfs"}
     options["default_permissions"] = True
-    if os.geteuid() == 0 or "allow_other" in given:
+    if os.geteuid() == 0 or asked.allow_other:
         options["allow_other"] = True
     for name in ("suid", "dev"):
-        options[name if name in given else f"no{name}"] = True
-    for name in given:
-        if name not in ("suid", "dev", "nosuid", "nodev", "allow_other", "default_permissions"):
+        options[f"no{name}" if asked.has(f"no{name}") else name] = True
+    for name in _KNOWN_TO_LIBFUSE:
+        if asked.has(name):
             options[name] = True
     return options
 

@@ -127,3 +127,28 @@ def test_options_about_atime_are_those_of_the_mount_beneath(
         assert _read_moves_atime(volume.mountpoint / "file") == _read_moves_atime(base / "file")
     finally:
         volume.close()
+
+
+def test_fusepy_mounts_with_the_options_that_libfuse_does_not_know(area: Scratch, needs_root: None) -> None:
+    base = area.path / "libfuse"
+    base.mkdir(mode=0o755)
+    known = "defaults,nofail,x-systemd.automount,relatime,nodiratime,strictatime,ro,noexec,suid"
+    volume = Volume(base, area.connections, options=("--binding", "fusepy", "-o", known))
+    volume.mount()
+    try:
+        table = next(line for line in Path("/proc/mounts").read_text().splitlines() if str(base) in line)
+        shown = set(table.split()[3].split(","))
+        assert {"ro", "noexec", "nodev"} <= shown and "nosuid" not in shown
+    finally:
+        volume.close()
+
+
+def test_fusepy_says_that_it_cannot_keep_links_from_being_followed(area: Scratch, needs_root: None) -> None:
+    base = area.path / "links"
+    base.mkdir(mode=0o755)
+    volume = Volume(base, area.connections, options=("--binding", "fusepy", "-o", "nosymfollow"))
+    try:
+        done = volume.mount(check=False)
+        assert done.returncode == 1 and "nosymfollow: libfuse 2 cannot: use --binding kernel" in done.stderr
+    finally:
+        volume.close()

@@ -57,6 +57,10 @@ class Options:
     allow_other: bool
     names: tuple[str, ...]
 
+    def has(self, name: str) -> bool:
+        """Whether an option that sets something holds, such as `nosuid`."""
+        return bool(self.flags & _SETS[name])
+
 
 def parse_options(options: Iterable[str]) -> Options:
     """nosuid and nodev hold unless suid, dev are given. Raises UsageError for an unknown option."""
