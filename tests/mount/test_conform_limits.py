@@ -115,6 +115,20 @@ def _read_moves_atime(path: Path) -> bool:
     return path.stat().st_atime != 1
 
 
+def test_attributes_of_an_open_directory_that_was_removed(place: Place) -> None:
+    directory = place / "directory"
+    directory.mkdir()
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        directory.rmdir()
+        if place.binding == "fusepy":  # libfuse asks by the path, which is gone
+            fails(errno.ENOENT, os.fstat, fd)
+        else:
+            assert os.fstat(fd).st_nlink == 0
+    finally:
+        os.close(fd)
+
+
 @pytest.mark.parametrize("option", ["noatime", "strictatime"])
 def test_options_about_atime_are_those_of_the_mount_beneath(
     area: Scratch, option: str, needs_root: None
