@@ -236,13 +236,14 @@ class Vfs:
             if size is not None:
                 self._resize(node, handle, opath, st, size)
             path = fd_path(opath)
-            if uid is not None or gid is not None:
+            owner = uid is not None or gid is not None
+            if owner:  # the kernel beneath takes the set-id bits that go with it
                 os.chown(path, -1 if uid is None else uid, -1 if gid is None else gid)
                 if caller is not None and mode is None:
                     self._drop_set_gid_of_stranger(path, st, caller)
             if mode is not None:
                 os.chmod(path, stat.S_IMODE(mode))
-            elif kill_suidgid or (size is not None and caller is not None and caller.uid != 0):
+            elif (kill_suidgid and not owner) or (size is not None and caller is not None and caller.uid != 0):
                 changed_by(caller, opath)
             if atime_ns is not None or mtime_ns is not None:
                 times = (*_timespec(atime_ns), *_timespec(mtime_ns))

@@ -115,6 +115,13 @@ def test_chown_by_a_member_of_the_group_keeps_a_bit_that_runs_nothing(file: Path
     assert mode(file) == 0o2745
 
 
+def test_chown_by_root_keeps_a_bit_that_runs_nothing(file: Path) -> None:
+    os.chown(file, ALICE, STAFF)
+    file.chmod(0o6644)
+    os.chown(file, BOB, -1)
+    assert mode(file) == 0o2644
+
+
 def test_chown_of_a_directory_keeps_its_bits(place: Place) -> None:
     (place / "d").mkdir()
     (place / "d").chmod(0o2775)
