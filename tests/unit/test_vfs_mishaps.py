@@ -35,11 +35,11 @@ def test_a_listing_that_fails_midway_counts_no_lookups(world, monkeypatch, broke
     fh = world.vfs.opendir(ROOT)
     calls, lookup, listing = [], world.vfs.lookup, world.vfs.readdir
 
-    def failing_lookup(parent, name):
+    def failing_lookup(parent, name, *, listed):
         calls.append(name)
         if len(calls) == 3:
             raise RuntimeError("the index is damaged")
-        return lookup(parent, name)
+        return lookup(parent, name, listed=listed)
 
     def failing_listing(fh, offset):
         for number, entry in enumerate(listing(fh, offset)):
