@@ -52,6 +52,7 @@ def small(disk: Path, volume: Make) -> Volume:
     made.store, made.state = f"file://{made.base}/store", disk / "state"
     made.mount()
     made.configure(min_age="0s", quiet="0s", replicate="all")
+    made.remount()  # its journal has begun: what happens is noted in the index until it is in the store
     return made
 
 
