@@ -152,6 +152,18 @@ class Movements:
             self._here, self._left, self._gone = {}, set(), set()
             return taken
 
+    def give_back(self, here: list[tuple[int, int, int]], left: set[int], gone: set[int]) -> None:
+        """What was taken, and has come to nothing; what has happened since counts more."""
+        with self._lock:
+            for ino, size, grown in here:
+                if ino in self._here:
+                    newer, more = self._here[ino]
+                    self._here[ino] = newer, more + grown
+                elif ino not in self._left and ino not in self._gone:
+                    self._here[ino] = size, grown
+            self._left |= {ino for ino in left if ino not in self._here and ino not in self._gone}
+            self._gone |= {ino for ino in gone if ino not in self._here}
+
 
 @dataclass
 class Kit:

@@ -14,6 +14,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import lmdb
+
 from tierfs import recovery, wire
 from tierfs.collecting import Collector
 from tierfs.errors import TierError
@@ -267,14 +269,26 @@ class Scheduler:
         with self._touch_lock:
             touches, self._touches = self._touches, {}
         here, left, gone = self._kit.movements.take()
-        if here:
-            self._heat.admit_many(here)
-        if left:
-            self._heat.left(left)
-        if gone:
-            self._heat.forget(gone)
-        if touches:
-            self._heat.touch_many((ino, count, size) for ino, (count, size) in touches.items())
+        try:
+            if here:
+                self._heat.admit_many(here)
+                here = []
+            if left:
+                self._heat.left(left)
+                left = set()
+            if gone:
+                self._heat.forget(gone)
+                gone = set()
+            if touches:
+                self._heat.touch_many((ino, count, size) for ino, (count, size) in touches.items())
+        except lmdb.Error as error:
+            # On a full disk room is made by what is known: nobody's read fails for want of heat.
+            log.warning("heat cannot be written, and is kept: %s", error)
+            self._kit.movements.give_back(here, left, gone)
+            with self._touch_lock:
+                for ino, (count, size) in touches.items():
+                    newer = self._touches.get(ino, (0, size))
+                    self._touches[ino] = count + newer[0], newer[1]
 
     # --- space --------------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from types import SimpleNamespace
 
+import lmdb
 import pytest
 from tierfsd import logs, main, mount_server
 from tierfsd import scheduler as scheduling
@@ -246,6 +247,35 @@ def test_a_first_look_through_the_tree_verifies_nothing(tmp_path):
             assert Looking(made.tier, lambda guesses: None, threading.Event()).run()
         assert lefts == [0, 1]  # in a second look its record may say what is not so any more
     finally:
+        made.stop()
+
+
+def test_heat_that_finds_no_room_fails_nothing_and_is_written_later(tmp_path, monkeypatch):
+    made = Volume(tmp_path)
+    heat = HeatIndex(str(tmp_path / "heat"), 1 << 30)
+    try:
+        scheduler = Scheduler(made.tier, heat, False, str(tmp_path / "ballast"))
+        movements, written = made.tier.kit.movements, []
+        movements.take()
+        movements.here(1, 10, 10)
+        movements.left(2)
+        movements.gone(3)
+
+        def full(inos):
+            movements.here(1, 12, 2)
+            movements.here(2, 5, 5)  # it has come back meanwhile
+            raise lmdb.DiskError("mdb_txn_commit: No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(heat, "admit_many", full)
+            assert scheduler._evict(1, urgent=True) == 0
+        monkeypatch.setattr(heat, "admit_many", lambda files: written.extend(files))
+        monkeypatch.setattr(heat, "left", lambda inos: written.append(("left", *inos)))
+        monkeypatch.setattr(heat, "forget", lambda inos: written.append(("gone", *inos)))
+        scheduler._flush_heat()
+        assert written == [(1, 12, 12), (2, 5, 5), ("gone", 3)]
+    finally:
+        heat.close()
         made.stop()
 
 

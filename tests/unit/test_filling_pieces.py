@@ -283,3 +283,33 @@ def test_room_that_is_made_between_two_pieces(volume, cold, monkeypatch):
     assert local(volume, START, MIB) == cold[START : START + MIB]
     rest = (START + 2 * PIECE, MIB - 2 * PIECE)
     assert volume.store.ranges == [(START, MIB), rest], "the piece that found no room was kept"
+
+
+def test_a_defect_fails_those_whom_it_concerns_and_keeps_nobody_waiting(volume, cold, monkeypatch):
+    """Two ask while the file is being opened: what fails for the first must not leave the second unanswered."""
+    opened, both = volume.tier.filler._opener.open, threading.Event()
+
+    def opening(request, opath):
+        assert both.wait(20)
+        return opened(request, opath)
+
+    def broken(arrival, piece):
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(volume.tier.filler._opener, "open", opening)
+    monkeypatch.setattr(volume.tier.filler, "_stream", broken)
+    failed = []
+
+    def read(start):
+        with pytest.raises(OSError, match="a defect") as caught:
+            volume.server.read(volume.path("big"), start, LEAF)
+        failed.append(caught.value.errno)
+
+    readers = [threading.Thread(target=read, args=(start,)) for start in (0, 4 * MIB)]
+    for reader in readers:
+        reader.start()
+    assert until(lambda: volume.tier.filler.waiting == 2)
+    both.set()
+    for reader in readers:
+        reader.join(5)
+    assert failed == [errno.EIO] * 2
