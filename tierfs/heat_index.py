@@ -181,10 +181,13 @@ class HeatIndex:
 
     @contextmanager
     def _batch(self) -> Iterator[_Batch]:
-        with self._lock, self._env.begin(write=True) as txn:
-            batch = _Batch(self, txn)
-            yield batch
-            batch.finish()
+        try:
+            with self._lock, self._env.begin(write=True) as txn:
+                batch = _Batch(self, txn)
+                yield batch
+                batch.finish()
+        except lmdb.Error as error:
+            raise IndexError_(f"heat cannot be written: {error}") from error
         keep_length(self._env, self.path)
 
 

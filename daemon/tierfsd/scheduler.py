@@ -14,11 +14,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import lmdb
-
 from tierfs import recovery, wire
 from tierfs.collecting import Collector
-from tierfs.errors import TierError
+from tierfs.errors import IndexError_, TierError
 from tierfs.heat_index import HeatIndex
 from tierfs.model import Record, Residency
 from tierfs.policy.aging import is_young
@@ -281,9 +279,9 @@ class Scheduler:
                 gone = set()
             if touches:
                 self._heat.touch_many((ino, count, size) for ino, (count, size) in touches.items())
-        except lmdb.Error as error:
+        except IndexError_ as error:
             # On a full disk room is made by what is known: nobody's read fails for want of heat.
-            log.warning("heat cannot be written, and is kept: %s", error)
+            log.warning("%s: it is kept", error)
             self._kit.movements.give_back(here, left, gone)
             with self._touch_lock:
                 for ino, (count, size) in touches.items():

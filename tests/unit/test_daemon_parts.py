@@ -261,14 +261,14 @@ def test_heat_that_finds_no_room_fails_nothing_and_is_written_later(tmp_path, mo
         movements.left(2)
         movements.gone(3)
 
-        def full(inos):
+        def full(write):
             movements.here(1, 12, 2)
             movements.here(2, 5, 5)  # it has come back meanwhile
             raise lmdb.DiskError("mdb_txn_commit: No space left on device")
 
         with monkeypatch.context() as patch:
-            patch.setattr(heat, "admit_many", full)
-            assert scheduler._evict(1, urgent=True) == 0
+            patch.setattr(heat, "_env", SimpleNamespace(begin=full))
+            scheduler._flush_heat()
         monkeypatch.setattr(heat, "admit_many", lambda files: written.extend(files))
         monkeypatch.setattr(heat, "left", lambda inos: written.append(("left", *inos)))
         monkeypatch.setattr(heat, "forget", lambda inos: written.append(("gone", *inos)))
