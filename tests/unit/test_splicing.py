@@ -7,10 +7,12 @@ import os
 from pathlib import Path
 
 import pytest
+from hotside import Side
 
 from tierfs.fuse import protocol as p
 from tierfs.fuse.kernel import READAHEAD
 from tierfs.fuse.splicing import LEAST, Splicer
+from tierfs.vfs import ROOT
 from tierfs.waits import Stretch
 
 SIZE = 2 << 20
@@ -51,6 +53,18 @@ def file(tmp_path):
     fd = os.open(tmp_path / "file", os.O_RDWR)
     yield fd
     os.close(fd)
+
+
+def test_what_the_disk_cannot_give_is_answered_with_its_error(tmp_path, monkeypatch):
+    """A reader who got no answer would wait for ever."""
+    (tmp_path / "tree").mkdir()
+    side = Side(tmp_path / "side", "pure", monkeypatch, None)
+    try:
+        message = p.HEAD.pack(p.IN, p.Op.READ, 8, ROOT) + p.CALLER.pack(0, 0, 0, 0) + bytes(2)
+        side.session._answer(8, Stretch(-1, 0, LEAST), message)
+        assert p.OUT.unpack(side.sock.recv(100)) == (p.OUT_SIZE, -errno.EBADF, 8)
+    finally:
+        side.close()
 
 
 @pytest.mark.parametrize(

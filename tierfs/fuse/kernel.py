@@ -255,7 +255,7 @@ class Session:
         if isinstance(answer, bytes):
             self._reply(unique, answer)
         elif isinstance(answer, Stretch):
-            self._reply_with(unique, answer)
+            self._reply_with(unique, answer, message)
         elif answer is not None:
             self._pool.submit(self._finish, unique, answer, bytes(message[: p.IN]))
 
@@ -281,13 +281,17 @@ class Session:
         except OSError as error:
             self._not_replied(unique, error)
 
-    def _reply_with(self, unique: int, stretch: Stretch) -> None:
+    def _reply_with(self, unique: int, stretch: Stretch, message: Message) -> None:
         try:
             if self._splicer.reply(unique, stretch):
                 return
-            body = os.pread(stretch.fd, stretch.length, stretch.offset)
         except OSError as error:
             self._not_replied(unique, error)
+            return
+        try:
+            body = os.pread(stretch.fd, stretch.length, stretch.offset)
+        except OSError as error:  # the disk's: whoever reads has to hear of it
+            self._fail(unique, _errno_of(error, message))
         else:
             self._reply(unique, body)
 
