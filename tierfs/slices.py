@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
+from functools import cache
 
 from tierfs.fuse import compiled
 
@@ -31,13 +33,20 @@ def stand_back_all(nanoseconds: int) -> None:
     _set([int(name) for name in os.listdir("/proc/self/task")], nanoseconds)
 
 
-def _set(threads: list[int], nanoseconds: int) -> None:
+@cache
+def _setter() -> Callable[[int, int], None] | None:
+    """Of a thread's slice. To find it takes a look at all sources: not while somebody waits."""
     module, _why_not = compiled.find()
-    if module is None:
+    return module.time_slice if module is not None else None
+
+
+def _set(threads: list[int], nanoseconds: int) -> None:
+    setter = _setter()
+    if setter is None:
         return
     for thread in threads:
         try:
-            module.time_slice(thread, nanoseconds)
+            setter(thread, nanoseconds)
         except ProcessLookupError:
             continue  # it has ended
         except OSError as error:
