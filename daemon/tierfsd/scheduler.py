@@ -71,6 +71,7 @@ class Scheduler:
         self._making = threading.Lock()  # room for fetches, one attempt at a time
         self._in_vain = 0.0  # when the last one ended that made none
         self._touches: dict[int, tuple[int, int]] = {}
+        self._heat_waits = False  # it could not be written, and has been complained of
         self._touch_lock = threading.Lock()
         self._staying: dict[int, float] = {}  # inode -> until when it is left alone
         self._paused_until = 0.0
@@ -281,12 +282,16 @@ class Scheduler:
                 self._heat.touch_many((ino, count, size) for ino, (count, size) in touches.items())
         except IndexError_ as error:
             # On a full disk room is made by what is known: nobody's read fails for want of heat.
-            log.warning("%s: it is kept", error)
+            if not self._heat_waits:
+                log.warning("%s: it is kept until it can be", error)
+            self._heat_waits = True
             self._kit.movements.give_back(here, left, gone)
             with self._touch_lock:
                 for ino, (count, size) in touches.items():
                     newer = self._touches.get(ino, (0, size))
                     self._touches[ino] = count + newer[0], newer[1]
+        else:
+            self._heat_waits = False
 
     # --- space --------------------------------------------------------------------------------------------
 

@@ -64,7 +64,8 @@ static int need_not_be_told(Hot *hot, PyObject *directory, uint64_t number, cons
     return need_not;
 }
 
-/* What the kernel may know of an entry, counted; zeros where it learns no node from it, or knows it. 0, or -1 with an exception. */
+/* What the kernel may know of an entry, counted; zeros where it learns no node from it, or knows it. 0, or -1 with an
+ * exception. */
 static int entry_known(Hot *hot, PyObject *node, int fd, const struct dirent64 *entry, struct entry_out *out)
 {
     enum outcome outcome = ABSENT;
