@@ -4,7 +4,7 @@ import fcntl
 import os
 
 import pytest
-from hotside import build, load
+from hotside import FORMS, Side, build, load
 from tiering import Volume
 
 
@@ -28,3 +28,13 @@ def built(tmp_path_factory):
         if not program.exists():
             build(program)
     return load(program)
+
+
+@pytest.fixture(params=FORMS)
+def side(request, tmp_path, monkeypatch):
+    """A session that sees edits behind the mount."""
+    (tmp_path / "tree").mkdir()
+    built = request.getfixturevalue("built") if request.param == "compiled" else None
+    one = Side(tmp_path / "side", request.param, monkeypatch, built, watched=True)
+    yield one
+    one.close()

@@ -4,7 +4,6 @@ import errno
 import os
 
 import pytest
-from hotside import FORMS, Side
 from hottwins import listed_of
 
 from tierfs import lasting, syscalls, told
@@ -12,15 +11,6 @@ from tierfs.fuse import protocol as p
 from tierfs.vfs import ROOT
 
 ENTRY, ATTR = 2, 3  # for how long, in a fuse_entry_out
-
-
-@pytest.fixture(params=FORMS)
-def side(request, tmp_path, monkeypatch):
-    (tmp_path / "tree").mkdir()
-    built = request.getfixturevalue("built") if request.param == "compiled" else None
-    made = Side(tmp_path / "side", request.param, monkeypatch, built, watched=True)
-    yield made
-    made.close()
 
 
 def listed(side, nodeid=ROOT):

@@ -24,16 +24,6 @@ from tierfs.vfs import ROOT, Caller
 ME = Caller(os.geteuid(), os.getegid(), os.getpid())
 
 
-@pytest.fixture(params=FORMS)
-def side(request, tmp_path, monkeypatch):
-    """A session that sees edits behind the mount."""
-    (tmp_path / "tree").mkdir()
-    built = request.getfixturevalue("built") if request.param == "compiled" else None
-    one = Side(tmp_path / "side", request.param, monkeypatch, built, watched=True)
-    yield one
-    one.close()
-
-
 @pytest.fixture
 def alone(tmp_path, needs_root):
     """A filesystem on which nobody else works: numbers of inodes that go elsewhere are given to ours."""
