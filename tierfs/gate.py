@@ -501,13 +501,15 @@ class Gate:
 
     # --- attributes ---------------------------------------------------------------------------------------
 
-    def before_change(self, ino: int) -> None:
-        """Call before metadata of a regular file changes.
+    def before_change(self, ino: int, *, registered: bool = False) -> None:
+        """Call before metadata of a regular file changes. `registered`: it may stay so with the kernel, if idle:
+        it is as fit for passthrough as before, and keeps a name.
 
         Raises Blocked while our own work moves its times, OSError where there is no room for its marks.
         """
         self.need_marks()
-        self.idle.drop(ino)
+        if not registered:
+            self.idle.drop(ino)
         inode = self._inodes.get(ino)
         if inode is None:
             return

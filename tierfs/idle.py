@@ -2,7 +2,7 @@
 
 Programs open the same files again and again; to open one that is registered takes no system call. It pins the
 inode, as an open file does, but is in no lease's way: the descriptor is of O_PATH. So it ends at once when the
-file loses its last name, changes its mode or attributes, or is to be guarded, and soon in any case.
+file loses a name, may no longer be fit for passthrough, or is to be guarded, and soon in any case.
 """
 
 from __future__ import annotations

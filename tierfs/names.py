@@ -165,9 +165,9 @@ class Names:
         self._gate.need_marks()
         exchange = bool(flags & syscalls.RENAME_EXCHANGE)
         if stat.S_ISREG(st.st_mode):
-            self._gate.before_change(st.st_ino)
+            self._gate.before_change(st.st_ino, registered=True)
         if exchange and there is not None and stat.S_ISREG(there.st_mode):
-            self._gate.before_change(there.st_ino)
+            self._gate.before_change(there.st_ino, registered=True)
         replaced = None if flags & _STAYS else there
         going = self._going(target, target_fd, new_name, replaced) if replaced is not None else None
         try:

@@ -34,6 +34,7 @@ Attr = Shown | GoneStat
 NOW = 1 << 70  # a time to be set: the present one, by the backing filesystem's own clock
 
 _BILLION = 1_000_000_000
+_SET_ID = stat.S_ISUID | stat.S_ISGID
 
 
 class Statfs(NamedTuple):
@@ -232,7 +233,8 @@ class Vfs:
         try:
             regular = stat.S_ISREG(st.st_mode)
             if regular:
-                self.gate.before_change(st.st_ino)
+                fit = size is None and not (st.st_mode | (mode or 0)) & _SET_ID
+                self.gate.before_change(st.st_ino, registered=fit)
             if size is not None:
                 self._resize(node, handle, opath, st, size)
             path = fd_path(opath)
@@ -251,7 +253,7 @@ class Vfs:
             st = os.fstat(opath)
             if regular:
                 self.gate.after_change(st.st_ino, st, mtime_set=mtime_ns is not None)
-                if mode is not None and mode & (stat.S_ISUID | stat.S_ISGID):
+                if mode is not None and mode & _SET_ID:
                     self.gate.given_set_id(st.st_ino, st)
             self.gate.attributes(st, node.parent_ino, self.nodes.name(node))
         finally:

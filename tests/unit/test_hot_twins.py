@@ -714,6 +714,31 @@ def test_attributes_that_are_set_are_left_to_nobody(both, what, caller):
     assert asked == []
 
 
+@pytest.mark.parametrize("what", ["renamed", "mode", "owner", "times", "set-id", "attribute"])
+def test_a_closed_file_stays_registered_while_it_is_fit_for_passthrough(both, what):
+    node = both.made(p.Op.CREATE, ROOT, b"a", 0o644)
+    both.release(0)
+    match what:
+        case "renamed":
+            assert both.renamed(ROOT, b"a", ROOT, b"b") == 0
+        case "mode":
+            assert both.set(node, p.SET_MODE, mode=0o600) == 0
+        case "owner":
+            assert both.set(node, OWNER, uid=5, gid=6) == 0
+        case "times":
+            assert both.set(node, TIMES, times=(1, 2)) == 0
+        case "set-id":
+            assert both.set(node, p.SET_MODE, mode=0o4755) == 0
+        case "attribute":
+            assert put(both, node, b"security.capability", CAPABILITY) == 0
+    stays = what not in ("set-id", "attribute")
+    assert all(len(side.backing.live) == len(side.gate.idle) == int(stays) for side in both.sides)
+    name = b"b" if what == "renamed" else b"a"
+    names = [inode.name for side in both.sides for inode in side.gate._inodes.values()]
+    assert names == [name, name][: 2 * stays]
+    assert both.lookup(ROOT, name) == node
+
+
 def test_a_file_that_is_being_written_gets_another_size(both):
     asked = left(both, p.Op.SETATTR)
     node = both.made(p.Op.CREATE, ROOT, b"a", 0o644)

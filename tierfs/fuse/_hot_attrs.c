@@ -58,7 +58,7 @@ int reached_target(Hot *hot, struct target *at)
     at->above = directory_of(hot, at->parent);
     if (at->above < 0)
         return 0;
-    if (at->inode && number_of(at->inode, s_opens) && PyDict_GetItemWithError(hot->by_ino, at->ino) == at->node) {
+    if (at->inode && (int)number_of(at->inode, s_opath) >= 0 && PyDict_GetItemWithError(hot->by_ino, at->ino) == at->node) {
         at->fd = (int)number_of(at->inode, s_opath);
         return !PyErr_Occurred() && target_is_named(at);
     }
@@ -200,9 +200,7 @@ enum outcome set_attributes(Hot *hot, uint64_t nodeid, const struct setattr_in *
     enum outcome outcome = PYTHONS;
     int reached = found_target(hot, nodeid, &at) && (file ? reached_by_file(&at, file) : reached_target(hot, &at));
     if (reached && is_simple(hot, ask, &at)) {
-        if (S_ISREG(at.st.st_mode) && idle_dropped(hot, at.ino))
-            outcome = FAILED;
-        else if (changed(hot, ask, &at) && !fstat(at.fd, &at.st))
+        if (changed(hot, ask, &at) && !fstat(at.fd, &at.st))
             outcome = fill_attributes(hot, &at.st, out);
         out->attr_valid = for_now(hot, out->attr_valid);
         if (outcome == FOUND && attributes_marked(hot, &at))

@@ -350,8 +350,6 @@ static enum outcome renamed(Hot *hot, uint64_t request, struct renaming *each)
     if (!is_simple(hot, each->known.node) || !is_still(each->known.inode) || !has_slots(hot, LONGS, 2)
         || (replaced && !may_go(hot, &each->to, replaced)))
         return PYTHONS;
-    if (S_ISREG(each->st.st_mode) && idle_dropped(hot, each->known.ino))
-        return PYTHONS;
     int left = replaced ? prepared(hot, &each->to, replaced) : 0;
     if (left)
         return left < 0 ? FAILED : PYTHONS;

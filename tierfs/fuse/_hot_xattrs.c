@@ -137,10 +137,12 @@ enum outcome list_xattrs(Hot *hot, uint64_t nodeid, uint32_t room, char *names, 
 
 /* --- what is changed ------------------------------------------------------------------------------------- */
 
-/* gate.before_change. 0, or -1 with an exception. */
-static int begun(Hot *hot, const struct target *at)
+/* What gate.before_change ends, now that the descriptor is not needed any more, and the mark. 0, or -1 with an
+ * exception. */
+static int settled(Hot *hot, const struct target *at)
 {
-    return S_ISREG(at->st.st_mode) ? idle_dropped(hot, at->ino) : 0;
+    int failed = S_ISREG(at->st.st_mode) && idle_dropped(hot, at->ino);
+    return failed || attributes_marked(hot, at) ? -1 : 0;
 }
 
 /* Set it, or remove it where `value` is NULL; 0, or -1. */
@@ -166,11 +168,9 @@ enum outcome set_xattr(Hot *hot, uint64_t nodeid, const struct setxattr_in *ask,
         return PYTHONS;
     if (found_target(hot, nodeid, &at) && reached_target(hot, &at) && may_change(hot, &at)
         && !(ask->more & ACL_KILL_SGID && at.st.st_mode & S_ISGID)) {
-        if (begun(hot, &at)) {
-            outcome = FAILED;
-        } else if (!put_value(hot, at.fd, name, value, ask->size)) {
+        if (!put_value(hot, at.fd, name, value, ask->size)) {
             POINT();
-            outcome = attributes_marked(hot, &at) ? FAILED : FOUND;
+            outcome = settled(hot, &at) ? FAILED : FOUND;
         }
     }
     let_target_go(&at);
@@ -180,15 +180,13 @@ enum outcome set_xattr(Hot *hot, uint64_t nodeid, const struct setxattr_in *ask,
 /* xattrs._remove: what a killed server has removed is not there for its successor. */
 static enum outcome removed(Hot *hot, uint64_t request, const struct target *at, const char *name)
 {
-    if (begun(hot, at))
-        return FAILED;
     if (length_of(hot, at->fd, name) < 0)
         return errno == ENODATA ? NO_DATA : PYTHONS;
     intend(hot, request, DOING_XATTR, NULL, NULL, NULL);
     if (put_value(hot, at->fd, name, NULL, 0))
         return PYTHONS;
     POINT();
-    return attributes_marked(hot, at) ? FAILED : FOUND;
+    return settled(hot, at) ? FAILED : FOUND;
 }
 
 enum outcome remove_xattr(Hot *hot, const struct in_header *in, const char *name)
