@@ -502,9 +502,9 @@ class Gate:
     # --- attributes ---------------------------------------------------------------------------------------
 
     def before_change(self, ino: int, *, registered: bool = False) -> None:
-        """Call before metadata of a regular file changes. `registered`: it may stay so with the kernel, if idle:
-        it is as fit for passthrough as before, and keeps a name.
+        """Call before metadata of a regular file changes.
 
+        `registered`: it may stay so with the kernel, as fit for passthrough as before, and with a name.
         Raises Blocked while our own work moves its times, OSError where there is no room for its marks.
         """
         self.need_marks()
