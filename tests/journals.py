@@ -64,7 +64,7 @@ class Journalled:
     def write(self, path, data=b"", mode=0o644):
         parent, name = self.above(path)
         _, _, fh, handle = self.run("create", parent, name, os.O_RDWR, stat.S_IFREG | mode, ROOT)
-        self.volume.server.run(lambda: self.volume.server.gate.write(handle, 0, data))
+        self.volume.server.run(lambda: self.volume.server.gate.contents.write(handle, 0, data))
         self.run("release", fh)
 
     def mkdir(self, path, mode=0o755):

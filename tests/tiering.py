@@ -52,7 +52,7 @@ class Server:
                 return
             with self.lock:
                 if self._sock in ready:
-                    self.gate.on_link_readable()
+                    self.gate.mover.on_readable()
                 self.gate.tick(time.monotonic())
 
     def close(self):
@@ -100,7 +100,7 @@ class Server:
             size = min(size, os.stat(path).st_size - offset)
             parts = []
             while size > 0:
-                part = self.run(functools.partial(self.gate.read, handle, offset, min(size, MIB)))
+                part = self.run(functools.partial(self.gate.contents.read, handle, offset, min(size, MIB)))
                 if not part:
                     break
                 parts.append(part)
@@ -112,7 +112,7 @@ class Server:
     def write(self, path, data, offset=0, flags=os.O_WRONLY):
         handle = self.open(path, flags)
         try:
-            self.run(lambda: self.gate.write(handle, offset, data))
+            self.run(lambda: self.gate.contents.write(handle, offset, data))
         finally:
             self.release(handle)
 
@@ -121,7 +121,7 @@ class Server:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
             parent = os.stat(os.path.dirname(path)).st_ino
             handle = self.gate.created(fd, os.fstat(fd), os.O_RDWR, parent, os.fsencode(os.path.basename(path)))
-        self.run(lambda: self.gate.write(handle, 0, data))
+        self.run(lambda: self.gate.contents.write(handle, 0, data))
         self.release(handle)
 
     def chmod(self, path, mode):
@@ -152,14 +152,14 @@ class Server:
         with self.lock:
             os.mkdir(path)
             st, parent = os.stat(path), os.stat(os.path.dirname(path)).st_ino
-            self.gate.made_dir(st.st_ino, parent, os.fsencode(os.path.basename(path)))
+            self.gate.marking.made_dir(st.st_ino, parent, os.fsencode(os.path.basename(path)))
 
     def rename(self, old, new):
         with self.lock:
             os.rename(old, new)
             st, parent = os.stat(new), os.stat(os.path.dirname(new)).st_ino
             name = os.fsencode(os.path.basename(new))
-            (self.gate.made_dir if os.path.isdir(new) else self.gate.named)(st.st_ino, parent, name)
+            (self.gate.marking.made_dir if os.path.isdir(new) else self.gate.named)(st.st_ino, parent, name)
 
     def shown(self, path):
         with self.lock:

@@ -9,6 +9,9 @@ from typing import Protocol
 from tierfs.inflow import Content, ReadAhead
 from tierfs.waits import Wait
 
+# Flags that say how a file is to be opened, and are done with once it is.
+OPENING = os.O_TRUNC | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_DIRECT | os.O_NOFOLLOW
+
 
 class Backing(Protocol):
     """The passthrough calls of a kernel session."""

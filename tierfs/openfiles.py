@@ -70,7 +70,8 @@ class OpenFiles:
         opath, st = self._nodes.reach(node)
         try:
             name = self._nodes.name(node)
-            handle = self._gate.restore(opath, st, kept.flags, kept.backing_id, node.parent_ino, name)
+            restore = self._gate.succession.restore
+            handle = restore(opath, st, kept.flags, kept.backing_id, node.parent_ino, name)
         except BaseException:
             os.close(opath)
             raise
@@ -112,11 +113,11 @@ class OpenFiles:
 
     def read(self, fh: int, offset: int, size: int) -> bytes:
         """Up to `size` bytes. Raises Blocked, OSError."""
-        return self._gate.read(self.get(fh), offset, size)
+        return self._gate.contents.read(self.get(fh), offset, size)
 
     def stretch(self, fh: int, offset: int, size: int) -> Stretch | None:
         """Where up to `size` bytes are; None where they have to be read. Raises Blocked, OSError."""
-        return self._gate.stretch(self.get(fh), offset, size)
+        return self._gate.contents.stretch(self.get(fh), offset, size)
 
     def write(
         self,
@@ -129,9 +130,9 @@ class OpenFiles:
         """How many bytes were written. `kill_suidgid`: set-id bits go. Raises Blocked, OSError."""
         handle = self.get(fh)
         if kill_suidgid:
-            self._gate.ready(handle, True)
+            self._gate.contents.ready(handle, True)
             changed_by(caller, handle.inode.opath)
-        return self._gate.write(handle, offset, data)
+        return self._gate.contents.write(handle, offset, data)
 
     def flush(self, fh: int) -> None:
         """One descriptor of several was closed. Nothing is held back here."""
@@ -148,10 +149,10 @@ class OpenFiles:
     ) -> Slow | None:
         """The modes that the kernel passes on: what is run twice is as if run once. Raises Blocked, OSError."""
         handle = self.get(fh)
-        self._gate.ready(handle, True)
+        self._gate.contents.ready(handle, True)
         self._changing(handle, caller)
         if length <= QUICK:
-            with self._gate.borrowed(handle, True) as borrowed:
+            with self._gate.contents.borrowed(handle, True) as borrowed:
                 syscalls.fallocate(borrowed, mode, offset, length)
             return None
         fd = self._own(handle, writable=True)
@@ -166,7 +167,7 @@ class OpenFiles:
         st = os.fstat(opath)
         extents = self._gate.appearance.extents(st, opath)
         if extents is None:
-            with self._gate.borrowed(handle, False) as fd:
+            with self._gate.contents.borrowed(handle, False) as fd:
                 return os.lseek(fd, offset, whence)
         return seek_extents(extents, st.st_size, offset, whence)
 
@@ -178,8 +179,8 @@ class OpenFiles:
         if flags:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         source, target = self.get(fh_in), self.get(fh_out)
-        self._gate.ready(source, False)
-        self._gate.ready(target, True)
+        self._gate.contents.ready(source, False)
+        self._gate.contents.ready(target, True)
         # Programs ask for all that there is, by a number beyond it.
         left = max(os.fstat(source.inode.opath).st_size - offset_in, 0)
         length = min(length, left, MOST_COPIED)
@@ -199,7 +200,7 @@ class OpenFiles:
 
     def _own(self, handle: Handle, *, writable: bool) -> int:
         """A descriptor that outlives this call; the caller closes it."""
-        with self._gate.borrowed(handle, writable) as fd:
+        with self._gate.contents.borrowed(handle, writable) as fd:
             return os.dup(fd)
 
 

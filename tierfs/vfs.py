@@ -129,9 +129,10 @@ class Vfs:
         """
         self.ledger.load_intents()
         self.nodes.restore(kept_fds)
-        self.gate.take_over(undrained)
+        self.gate.marking.take_over(undrained)
+        self.gate.succession.begin()
         self.files.restore()
-        self.gate.restored()
+        self.gate.succession.end()
         self.dirs.restore()
 
     def again(self, request: int) -> None:
@@ -255,7 +256,7 @@ class Vfs:
                 self.gate.after_change(st.st_ino, st, mtime_set=mtime_ns is not None)
                 if mode is not None and mode & _SET_ID:
                     self.gate.given_set_id(st.st_ino, st)
-            self.gate.attributes(st, node.parent_ino, self.nodes.name(node))
+            self.gate.marking.attributes(st, node.parent_ino, self.nodes.name(node))
         finally:
             os.close(opath)
         return self._attr(st)
@@ -280,10 +281,10 @@ class Vfs:
             raise _error(errno.EISDIR if stat.S_ISDIR(st.st_mode) else errno.EINVAL, self.nodes.name(node))
         if handle is not None and not self.tree.privileged:
             # The mode may forbid what the open descriptor allows.
-            with self.gate.borrowed(handle, True) as fd:
+            with self.gate.contents.borrowed(handle, True) as fd:
                 os.ftruncate(fd, size)
         else:
-            self.gate.truncate(opath, st, size, node.parent_ino, self.nodes.name(node))
+            self.gate.contents.truncate(opath, st, size, node.parent_ino, self.nodes.name(node))
 
     def statfs(self) -> Statfs:
         """The local space; free is also what can be evicted at once. Raises OSError."""
@@ -357,17 +358,17 @@ class Vfs:
             self.gate.release(handle)
         else:
             st = self._maker.special(dirfd, name, mode, rdev, caller)
-            self.gate.entry(directory.ino, name)
+            self.gate.marking.entry(directory.ino, name)
         return self.nodes.made(st, directory, name).id, st
 
     def mkdir(self, parent: int, name: bytes, mode: int, caller: Caller) -> tuple[int, Attr]:
         """Make a directory."""
         directory = self.nodes.get(parent)
-        self.gate.need_marks()
+        self.gate.marking.need()
         dirfd = self.nodes.dirfd(directory)
         self._intend_to_make(dirfd, name)
         st = self._maker.directory(dirfd, name, mode, caller)
-        self.gate.made_dir(st.st_ino, directory.ino, name)
+        self.gate.marking.made_dir(st.st_ino, directory.ino, name)
         return self.nodes.made(st, directory, name).id, st
 
     def symlink(self, parent: int, name: bytes, target: bytes, caller: Caller) -> tuple[int, Attr]:
@@ -375,7 +376,7 @@ class Vfs:
         dirfd = self.nodes.dirfd(directory := self.nodes.get(parent))
         self._intend_to_make(dirfd, name)
         st = self._maker.symlink(dirfd, name, target, caller)
-        self.gate.entry(directory.ino, name)
+        self.gate.marking.entry(directory.ino, name)
         return self.nodes.made(st, directory, name).id, st
 
     def readlink(self, nodeid: int) -> bytes:
@@ -410,7 +411,7 @@ class Vfs:
             self.gate.after_change(st.st_ino, st)
             self.gate.named(st.st_ino, directory.ino, name)
         else:
-            self.gate.entry(directory.ino, name)
+            self.gate.marking.entry(directory.ino, name)
         attr = self._attr(st)
         return self.nodes.found(st, directory, name).id, attr
 

@@ -158,7 +158,7 @@ class Xattrs:
             yield node, fd, st
             if regular:
                 self._gate.after_change(st.st_ino, os.fstat(fd))
-            self._gate.attributes(st, node.parent_ino, self._nodes.name(node))
+            self._gate.marking.attributes(st, node.parent_ino, self._nodes.name(node))
         finally:
             os.close(fd)
 

@@ -117,7 +117,7 @@ class Server:
             self._handlers[watch.fileno()] = self._hear_edits
             self._others.register(watch.fileno(), 0)
         self._kept: set[int] = set()
-        gate.on_stuck = self._stuck
+        gate.mover.on_stuck = self._stuck
         vfs.nodes.keep, vfs.nodes.let_go = self._keep, self._let_go
 
     def _watch(self, fd: int, handler: Callable[[], None]) -> None:
@@ -134,7 +134,7 @@ class Server:
             if session.ready and not self._said_ready:
                 self._said_ready = True
                 lasting = self._vfs.tree.privileged
-                self._tell(channel.Ready(self._gate.backing is not None, lasting, session.form))
+                self._tell(channel.Ready(self._gate.states.backing is not None, lasting, session.form))
             self._turn(served)
             self._hear_in_time(served)
             self._events(0.0 if served == BATCH else self._pause())
@@ -223,7 +223,7 @@ class Server:
 
     def _keep(self, ino: int, fd: int) -> None:
         """Before its last name goes: from now on a file ends with the supervisor, not with us."""
-        if not self._gate.registered(ino):
+        if not self._gate.states.registered(ino):
             self._kept.add(ino)
             self._tell(channel.Keep(ino), [fd])
 
@@ -235,7 +235,7 @@ class Server:
     def _signalled(self) -> None:
         numbers = os.read(self._signal_fd, 64)
         if signal.SIGUSR1 in numbers:
-            held = {**self._vfs.holds(), **self._gate.holds()}
+            held = {**self._vfs.holds(), **self._gate.states.holds()}
             log.info("holds %s", ", ".join(f"{count} {name}" for name, count in held.items()))
         if signal.SIGTERM in numbers:
             self._stop()
@@ -266,8 +266,8 @@ class Server:
         """Talk to a new mover. The gate owns the link, and closes it when it is lost."""
         self._handlers.pop(self._link_fd, None)
         self._link_fd = fd
-        self._gate.set_link(wire.Link(socket.socket(fileno=fd), server=True))
-        self._watch(fd, self._gate.on_link_readable)
+        self._gate.mover.connect(wire.Link(socket.socket(fileno=fd), server=True))
+        self._watch(fd, self._gate.mover.on_readable)
 
     def finish(self, clean: bool) -> None:
         """Say goodbye."""
@@ -314,7 +314,7 @@ def _take_over(fuse_fd: int, vfs: Vfs, session: Session, reader: MarkReader, kep
     began = time.monotonic()
     failpoints.hit(failpoints.TAKEOVER_BEGUN)
     if vfs.ledger.passthrough:
-        vfs.gate.backing = KernelBacking(fuse_fd)
+        vfs.gate.states.backing = KernelBacking(fuse_fd)
     vfs.take_over(_undrained(reader), kept)
     for fd in kept.values():
         os.close(fd)
@@ -371,7 +371,7 @@ def _serve(
     clean = server.run()
     session.close()
     gate.heat.flush()
-    gate.set_link(None)
+    gate.mover.connect(None)
     log.info("the mount has ended%s", "" if clean else ", not in order: copies will be proven again")
     server.finish(clean)
 

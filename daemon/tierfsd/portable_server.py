@@ -40,7 +40,7 @@ class Ears:
 
     def __init__(self, gate: Gate, lock: threading.RLock, supervisor: channel.Channel, mountpoint: str) -> None:
         self._gate = gate
-        gate.on_stuck = lambda pid, reason: self.tell(channel.Stuck(pid, reason))
+        gate.mover.on_stuck = lambda pid, reason: self.tell(channel.Stuck(pid, reason))
         self._lock = lock
         self._supervisor = supervisor
         self._mountpoint = mountpoint
@@ -64,7 +64,7 @@ class Ears:
             self._thread.join()
         with self._lock:
             self._gate.tick(time.monotonic())
-            self._gate.set_link(None)
+            self._gate.mover.connect(None)
 
     def tell(self, message: wire.Message) -> None:
         """Send the supervisor a message, if it is still there."""
@@ -82,7 +82,7 @@ class Ears:
                     self._stop()
                 else:
                     with self._lock:
-                        self._gate.on_link_readable()
+                        self._gate.mover.on_readable()
             with self._lock:
                 self._gate.tick(time.monotonic())
 
@@ -99,7 +99,7 @@ class Ears:
         message, fds = received
         if isinstance(message, channel.NewMover) and len(fds) == 1:
             with self._lock:
-                self._gate.set_link(wire.Link(socket.socket(fileno=fds[0]), server=True))
+                self._gate.mover.connect(wire.Link(socket.socket(fileno=fds[0]), server=True))
             self._poll.register(fds[0], select.EPOLLIN)
         elif isinstance(message, channel.Stop):
             self._stop()

@@ -46,7 +46,8 @@ def main() -> None:
     for turn in range(1, 3):
         for name, handle in handles.items():
             content = content_of(name, turn)
-            home.volume.server.run(lambda fh=handle, new=content: home.volume.server.gate.write(fh, 0, new))
+            write = home.volume.server.gate.contents.write
+            home.volume.server.run(lambda fh=handle, new=content, write=write: write(fh, 0, new))
             assert rescue(home, name)
         home.journal.flush()
     for handle in handles.values():

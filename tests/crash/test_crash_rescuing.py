@@ -126,7 +126,7 @@ def go_on(home, name):
     """The next one is taken, told, and gives way to a copy."""
     volume, content = home.volume, content_of(name, 9)
     handle = volume.server.open(volume.path(name), os.O_RDWR)
-    volume.server.run(lambda: volume.server.gate.write(handle, 0, content))
+    volume.server.run(lambda: volume.server.gate.contents.write(handle, 0, content))
     assert rescue(home, name)
     settle(home)
     assert told(home, name) == rescued(home, name) == content

@@ -72,7 +72,7 @@ class Side:
             patch.setattr(compiled, "find", lambda: (built if form == "compiled" else None, ""))
             self.session = Session(self._device.fileno(), self.vfs, passthrough=False)
         assert hot.form(self.session._receiver) == form
-        self.gate.backing = self.backing = FakeBacking()
+        self.gate.states.backing = self.backing = FakeBacking()
         self._unique = 0
         self.outdated = []  # nodes of which that was told
 
@@ -119,7 +119,7 @@ class Side:
     def close(self):
         self.session.close()
         self.vfs.close()
-        self.gate.marks.close()
+        self.gate.marking.marks.close()
         self.tree.close()
         os.close(self._marks_fd)
         self.sock.close()

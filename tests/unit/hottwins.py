@@ -132,7 +132,8 @@ class Twin(Side):
             first = Ino(entry.a) if entry.kind is Mark.ENTRY else entry.a
             second = 0 if entry.kind is Mark.TIMES else entry.b  # of TIMES: when it was
             told.append((*which, first, second, len(entry.handle), entry.end))
-        return told, self.gate.marks.position, [(Ino(ino), at) for ino, at in self.gate.recent.items()]
+        marking = self.gate.marking
+        return told, marking.marks.position, [(Ino(ino), at) for ino, at in marking.recent.items()]
 
     def intent(self):
         """What a successor would find of the change made last."""
@@ -160,14 +161,14 @@ class Twin(Side):
                  [getattr(handle, each) for each in HANDLE_FIELDS])
                 for number, (node, handle) in sorted(self.vfs.files.handles.items())
             ],
-            "inodes": [self.inode(each) for each in gate._inodes.values()],
-            "idle": [Ino(ino) for ino in gate.idle.inodes],
+            "inodes": [self.inode(each) for each in gate.states.inodes.values()],
+            "idle": [Ino(ino) for ino in gate.states.idle.inodes],
             "heat": [(Ino(ino), n, size, Ino(above), name)
                      for ino, (n, _, size, above, name) in gate.heat.touched.items()],
             "marks": self.marks(),
             "intent": self.intent(),
             "late": [Ino(ino) for ino in gate.appearance.late],
-            "seals": [Ino(ino) for ino in gate.seals],
+            "seals": [Ino(ino) for ino in gate.marking.seals],
             "backing": [(number, Ino(ino)) for number, ino in self.backing.live.items()],
         }  # fmt: skip
 
@@ -194,7 +195,7 @@ class Both:
             (base / form / "tree").mkdir(parents=True)
             twin = Twin(base / form / "side", form, monkeypatch, built, base / form / "tree", directory_fds)
             self.sides.append(twin)
-            self.sides[-1].gate.idle.most = 3
+            self.sides[-1].gate.states.idle.most = 3
         self.nodes, self.open, self.reading = [ROOT], [], {}
         self._held = {}
 

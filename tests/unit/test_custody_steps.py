@@ -592,7 +592,8 @@ def test_the_order_of_a_truncation_to_nothing(volume, monkeypatch, kind, how):
         opath = os.open(path, os.O_PATH)
         parent = os.stat(volume.root).st_ino
         try:
-            volume.server.run(lambda: volume.server.gate.truncate(opath, os.fstat(opath), 0, parent, b"a"))
+            truncate = volume.server.gate.contents.truncate
+            volume.server.run(lambda: truncate(opath, os.fstat(opath), 0, parent, b"a"))
         finally:
             os.close(opath)
     assert told == ["size 0", "no stub"]

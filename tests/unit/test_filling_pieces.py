@@ -90,7 +90,7 @@ def test_a_reader_goes_on_with_the_first_piece(volume, cold):
     whole.start()
     try:
         assert until(lambda: volume.store.open)
-        read = volume.server.run(lambda: volume.server.gate.read(handle, START, PIECE), seconds=5)
+        read = volume.server.run(lambda: volume.server.gate.contents.read(handle, START, PIECE), seconds=5)
         assert read == cold[START : START + PIECE]
         assert volume.store.open, "the rest is still on its way"
     finally:
@@ -137,17 +137,17 @@ def test_wrong_bytes_in_the_second_piece(volume, cold):
     handle = volume.server.open(volume.path("big"))
     try:
         with pytest.raises(OSError) as failed:
-            volume.server.run(lambda: volume.server.gate.read(handle, START, MIB))
+            volume.server.run(lambda: volume.server.gate.contents.read(handle, START, MIB))
         assert failed.value.errno == errno.EIO
         assert volume.store.ranges == [(START, MIB), (START + PIECE, MIB - PIECE)]
         assert local(volume, START, PIECE) == cold[START : START + PIECE]
         assert local(volume, START + PIECE, PIECE) == bytes(PIECE)
         volume.store.ranges.clear()
-        first = volume.server.run(lambda: volume.server.gate.read(handle, START, PIECE))
+        first = volume.server.run(lambda: volume.server.gate.contents.read(handle, START, PIECE))
         assert first == cold[START : START + PIECE]
         assert volume.store.ranges == [], "that is here"
         restore()
-        whole = volume.server.run(lambda: volume.server.gate.read(handle, START, MIB))
+        whole = volume.server.run(lambda: volume.server.gate.contents.read(handle, START, MIB))
         assert whole == cold[START : START + MIB]
         assert volume.store.ranges[0] == (START + PIECE, MIB - PIECE)
     finally:
@@ -167,7 +167,7 @@ def test_who_wanted_what_has_come_is_done_when_the_rest_fails(volume, cold, monk
     with volume.server.lock:  # read ahead, as for somebody who reads on and on
         volume.server.gate._inflow.ahead(ino, START, START + MIB)
     assert until(lambda: volume.store.open)
-    read = functools.partial(volume.server.gate.read, handle, START, PIECE)
+    read = functools.partial(volume.server.gate.contents.read, handle, START, PIECE)
     reader = threading.Thread(target=volume.server.run, args=(read,))
     reader.start()
     assert until(lambda: volume.tier.filler.waiting == 2)

@@ -92,7 +92,7 @@ class World:
     def truncate(self, size):
         opath = os.open(self.path, os.O_PATH)
         try:
-            self.gate.truncate(opath, os.fstat(opath), size, self.tree.root_ino, b"file")
+            self.gate.contents.truncate(opath, os.fstat(opath), size, self.tree.root_ino, b"file")
         finally:
             os.close(opath)
 
@@ -142,7 +142,7 @@ class World:
 
     def tell(self, message, fds=()):
         self.mover.send(message, fds)
-        self.gate.on_link_readable()
+        self.gate.mover.on_readable()
 
     def drained(self):
         list(self.reader.read())
@@ -181,7 +181,7 @@ def world(tmp_path):
         pytest.skip("needs root: stubs are trusted.* attributes")
     made = World(tmp_path)
     yield made
-    made.gate.set_link(None)
+    made.gate.mover.connect(None)
     made.mover.close()
     os.close(made.marks_fd)
     made.tree.close()
@@ -197,7 +197,7 @@ def test_resident_files_share_one_backing_id_until_the_last_release(world):
     assert third is not None and third.backing_id == first.backing_id and third.fd == -1
     world.gate.release(third)
     world.gate.tick(time.monotonic() + idle.SECONDS + 1)
-    assert not world.backing.live and not world.gate._inodes
+    assert not world.backing.live and not world.gate.states.inodes
 
 
 def test_what_is_open_outlives_the_time_of_the_idle(world):
@@ -212,7 +212,7 @@ ENDS = {
     "guard": lambda world: world.guard(),
     "attributes": lambda world: world.gate.before_change(world.ino),
     "last name": lambda world: world.gate.gone(world.path.stat(), b"handle", world.tree.root_ino, b"file"),
-    "mover": lambda world: world.gate.set_link(None),
+    "mover": lambda world: world.gate.mover.connect(None),
 }
 
 
@@ -247,7 +247,7 @@ def test_a_file_that_loses_its_last_name_while_open_is_not_kept(world):
 
 
 def test_only_so_many_registrations_are_kept(world, monkeypatch):
-    monkeypatch.setattr(world.gate.idle, "most", 2)
+    monkeypatch.setattr(world.gate.states.idle, "most", 2)
     paths = [world.path.with_name(f"other{number}") for number in range(3)]
     for path in paths:
         path.write_bytes(b"content")
@@ -288,7 +288,7 @@ def test_set_id_files_are_never_passthrough(world):
     world.path.chmod(0o4755)
     handle = world.open(os.O_RDWR)
     assert handle.backing_id == 0 and handle.fd >= 0
-    assert world.gate.write(handle, 0, b"X") == 1
+    assert world.gate.contents.write(handle, 0, b"X") == 1
     world.gate.release(handle)
 
 
@@ -379,14 +379,14 @@ def test_a_dead_mover_voids_its_guards_and_seals(world):
     assert world.seal() and world.guard()
     with pytest.raises(Blocked) as caught:
         world.open()
-    world.gate.set_link(None)
+    world.gate.mover.connect(None)
     assert caught.value.wait.done
     world.gate.release(world.open())
 
 
 def test_a_mover_that_stands_still_while_somebody_waits_is_told_of(world):
     told = []
-    world.gate.on_stuck = lambda pid, reason: told.append((pid, reason))
+    world.gate.mover.on_stuck = lambda pid, reason: told.append((pid, reason))
     world.tell(wire.Hello(77, 0))
     assert world.guard()
     now = time.monotonic()
@@ -402,7 +402,7 @@ def test_a_mover_that_stands_still_while_somebody_waits_is_told_of(world):
     world.gate.tick(now + 2 * SILENCE_SECONDS + 3)
     assert [pid for pid, _ in told] == [77]
     assert not caught.value.wait.done  # its guard holds until there is another link
-    world.gate.set_link(None)
+    world.gate.mover.connect(None)
     assert caught.value.wait.done
 
 
@@ -504,7 +504,7 @@ def test_a_new_mover_is_asked_again(world):
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     theirs.setblocking(False)
     world.mover = wire.Link(theirs, server=False)
-    world.gate.set_link(wire.Link(ours, server=True))
+    world.gate.mover.connect(wire.Link(ours, server=True))
     assert len(world.sent(wire.Fetch)) == 1
 
 
@@ -553,17 +553,17 @@ def test_a_file_that_cannot_be_marked_leaves_nothing_behind(world, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         create(world)
     assert descriptors() == before
-    assert not world.gate._inodes
+    assert not world.gate.states.inodes
 
 
 def test_without_a_backing_id_a_file_is_served_from_here(world, monkeypatch):
     monkeypatch.setattr(world.backing, "open", refuse(errno.ENOMEM))
     made, old = create(world), world.open(os.O_RDWR)
     assert made.fd >= 0 and old.fd >= 0 and not made.backing_id and not old.backing_id
-    assert world.gate.read(old, 0, 7) == b"content"
+    assert world.gate.contents.read(old, 0, 7) == b"content"
     size = os.fstat(old.fd).st_size
-    assert world.gate.stretch(old, 2, size) == Stretch(old.fd, 2, size - 2)
-    assert world.gate.stretch(old, size, 5) is None
+    assert world.gate.contents.stretch(old, 2, size) == Stretch(old.fd, 2, size - 2)
+    assert world.gate.contents.stretch(old, size, 5) is None
     world.gate.release(made)
     world.gate.release(old)
 
@@ -574,7 +574,7 @@ def test_a_release_that_finds_no_room_for_its_mark_gives_back_all_else(world, mo
     monkeypatch.setattr(MarkWriter, "append", refuse(errno.ENOSPC))
     with pytest.raises(OSError, match="No space"):
         world.gate.release(handle)
-    assert not world.backing.live and not world.gate._inodes and descriptors() == before
+    assert not world.backing.live and not world.gate.states.inodes and descriptors() == before
 
 
 def test_an_open_that_runs_out_of_descriptors_keeps_none_that_is_another_files(world, monkeypatch):
@@ -585,7 +585,7 @@ def test_an_open_that_runs_out_of_descriptors_keeps_none_that_is_another_files(w
     assert world.sent(wire.Fetch) == []
     with pytest.raises(Blocked):
         world.open()
-    (inode,) = world.gate._inodes.values()
+    (inode,) = world.gate.states.inodes.values()
     assert os.fstat(inode.opath).st_ino == world.ino
 
 
@@ -599,16 +599,16 @@ def test_a_message_that_cannot_be_received_opens_no_guard_of_a_mover_that_may_li
     with pytest.raises(Blocked) as caught:
         world.open()
     monkeypatch.setattr(world.gate._outbox.link, "receive", refuse(errno.EIO))
-    world.gate.on_link_readable()
+    world.gate.mover.on_readable()
     assert not caught.value.wait.done
     ours, theirs = wire.make_pair()
     with theirs:
-        world.gate.set_link(wire.Link(ours, server=True))
+        world.gate.mover.connect(wire.Link(ours, server=True))
         assert caught.value.wait.done
 
 
 def test_a_message_that_cannot_be_handled_ends_the_link_and_not_the_server(world, monkeypatch):
-    monkeypatch.setattr(world.gate, "_seal", refuse(errno.EIO))
+    monkeypatch.setattr(world.gate.guarding, "seal", refuse(errno.EIO))
     fd = os.open(world.path, os.O_RDONLY)
     try:
         world.tell(wire.Seal(1, [world.ino]), [fd])

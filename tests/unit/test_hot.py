@@ -127,7 +127,7 @@ def test_shown_times_and_open_writers_are_respected(side):
     ino = os.stat(side.path / "file").st_ino
     nodeid = side.lookup(ROOT, b"file")[0]
     inode = Inode(ino, ROOT, b"file")
-    side.gate._inodes[ino] = inode
+    side.gate.states.inodes[ino] = inode
     inode.shown = ShownTimes(5, 6_000_000_007, 123)
     side.gate.appearance.moving(ino)
     found = side.getattr(nodeid)
@@ -139,7 +139,7 @@ def test_shown_times_and_open_writers_are_respected(side):
         assert side.lookup(ROOT, b"file")[3] == 0
     inode.writers = 0
     assert side.getattr(nodeid)[0] == p.ATTR_SECONDS
-    del side.gate._inodes[ino]
+    del side.gate.states.inodes[ino]
 
 
 def test_a_file_without_a_name_shows_its_last_attributes(side):
@@ -316,10 +316,10 @@ def shown(sides, path, name, on):
     with contextlib.suppress(OSError):
         ino = os.lstat(path / os.fsdecode(name)).st_ino
         for side in sides:
-            side.gate._inodes.pop(ino, None)
+            side.gate.states.inodes.pop(ino, None)
             side.gate.appearance.moving(ino)
             if on:
-                side.gate._inodes[ino] = inode = Inode(ino, ROOT, b"")
+                side.gate.states.inodes[ino] = inode = Inode(ino, ROOT, b"")
                 inode.shown = ShownTimes(1, 2, 3)
 
 
@@ -364,7 +364,7 @@ def test_both_forms_answer_alike_whatever_the_tree(tmp_path_factory, monkeypatch
             assert sides[0].table() == sides[1].table(), step
     finally:
         for side in sides:
-            side.gate._inodes.clear()
+            side.gate.states.inodes.clear()
             side.close()
 
 

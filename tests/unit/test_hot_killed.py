@@ -103,7 +103,7 @@ def setattr_in(valid):
 
 def prepare(world, nodes, files):
     """What the compiled form would have met."""
-    world.vfs.gate.backing = FakeBacking()
+    world.vfs.gate.states.backing = FakeBacking()
     world.vfs.gate.appearance.plain.update(os.stat(world.path / name).st_ino for name in "fgh")
     for name in ("f", "d/x"):
         world.vfs.release(files[name])

@@ -61,7 +61,7 @@ def test_reading_what_is_resident_is_left_to_nobody(both):
     assert asked == [] and len(both.sides[1].vfs.nodes) == 1
     for side in both.sides:
         assert side.gate.heat.count(os.stat(side.path / "a").st_ino) == 3
-        assert len(side.backing.live) == len(side.gate.idle) == 3
+        assert len(side.backing.live) == len(side.gate.states.idle) == 3
         assert not list(side.vfs.ledger.load_files())
 
 
@@ -103,15 +103,15 @@ def test_what_cannot_be_written_at_once_is_left_to_python(both, why, flags, regi
     if not registered:
         both.release(0)
         for side in both.sides:
-            side.gate.idle.drop_all()
+            side.gate.states.idle.drop_all()
     asked, running = left(both, p.Op.OPEN), []
     for side in both.sides:
         if why == "sealed":
-            side.gate.seals.add(os.stat(side.path / "a").st_ino)
+            side.gate.marking.seals.add(os.stat(side.path / "a").st_ino)
         elif why == "full":
             side.session._receiver.low = 1 << 62
         elif why == "many marks":
-            side.gate.marks.position = side.gate.marks.start + SEGMENT - 4096
+            side.gate.marking.marks.position = side.gate.marking.marks.start + SEGMENT - 4096
         elif why == "set-id":
             (side.path / "a").chmod(0o4755)
         elif why == "renamed behind":
@@ -145,17 +145,17 @@ def test_what_is_not_plain_is_left_to_python(both, how):
         elif how == "set-id":
             (side.path / "a").chmod(0o4755)
         elif how == "guard":
-            assert side.gate._guard(os.stat(side.path / "a").st_ino, 0)
+            assert side.gate.guarding.guard(os.stat(side.path / "a").st_ino, 0)
         elif how == "unprivileged":
-            side.gate.backing = None
+            side.gate.states.backing = None
         elif how == "anchored":
             os.link(side.path / "a", side.path / "f")
             assert side.ask(p.Op.UNLINK, ROOT, b"a\0") == (0, b"")
     both.opened(node, os.O_RDONLY)
     assert asked == [p.Op.OPEN]
     for side in both.sides:
-        for inode in list(side.gate._inodes.values()):
-            side.gate._end_guard(inode)
+        for inode in list(side.gate.states.inodes.values()):
+            side.gate.guarding.end(inode)
 
 
 def test_an_older_kernel_is_asked_for_attributes_by_a_path(tmp_path, monkeypatch):
@@ -424,12 +424,12 @@ def test_links_that_are_not_plain_are_left_to_python(both, why, op):
     for side in both.sides:
         ino = os.stat(side.path / "a").st_ino
         if why in ("guard", "shown"):
-            assert side.gate._guard(ino, 0)
-            side.gate._inodes[ino].shown = ShownTimes(1, 2, 3)
+            assert side.gate.guarding.guard(ino, 0)
+            side.gate.states.inodes[ino].shown = ShownTimes(1, 2, 3)
         if why == "shown":
-            side.gate._inodes[ino].guard = None
+            side.gate.states.inodes[ino].guard = None
         elif why == "many marks":
-            side.gate.marks.position = side.gate.marks.start + SEGMENT - 4096
+            side.gate.marking.marks.position = side.gate.marking.marks.start + SEGMENT - 4096
         elif why == "no room in the ledger":
             side.vfs.ledger._words[7] = side.vfs.ledger._longs.most
     link = p.U64.pack(node) + (b"b" if why == "there" else b"new") + b"\0"
@@ -438,9 +438,9 @@ def test_links_that_are_not_plain_are_left_to_python(both, why, op):
     assert (answered is None) == (why == "guard")
     assert asked == ([] if why == "there" and op != p.Op.LINK else [op])
     for side in both.sides:
-        for inode in side.gate._inodes.values():
+        for inode in side.gate.states.inodes.values():
             inode.guard = None
-        side.gate._inodes.clear()
+        side.gate.states.inodes.clear()
 
 
 def test_who_may_not_open_by_handle_leaves_links_to_python(tmp_path, monkeypatch, built):
@@ -577,7 +577,7 @@ def test_what_is_extended_and_is_not_plain_is_left_to_python(both):
     for side in both.sides:
         (side.path / "b").chmod(0o4755)
         side.gate.appearance.late[os.stat(side.path / "c").st_ino] = ShownTimes(1, 2, 3), 1e12
-        assert side.gate._guard(os.stat(side.path / "d").st_ino, 0)
+        assert side.gate.guarding.guard(os.stat(side.path / "d").st_ino, 0)
     asked = left(both, p.Op.SETXATTR, p.Op.REMOVEXATTR)
     assert put(both, a, b"user.x", b"1", os.XATTR_REPLACE) == errno.ENODATA
     assert put(both, a, b"user.x", b"1", os.XATTR_CREATE) == 0
@@ -599,8 +599,8 @@ def test_what_is_extended_and_is_not_plain_is_left_to_python(both):
     both_ways = [p.Op.SETXATTR, p.Op.REMOVEXATTR]
     assert asked == [p.Op.SETXATTR] * 12 + [p.Op.REMOVEXATTR] * 3 + both_ways + [p.Op.SETXATTR]
     for side in both.sides:
-        for inode in list(side.gate._inodes.values()):
-            side.gate._end_guard(inode)
+        for inode in list(side.gate.states.inodes.values()):
+            side.gate.guarding.end(inode)
 
 
 COPIES = (p.Op.COPY_FILE_RANGE, p.Op.COPY_FILE_RANGE_64)
@@ -638,7 +638,7 @@ def test_copies_that_are_not_plain_are_left_to_python(both):
     asked = left(both, COPIES[1])
     a, b, c, d = (both.opened(both.lookup(ROOT, n), os.O_RDWR) for n in (b"a", b"b", b"c", b"d"))
     for side in both.sides:
-        side.gate._inodes[os.stat(side.path / "d").st_ino].marked = False
+        side.gate.states.inodes[os.stat(side.path / "d").st_ino].marked = False
     for source, target, more, wanted in (
         (a, 99, {}, errno.EBADF), (99, a, {}, errno.EBADF), (a, b, {"flags": 1}, errno.EINVAL), (a, c, {}, 0),
         (c, a, {}, 0), (a, a, {"length": 5, "offset_out": 1}, errno.EINVAL), (a, d, {}, 0),
@@ -732,9 +732,9 @@ def test_a_closed_file_stays_registered_while_it_is_fit_for_passthrough(both, wh
         case "attribute":
             assert put(both, node, b"security.capability", CAPABILITY) == 0
     stays = what not in ("set-id", "attribute")
-    assert all(len(side.backing.live) == len(side.gate.idle) == int(stays) for side in both.sides)
+    assert all(len(side.backing.live) == len(side.gate.states.idle) == int(stays) for side in both.sides)
     name = b"b" if what == "renamed" else b"a"
-    names = [inode.name for side in both.sides for inode in side.gate._inodes.values()]
+    names = [inode.name for side in both.sides for inode in side.gate.states.inodes.values()]
     assert names == [name, name][: 2 * stays]
     assert both.lookup(ROOT, name) == node
 
@@ -813,19 +813,19 @@ def test_attributes_that_are_not_plainly_set_are_left_to_python(both, how):
             case "late":
                 side.gate.appearance.late[ino] = ShownTimes(1, 2, 3), 1e12
             case "shown":
-                side.gate._inodes[ino] = inode = Inode(ino, ROOT, b"a")
+                side.gate.states.inodes[ino] = inode = Inode(ino, ROOT, b"a")
                 inode.shown = ShownTimes(1, 2, 3)
             case "guard":
-                assert side.gate._guard(ino, 0)
+                assert side.gate.guarding.guard(ino, 0)
             case "many marks":
-                side.gate.marks.position = side.gate.marks.start + SEGMENT - 4096
+                side.gate.marking.marks.position = side.gate.marking.marks.start + SEGMENT - 4096
     asked = left(both, p.Op.SETATTR)
     valid, given = NOT_PLAIN[how]
     both.set({"unknown": 77, "root": ROOT}.get(how, node), valid, **given, **more)
     assert asked == [p.Op.SETATTR]
     for side in both.sides:
-        for inode in list(side.gate._inodes.values()):
-            side.gate._end_guard(inode)
+        for inode in list(side.gate.states.inodes.values()):
+            side.gate.guarding.end(inode)
 
 
 def test_a_name_that_is_anothers_by_now_changes_nothing_of_either(both):
@@ -860,9 +860,9 @@ def test_what_cannot_be_made_at_once_is_left_to_python(both, why):
         if why == "full":
             side.session._receiver.low = 1 << 62
         elif why == "many marks":
-            side.gate.marks.position = side.gate.marks.start + SEGMENT - 4096
+            side.gate.marking.marks.position = side.gate.marking.marks.start + SEGMENT - 4096
         elif why == "unregistered":
-            side.gate.backing = None
+            side.gate.states.backing = None
     both.made(p.Op.CREATE, ROOT, b"a" if why == "there" else b"new", 0o644)
     assert asked == ([p.Op.CREATE] if why else [])
 
@@ -1030,8 +1030,8 @@ def step_of(both, step):
             value(both, nodeid, more[1])
         case "retire":
             for side in both.sides:
-                for ino in itertools.islice(list(side.gate.idle.inodes), 1):
-                    side.gate.idle.drop(ino)
+                for ino in itertools.islice(list(side.gate.states.idle.inodes), 1):
+                    side.gate.states.idle.drop(ino)
         case "unlink" | "rmdir":
             both.ask(p.Op[action.upper()], nodeid, more[1] + b"\0")
         case "linked":

@@ -36,7 +36,7 @@ def heard():
     server = Server(
         SimpleNamespace(fileno=lambda: reading, spinner=None),
         SimpleNamespace(nodes=SimpleNamespace()),
-        SimpleNamespace(),
+        SimpleNamespace(mover=SimpleNamespace()),
         SimpleNamespace(sock=ours, fileno=ours.fileno),
         os.dup(reading),
         watch,

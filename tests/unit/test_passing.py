@@ -69,7 +69,8 @@ def test_a_file_is_read_past_a_full_disk(volume, files, full, name):
 def test_with_room_again_it_comes_to_stay(volume, files, full, name):
     handle = volume.server.open(volume.path(name))
     try:
-        assert volume.server.run(lambda: volume.server.gate.read(handle, 0, 4096)) == files[name][:4096]
+        head = volume.server.run(lambda: volume.server.gate.contents.read(handle, 0, 4096))
+        assert head == files[name][:4096]
         full.clear()
         handle.inode.content.passages.expire(1e12)
         assert volume.server.read(volume.path(name)) == files[name]
@@ -90,7 +91,7 @@ def test_what_is_partly_here_is_joined_with_what_is_not(volume, files, full, nam
     handle = volume.server.open(volume.path(name))
     try:
         for offset, size in [(MIB - 10, 5 * LEAF), (0, 100), (MIB + LEAF, MIB), (len(files[name]) - 5, 100)]:
-            read = volume.server.run(lambda at=offset, n=size: volume.server.gate.read(handle, at, n))
+            read = volume.server.run(lambda at=offset, n=size: volume.server.gate.contents.read(handle, at, n))
             assert read == files[name][offset : offset + size]
     finally:
         volume.server.release(handle)
@@ -100,11 +101,11 @@ def test_only_what_is_in_the_file_is_lent_from_it(volume, files, full):
     full.clear()
     volume.server.read(volume.path("big"), MIB, 2 * LEAF)
     full.set()
-    handle = volume.server.open(volume.path("big"))
+    handle, stretch = volume.server.open(volume.path("big")), volume.server.gate.contents.stretch
     try:
-        lent = volume.server.run(lambda: volume.server.gate.stretch(handle, MIB, LEAF))
+        lent = volume.server.run(lambda: stretch(handle, MIB, LEAF))
         assert lent == Stretch(handle.fd, MIB, LEAF)
-        assert volume.server.run(lambda: volume.server.gate.stretch(handle, MIB - LEAF, 2 * LEAF)) is None
+        assert volume.server.run(lambda: stretch(handle, MIB - LEAF, 2 * LEAF)) is None
     finally:
         volume.server.release(handle)
 
@@ -123,9 +124,9 @@ def test_what_works_on_the_file_itself_gets_no_zeros(volume, files, full, name):
     """A copy_file_range, say, beside readers to whom the content was handed in memory."""
     gate, handle = volume.server.gate, volume.server.open(volume.path(name))
     try:
-        volume.server.run(lambda: gate.read(handle, 0, len(files[name])))
+        volume.server.run(lambda: gate.contents.read(handle, 0, len(files[name])))
         with pytest.raises(OSError) as failed:
-            volume.server.run(lambda: gate.ready(handle, False))
+            volume.server.run(lambda: gate.contents.ready(handle, False))
         assert failed.value.errno == errno.ENOSPC
     finally:
         volume.server.release(handle)

@@ -188,7 +188,9 @@ class FakeVfs:
 
     def __init__(self) -> None:
         lasting = SimpleNamespace(watched=False)
-        self.gate = SimpleNamespace(writers_open=lambda ino: False, backing=None, lasting=lasting)
+        self.gate = SimpleNamespace(
+            writers_open=lambda ino: False, states=SimpleNamespace(backing=None), lasting=lasting
+        )
         self.ledger = Ledger()
         self.tree = SimpleNamespace(device=0)
         self.asked: list[bytes] = []

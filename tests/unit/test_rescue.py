@@ -62,7 +62,7 @@ def test_what_is_open_is_rescued_and_nothing_is_freed_for_it(home, size):
     assert not proven(record, os.stat(volume.path("db")), volume.session.custody)
     assert volume.demote("db")[0].reason == "is open for writing, or mapped"
     assert not take(home, "db"), "it has not changed since"
-    volume.server.run(lambda: volume.server.gate.write(handle, 0, b"new"))
+    volume.server.run(lambda: volume.server.gate.contents.write(handle, 0, b"new"))
     assert take(home, "db")
     assert key in buried(home) and rescue_of(home, "db").key(record.fid) in objects(home) - buried(home)
     volume.server.release(handle)
@@ -155,7 +155,7 @@ def test_what_is_as_its_copy_is_read_once(home, monkeypatch):
     monkeypatch.setattr(copying, "read_exactly", lambda *where: reads.append(where) or read_exactly(*where))
     assert not take(home, "db") and not take(home, "db")
     assert len(reads) == 1 and rescue_of(home, "db") is None
-    volume.server.run(lambda: volume.server.gate.write(handle, 0, b"new"))
+    volume.server.run(lambda: volume.server.gate.contents.write(handle, 0, b"new"))
     assert take(home, "db")
     volume.server.release(handle)
 
@@ -266,13 +266,13 @@ def test_they_are_taken_after_an_hour_and_once_a_day(home, monkeypatch):
     assert taken() == 0
     clock.ahead += 3600
     assert taken() == 2 and rescue_of(home, "closed") is None
-    home.volume.server.run(lambda: home.volume.server.gate.write(handles[1], 0, b"new"))
+    home.volume.server.run(lambda: home.volume.server.gate.contents.write(handles[1], 0, b"new"))
     clock.ahead += 20 * 3600
     assert taken() == 2
     clock.ahead += 4 * 3600
     assert taken() == 3, "the other has not changed"
     clock.ahead -= 365 * 86400
-    home.volume.server.run(lambda: home.volume.server.gate.write(handles[1], 0, b"newer"))
+    home.volume.server.run(lambda: home.volume.server.gate.contents.write(handles[1], 0, b"newer"))
     turns._next_look = float("-inf")
     assert taken() == 4, "a year set back is not waited for"
     for handle in handles:

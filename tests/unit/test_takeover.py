@@ -54,11 +54,11 @@ class World:
             for _, handle in vfs.files.handles.values():
                 if handle.fd >= 0:
                     os.close(handle.fd)
-            for inode in vfs.gate._inodes.values():
+            for inode in vfs.gate.states.inodes.values():
                 os.close(inode.opath)
             vfs.close()
             vfs.ledger.close()
-            vfs.gate.marks.close()
+            vfs.gate.marking.marks.close()
         self.servers.clear()
         self.tree.close()
         os.close(self.memory)
@@ -383,7 +383,7 @@ def test_writers_are_still_writers(worlds):
     vfs = world.successor()
     assert vfs.files.writers == 2
     fd = os.open(world.path / "f", os.O_RDONLY)
-    assert vfs.gate._seal(os.fstat(fd).st_ino, fd) == 0
+    assert vfs.gate.guarding.seal(os.fstat(fd).st_ino, fd) == 0
     os.close(fd)
     vfs.open(nodes["g"], os.O_RDWR, ME)
     assert vfs.ledger.generation > generation
@@ -402,16 +402,16 @@ def test_registrations_that_nobody_uses_end(worlds):
         def close(self, backing_id):
             closed.append(backing_id)
 
-    world.vfs.gate.backing = Backing()
+    world.vfs.gate.states.backing = Backing()
     node, _ = world.vfs.lookup(ROOT, b"g")
     fh, handle = world.vfs.open(node, os.O_RDONLY, ME)
     assert handle.backing_id == 7
     vfs = world.begin()
-    vfs.gate.backing = Backing()
+    vfs.gate.states.backing = Backing()
     vfs.take_over([], {})
-    assert not closed and vfs.gate.registered(os.stat(world.path / "g").st_ino)
+    assert not closed and vfs.gate.states.registered(os.stat(world.path / "g").st_ino)
     vfs.release(fh)  # stays registered for a while
     again = world.begin()
-    again.gate.backing = Backing()
+    again.gate.states.backing = Backing()
     again.take_over([], {})
     assert closed == [7]

@@ -74,7 +74,7 @@ def test_whoever_waits_for_content_that_is_cut_away_goes_on(volume, cold):
     def shorten():
         opath = os.open(path, os.O_PATH)
         try:
-            gate.truncate(opath, os.fstat(opath), 10, parent, b"big")
+            gate.contents.truncate(opath, os.fstat(opath), 10, parent, b"big")
         finally:
             os.close(opath)
 
@@ -99,7 +99,7 @@ def test_whoever_waits_for_content_that_is_cut_away_goes_on(volume, cold):
     assert outcome, "it waits for what nobody brings"
     assert volume.server.read(path) == bytes(10)
     assert os.stat(path).st_size == 10
-    assert not gate._inodes
+    assert not gate.states.inodes
 
 
 def test_times_set_while_a_range_is_written_are_kept(volume, cold, monkeypatch):
@@ -120,9 +120,9 @@ def test_times_set_while_a_range_is_written_are_kept(volume, cold, monkeypatch):
         set_mtime(fd, mtime_ns)
 
     monkeypatch.setattr(volume.tree, "set_mtime", interrupted)
-    volume.server.run(lambda: volume.server.gate.read(handle, 3 * MIB, 100))
+    volume.server.run(lambda: volume.server.gate.contents.read(handle, 3 * MIB, 100))
     assert times(volume) == (777, done[1])
-    volume.server.run(lambda: volume.server.gate.ready(handle, True))
+    volume.server.run(lambda: volume.server.gate.contents.ready(handle, True))
     volume.server.release(handle)
     volume.settle("big")
     assert os.stat(path).st_mtime_ns == 777
@@ -241,7 +241,7 @@ def test_truncation_during_a_fetch_wins(volume, cold):
     while not volume.store.ranges:
         time.sleep(0.001)
     handle = volume.server.open(volume.path("big"), os.O_WRONLY | os.O_TRUNC)
-    volume.server.run(lambda: volume.server.gate.write(handle, 0, b"fresh"))
+    volume.server.run(lambda: volume.server.gate.contents.write(handle, 0, b"fresh"))
     volume.store.hold.set()
     reader.join()
     volume.server.release(handle)
@@ -254,7 +254,7 @@ def test_times_that_a_killed_mover_left_are_not_the_files(volume, cold, touched)
     """It died between a write of what it fetched and the times that it puts back, with the file open."""
     before, path = times(volume), volume.path("big")
     handle = volume.server.open(path)
-    volume.server.run(lambda: volume.server.gate.read(handle, 0, 4096))
+    volume.server.run(lambda: volume.server.gate.contents.read(handle, 0, 4096))
     volume.tier._settler.commit_bits(everything=True)
     ino = os.stat(path).st_ino
     assert volume.tier.filler.arrival(ino) is None
@@ -269,8 +269,8 @@ def test_times_that_a_killed_mover_left_are_not_the_files(volume, cold, touched)
             volume.server.gate.after_change(ino, os.stat(path), mtime_set=True)
         volume.tier.drain()
     wanted = (777, 0) if touched else before
-    assert volume.server.run(lambda: volume.server.gate.read(handle, 0, SIZE)) == cold
-    volume.server.run(lambda: volume.server.gate.ready(handle, True))
+    assert volume.server.run(lambda: volume.server.gate.contents.read(handle, 0, SIZE)) == cold
+    volume.server.run(lambda: volume.server.gate.contents.ready(handle, True))
     volume.server.release(handle)
     volume.settle("big")
     assert os.stat(path).st_mtime_ns == times(volume)[0] == wanted[0]
@@ -334,7 +334,7 @@ def test_a_write_open_breaks_the_seal(volume):
 
     def interfering(key, body, size):
         handle = volume.server.open(volume.path("big"), os.O_RDWR)
-        volume.server.run(lambda: volume.server.gate.write(handle, 0, b"later"))
+        volume.server.run(lambda: volume.server.gate.contents.write(handle, 0, b"later"))
         volume.server.release(handle)
         return put(key, body, size)
 
@@ -352,7 +352,7 @@ def test_a_cancelled_fetch_ends_at_once(volume, cold):
     volume.store.hold.clear()
     handle = volume.server.open(volume.path("big"))
     with volume.server.lock, pytest.raises(Blocked):
-        volume.server.gate.read(handle, 0, 4096)
+        volume.server.gate.contents.read(handle, 0, 4096)
     while not volume.store.ranges:
         time.sleep(0.001)
     assert volume.tier.filler.waiting == 1

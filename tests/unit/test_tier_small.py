@@ -209,7 +209,7 @@ def test_truncation_fetches_nothing(volume):
     volume.demote("a")
     volume.store.delete([info.key for info in volume.store.list("")])
     handle = volume.server.open(volume.path("a"), os.O_WRONLY | os.O_TRUNC)
-    volume.server.run(lambda: volume.server.gate.write(handle, 0, b"fresh"))
+    volume.server.run(lambda: volume.server.gate.contents.write(handle, 0, b"fresh"))
     volume.server.release(handle)
     assert volume.server.read(volume.path("a")) == b"fresh"
     record = volume.record("a")

@@ -517,7 +517,7 @@ def test_a_file_marked_again_after_its_last_name_is_gone_is_gone_once_more(world
 @needs_root
 def test_the_node_of_a_removed_file_does_not_open_the_next_one_of_its_number(world):
     """As through /proc/self/fd of an O_PATH descriptor, for which the kernel keeps the node."""
-    world.gate.backing = FakeBacking()
+    world.gate.states.backing = FakeBacking()
     old, st, fh, _ = world.vfs.create(ROOT, b"old", os.O_RDWR, 0o644, ME)
     world.vfs.release(fh)
     world.vfs.unlink(ROOT, b"old")
@@ -528,7 +528,7 @@ def test_the_node_of_a_removed_file_does_not_open_the_next_one_of_its_number(wor
             break
     else:
         pytest.skip("this filesystem does not use the number again at once")
-    assert made.st_ino in world.gate.backing.live.values() and new != old
+    assert made.st_ino in world.gate.states.backing.live.values() and new != old
     fails(errno.ENOENT, world.vfs.open, old, os.O_RDONLY, ME)
     fh, _ = world.vfs.open(new, os.O_RDONLY, ME)
     world.vfs.release(fh)
@@ -536,14 +536,14 @@ def test_the_node_of_a_removed_file_does_not_open_the_next_one_of_its_number(wor
 
 @needs_root
 def test_what_loses_its_last_name_is_let_go_at_once(world):
-    world.gate.backing = FakeBacking()
+    world.gate.states.backing = FakeBacking()
     for remove in (lambda: world.vfs.unlink(ROOT, b"a"), lambda: world.vfs.rename(ROOT, b"b", ROOT, b"a")):
         for name in (b"a", b"b"):
             _, _, fh, _ = world.vfs.create(ROOT, name, os.O_RDWR, 0o644, ME)
             world.vfs.release(fh)
         gone = os.stat(world.path / "a").st_ino
-        assert gone in world.gate.backing.live.values()
+        assert gone in world.gate.states.backing.live.values()
         remove()
-        assert gone not in world.gate.backing.live.values()
+        assert gone not in world.gate.states.backing.live.values()
         for name in os.listdir(world.path):
             world.vfs.unlink(ROOT, os.fsencode(name))

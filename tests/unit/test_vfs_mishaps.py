@@ -69,7 +69,7 @@ def test_an_open_that_fails_late_keeps_no_handle(world, monkeypatch):
     monkeypatch.setattr("tierfs.vfs.changed_by", refused)
     fails(errno.EPERM, world.vfs.open, node, os.O_WRONLY | os.O_TRUNC, USER, True)
     assert len(world.vfs.files) == 0
-    assert not world.gate._inodes
+    assert not world.gate.states.inodes
 
 
 def test_a_lookup_that_fails_late_is_not_counted(world, monkeypatch):
@@ -85,7 +85,7 @@ def test_what_cannot_be_marked_does_not_happen(world, monkeypatch, what):
     """The mark log is at the end of its segment, and the disk has no room for another."""
     node = as_stub(world, b"f", 100_000)
     world.make(b"g", b"other")
-    marks = world.gate.marks
+    marks = world.gate.marking.marks
     while marks.position % SEGMENT < SEGMENT - 2000:
         marks.append(Mark.NAMED, 1, name=b"x" * 200)
 
@@ -138,7 +138,7 @@ class Passthrough:
 @pytest.mark.parametrize(("uid", "written", "kept"), [(7, True, 0), (7, False, 0o6000), (0, True, 0o6000)])
 def test_set_id_given_to_a_file_that_is_being_written(world, uid, written, kept):
     """A passthrough write does not reach us: whether the bits must go is found when the writer closes."""
-    world.gate.backing = Passthrough()
+    world.gate.states.backing = Passthrough()
     node = world.make(b"f", b"x")
     fh, _ = world.vfs.open(node, os.O_WRONLY, Caller(uid, uid))
     world.vfs.setattr(node, mode=0o6777)

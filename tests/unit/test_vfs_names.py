@@ -46,8 +46,8 @@ class World:
 
     def close(self):
         self.vfs.close()
-        self.gate.set_link(None)
-        self.gate.marks.close()
+        self.gate.mover.connect(None)
+        self.gate.marking.marks.close()
         self.tree.close()
         os.close(self.marks_fd)
 

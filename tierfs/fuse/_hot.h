@@ -101,7 +101,7 @@ enum outcome { PYTHONS, ABSENT, NO_DATA, NO_TERMINAL, FOUND, FAILED };
     X(records, NULL) \
     X(by_slot, &PyList_Type) X(by_ino, &PyDict_Type) X(dirs, &PyODict_Type) X(root, NULL) X(node, NULL) \
     X(plain, &PySet_Type) X(inodes, &PyDict_Type) X(holds, NULL) X(forget, NULL) X(listed, NULL) \
-    X(long_of, &PyDict_Type) X(former, &PyDict_Type) X(left, NULL) X(gate, NULL) X(kernel_backing, &PyType_Type) X(idle, NULL) \
+    X(long_of, &PyDict_Type) X(former, &PyDict_Type) X(left, NULL) X(states, NULL) X(kernel_backing, &PyType_Type) X(idle, NULL) \
     X(idle_inodes, &PyODict_Type) X(touched, &PyDict_Type) \
     X(files, &PyDict_Type) X(opens, &PyDict_Type) X(inode, NULL) X(handle, NULL) X(stub_name, &PyBytes_Type) \
     X(marks, NULL) X(recent, &PyDict_Type) X(seals, &PySet_Type) X(late, &PyDict_Type) X(gone_stat, NULL) \
@@ -309,7 +309,7 @@ int target_is_named(struct target *at);
 int reached_target(Hot *hot, struct target *at);
 /* Nothing is to be waited for, or shown, if it is changed (gate.before_change). */
 int may_change(Hot *hot, const struct target *at);
-/* gate.attributes. 0, or -1 with an exception. */
+/* marking.attributes. 0, or -1 with an exception. */
 int attributes_marked(Hot *hot, const struct target *at);
 enum outcome get_attributes_of_file(Hot *hot, uint64_t nodeid, uint64_t fh, struct attr_out *out);
 enum outcome set_attributes(Hot *hot, uint64_t nodeid, const struct setattr_in *ask, struct attr_out *out);

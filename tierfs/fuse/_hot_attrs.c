@@ -130,7 +130,7 @@ static int is_simple(Hot *hot, const struct setattr_in *ask, const struct target
     return !(S_ISREG(st->st_mode) && ask->valid & SET_MODE && ask->mode & SET_ID) && may_change(hot, at);
 }
 
-/* It is open for writing in passthrough, and marked: another size needs nothing but to be set (gate.truncate). */
+/* It is open for writing in passthrough, and marked: another size needs nothing but to be set (contents.truncate). */
 static int is_being_written(PyObject *inode)
 {
     return inode && number_of(inode, s_writers) && number_of(inode, s_backing_id) && attribute_is(inode, s_marked, Py_True)

@@ -1,4 +1,4 @@
-/* MKDIR, SYMLINK and CREATE: what vfs.mkdir, vfs.symlink and vfs.create do with making.Maker, gate.made_dir and
+/* MKDIR, SYMLINK and CREATE: what vfs.mkdir, vfs.symlink and vfs.create do with making.Maker, marking.made_dir and
  * gate.created, nodes.made and files.add. What was made and is not quite plain is removed again, and Python makes it
  * anew: nobody has been told.
  */
@@ -207,7 +207,7 @@ static int registered(Hot *hot, PyObject *backing, struct made *made)
     return made->number ? 0 : -1;
 }
 
-/* gate._mark_write, of a file that nobody has sealed. 0, or -1 with an exception. */
+/* marking.write, of a file that nobody has sealed. 0, or -1 with an exception. */
 static int write_marked(Hot *hot, const struct place *place, PyObject *ino, const struct made *made)
 {
     uint64_t generation = ++words_of(hot)[GENERATION];
@@ -271,7 +271,7 @@ enum outcome create_file(Hot *hot, const struct in_header *in, uint32_t flags, u
         || !has_node_slots(hot, strlen(name)) || !has_slot(hot, FILES) || !has_slot(hot, INODES) || !has_marks_room(hot)
         || !found_place(hot, in->nodeid, name, strlen(name), &place))
         return PYTHONS;
-    PyObject *backing = get_of(hot->gate, s_backing);
+    PyObject *backing = get_of(hot->states, s_backing);
     enum outcome outcome = PYTHONS;
     if (backing && backing != Py_None) {
         intend(hot, in->unique, DOING_MAKE, NULL, NULL, NULL);

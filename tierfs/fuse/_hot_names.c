@@ -78,7 +78,7 @@ static struct kept_node former_of(Hot *hot, PyObject *node)
     return (struct kept_node){number, kept->ino, kept->parent, kept->lookups ? kept->lookups : 1, 0, 0, ""};
 }
 
-/* gate.entry. 0, or -1 with an exception. */
+/* marking.entry. 0, or -1 with an exception. */
 int entry_marked(Hot *hot, const struct place *place, uint64_t removed)
 {
     struct mark_of of = {.parent = place->ino, .a = removed, .name = place->name, .length = place->length};
@@ -209,7 +209,7 @@ static int end_marked(Hot *hot, const struct place *place, const struct going *g
     return mark(hot, GONE, known->ino, &of);
 }
 
-/* gate.after_change and gate.attributes of what has other names. 0, or -1 with an exception. */
+/* gate.after_change and marking.attributes of what has other names. 0, or -1 with an exception. */
 static int link_less_marked(Hot *hot, const struct place *place, const struct going *going)
 {
     struct mark_of of = {.ino = going->st.st_ino, .parent = place->ino, .a = 1,
@@ -291,7 +291,7 @@ int leave_name(Hot *hot, PyObject *node)
     return failed || PyErr_Occurred() ? -1 : 0;
 }
 
-/* gate.named and gate.after_change, or gate.made_dir, or gate.entry. 0, or -1 with an exception. */
+/* gate.named and gate.after_change, or marking.made_dir, or marking.entry. 0, or -1 with an exception. */
 int new_name_marked(Hot *hot, const struct place *to, const struct known *known, const struct stat *st)
 {
     struct mark_of of = {.ino = st->st_ino, .parent = to->ino, .name = to->name, .length = to->length};

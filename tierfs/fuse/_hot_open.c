@@ -39,7 +39,7 @@ int touch(Hot *hot, PyObject *inode, PyObject *ino)
 
 /* --- opening --------------------------------------------------------------------------------------------- */
 
-/* gate.backing.open: the id; NULL with an exception. */
+/* states.backing.open: the id; NULL with an exception. */
 PyObject *backing_id_of(Hot *hot, PyObject *backing, PyObject *opath)
 {
     struct { int32_t fd; uint32_t flags; uint64_t padding; } map = {(int32_t)PyLong_AsLong(opath), 0, 0};
@@ -92,7 +92,7 @@ PyObject *noted_inode(Hot *hot, uint64_t ino, PyObject *backing_id)
 /* The new state of an inode that is reached by this descriptor, registered; NULL where Python is to try. */
 static PyObject *registered(Hot *hot, PyObject *node, PyObject *name, int fd, const struct stat *st)
 {
-    PyObject *backing = get_of(hot->gate, s_backing), *number = NULL, *slot = NULL;
+    PyObject *backing = get_of(hot->states, s_backing), *number = NULL, *slot = NULL;
     PyObject *parent = get_of(node, s_parent), *inode = NULL, *above = NULL, *descriptor = NULL;
     if (backing && backing != Py_None && parent)
         inode = copy_of(hot->inode);
@@ -197,7 +197,7 @@ static int is_there(Hot *hot, PyObject *node, uint64_t nodeid, struct stat *st)
     return above >= 0 && !fstatat(above, name, st, AT_SYMLINK_NOFOLLOW) && st->st_ino == number_of(node, s_ino);
 }
 
-/* gate._mark_write of an inode that is not sealed. 0, or -1 with an exception. */
+/* marking.write of an inode that is not sealed. 0, or -1 with an exception. */
 static int write_marked(Hot *hot, PyObject *inode, PyObject *ino)
 {
     struct handle handle;
@@ -225,7 +225,7 @@ static int write_marked(Hot *hot, PyObject *inode, PyObject *ino)
     return failed ? -1 : 0;
 }
 
-/* gate._cut, by a descriptor that is open for writing. 0, or -1 with an exception. */
+/* contents.cut, by a descriptor that is open for writing. 0, or -1 with an exception. */
 static int cut(Hot *hot, PyObject *inode, PyObject *ino, int fd)
 {
     if (attribute_is(inode, s_marked, Py_False) && write_marked(hot, inode, ino))

@@ -1,4 +1,4 @@
-/* RELEASE of what is in passthrough, and registrations that end: what files.release, gate.release, gate._retire and
+/* RELEASE of what is in passthrough, and registrations that end: what files.release, gate.release, states.retire and
  * idle.Idle do with resident files.
  */
 #include "_hot.h"
@@ -17,7 +17,7 @@ double monotonic(void)
     return t.tv_sec + t.tv_nsec * 1e-9;
 }
 
-/* gate.backing.close. 0, or -1 with an exception. */
+/* states.backing.close. 0, or -1 with an exception. */
 static int backing_closed(Hot *hot, PyObject *backing, PyObject *number)
 {
     uint32_t id = (uint32_t)PyLong_AsUnsignedLong(number);
@@ -28,10 +28,10 @@ static int backing_closed(Hot *hot, PyObject *backing, PyObject *number)
     return done ? 0 : -1;
 }
 
-/* gate._retire of a resident file that nobody has open. 0, or -1 with an exception. */
+/* states.retire of a resident file that nobody has open. 0, or -1 with an exception. */
 int let_go(Hot *hot, PyObject *inode, PyObject *ino)
 {
-    PyObject *backing = get_of(hot->gate, s_backing), *number = get_of(inode, s_backing_id);
+    PyObject *backing = get_of(hot->states, s_backing), *number = get_of(inode, s_backing_id);
     PyObject *type = NULL, *error = NULL, *trace = NULL;
     int ended = backing && number && !backing_closed(hot, backing, number);
     if (!ended)
@@ -54,18 +54,18 @@ int let_go(Hot *hot, PyObject *inode, PyObject *ino)
     return failed || PyErr_Occurred() ? -1 : 0;
 }
 
-/* gate._retire. 0, or -1 with an exception. */
+/* states.retire. 0, or -1 with an exception. */
 static int retired(Hot *hot, PyObject *inode, PyObject *ino)
 {
     if (is_plain(inode) && !number_of(inode, s_opens) && number_of(inode, s_backing_id) && number_of(inode, s_slot)
-        && PyDict_GetItemWithError(hot->inodes, ino) == inode && !attribute_is(hot->gate, s_backing, Py_None))
+        && PyDict_GetItemWithError(hot->inodes, ino) == inode && !attribute_is(hot->states, s_backing, Py_None))
         return let_go(hot, inode, ino);
     PyObject *done = PyErr_Occurred() ? NULL : PyObject_CallMethodOneArg(hot->idle, s_retire->word, inode);
     Py_XDECREF(done);
     return done ? 0 : -1;
 }
 
-/* gate.idle.drop. 0, or -1 with an exception. */
+/* states.idle.drop. 0, or -1 with an exception. */
 int idle_dropped(Hot *hot, PyObject *ino)
 {
     PyObject *entry = Py_XNewRef(PyDict_GetItemWithError(hot->idle_inodes, ino));
@@ -105,7 +105,7 @@ static int may_stay(PyObject *inode)
            && attribute_is(inode, s_gone, Py_False) && is_plain(inode);
 }
 
-/* gate._mark_closed of who was the last that had it open for writing. 0, or -1 with an exception. */
+/* marking.closed of who was the last that had it open for writing. 0, or -1 with an exception. */
 static int close_marked(Hot *hot, PyObject *inode, PyObject *ino)
 {
     struct stat st;

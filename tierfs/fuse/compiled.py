@@ -19,10 +19,11 @@ C = (
     "fuse/_hot_state.c", "fuse/_hot_watch.c", "fuse/_hot_xattrs.c",
 )  # fmt: skip
 SOURCES = (
-    *C, "fuse/_hot.h", "appearance.py", "codec.py", "dirs.py", "gate.py", "handles.py", "idle.py", "intents.py",
-    "lasting.py", "ledger.py", "making.py", "marks.py", "names.py", "nodes.py", "openfiles.py", "report.py",
-    "room.py", "told.py", "vfs.py", "fuse/backing.py", "fuse/compiled.py", "fuse/hot.py", "fuse/kernel.py",
-    "fuse/operations.py", "fuse/protocol.py", "fuse/watching.py",
+    *C, "fuse/_hot.h", "appearance.py", "codec.py", "contents.py", "dirs.py", "gate.py", "handles.py",
+    "idle.py", "intents.py", "lasting.py", "ledger.py", "making.py", "marking.py", "marks.py", "names.py",
+    "nodes.py", "openfiles.py", "report.py", "room.py", "states.py", "told.py", "vfs.py", "fuse/backing.py",
+    "fuse/compiled.py", "fuse/hot.py", "fuse/kernel.py", "fuse/operations.py", "fuse/protocol.py",
+    "fuse/watching.py",
 )  # fmt: skip
 
 

@@ -67,7 +67,7 @@ class _Parked:
 
 
 class Session:
-    """Serves one mount. Not thread-safe; `gate.backing` is set as soon as passthrough is known to work."""
+    """Serves one mount. Not thread-safe; `gate.states.backing` is set once passthrough is known to work."""
 
     def __init__(
         self,
@@ -339,8 +339,9 @@ class Session:
         if agreed & p.Feature.PASSTHROUGH.bit:
             self._try_passthrough()
         self.ready = True
-        self._ledger.serve(passthrough=self._vfs.gate.backing is not None)
-        log.info("FUSE 7.%d, passthrough %s", min(minor, p.MINOR), "on" if self._vfs.gate.backing else "off")
+        passthrough = self._vfs.gate.states.backing is not None
+        self._ledger.serve(passthrough=passthrough)
+        log.info("FUSE 7.%d, passthrough %s", min(minor, p.MINOR), "on" if passthrough else "off")
 
     def _try_passthrough(self) -> None:
         """Let the gate use passthrough if the kernel takes a file of the backing filesystem for it."""
@@ -351,7 +352,7 @@ class Session:
         except OSError as error:
             log.warning("passthrough is not to be had here: %s", error)
             return
-        self._vfs.gate.backing = backing
+        self._vfs.gate.states.backing = backing
 
     def _interrupt(self, message: bytes, _nodeid: int) -> None:
         (unique,) = p.U64.unpack_from(message, p.IN)
