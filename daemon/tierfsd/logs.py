@@ -78,3 +78,29 @@ class LogFile:
 
     def flush(self) -> None:
         """Nothing is buffered."""
+
+
+class LogPipe:
+    """What the children write ends up in the log file, by lines."""
+
+    def __init__(self, logfile: LogFile) -> None:
+        self._logfile = logfile
+        self.reading, self.writing = os.pipe()
+        os.set_blocking(self.reading, False)
+        self._rest = b""
+
+    def pump(self) -> bool:
+        """Move what is there to the log file; False where there is nothing."""
+        try:
+            data = os.read(self.reading, 65536)
+        except BlockingIOError:
+            return False
+        lines, separator, self._rest = (self._rest + data).rpartition(b"\n")
+        if separator:
+            self._logfile.append(lines + separator)
+        return True
+
+    def drain(self) -> None:
+        """Take over what dead children have left in the pipe."""
+        while self.pump():
+            pass

@@ -22,7 +22,8 @@ from tierfs.fuse import choice, mounting
 from tierfsd import handover, logs
 from tierfsd.apart import apart
 from tierfsd.claiming import refuse_if_taken
-from tierfsd.supervisor import Plan, Supervisor, notify
+from tierfsd.servicemanager import notify
+from tierfsd.supervisor import Plan, Supervisor
 
 log = logging.getLogger("supervisor")
 

@@ -11,40 +11,38 @@ order, and then all.
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import os
-import selectors
 import signal
 import socket
-import stat
 import threading
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from types import FrameType
 
-from tierfs import __version__, channel, control, launch, ledger, locate, volume, wire
-from tierfs.errors import TierError, UsageError, VolumeError
+from tierfs import __version__, channel, control, launch, locate, volume, wire
+from tierfs.errors import TierError, VolumeError
 from tierfs.fuse import mounting
 from tierfs.fuse.choice import Choice
 from tierfsd import handover
+from tierfsd.attachment import Attachment, writable
 from tierfsd.children import Child
+from tierfsd.events import Events
 from tierfsd.farewell import say_what_is_local_only
 from tierfsd.indexcare import IndexCare
-from tierfsd.logs import LogFile
+from tierfsd.logs import LogFile, LogPipe
 from tierfsd.priority import hurry_on
+from tierfsd.serverchannel import ServerChannel
+from tierfsd.servicemanager import notify
+from tierfsd.standin import StandIn
 
 log = logging.getLogger("supervisor")
 
 READY_SECONDS = 60.0
 _MOVER_PAUSES = (0.0, 0.1, 0.5, 2.0, 10.0, 30.0)
 _LONG_PAUSE = 5.0  # who asks the mover something shall not wait so long for the next one
-_REQUEST_SECONDS = 0.5  # for a request from somebody who has just connected
 _SERVER_DEATHS = 5  # in quick succession; then the volume is given up
 _TAKEOVERS = 3  # in quick succession; then something in the session itself is wrong, and it is mounted anew
 _STEADY_SECONDS = 0.5  # of serving, after which a death is no consequence of the one before
-_FDS = 200  # descriptors in one message (SCM_MAX_FD is 253)
 _BUSY_SECONDS = 10.0  # how long an orderly stop waits for the last open file
 _EXIT_SECONDS = 20.0  # for a child that was asked to end
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
@@ -69,31 +67,20 @@ class Supervisor:
         self._lock_fd = lock_fd
         self._listener = listener
         self._logfile = logfile
-        self._selector = selectors.DefaultSelector()
-        self._log_read, self._log_write = os.pipe()
-        self._log_rest = b""
+        self._log = LogPipe(logfile)
+        self._events = Events()
         module = "tierfsd.portable_server" if plan.binding.name == "fusepy" else "tierfsd.mount_server"
-        self._server = Child("server", module, self._log_write)
-        self._mover = Child("mover", "tierfsd.mover", self._log_write)
-        self._channel: channel.Channel | None = None
-        self._fuse_fd = -1
-        self._devices: set[str] = set()  # of a mount that is in no table any more
-        self._ledger_fd = -1
-        self._epoch = 0
-        self._lasting = False
-        self._form = ""
-        self._ready_at = 0.0
-        self._takeovers = 0
-        self._kept: dict[int, int] = {}  # inode number -> a descriptor without which the file would end
-        self._prepared = False
-        self._ready = False
-        self._clean = False
-        self._mover_due = 0.0
-        self._answering = ""
+        self._server = Child("server", module, self._log.writing)
+        self._mover = Child("mover", "tierfsd.mover", self._log.writing)
+        self._attachment = Attachment(plan.mountpoint, plan.volume.identity.volume)
+        self._channel = ServerChannel(self._events, self._attachment, self._doubt_index, self._end_stuck)
+        self._stand_in = StandIn(self._events, listener, self._excuse)
         self._care = IndexCare(plan.volume)
-        self._suspect = False
         self._restarts = handover.Restarts()
-        self._signals: list[int] = []
+        self._epoch = 0
+        self._takeovers = 0
+        self._mover_due = 0.0
+        self._suspect = False  # the index is to be looked at
 
     # --- starting ----------------------------------------------------------------------------------------
 
@@ -112,7 +99,8 @@ class Supervisor:
         """Go on with what another version of us had mounted. Raises VolumeError."""
         self._listen_to_all()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
-        self._fuse_fd, self._ledger_fd, self._kept = left.fuse_fd, left.ledger_fd, dict(left.kept)
+        held = self._attachment
+        held.fuse_fd, held.ledger_fd, held.kept = left.fuse_fd, left.ledger_fd, dict(left.kept)
         self._epoch = left.epoch
         self._server.total_deaths, self._mover.total_deaths = left.server_deaths, left.mover_deaths
         self._restarts = handover.Restarts(left.restarts + 1, left.token)
@@ -120,32 +108,26 @@ class Supervisor:
             raise VolumeError(f"{self._plan.mountpoint}: cannot be served any more: {self._logfile.last_error}")
 
     def _listen_to_all(self) -> None:
-        os.set_blocking(self._log_read, False)
-        self._selector.register(self._log_read, selectors.EVENT_READ, self._pump_log)
-        self._catch_signals()
+        self._events.watch(self._log.reading, self._log.pump)
+        self._events.catch(_SIGNALS)
 
     def _mount(self) -> None:
         """Begin a session, mount, start both processes, and wait for the server to answer the kernel."""
         self._epoch = self._care.begin_session()
-        self._ledger_fd = ledger.make()
-        with _writable(self._plan.mountpoint):
+        self._attachment.begin()
+        with writable(self._plan.mountpoint):
             self._start_pair()
-        if not self._ready:
-            self._drain_log()
+        if not self._channel.ready:
+            self._log.drain()
             reason = self._logfile.last_error or f"see {self._logfile.path}"
             raise VolumeError(f"{self._plan.mountpoint}: the mount server did not start: {reason}")
 
     def _start_pair(self, *, takeover: bool = False) -> None:
         """Start both processes, and wait until the server answers the kernel or has ended."""
-        self._prepared = self._ready = self._clean = self._lasting = False
-        ours, theirs = channel.make_pair()
-        ours.setblocking(False)
-        self._channel = channel.Channel(ours, server=False)
-        self._selector.register(self._channel, selectors.EVENT_READ, self._hear_server)
-        with theirs:
+        with self._channel.open() as theirs:
             self._start_server(theirs.fileno(), takeover=takeover)
         self._start_mover()
-        self._wait(lambda: self._ready or not self._server.alive(), READY_SECONDS)
+        self._events.wait(lambda: self._channel.ready or not self._server.alive(), READY_SECONDS)
 
     def _start_server(self, channel_fd: int, *, takeover: bool) -> None:
         """Start the server, and mount when it has loaded all it needs; with libfuse it mounts by itself."""
@@ -159,22 +141,17 @@ class Supervisor:
             arguments |= {"mountpoint": plan.mountpoint, "options": ",".join(plan.options)}
             self._server.start(arguments, inherited)
             return
-        arguments |= {"ledger-fd": self._ledger_fd, "takeover": int(takeover)}
-        self._server.start(arguments, [*inherited, self._ledger_fd])
-        self._wait(lambda: self._prepared or not self._server.alive(), READY_SECONDS)
-        if not self._prepared or self._channel is None:
+        held = self._attachment
+        arguments |= {"ledger-fd": held.ledger_fd, "takeover": int(takeover)}
+        self._server.start(arguments, [*inherited, held.ledger_fd])
+        self._events.wait(lambda: self._channel.prepared or not self._server.alive(), READY_SECONDS)
+        if not self._channel.prepared or not self._channel.is_open:
             return
         if takeover:
-            self._hand_on_descriptors(self._channel)
+            self._channel.hand_on()
         else:
-            self._fuse_fd = mounting.mount(plan.mountpoint, identity.volume, plan.options)
-        self._channel.send(channel.Mounted(), [self._fuse_fd])
-
-    def _hand_on_descriptors(self, to: channel.Channel) -> None:
-        inos = list(self._kept)
-        for first in range(0, len(inos), _FDS):
-            batch = inos[first : first + _FDS]
-            to.send(channel.Kept(batch), [self._kept[ino] for ino in batch])
+            held.mount(plan.options)
+        self._channel.send(channel.Mounted(), [held.fuse_fd])
 
     def _end_session(self) -> None:
         try:
@@ -183,11 +160,11 @@ class Supervisor:
             log.error("copies will be proven again: %s", error)
 
     def _start_mover(self) -> None:
-        if self._channel is None:  # the server has just died, and is about to be replaced with its mover
+        if not self._channel.is_open:  # the server has just died, and is about to be replaced with its mover
             return
         server_end, mover_end = wire.make_pair()
         with server_end, mover_end:
-            self._answer_instead("")
+            self._stand_in.end()
             control_fd = self._listener.fileno()
             link_fd = mover_end.fileno()
             arguments = {"state": self._plan.volume.state, "link-fd": link_fd, "control-fd": control_fd}
@@ -201,7 +178,7 @@ class Supervisor:
             self._plan.volume.state,
             {
                 "mountpoint": self._plan.mountpoint,
-                "binding": {**self._plan.binding._asdict(), "form": self._form},
+                "binding": {**self._plan.binding._asdict(), "form": self._channel.form},
                 "pids": {"supervisor": os.getpid(), "server": self._server.pid, "mover": self._mover.pid},
                 "mover_deaths": self._mover.total_deaths,
                 "server_deaths": self._server.total_deaths,
@@ -215,19 +192,16 @@ class Supervisor:
     def run(self) -> int:
         """Keep it running until it is unmounted or told to stop. Returns the exit code."""
         while True:
-            self._wait(self._eventful, self._pause())
-            if signal.SIGHUP in self._signals:
-                self._signals.remove(signal.SIGHUP)
+            self._events.wait(self._eventful, self._pause())
+            if self._events.take(signal.SIGHUP):
                 threading.Thread(target=self._reload, name="reload", daemon=True).start()
-            if signal.SIGUSR2 in self._signals:
-                self._signals.remove(signal.SIGUSR2)
-                if not self._restart():
-                    return 1
-            if self._signals:
+            if self._events.take(signal.SIGUSR2) and not self._restart():
+                return 1
+            if self._events.signals:
                 return self._stop()
             status = self._server.reap()
             if status is not None:
-                if status == 0 and not self._is_mounted():
+                if status == 0 and not self._attachment.is_mounted():
                     return self._finish()
                 if not self._revive(status):
                     return 1
@@ -249,7 +223,8 @@ class Supervisor:
     def _eventful(self) -> bool:
         mover_due = not self._mover.pid and time.monotonic() >= self._mover_due
         mover_dead = bool(self._mover.pid) and not self._mover.alive()
-        return bool(self._signals) or self._suspect or not self._server.alive() or mover_due or mover_dead
+        asked = bool(self._events.signals) or self._suspect
+        return asked or not self._server.alive() or mover_due or mover_dead
 
     def _pause(self) -> float | None:
         """How long to wait for an event at most; None: for ever (a child's end is an event: SIGCHLD)."""
@@ -277,38 +252,35 @@ class Supervisor:
             pause = _MOVER_PAUSES[min(self._mover.deaths, len(_MOVER_PAUSES)) - 1]
             self._mover_due = time.monotonic() + pause
             log.error("the mover %s; starting another in %.1f s", _how(status), pause)
-            self._answer_instead(_how(status) if pause >= _LONG_PAUSE else "")
+            if pause >= _LONG_PAUSE:
+                self._stand_in.begin(_how(status), self._mover_due)
         if not self._mover.pid and time.monotonic() >= self._mover_due:
             self._start_mover()
             self._publish()
 
-    def _answer_instead(self, how: str) -> None:
-        """Tell whoever asks something that the mover has ended like this; "": the next one answers."""
-        if self._answering:
-            self._selector.unregister(self._listener)
-        self._answering = how
-        if how:
-            self._selector.register(self._listener, selectors.EVENT_READ, self._decline)
-
-    def _decline(self) -> None:
-        left = max(1.0, self._mover_due - time.monotonic())
-        message = (
-            f"the mover {self._answering}, for the {self._mover.deaths}th time:"
-            f" another is started in {left:.0f} s; what is local can be used; {self._logfile.path} says more"
+    def _excuse(self, how: str, seconds: float) -> str:
+        return (
+            f"the mover {how}, for the {self._mover.deaths}th time: another is started in {seconds:.0f} s;"
+            f" what is local can be used; {self._logfile.path} says more"
         )
-        with contextlib.suppress(OSError, UsageError):  # who asks has gone, or never said what for
-            sock, _ = self._listener.accept()
-            with sock:
-                sock.settimeout(_REQUEST_SECONDS)
-                control.receive_request(sock)
-                control.send(sock, control.Failed(errno.EAGAIN, message))
+
+    def _doubt_index(self) -> None:
+        self._suspect = True
+        self._care.doubt("the mount server has met damage")
+
+    def _end_stuck(self, message: channel.Stuck) -> None:
+        """Not waited for here: one that is caught in the kernel ends when the call returns."""
+        if message.pid in (0, self._mover.pid):
+            log.error("the mover %s while somebody waits: it is killed", message.reason)
+            self._mover.signal(signal.SIGKILL)
+
+    # --- a server that dies -------------------------------------------------------------------------------
 
     def _revive(self, status: int) -> bool:
         """The server has died: let another take its session over, or mount anew. False where nothing helps."""
-        while self._hear_server():
-            pass  # the descriptors that it has given away are still on their way
-        lasting = self._lasting or self._takeovers > 0
-        steady = self._ready and time.monotonic() - self._ready_at > _STEADY_SECONDS
+        self._channel.hear_all()  # the descriptors that it has given away are still on their way
+        lasting = self._channel.lasting or self._takeovers > 0
+        steady = self._channel.served_for() > _STEADY_SECONDS
         self._server.died(steady=steady)
         self._takeovers = 1 if steady else self._takeovers + 1
         # At once: its guards have ended with the server, so that nothing must be punched any more.
@@ -340,13 +312,13 @@ class Supervisor:
 
     def _take_over(self) -> bool:
         """Start a server that goes on where the dead one stopped; whoever asks meanwhile waits."""
-        self._drop_channel()
+        self._channel.drop()
         try:
             self._start_pair(takeover=True)
         except OSError as exc:
             log.error("the session cannot be taken over: %s", exc)
             return False
-        if self._ready:
+        if self._channel.ready:
             self._publish()
             return True
         ended = self._server.reap()
@@ -365,18 +337,17 @@ class Supervisor:
         asked = launch.Asked("", "")
         try:
             asked = launch.take_asked(self._plan.volume.state)
-            if not self._lasting:
+            if not self._channel.lasting:
                 raise VolumeError("open files outlive it only for root, with the kernel binding")
             handover.refuse_if_unable(asked.python, self._left(asked.token))
             log.info("restarting with %s", asked.python)
             self._end_mover()
             signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # until the next version hears them
-            if self._signals or not self._server.alive():
+            if self._events.signals or not self._server.alive():
                 raise VolumeError("it is being ended")
             self._server.kill()
-            while self._hear_server():
-                pass  # the descriptors that it has given away are still on their way
-            self._drain_log()
+            self._channel.hear_all()  # the descriptors that it has given away are still on their way
+            self._log.drain()
             handover.become(asked.python, self._left(asked.token))
         except (TierError, OSError) as exc:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
@@ -398,9 +369,9 @@ class Supervisor:
             epoch=self._epoch,
             lock_fd=self._lock_fd,
             listener_fd=self._listener.fileno(),
-            fuse_fd=self._fuse_fd,
-            ledger_fd=self._ledger_fd,
-            kept=self._kept,
+            fuse_fd=self._attachment.fuse_fd,
+            ledger_fd=self._attachment.ledger_fd,
+            kept=self._attachment.kept,
             server_deaths=self._server.total_deaths,
             mover_deaths=self._mover.total_deaths,
             restarts=self._restarts.count,
@@ -419,35 +390,29 @@ class Supervisor:
                 mounting.unmount(self._plan.mountpoint)
             except OSError as exc:
                 log.debug("not yet unmounted: %s", exc)
-            self._wait(lambda: not self._server.alive(), 0.5)
+            self._events.wait(lambda: not self._server.alive(), 0.5)
         if self._server.alive():
             log.warning("files are still open: detaching the mount")
-            self._devices = mounting.devices_of(self._plan.volume.identity.volume)
-            self._detach_mount()
-            self._wait(lambda: not self._server.alive(), _BUSY_SECONDS / 2)
+            self._attachment.hide()
+            self._events.wait(lambda: not self._server.alive(), _BUSY_SECONDS / 2)
         self._server.reap()
         return self._finish()
 
     def _finish(self) -> int:
         """The mount has ended. Where files were still open, every copy is proven anew after the next start."""
-        while self._channel is not None and self._hear_server():
-            pass
+        self._channel.hear_all()
         self._end_children()
         self._detach()
-        if self._clean:
+        if self._channel.clean:
             self._end_session()
         say_what_is_local_only(self._plan.volume)
-        log.info("unmounted" if self._clean else "ended while files were open")
+        log.info("unmounted" if self._channel.clean else "ended while files were open")
         return 0
-
-    def _is_mounted(self) -> bool:
-        found = locate.mount_at(self._plan.mountpoint, locate.read_mounts())
-        return found is not None and found.volume == self._plan.volume.identity.volume
 
     def _end_mover(self) -> None:
         self._mover.signal(signal.SIGTERM)
         hurry_on(self._mover.pid)
-        self._wait(lambda: not self._mover.alive(), _EXIT_SECONDS)
+        self._events.wait(lambda: not self._mover.alive(), _EXIT_SECONDS)
         if self._mover.alive():
             log.error("the mover did not end within %.0f s: killed", _EXIT_SECONDS)
         self._mover.kill()
@@ -455,152 +420,15 @@ class Supervisor:
     def _end_children(self) -> None:
         self._end_mover()
         self._server.signal(signal.SIGTERM)
-        self._wait(lambda: not self._server.alive(), _EXIT_SECONDS / 4)
+        self._events.wait(lambda: not self._server.alive(), _EXIT_SECONDS / 4)
         self._server.kill()
-        self._drain_log()
+        self._log.drain()
 
     def _detach(self) -> None:
         """Let go of the mount, whatever its state."""
-        self._drop_channel()
-        if self._fuse_fd >= 0:
-            self._abort()
-        self._detach_mount()
-        if self._fuse_fd >= 0:
-            os.close(self._fuse_fd)
-            self._fuse_fd = -1
-        for fd in [*self._kept.values(), *([self._ledger_fd] if self._ledger_fd >= 0 else [])]:
-            os.close(fd)
-        self._kept.clear()
-        self._ledger_fd, self._lasting, self._takeovers = -1, False, 0
-
-    def _drop_channel(self) -> None:
-        if self._channel is not None:
-            self._selector.unregister(self._channel)
-            self._channel.close()
-            self._channel = None
-
-    def _abort(self) -> None:
-        """End what waits for a server. Without the last descriptor the kernel would do so by itself, but a dead
-        server's teller has one too, and may be waiting for one of those who wait."""
-        if not mounting.is_connected(self._fuse_fd):
-            return
-        try:
-            for device in self._devices or mounting.devices_of(self._plan.volume.identity.volume):
-                mounting.abort(device)
-        except OSError as exc:
-            log.error("the connection of the mount is not aborted: %s", exc)
-
-    def _detach_mount(self) -> None:
-        with contextlib.suppress(OSError):
-            mounting.unmount(self._plan.mountpoint, lazy=True)
-
-    # --- events ------------------------------------------------------------------------------------------
-
-    def _catch_signals(self) -> None:
-        reading, writing = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-        self._selector.register(reading, selectors.EVENT_READ, lambda: os.read(reading, 4096))
-
-        def note(number: int, _frame: FrameType | None) -> None:
-            self._signals.append(number)
-
-        for number in _SIGNALS:
-            signal.signal(number, note)
-        signal.signal(signal.SIGCHLD, lambda _number, _frame: None)
-
-    def _wait(self, until: Callable[[], bool], timeout: float | None) -> None:
-        """Handle events until the condition holds or the time is up."""
-        deadline = None if timeout is None else time.monotonic() + timeout
-        while not until():
-            left = None if deadline is None else deadline - time.monotonic()
-            if left is not None and left <= 0:
-                return
-            for key, _ in self._selector.select(left):
-                key.data()
-
-    def _hear_server(self) -> bool:
-        """Take one message; False where there is none."""
-        if self._channel is None:
-            return False
-        try:
-            received = self._channel.receive()
-        except BlockingIOError:
-            return False
-        except OSError:
-            received = None
-        if received is None:
-            self._drop_channel()
-            return False
-        message, fds = received
-        if isinstance(message, channel.Keep) and fds:
-            self._let_go(message.ino)
-            self._kept[message.ino] = fds.pop()
-        for fd in fds:
-            os.close(fd)
-        if isinstance(message, channel.Prepared):
-            self._prepared = True
-        elif isinstance(message, channel.Ready):
-            self._ready, self._lasting, self._ready_at = True, message.lasting, time.monotonic()
-            self._form = message.form
-        elif isinstance(message, channel.Suspect):
-            self._suspect = True
-            self._care.doubt("the mount server has met damage")
-        elif isinstance(message, channel.Stuck):
-            self._end_stuck(message)
-        elif isinstance(message, channel.LetGo):
-            self._let_go(message.ino)
-        elif isinstance(message, channel.Stopped):
-            self._clean = message.clean
-        return True
-
-    def _end_stuck(self, message: channel.Stuck) -> None:
-        """Not waited for here: one that is caught in the kernel ends when the call returns."""
-        if message.pid in (0, self._mover.pid):
-            log.error("the mover %s while somebody waits: it is killed", message.reason)
-            self._mover.signal(signal.SIGKILL)
-
-    def _let_go(self, ino: int) -> None:
-        fd = self._kept.pop(ino, -1)
-        if fd >= 0:
-            os.close(fd)
-
-    def _pump_log(self) -> bool:
-        """Move lines from the pipe of the children to the log file; False where there are none."""
-        try:
-            data = os.read(self._log_read, 65536)
-        except BlockingIOError:
-            return False
-        lines, separator, self._log_rest = (self._log_rest + data).rpartition(b"\n")
-        if separator:
-            self._logfile.append(lines + separator)
-        return True
-
-    def _drain_log(self) -> None:
-        """Take over what dead children have left in the pipe."""
-        while self._pump_log():
-            pass
-
-
-@contextlib.contextmanager
-def _writable(mountpoint: str) -> Iterator[None]:
-    """fusermount3 wants a mountpoint that its user may write to; beneath the mount it is as it was before."""
-    if os.geteuid() == 0:
-        yield
-        return
-    fd = os.open(mountpoint, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        status = os.fstat(fd)
-        mode = stat.S_IMODE(status.st_mode)
-        closed = status.st_uid == os.geteuid() and not mode & stat.S_IWUSR
-        if closed:
-            os.fchmod(fd, mode | stat.S_IWUSR)
-        try:
-            yield
-        finally:
-            if closed:
-                os.fchmod(fd, mode)
-    finally:
-        os.close(fd)
+        self._channel.drop()
+        self._attachment.detach()
+        self._channel.lasting, self._takeovers = False, 0
 
 
 def _how(status: int) -> str:
@@ -608,15 +436,3 @@ def _how(status: int) -> str:
     if status >= 0:
         return f"ended with exit code {status}"
     return f"was killed by {signal.Signals(-status).name}"
-
-
-def notify(state: str) -> None:
-    """Tell the service manager, where one wants to know (sd_notify)."""
-    address = os.environ.get("NOTIFY_SOCKET", "")
-    if not address:
-        return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
-        try:
-            sock.sendto(state.encode(), "\0" + address[1:] if address[0] == "@" else address)
-        except OSError as exc:
-            log.warning("the service manager cannot be told %s: %s", state, exc)

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import lmdb
 import pytest
-from tierfsd import logs, main, mount_server
+from tierfsd import logs, main, mount_server, servicemanager
 from tierfsd import scheduler as scheduling
 from tierfsd.backend import TierBackend
 from tierfsd.children import Child
@@ -183,15 +183,14 @@ def test_the_store_of_a_volume_cannot_be_changed_by_its_configuration(watched):
 
 
 def test_the_service_manager_is_told(tmp_path, monkeypatch):
-    supervisor = pytest.importorskip("tierfsd.supervisor")
     address = str(tmp_path / "notify")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
         sock.bind(address)
         monkeypatch.setenv("NOTIFY_SOCKET", address)
-        supervisor.notify("READY=1")
+        servicemanager.notify("READY=1")
         assert sock.recv(100) == b"READY=1"
     monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "gone"))
-    supervisor.notify("READY=1")
+    servicemanager.notify("READY=1")
 
 
 def test_nobody_waits_for_a_look_at_the_tree_that_has_failed(tmp_path, monkeypatch):

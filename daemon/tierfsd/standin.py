@@ -1,0 +1,48 @@
+"""Answers in a mover's stead, in a long pause before the next one: whoever asks something is told so."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import socket
+import time
+from collections.abc import Callable
+
+from tierfs import control
+from tierfs.errors import UsageError
+from tierfsd.events import Events
+
+_REQUEST_SECONDS = 0.5  # for a request from somebody who has just connected
+
+
+class StandIn:
+    """At the control socket, which the mover has too and answers otherwise."""
+
+    def __init__(self, events: Events, listener: socket.socket, explain: Callable[[str, float], str]) -> None:
+        """`explain`: the message, of how the mover has ended and after how many seconds there is another."""
+        self._events = events
+        self._listener = listener
+        self._explain = explain
+        self._how = ""
+        self._until = 0.0
+
+    def begin(self, how: str, until: float) -> None:
+        """The mover has ended like this; the next one is due at `until` of CLOCK_MONOTONIC."""
+        self.end()
+        self._how, self._until = how, until
+        self._events.watch(self._listener.fileno(), self._decline)
+
+    def end(self) -> None:
+        """A mover answers."""
+        if self._how:
+            self._events.unwatch(self._listener.fileno())
+            self._how = ""
+
+    def _decline(self) -> None:
+        message = self._explain(self._how, max(1.0, self._until - time.monotonic()))
+        with contextlib.suppress(OSError, UsageError):  # who asks has gone, or never said what for
+            sock, _ = self._listener.accept()
+            with sock:
+                sock.settimeout(_REQUEST_SECONDS)
+                control.receive_request(sock)
+                control.send(sock, control.Failed(errno.EAGAIN, message))

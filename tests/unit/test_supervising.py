@@ -1,0 +1,118 @@
+"""What the supervisor keeps and hears, without processes and without a mount."""
+
+import os
+import select
+import signal
+import socket
+
+import pytest
+from tierfsd.attachment import Attachment
+from tierfsd.events import Events
+from tierfsd.logs import LogFile, LogPipe
+from tierfsd.serverchannel import ServerChannel
+from tierfsd.standin import StandIn
+
+from tierfs import channel, control
+
+
+@pytest.fixture
+def attachment(tmp_path):
+    made = Attachment(str(tmp_path), "00112233445566778899aabbccddeeff")
+    yield made
+    made.detach()
+
+
+@pytest.fixture
+def heard(attachment):
+    """(the supervisor's end, the server's, what was called)."""
+    called = []
+    ours = ServerChannel(Events(), attachment, lambda: called.append("suspect"), called.append)
+    with ours.open() as sock:
+        yield ours, channel.Channel(sock, server=True), called
+    ours.drop()
+
+
+def is_open(fd):
+    try:
+        os.fstat(fd)
+    except OSError:
+        return False
+    return True
+
+
+def test_what_a_server_says_is_known_after_its_end(heard):
+    ours, theirs, called = heard
+    ready, stuck = channel.Ready(True, True, "pure"), channel.Stuck(7, "sleeps")
+    for message in (channel.Prepared(), ready, channel.Suspect(), stuck, channel.Stopped(True)):
+        theirs.send(message)
+    theirs.close()
+    ours.hear_all()
+    assert not ours.is_open
+    assert (ours.prepared, ours.ready, ours.lasting, ours.form, ours.clean) == (True, True, True, "pure", True)
+    assert called == ["suspect", stuck] and ours.served_for() > 0
+    with ours.open():
+        assert not (ours.prepared or ours.ready or ours.lasting or ours.clean or ours.served_for())
+
+
+def test_descriptors_of_nameless_files_are_kept_until_they_are_let_go(heard, attachment, tmp_path):
+    ours, theirs, _ = heard
+    for ino in (5, 5, 6):
+        with open(tmp_path / "nameless", "w") as file:
+            theirs.send(channel.Keep(ino), [file.fileno()])
+    assert ours.hear()
+    first = os.fstat(attachment.kept[5])
+    ours.hear_all()
+    assert os.fstat(attachment.kept[5]).st_ino == first.st_ino
+    assert set(attachment.kept) == {5, 6} and all(map(is_open, attachment.kept.values()))
+    theirs.send(channel.LetGo(5))
+    let_go = attachment.kept[5]
+    ours.hear_all()
+    assert set(attachment.kept) == {6} and not is_open(let_go)
+    left = attachment.kept[6]
+    attachment.detach()
+    assert not attachment.kept and not is_open(left)
+
+
+def test_who_asks_in_a_long_pause_is_told_why_nobody_answers(tmp_path):
+    events = Events()
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(tmp_path / "control"))
+    listener.listen()
+    stand_in = StandIn(events, listener, lambda how, seconds: f"it {how}: {seconds:.0f} s")
+    stand_in.begin("was killed", 0.0)
+    with listener, socket.socket(socket.AF_UNIX) as asking:
+        asking.connect(str(tmp_path / "control"))
+        control.send(asking, control.Reload())
+        events.wait(lambda: bool(select.select([asking], [], [], 0)[0]), 5)
+        assert b"it was killed: 1 s" in asking.recv(4096)
+        stand_in.end()
+        stand_in.end()
+        with socket.socket(socket.AF_UNIX) as later:
+            later.connect(str(tmp_path / "control"))
+            events.wait(lambda: False, 0.05)
+            listener.setblocking(False)
+            listener.accept()[0].close()  # it is left to the mover
+
+
+def test_lines_of_children_reach_the_log_whole(tmp_path):
+    pipe = LogPipe(LogFile(str(tmp_path / "log")))
+    os.write(pipe.writing, b"first\nsec")
+    pipe.drain()
+    assert (tmp_path / "log").read_bytes() == b"first\n"
+    os.write(pipe.writing, b"ond\n")
+    pipe.drain()
+    assert (tmp_path / "log").read_bytes() == b"first\nsecond\n"
+
+
+def test_a_signal_ends_a_wait_and_is_taken_once():
+    before = {number: signal.getsignal(number) for number in (signal.SIGUSR2, signal.SIGCHLD)}
+    events = Events()
+    try:
+        events.catch([signal.SIGUSR2])
+        os.kill(os.getpid(), signal.SIGUSR2)
+        events.wait(lambda: bool(events.signals), 10)
+        assert events.take(signal.SIGUSR2) and not events.take(signal.SIGUSR2)
+    finally:
+        signal.set_wakeup_fd(-1)
+        for number, handler in before.items():
+            signal.signal(number, handler)
