@@ -12,12 +12,10 @@ import os
 import stat
 from collections.abc import Iterator
 
-from tierfs import channel, ledger, locate
+from tierfs import channel, ledger, locate, wire
 from tierfs.fuse import mounting
 
 log = logging.getLogger("supervisor")
-
-_FDS = 200  # descriptors in one message (SCM_MAX_FD is 253)
 
 
 class Attachment:
@@ -60,8 +58,8 @@ class Attachment:
     def hand_on(self, to: channel.Channel) -> None:
         """Give all of them to another server. Raises OSError."""
         inos = list(self.kept)
-        for first in range(0, len(inos), _FDS):
-            batch = inos[first : first + _FDS]
+        for first in range(0, len(inos), wire.MAX_FDS):
+            batch = inos[first : first + wire.MAX_FDS]
             to.send(channel.Kept(batch), [self.kept[ino] for ino in batch])
 
     # --- ending -------------------------------------------------------------------------------------------

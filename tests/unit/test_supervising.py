@@ -73,6 +73,21 @@ def test_descriptors_of_nameless_files_are_kept_until_they_are_let_go(heard, att
     assert not attachment.kept and not is_open(left)
 
 
+def test_another_server_gets_all_that_is_kept(heard, attachment):
+    ours, theirs, _ = heard
+    for ino in range(1, 252):
+        attachment.keep(ino, os.open("/dev/null", os.O_RDONLY))
+    ours.hand_on()
+    got = []
+    while len(got) < 251:
+        message, fds = theirs.receive()
+        assert len(message.inos) == len(fds)
+        got += message.inos
+        for fd in fds:
+            os.close(fd)
+    assert sorted(got) == list(range(1, 252))
+
+
 def test_who_asks_in_a_long_pause_is_told_why_nobody_answers(tmp_path):
     events = Events()
     listener = socket.socket(socket.AF_UNIX)
