@@ -35,6 +35,7 @@ NOW = 1 << 70  # a time to be set: the present one, by the backing filesystem's 
 
 _BILLION = 1_000_000_000
 _SET_ID = stat.S_ISUID | stat.S_ISGID
+_EXECUTABLE = stat.S_IXUSR | stat.S_IXGRP | stat.S_IXOTH
 
 
 class Statfs(NamedTuple):
@@ -48,6 +49,15 @@ class Statfs(NamedTuple):
     files: int
     ffree: int
     namelen: int
+
+
+def _stays_fit(st: os.stat_result, mode: int | None) -> bool:
+    """With this mode a file is as fit for passthrough as before (states.States.register): what can be run may
+    have file capabilities, which were not asked for before."""
+    if mode is None:
+        return not st.st_mode & _SET_ID
+    runs = mode & _EXECUTABLE and not st.st_mode & _EXECUTABLE
+    return not (runs or (st.st_mode | mode) & _SET_ID)
 
 
 def _error(number: int, name: bytes | None = None) -> OSError:
@@ -234,8 +244,7 @@ class Vfs:
         try:
             regular = stat.S_ISREG(st.st_mode)
             if regular:
-                fit = size is None and not (st.st_mode | (mode or 0)) & _SET_ID
-                self.gate.before_change(st.st_ino, registered=fit)
+                self.gate.before_change(st.st_ino, registered=size is None and _stays_fit(st, mode))
             if size is not None:
                 self._resize(node, handle, opath, st, size)
             path = fd_path(opath)

@@ -714,7 +714,7 @@ def test_attributes_that_are_set_are_left_to_nobody(both, what, caller):
     assert asked == []
 
 
-@pytest.mark.parametrize("what", ["renamed", "mode", "owner", "times", "set-id", "attribute"])
+@pytest.mark.parametrize("what", ["renamed", "mode", "owner", "times", "set-id", "to be run", "attribute"])
 def test_a_closed_file_stays_registered_while_it_is_fit_for_passthrough(both, what):
     node = both.made(p.Op.CREATE, ROOT, b"a", 0o644)
     both.release(0)
@@ -729,9 +729,11 @@ def test_a_closed_file_stays_registered_while_it_is_fit_for_passthrough(both, wh
             assert both.set(node, TIMES, times=(1, 2)) == 0
         case "set-id":
             assert both.set(node, p.SET_MODE, mode=0o4755) == 0
+        case "to be run":
+            assert both.set(node, p.SET_MODE, mode=0o700) == 0
         case "attribute":
             assert put(both, node, b"security.capability", CAPABILITY) == 0
-    stays = what not in ("set-id", "attribute")
+    stays = what in ("renamed", "mode", "owner", "times")
     assert all(len(side.backing.live) == len(side.gate.states.idle) == int(stays) for side in both.sides)
     name = b"b" if what == "renamed" else b"a"
     names = [inode.name for side in both.sides for inode in side.gate.states.inodes.values()]

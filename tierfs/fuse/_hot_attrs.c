@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #define SET_ID (S_ISUID | S_ISGID)
+#define EXECUTABLE (S_IXUSR | S_IXGRP | S_IXOTH)
 #define NO_ID 0xFFFFFFFFU
 #define NS 1000000000U
 #ifndef SYS_fchmodat2
@@ -118,6 +119,13 @@ int may_change(Hot *hot, const struct target *at)
     return !at->inode || (is_plain(at->inode) && attribute_is(at->inode, s_shown, Py_None));
 }
 
+/* It is registered and idle, and with its new mode perhaps no longer fit for passthrough (vfs._stays_fit). */
+static int may_become_unfit(const struct setattr_in *ask, const struct target *at)
+{
+    int runs = ask->valid & SET_MODE && ask->mode & EXECUTABLE && !(at->st.st_mode & EXECUTABLE);
+    return runs && at->inode && !number_of(at->inode, s_opens);
+}
+
 /* Nothing is to be taken away with this change. */
 static int is_simple(Hot *hot, const struct setattr_in *ask, const struct target *at)
 {
@@ -127,7 +135,9 @@ static int is_simple(Hot *hot, const struct setattr_in *ask, const struct target
         return 0;
     if (!S_ISREG(st->st_mode) && (ask->valid & SET_SIZE || (ask->valid & SET_KILL_SUIDGID && st->st_mode & SET_ID)))
         return 0;
-    return !(S_ISREG(st->st_mode) && ask->valid & SET_MODE && ask->mode & SET_ID) && may_change(hot, at);
+    if (S_ISREG(st->st_mode) && ((ask->valid & SET_MODE && ask->mode & SET_ID) || may_become_unfit(ask, at)))
+        return 0;
+    return may_change(hot, at);
 }
 
 /* It is open for writing in passthrough, and marked: another size needs nothing but to be set (contents.truncate). */
