@@ -8,7 +8,6 @@ a round now and then only: whoever brings work for one says so (`look`).
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from tierfs.restless import patience
 from tierfs.survey import Survey
 from tierfs.tier import Item, Tier
 from tierfsd.ballast import Ballast
+from tierfsd.pinned import Pinned
 from tierfsd.rescues import Rescues
 
 log = logging.getLogger("scheduler")
@@ -91,6 +91,7 @@ class Scheduler:
             threading.Thread(target=self._look_through, name="survey", daemon=True),
         ]
         self._rescues = Rescues(tier, self._stopping)
+        self._pinned = Pinned(tier, self._stopping)
         self._garbage = threading.Thread(target=self._collect, name="garbage", daemon=True)
 
     def start(self) -> None:
@@ -206,7 +207,7 @@ class Scheduler:
                 self._look_at_space()
                 self._ballast.restore(self._kit.config.min_free)
                 self._replicate()
-                self._fetch_pinned()
+                self._pinned.turn()
                 restless = self._is_restless()
             except (TierError, OSError) as error:
                 if not self._stopping.is_set():
@@ -503,23 +504,7 @@ class Scheduler:
                 found[ino] = None
         return list(found)
 
-    # --- the rest -----------------------------------------------------------------------------------------
-
-    def _fetch_pinned(self) -> None:
-        """Something was pinned through the mount: what is beneath it comes back, in the background."""
-        if self._tier.drainer.pinned.is_set():
-            self._tier.drainer.pinned.clear()
-            threading.Thread(target=self._fetch_beneath_pins, name="pinned", daemon=True).start()
-
-    def _fetch_beneath_pins(self) -> None:
-        for path in self._tier.pins():
-            try:
-                items = list(_stubs_beneath(self._tier, path))
-                for item in self._tier.fetch(items, self._stopping):
-                    if item.failed:
-                        self._kit.troubles.note(f"{item.path!r} is pinned and cannot be fetched: {item.reason}")
-            except (TierError, OSError) as error:
-                self._kit.troubles.note(f"{path!r} is pinned and cannot be fetched: {error}")
+    # --- the look through the tree ------------------------------------------------------------------------
 
     def _look_through(self) -> None:
         """The tree, if that has not been done in this custody epoch or heat was lost."""
@@ -529,11 +514,9 @@ class Scheduler:
             self.looked.set()
 
     def _look_if_needed(self) -> None:
-        index = self._kit.index
-        heat_lost = index.totals().local_bytes > 0 and not any(True for _ in self._heat.victims(1 << 62))
-        if index.surveyed and not heat_lost:
-            return
         try:
+            if self._kit.index.surveyed and not self._heat_is_lost():
+                return
             self._survey = Survey(self._tier, self._heat.seed_many, self._stopping)
             self._survey.run()
         except (TierError, OSError) as error:
@@ -544,35 +527,10 @@ class Scheduler:
         finally:
             self._survey = None
 
+    def _heat_is_lost(self) -> bool:
+        here = self._kit.index.totals().local_bytes > 0
+        return here and not any(True for _ in self._heat.victims(1 << 62))
+
 
 def _item(record: Record, ordered: bool = False) -> Item:
     return Item(record.ino, record.handle, b"", record.parent, record.name, record.size, ordered)
-
-
-def _stubs_beneath(tier: Tier, path: bytes) -> Iterator[Item]:
-    """Every stub at or below a path of the tree."""
-    root = os.fsencode(tier.kit.tree.path)
-    top = os.path.join(root, path)
-    if not os.path.isdir(top):
-        yield from _stub_at(tier, top, path)
-        return
-    for directory, _, names in os.walk(top, followlinks=False):
-        for name in names:
-            full = os.path.join(directory, name)
-            yield from _stub_at(tier, full, os.path.relpath(full, root))
-
-
-def _stub_at(tier: Tier, full: bytes, path: bytes) -> Iterator[Item]:
-    try:
-        opath = os.open(full, os.O_PATH | os.O_NOFOLLOW)
-    except OSError:
-        return  # gone since
-    try:
-        if tier.kit.tree.read_stub(opath) is None:
-            return
-        st = os.fstat(opath)
-        parent = os.stat(os.path.dirname(full)).st_ino
-        handle, name = tier.kit.tree.handle_of(opath), os.path.basename(full)
-        yield Item(st.st_ino, handle, path, parent, name, st.st_size, ordered=True)
-    finally:
-        os.close(opath)

@@ -284,7 +284,7 @@ def test_rounds_are_made_when_there_is_something_to_do(tmp_path, monkeypatch):
     monkeypatch.setattr(scheduling, "_ROUND_SECONDS", 0.01)
     monkeypatch.setattr(scheduling, "_IDLE_SECONDS", 1000.0)
     scheduler, rounds = Scheduler(made.tier, heat, made.tree.device, str(tmp_path / "ballast")), SimpleQueue()
-    monkeypatch.setattr(scheduler, "_fetch_pinned", lambda: rounds.put(None))
+    monkeypatch.setattr(scheduler._pinned, "turn", lambda: rounds.put(None))
     try:
         scheduler.start()
         assert scheduler.looked.wait(30)
