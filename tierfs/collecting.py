@@ -307,7 +307,7 @@ class Collector:
             try:
                 fd = tree.open_handle(handle, os.O_PATH)
             except OSError:
-                index.commit(partial(_drop_twin, key, handle))
+                index.post(partial(_drop_twin, key, handle))
                 continue
             try:
                 stub = tree.read_stub(fd)
@@ -317,7 +317,7 @@ class Collector:
                 os.close(fd)
             if stub is not None and stub.key == key:
                 return True
-            index.commit(partial(_drop_twin, key, handle))
+            index.post(partial(_drop_twin, key, handle))
         return False
 
     def _at_old_place(self, key: str) -> int:

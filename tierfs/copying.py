@@ -149,7 +149,7 @@ class Copier:
         if not keys:
             return
         with suppress(IndexError_):  # closed: the next mover does it
-            self._kit.index.commit(partial(_abandon_intended, keys))
+            self._kit.index.post(partial(_abandon_intended, keys))
 
     def _is_proven(self, item: Item) -> bool:
         item.st = os.fstat(item.fd)
@@ -378,7 +378,7 @@ class Copier:
                 item.tag = b""
             except BusyError as error:
                 item.stay(str(error))
-                self._kit.uploads.submit(Urgency.GARBAGE, partial(self._discard, outcome))
+                self._kit.uploads.post(Urgency.GARBAGE, partial(self._discard, outcome))
 
 
 def _put_copy(item: Item, taken: Taken, w: Writer) -> Record:

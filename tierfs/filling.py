@@ -66,7 +66,7 @@ class Filler:
         with self._lock:
             self._requests[request.id] = request
         try:
-            self._kit.fetches.submit(self._urgency(request), partial(self._begin, request, opath))
+            self._kit.fetches.post(self._urgency(request), partial(self._begin, request, opath))
         except BusyError as error:
             os.close(opath)
             self._end(request, error)
@@ -126,7 +126,7 @@ class Filler:
             self._close(arrival)
             # Nothing is written any more; what was noted at the opening is over if the times are right again.
             if arrival.times_right:
-                self._kit.index.commit(lambda w: w.drop_pending(arrival.ino))
+                self._kit.index.post(lambda w: w.drop_pending(arrival.ino))
             return True
 
     def settled(self, arrival: Arrival) -> None:
@@ -153,34 +153,43 @@ class Filler:
     # --- beginning, in the pool ---------------------------------------------------------------------------
 
     def _begin(self, request: Request, opath: int) -> None:
-        ino = request.ino
         try:
-            if request.cancelled:
-                return
-            with self._lock:
-                arrival = self._arrivals.get(ino)
-                opening = ino in self._arrivals and arrival is None
-                if opening:
-                    self._waiting.setdefault(ino, []).append(request)
-                elif arrival is None:
-                    self._arrivals[ino] = None
-            if opening:
-                return
-            if arrival is not None and self._join(arrival, request):
-                return
-            if arrival is not None:
-                # Of a former content of this inode, or closed just now.
-                self._again(arrival, request, opath)
-                return
-            self._open_for(request, opath)
+            if not request.cancelled:
+                self._take(request, opath)
+        except (TierError, OSError) as error:
+            self._end(request, error)
+        except Exception as error:  # a defect: whoever waits has to hear of it
+            log.exception("a request for inode %d", request.ino)
+            self._end(request, _defect(error))
         finally:
             os.close(opath)
+
+    def _take(self, request: Request, opath: int) -> None:
+        ino = request.ino
+        with self._lock:
+            arrival = self._arrivals.get(ino)
+            opening = ino in self._arrivals and arrival is None
+            if opening:
+                self._waiting.setdefault(ino, []).append(request)
+            elif arrival is None:
+                self._arrivals[ino] = None
+        if opening:
+            return
+        if arrival is None:
+            self._open_for(request, opath)
+        elif not self._join(arrival, request):
+            # Of a former content of this inode, or closed just now.
+            self._again(arrival, request, opath)
 
     def _again(self, arrival: Arrival, request: Request, opath: int) -> None:
         self.drop(arrival)
         time.sleep(0.001)
         again = os.dup(opath)
-        self._kit.fetches.submit(Urgency.READER, partial(self._begin, request, again))
+        try:
+            self._kit.fetches.post(Urgency.READER, partial(self._begin, request, again))
+        except BusyError:
+            os.close(again)
+            raise
 
     def _join(self, arrival: Arrival, request: Request) -> bool:
         with arrival.lock:
@@ -194,7 +203,8 @@ class Filler:
 
     def _open_for(self, request: Request, opath: int) -> None:
         """Open the file's state, then serve this request and those that came meanwhile."""
-        ino, arrival, problem = request.ino, None, None
+        ino, arrival = request.ino, None
+        problem: Exception | None = None
         try:
             arrival = self._opener.open(request, opath)
             # Waited for before the first write, not before the first request.
@@ -203,6 +213,9 @@ class Filler:
             log.debug("inode %d is resident already", ino)
         except (TierError, OSError) as error:
             problem = error
+        except Exception as error:  # a defect: nobody else may wait for this opening for ever
+            log.exception("the opening of inode %d", ino)
+            problem = _defect(error)
         with self._lock:
             requests = [request, *self._waiting.pop(ino, [])]
             if arrival is None:
@@ -236,7 +249,7 @@ class Filler:
             self._finish(arrival)
             return
         for piece in ranges[1:]:
-            self._kit.fetches.submit(self._urgency(request), partial(self._bring, arrival, piece, request))
+            self._kit.fetches.post(self._urgency(request), partial(self._bring, arrival, piece, request))
         if ranges:
             self._bring(arrival, ranges[0], request)
         else:
@@ -261,7 +274,7 @@ class Filler:
             return
         except Exception as error:  # a defect: others that wait for this file are served all the same
             log.exception("a range of inode %d", arrival.ino)
-            self._failed(arrival, piece, OSError(errno.EIO, str(error)))
+            self._failed(arrival, piece, _defect(error))
             return
         with arrival.lock:
             arrival.ended(piece)
@@ -369,7 +382,7 @@ class Filler:
                 if not request.passing:
                     more += [(request, piece) for piece in arrival.next_ranges(request)]
         for request, piece in more:
-            self._kit.fetches.submit(self._urgency(request), partial(self._bring, arrival, piece, request))
+            self._kit.fetches.post(self._urgency(request), partial(self._bring, arrival, piece, request))
         if complete:
             self._finish(arrival)
 
@@ -411,6 +424,9 @@ class Filler:
                 problem = failure
                 what = f"{self._kit.name_of(arrival.fd)} cannot be fetched: {_text(failure)}"
                 self._kit.troubles.note(what, arrival.ino)
+            except Exception as failure:
+                log.exception("a range of inode %d, past a full disk", arrival.ino)
+                problem = _defect(failure)
             with arrival.lock:
                 if request in arrival.requests:
                     arrival.requests.remove(request)
@@ -443,7 +459,15 @@ class Filler:
         reason = _text(error) if error is not None else ""
         if number and request.whole:
             self._kit.outcomes.tell(request.ino, number, reason)
-        self._kit.server.send(wire.FetchEnd(request.id, request.ino, number, reason))
+        try:
+            self._kit.server.send(wire.FetchEnd(request.id, request.ino, number, reason))
+        except BusyError:
+            log.debug("the server is gone; a new one asks a new mover")
+
+
+def _defect(error: Exception) -> OSError:
+    """What those are told who wait for something that has failed in a way that nobody has thought of."""
+    return OSError(errno.EIO, str(error))
 
 
 def _text(error: Exception) -> str:

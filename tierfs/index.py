@@ -63,6 +63,7 @@ from tierfs.index_writer import (
 )
 from tierfs.model import Record
 from tierfs.past import PAST_TABLES, U64, Garbage, PastReader, ascending, checked, place, whole
+from tierfs.unawaited import log_failure
 
 log = logging.getLogger("index")
 
@@ -385,6 +386,10 @@ class Index(PastReader):
             self._wake.notify()
         return future
 
+    def post(self, run: Callable[[Writer], object]) -> None:
+        """The same for what nobody waits for: the log says how it failed. Raises IndexError_ once closed."""
+        self.commit(run).add_done_callback(log_failure(log, "a commit"))
+
     @contextmanager
     def write(self) -> Iterator[Writer]:
         """One synced transaction of the caller's own; nothing is written if the block raises."""
@@ -410,13 +415,20 @@ class Index(PastReader):
     def _commit_batch(self, jobs: list[_Job]) -> None:
         batch = [job for job in jobs if job.future.set_running_or_notify_cancel()]
         outcomes, failures = self._try_batch(batch)
-        if any(isinstance(error, IndexFullError) for error in failures.values()) and self.make_room():
+        if any(isinstance(error, IndexFullError) for error in failures.values()) and self._has_made_room():
             outcomes, failures = self._try_batch(batch)
         for at, job in enumerate(batch):
             if at in failures:
                 job.future.set_exception(failures[at])
             else:
                 job.future.set_result(outcomes[at])
+
+    def _has_made_room(self) -> bool:
+        try:
+            return self.make_room()
+        except Exception:  # others' commits must not wait for ever for this thread
+            log.exception("no room can be made for the index")
+            return False
 
     def _try_batch(self, batch: list[_Job]) -> tuple[list[Any], dict[int, Exception]]:
         """Results, and what failed of them: some alone, or all, with nothing written."""

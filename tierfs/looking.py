@@ -107,7 +107,7 @@ def _twin(kit: Kit, fd: int, st: os.stat_result, handle: bytes) -> dict[str, obj
         return None
     if stub is None:
         return None
-    kit.index.commit(partial(_note_twin, stub.key, handle))
+    kit.index.post(partial(_note_twin, stub.key, handle))
     copy = Copy(
         stub.generation, stub.tag, stub.digest, st.st_size, st.st_mtime_ns, st.st_ctime_ns, 0, stub.chunk_shift
     )

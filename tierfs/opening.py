@@ -129,7 +129,7 @@ class Opener:
         digests, extents = self.patiently(
             lambda: unpack_side(self._kit.store.get(stub.key + SIDE_SUFFIX), size, stub.digest), request
         )
-        self._kit.index.commit(lambda w: w.put_leaves(stub.fid, stub.generation, digests, extents))
+        self._kit.index.post(lambda w: w.put_leaves(stub.fid, stub.generation, digests, extents))
         failpoints.hit(failpoints.OPEN_LISTED)
         return digests, extents
 

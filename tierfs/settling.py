@@ -97,9 +97,15 @@ class Settler:
                     self.commit_bits(everything=stopping)
             except Exception as error:
                 log.exception("settling failed")
-                for arrival in batch:
-                    if not arrival.closed:
-                        self._give_up(arrival, error)
+                self._give_up_all(batch, error)
+
+    def _give_up_all(self, batch: list[Arrival], error: Exception) -> None:
+        for arrival in batch:
+            try:
+                if not arrival.closed:
+                    self._give_up(arrival, error)
+            except Exception:  # this thread goes on, for the others
+                log.exception("inode %d cannot be given up", arrival.ino)
 
     def _pause(self, last: float) -> float:
         """Seconds until bits should be looked at, as was done at `last`."""
@@ -123,6 +129,8 @@ class Settler:
             if release.arrival.unsynced and not release.arrival.small:
                 self._commit_bits(release.arrival)
             self.filler.drop(release.arrival)
+        except Exception:  # the bits are fetched again; whatever else is to be settled now is nobody's fault
+            log.exception("inode %d is not let go of", release.arrival.ino)
         finally:
             release.done.set()
 

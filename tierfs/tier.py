@@ -373,7 +373,7 @@ class Tier:
 
     def in_background(self, run: Callable[[], None]) -> None:
         """Run this when no upload waits. Raises BusyError once closed."""
-        self.kit.uploads.submit(Urgency.GARBAGE, run)
+        self.kit.uploads.post(Urgency.GARBAGE, run)
 
 
 def _begin(root_ino: int, w: Writer) -> None:

@@ -19,6 +19,7 @@ from enum import IntEnum
 from typing import Any, TypeVar
 
 from tierfs.errors import BusyError
+from tierfs.unawaited import log_failure
 
 log = logging.getLogger("transfer")
 
@@ -57,6 +58,12 @@ class Pool:
             heapq.heappush(self._heap, (urgency, next(self._order), run, future))
             self._begin_thread()
             self._ready.notify()
+        return future
+
+    def post(self, urgency: Urgency, run: Callable[[], object]) -> Future[object]:
+        """The same for what nobody waits for: the log says how it failed."""
+        future = self.submit(urgency, run)
+        future.add_done_callback(log_failure(log, f"work of the pool {self._name!r}"))
         return future
 
     def resize(self, threads: int) -> None:

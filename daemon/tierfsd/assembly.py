@@ -152,6 +152,11 @@ class Mover:
                 self._withhold(str(error))
                 self._tier.kit.claim_tried.set()
                 self.stopping.wait(_CLAIM_SECONDS)
+            except Exception as error:
+                log.exception("the store cannot be claimed")
+                self._withhold(f"the store cannot be claimed: internal error ({type(error).__name__})")
+                self._tier.kit.claim_tried.set()
+                self.stopping.wait(_CLAIM_SECONDS)
             else:
                 self._tier.kit.withheld = "this is a view of the past" if view else ""
                 self._tier.kit.claim_tried.set()

@@ -68,6 +68,8 @@ class Fence:
             self._stale = error
         except (StoreError, OSError) as error:
             log.debug("whose the store is cannot be told now: %s", error)
+        except Exception:
+            log.exception("whose the store is cannot be told")
         else:
             self._stale = None
         finally:

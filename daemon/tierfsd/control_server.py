@@ -129,7 +129,12 @@ class ControlServer:
                     log.error("a client cannot be heard: %s", exc)
                 continue
             self._places.acquire()
-            threading.Thread(target=self._serve, args=(sock,), name="control-request", daemon=True).start()
+            try:
+                threading.Thread(target=self._serve, args=(sock,), name="control-request", daemon=True).start()
+            except RuntimeError as exc:  # too many threads, for now: who comes later is heard
+                log.error("a client cannot be heard: %s", exc)
+                self._places.release()
+                sock.close()
 
     def _serve(self, sock: socket.socket) -> None:
         try:

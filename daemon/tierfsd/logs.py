@@ -9,6 +9,7 @@ import contextlib
 import logging
 import os
 import sys
+import threading
 
 MAX_BYTES = 4 << 20
 KEEP = 4
@@ -29,8 +30,16 @@ def setup(stream: object = None, level: int = logging.INFO) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level)
+    threading.excepthook = _log_thread
     for noisy in ("boto3", "botocore", "urllib3", "watchdog", "asyncio"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def _log_thread(ended: threading.ExceptHookArgs) -> None:
+    """A thread has ended by what it did not expect: nobody else hears of it."""
+    if ended.exc_value is not None:
+        name = ended.thread.name if ended.thread is not None else "a thread"
+        logging.getLogger("threads").critical("%s has ended", name, exc_info=ended.exc_value)
 
 
 class LogFile:

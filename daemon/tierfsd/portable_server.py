@@ -74,6 +74,14 @@ class Ears:
             log.warning("the supervisor does not listen: %s", error)
 
     def _listen(self) -> None:
+        try:
+            self._hear_all()
+        except Exception:
+            # libfuse would go on to take requests that wait for ever: another server is made at once.
+            log.critical("a turn of the gate failed: the server ends", exc_info=True)
+            os._exit(1)
+
+    def _hear_all(self) -> None:
         while not self._done.is_set():
             for fd, _ in self._poll.poll(_TICK_SECONDS):
                 if fd == self._supervisor.fileno():

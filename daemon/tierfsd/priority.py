@@ -91,14 +91,20 @@ class Priority:
             self._asked.wait()
             if self._stopping.wait(self._calm_seconds):
                 return
-            with self._lock:
-                if waiting() or time.monotonic() < self._until:
-                    self._become(_USUAL)
-                elif ordered():
-                    used = time.process_time() - self._used
-                    self._become(_USUAL if used < self._calm_seconds else _ORDERED)
-                elif self._become(_LOW):
-                    self._asked.clear()
+            try:
+                self._look(waiting, ordered)
+            except Exception:  # it is looked again in a moment
+                log.exception("who waits cannot be told")
+
+    def _look(self, waiting: Callable[[], bool], ordered: Callable[[], bool]) -> None:
+        with self._lock:
+            if waiting() or time.monotonic() < self._until:
+                self._become(_USUAL)
+            elif ordered():
+                used = time.process_time() - self._used
+                self._become(_USUAL if used < self._calm_seconds else _ORDERED)
+            elif self._become(_LOW):
+                self._asked.clear()
 
     def _become(self, nice: int) -> bool:
         """Whether that is what counts now."""

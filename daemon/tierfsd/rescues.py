@@ -33,7 +33,7 @@ class Rescues:
     def __init__(self, tier: Tier, stopping: threading.Event) -> None:
         self._tier = tier
         self._stopping = stopping
-        self._taking: Future[None] | None = None
+        self._taking: Future[object] | None = None
         self._next_look = 0.0
         self._due: list[int] = []
 
@@ -48,8 +48,7 @@ class Rescues:
         while self._due:
             record = self._tier.kit.index.get(self._due.pop())
             if record is not None and record.dirty:
-                submit = self._tier.kit.uploads.submit
-                self._taking = submit(Urgency.GARBAGE, partial(self._take, record))
+                self._taking = self._tier.kit.uploads.post(Urgency.GARBAGE, partial(self._take, record))
                 return
 
     def _look(self) -> Iterator[int]:

@@ -219,6 +219,8 @@ class Supervisor:
                 pass
         except TierError as exc:
             log.error("not reloaded: %s", exc)
+        except Exception:
+            log.exception("not reloaded")
 
     def _eventful(self) -> bool:
         mover_due = not self._mover.pid and time.monotonic() >= self._mover_due

@@ -202,8 +202,10 @@ class FakeVfs:
             raise self.answer
 
     def fsync(self, fh: int, datasync: bool) -> Slow:
-        def run() -> None:
-            raise OSError(errno.ENOSPC, "full")
+        def run() -> object:
+            if isinstance(self.answer, BaseException):
+                raise self.answer
+            return self.answer
 
         return Slow(run)
 
@@ -322,8 +324,18 @@ def test_interrupt_answers_once(kernel: Kernel, fired: bool) -> None:
 
 
 def test_slow_operations_answer_from_a_thread(kernel: Kernel) -> None:
+    kernel.vfs.answer = OSError(errno.ENOSPC, "full")
     kernel.ask(p.Op.FSYNC, 5, p.FSYNC_IN.pack(1, 0, 0))
     assert kernel.reply() == (5, errno.ENOSPC, b"")
+
+
+def test_a_thread_whose_result_cannot_be_sent_answers_all_the_same(kernel: Kernel, monkeypatch) -> None:
+    def reply(unique: int, body: bytes) -> None:
+        raise TypeError("a bug")
+
+    monkeypatch.setattr(kernel.session, "_reply", reply)
+    kernel.ask(p.Op.FSYNC, 5, p.FSYNC_IN.pack(1, 0, 0))
+    assert kernel.reply() == (5, errno.EIO, b"")
 
 
 def test_an_old_kernel_is_refused(kernel: Kernel) -> None:

@@ -262,11 +262,9 @@ class Session:
     def _finish(self, unique: int, slow: Slow, head: bytes) -> None:
         """In a thread of the pool: the rest of an operation."""
         try:
-            answer = slow.run()
+            self._reply(unique, slow.run())
         except Exception as error:
             self._fail(unique, _errno_of(error, head))
-        else:
-            self._reply(unique, answer)
 
     # --- replies ------------------------------------------------------------------------------------------
 
