@@ -72,6 +72,12 @@ class Item:
     uploaded: int = 0
     moved: int = 0  # how far its content has come, for those who watch
 
+    @classmethod
+    def of(cls, record: Record, ordered: bool = False) -> Item:
+        """A file that the index knows."""
+        place = b"", record.parent, record.name
+        return cls(record.ino, record.handle, *place, record.size, ordered)
+
     @property
     def going(self) -> bool:
         """Nothing speaks against it yet."""

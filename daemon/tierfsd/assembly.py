@@ -120,7 +120,7 @@ class Mover:
             self._begins()
             or self._tier.filler.waiting > 0
             or self._control.asked
-            or self._scheduler.is_waited_for
+            or self._scheduler.eviction.is_waited_for
         )
 
     def _begins(self) -> bool:
@@ -164,9 +164,9 @@ class Mover:
 
     def _note_where_the_store_is(self) -> None:
         """Raises StoreUnavailableError where it is gone again."""
-        if self._scheduler.beside is None:
+        if self._scheduler.space.beside is None:
             try:
-                self._scheduler.beside = _device_of(self._home.store_url) == self._tree.device
+                self._scheduler.space.beside = _device_of(self._home.store_url) == self._tree.device
             except OSError as exc:
                 raise StoreUnavailableError(f"{self._store.describe()}: {exc.strerror}") from exc
 
@@ -191,7 +191,7 @@ class Mover:
         self._tier.kit.withheld = reason
 
     def _make_room(self, count: int, failed: bool) -> None:
-        self._scheduler.make_room(count, failed)
+        self._scheduler.eviction.make_room(count, failed)
 
     def _check(self, request: control.Check, job: Job) -> control.Findings:
         if not request.read_data:
@@ -243,7 +243,7 @@ class Mover:
 
     def on_touches(self, message: wire.Touches) -> None:
         """Heat."""
-        self._scheduler.touches(message)
+        self._scheduler.keeper.touches(message)
 
     def on_poke(self, message: wire.Poke) -> None:
         """New marks, or space is short."""

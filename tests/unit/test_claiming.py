@@ -174,7 +174,8 @@ def test_where_a_store_is_that_is_gone_again_is_looked_at_until_it_is_known(home
     mover.stopping, mover._claiming, mover._store = threading.Event(), threading.Lock(), store
     mover._home = made if not view else SimpleNamespace(identity=identity, store_url=made.store_url)
     mover._index = SimpleNamespace(session=SimpleNamespace(epoch=2))
-    mover._tier, mover._scheduler = SimpleNamespace(kit=kit), SimpleNamespace(beside=None)
+    mover._tier = SimpleNamespace(kit=kit)
+    mover._scheduler = SimpleNamespace(space=SimpleNamespace(beside=None))
     mover._tree = SimpleNamespace(device=os.stat(made.state).st_dev)
     answers = [OSError(116, "Stale file handle"), OSError(2, "No such file or directory")]
     real = assembly._device_of
@@ -187,5 +188,5 @@ def test_where_a_store_is_that_is_gone_again_is_looked_at_until_it_is_known(home
     monkeypatch.setattr(assembly, "_device_of", device_of)
     monkeypatch.setattr(assembly, "_CLAIM_SECONDS", 0.01)
     mover._claim()
-    assert mover._scheduler.beside is True and kit.claim_tried.is_set()
+    assert mover._scheduler.space.beside is True and kit.claim_tried.is_set()
     assert bool(kit.withheld) is view

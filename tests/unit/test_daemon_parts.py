@@ -267,11 +267,11 @@ def test_heat_that_finds_no_room_fails_nothing_and_is_written_later(tmp_path, mo
 
         with monkeypatch.context() as patch:
             patch.setattr(heat, "_env", SimpleNamespace(begin=full))
-            scheduler._flush_heat()
+            scheduler.keeper.flush()
         monkeypatch.setattr(heat, "admit_many", lambda files: written.extend(files))
         monkeypatch.setattr(heat, "left", lambda inos: written.append(("left", *inos)))
         monkeypatch.setattr(heat, "forget", lambda inos: written.append(("gone", *inos)))
-        scheduler._flush_heat()
+        scheduler.keeper.flush()
         assert written == [(1, 12, 12), (2, 5, 5), ("gone", 3)]
     finally:
         heat.close()
@@ -300,7 +300,7 @@ def test_rounds_are_made_when_there_is_something_to_do(tmp_path, monkeypatch):
             happens()
             rounds.get(timeout=30)
             assert rounds_have_ended(rounds)
-        scheduler._doubtful = True  # nobody says when the store answers again: that has to be tried
+        scheduler.trials.doubtful = True  # nobody says when the store answers again: that has to be tried
         scheduler.look()
         for _ in range(20):
             rounds.get(timeout=30)
@@ -315,7 +315,7 @@ def test_rounds_go_on_after_the_filesystem_did_not_say_how_full_it_is(tmp_path, 
     heat = HeatIndex(str(tmp_path / "heat"), 1 << 30)
     monkeypatch.setattr(scheduling, "_ROUND_SECONDS", 0.01)
     scheduler, rounds = Scheduler(made.tier, heat, False, str(tmp_path / "ballast")), SimpleQueue()
-    monkeypatch.setattr(scheduler, "_ask_store", lambda: rounds.put(None))
+    monkeypatch.setattr(scheduler.trials, "ask_store", lambda: rounds.put(None))
     try:
         with monkeypatch.context() as patch:
 
@@ -339,15 +339,16 @@ def test_who_waits_for_space_is_waited_for_to_the_end(tmp_path, monkeypatch):
     heat = HeatIndex(str(tmp_path / "heat"), 1 << 30)
     scheduler = Scheduler(made.tier, heat, made.tree.device, str(tmp_path / "ballast"))
     seen = []
-    monkeypatch.setattr(scheduler, "_victims", lambda urgent: seen.append(scheduler.is_waited_for) or iter(()))
+    eviction = scheduler.eviction
+    monkeypatch.setattr(eviction, "victims", lambda urgent: seen.append(eviction.is_waited_for) or iter(()))
     try:
-        assert not scheduler.is_waited_for
+        assert not eviction.is_waited_for
         scheduler.poke(wire.Poke(0, urgent=True))
-        assert scheduler.is_waited_for
-        scheduler._look_at_space()
-        scheduler._evict(1, urgent=False)
+        assert eviction.is_waited_for
+        eviction.turn()
+        eviction.evict(1, urgent=False)
         assert seen == [True, False]
-        assert not scheduler.is_waited_for
+        assert not eviction.is_waited_for
     finally:
         heat.close()
         made.stop()

@@ -11,8 +11,10 @@ import msgspec
 import pytest
 from journals import VOLUME, Journalled
 from test_journal import store_is_down
+from tierfsd import eviction as eviction_module
 from tierfsd import journalling as journalling_module
-from tierfsd import scheduler as scheduler_module
+from tierfsd import replication as replication_module
+from tierfsd import trials as trials_module
 from tierfsd.journalling import JournalKeeper
 from tierfsd.scheduler import Scheduler
 
@@ -50,7 +52,8 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     made = Clock()
-    monkeypatch.setattr(scheduler_module, "time", made)
+    for module in (eviction_module, replication_module, trials_module):
+        monkeypatch.setattr(module, "time", made)
     return made
 
 
@@ -73,8 +76,8 @@ class Day:
     def minute(self):
         self.clock.ahead += 60
         self.home.volume.tier.drain()
-        self.scheduler._ask_store()
-        self.scheduler._replicate()
+        self.scheduler.trials.ask_store()
+        self.scheduler.replication.turn()
         self.keeper._work(False)
 
     def arrived(self, contents):
@@ -186,7 +189,7 @@ def test_a_clock_that_is_set_back_keeps_nothing_here(tmp_path, clock, monkeypatc
         assert home.journal.behind < 60
         assert not home.journal.due
         clock.ahead += 60  # seconds pass
-        day.scheduler._replicate()
+        day.scheduler.replication.turn()
         day.arrived({"file": b"f" * 5000})
         assert home.journal.due and home.journal.behind >= 60
 
@@ -221,7 +224,7 @@ def test_what_is_never_quiet_is_copied_all_the_same(tmp_path, clock, monkeypatch
             clock.ahead += 10
             volume.tier.drain()
             before = puts(day)
-            day.scheduler._replicate()
+            day.scheduler.replication.turn()
             if puts(day) > before:
                 copies.append(turn)
                 assert not volume.record("state").dirty
@@ -229,7 +232,7 @@ def test_what_is_never_quiet_is_copied_all_the_same(tmp_path, clock, monkeypatch
         assert copies[0] * 10 >= 590 and copies[1] - copies[0] >= 59
         clock.ahead += 60
         before = puts(day)
-        day.scheduler._replicate()
+        day.scheduler.replication.turn()
         assert puts(day) == before + 1, "and when it is quiet it is copied for the last time"
         day.arrived({"state": content})
     finally:
@@ -275,7 +278,7 @@ def test_a_date_that_is_yet_to_come_keeps_no_file_young(tmp_path, clock, monkeyp
         assert volume.fetch("file")[0].reason == ""
         day.heat.touch_many([(ino, 1, 50_000)], now=time.time() + 10 * 365 * 86400)
         day.heat.admit(ino, 50_000, 0)
-        assert [record.ino for record in day.scheduler._victims(False)] == [ino]
+        assert [record.ino for record in day.scheduler.eviction.victims(False)] == [ino]
     finally:
         day.heat.close()
         day.home.close()
@@ -317,9 +320,9 @@ def test_who_waits_for_room_waits_for_no_pause(tmp_path, clock):
         home.volume.tier.drain()
         ino = os.stat(home.volume.path("file")).st_ino
         day.heat.touch_many([(ino, 1, 50_000)])
-        day.scheduler._doubtful = True
-        assert day.scheduler._evict(1000, urgent=False) == 0 and home.volume.stub("file") is None
-        assert day.scheduler._evict(1000, urgent=True) and home.volume.stub("file") is not None
+        day.scheduler.trials.doubtful = True
+        assert day.scheduler.eviction.evict(1000, urgent=False) == 0 and home.volume.stub("file") is None
+        assert day.scheduler.eviction.evict(1000, urgent=True) and home.volume.stub("file") is not None
     finally:
         day.heat.close()
         home.close()
@@ -341,8 +344,8 @@ class Evicting(Day):
     def minutes(self, count):
         for _ in range(count):
             self.clock.ahead += 60
-            self.scheduler._ask_store()
-            self.scheduler._evict(1 << 20, urgent=False)
+            self.scheduler.trials.ask_store()
+            self.scheduler.eviction.evict(1 << 20, urgent=False)
 
     def stubs(self):
         return {name for name in self.names if self.home.volume.stub(name)}

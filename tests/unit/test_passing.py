@@ -8,7 +8,7 @@ import threading
 import pytest
 from bare import until
 from test_tier_large import CountingStore
-from tierfsd import scheduler as scheduling
+from tierfsd import eviction as evicting
 from tierfsd.scheduler import Scheduler
 from tiering import MIB, Volume
 
@@ -243,21 +243,21 @@ def scheduler(volume, tmp_path):
 
 def test_who_waits_while_another_finds_no_room_does_not_look_again(scheduler, full, monkeypatch):
     slow = Slow()
-    monkeypatch.setattr(scheduler, "_evict", slow.evict)
-    monkeypatch.setattr(scheduling, "_ROOM_SECONDS", 0.0)
-    readers = [threading.Thread(target=scheduler.make_room, args=(MIB, True)) for _ in range(16)]
+    monkeypatch.setattr(scheduler.eviction, "evict", slow.evict)
+    monkeypatch.setattr(evicting, "_ROOM_SECONDS", 0.0)
+    readers = [threading.Thread(target=scheduler.eviction.make_room, args=(MIB, True)) for _ in range(16)]
     readers[0].start()
     assert slow.begun.wait(30)
     for reader in readers[1:]:
         reader.start()
     # All of them ask before the first one's attempt has ended: it goes on when they wait for the lock.
-    assert until(lambda: sum(_waits(reader, scheduler._making) for reader in readers[1:]) == 15)
+    assert until(lambda: sum(_waits(reader, scheduler.eviction._making) for reader in readers[1:]) == 15)
     slow.set()
     for reader in readers:
         reader.join(30)
-    assert slow.evictions == scheduling._ROOM_ATTEMPTS
-    scheduler.make_room(MIB, True)
-    assert slow.evictions == 2 * scheduling._ROOM_ATTEMPTS, "who comes later tries for himself"
+    assert slow.evictions == evicting._ROOM_ATTEMPTS
+    scheduler.eviction.make_room(MIB, True)
+    assert slow.evictions == 2 * evicting._ROOM_ATTEMPTS, "who comes later tries for himself"
 
 
 def _waits(thread, lock):
@@ -273,7 +273,7 @@ def test_a_file_that_somebody_reads_is_no_victim(volume, files, scheduler, monke
     assert until(lambda: volume.record("big").local > 0)
 
     def victims():
-        return [record.ino for record in scheduler._victims(urgent=True)]
+        return [record.ino for record in scheduler.eviction.victims(urgent=True)]
 
     assert victims() == [ino]
     monkeypatch.setattr(volume.store, "get", lambda *args, **more: go.wait(30) and get(*args, **more))

@@ -1,0 +1,186 @@
+"""Eviction: the coldest files leave when space is short, in the scheduler's rounds or for a fetch."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tierfs.heat_index import HeatIndex
+from tierfs.model import Record, Residency
+from tierfs.policy.aging import is_young
+from tierfs.tier import Item, Tier
+from tierfsd.ballast import Ballast
+from tierfsd.heatkeeping import HeatKeeper
+from tierfsd.space import Space
+from tierfsd.trials import Trials
+
+log = logging.getLogger("scheduler")
+
+_URGENT_ROOM = 512 << 20  # bytes to free when writers wait, on a small filesystem less
+_URGENT_PARTS = 8  # of it: one of so many
+_LEAST_ROOM = 4 << 20  # bytes; eviction for one small read after the other would be slow
+_BATCH = 64
+_ROOM_ATTEMPTS = 5
+_ROOM_SECONDS = 0.1
+_IN_VAIN_SECONDS = 2.0  # after nothing was found that may leave
+_ENOUGH_TRIES = 20
+
+
+class Eviction:
+    """Used by several threads; one evicts at a time."""
+
+    def __init__(
+        self,
+        tier: Tier,
+        heat: HeatIndex,
+        keeper: HeatKeeper,
+        space: Space,
+        trials: Trials,
+        ballast: Ballast,
+        stopping: threading.Event,
+    ) -> None:
+        self._tier = tier
+        self._kit = tier.kit
+        self._heat = heat
+        self._keeper = keeper
+        self._space = space
+        self._trials = trials
+        self._ballast = ballast
+        self._stopping = stopping
+        self.urgent = threading.Event()  # writers wait
+        self._evicting = threading.Lock()
+        self._count = threading.Lock()
+        self._freeing = 0  # calls that free space for somebody who waits
+        self._making = threading.Lock()  # room for fetches, one attempt at a time
+        self._in_vain = 0.0  # when the last one ended that made none
+        self._next_look = 0.0
+
+    @property
+    def is_waited_for(self) -> bool:
+        """Somebody cannot go on before space is free."""
+        return self.urgent.is_set() or self._freeing > 0
+
+    def is_low(self) -> bool:
+        """The filesystem runs low, and something may be done about it now. Raises OSError."""
+        if time.monotonic() < max(self._trials.paused_until, self._next_look):
+            return False
+        return self._space.left() < 0
+
+    def turn(self) -> None:
+        """Demote when the local bytes are above the high watermark, or the filesystem itself runs low."""
+        if self.urgent.is_set():
+            # Writers wait for this: no minimums count, as for an order.
+            self.urgent.clear()
+            share = min(_URGENT_ROOM, self._space.share(_URGENT_PARTS))
+            self.evict(max(self._space.excess(), share), urgent=True)
+            return
+        if time.monotonic() < self._next_look:
+            return
+        excess = self._space.excess()
+        if excess > 0 and not self.evict(excess, urgent=False):
+            self._next_look = time.monotonic() + _IN_VAIN_SECONDS
+
+    def make_room(self, count: int, failed: bool) -> None:
+        """Free so many bytes of local disk now, for a fetch; `failed`: a write found none, whatever the
+        filesystem says of its free space. Who waited while another tried in vain has had the answer."""
+        asked = time.monotonic()
+        with self._making:
+            if asked < self._in_vain or (not failed and self._kit.has_room(count)):
+                return
+            for attempt in range(_ROOM_ATTEMPTS):
+                self.evict(max(count, _LEAST_ROOM), urgent=True)
+                if attempt == 0 and (failed or not self._kit.has_room(count)):
+                    self._ballast.release()
+                if self._kit.has_room(count) or self._stopping.is_set():
+                    return
+                # What was read a moment ago is about to be closed, or to settle.
+                self._stopping.wait(_ROOM_SECONDS)
+            self._in_vain = time.monotonic()
+
+    def evict(self, wanted: int, *, urgent: bool) -> int:
+        """Demote the coldest files until so many bytes are free; how many became so."""
+        trials = self._trials
+        with self._waited_for(urgent), self._evicting:
+            self._keeper.flush()
+            freed = tried = failed = 0
+            for batch in self._batches(wanted, urgent):
+                gained, bad = self._demote(batch)
+                freed, tried, failed = freed + gained, tried + len(batch), failed + bad
+                enough = tried >= _ENOUGH_TRIES or (trials.on_trial and not urgent)
+                hopeless = failed * 2 > tried and enough
+                if failed * 2 <= tried:
+                    trials.end()
+                if freed >= wanted or hopeless or self._stopping.is_set():
+                    break
+            if failed * 2 > tried and not trials.doubtful:
+                trials.pause(tried, failed)
+            if freed:
+                log.info("freed %d bytes of %d wanted", freed, wanted)
+            return freed
+
+    @contextmanager
+    def _waited_for(self, urgent: bool) -> Iterator[None]:
+        with self._count:
+            self._freeing += urgent
+        try:
+            yield
+        finally:
+            with self._count:
+                self._freeing -= urgent
+
+    def _batches(self, wanted: int, urgent: bool) -> Iterator[list[Item]]:
+        """Victims, in batches that free what is wanted or are full."""
+        batch: list[Item] = []
+        size = 0
+        for record in self.victims(urgent):
+            batch.append(Item.of(record, ordered=urgent))
+            size += record.local
+            if len(batch) >= _BATCH or size >= wanted or (self._trials.on_trial and not urgent):
+                yield batch
+                batch, size = [], 0
+        if batch:
+            yield batch
+
+    def victims(self, urgent: bool) -> Iterator[Record]:
+        """Records of files that may go, coldest first."""
+        config, now, trials = self._kit.config, time.time(), self._trials
+        trials.forget_stayers()
+        seen: set[int] = set()
+        tried = trials.tried_victims if trials.on_trial and not urgent else set()
+        passed_over = others = False
+        for ino in self._heat.victims(self._kit.index.totals().local_bytes):
+            if ino in seen or (ino in trials.staying and not urgent) or self._tier.filler.is_wanted(ino):
+                continue
+            seen.add(ino)
+            record = self._kit.index.get(ino)
+            if record is None or record.residency is Residency.STUB or not record.local:
+                continue
+            if record.dirty and trials.doubtful and not urgent:
+                continue
+            last = self._heat.last_use(ino) or 0.0
+            if not urgent and (record.size < config.min_size or is_young(last, now, config.min_age)):
+                continue
+            if ino in tried:
+                passed_over = True
+                continue
+            others = True
+            yield record
+        if passed_over and not others:
+            trials.tried_victims.clear()  # each has had its trial: next time the first has another
+
+    def _demote(self, batch: list[Item]) -> tuple[int, int]:
+        """(bytes freed, failures) of a batch."""
+        before = {item.ino: self._local(item.ino) for item in batch}
+        done = self._tier.demote(batch, self._stopping)
+        for item in done:
+            if not item.demoted:
+                self._trials.leave_alone(item, self._trials.tried_victims)
+        freed = sum(before[item.ino] for item in done if item.demoted)
+        return freed, sum(item.failed for item in done)
+
+    def _local(self, ino: int) -> int:
+        record = self._kit.index.get(ino)
+        return record.local if record is not None else 0
