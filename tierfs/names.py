@@ -70,6 +70,7 @@ class Names:
     def __init__(self, tree: Tree, gate: Gate, nodes: NodeTable) -> None:
         self._tree = tree
         self._gate = gate
+        self._marking = gate.marking
         self._nodes = nodes
         self._ledger = gate.ledger
 
@@ -94,7 +95,7 @@ class Names:
         directory, dirfd, st = self._child(parent, name)
         if stat.S_ISDIR(st.st_mode):
             raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), name)
-        self._gate.marking.need()
+        self._marking.need()
         going = self._going(directory, dirfd, name, st)
         try:
             self._ledger.intend(Doing.UNLINK, st, handle=going.handle)
@@ -110,7 +111,7 @@ class Names:
         finally:
             going.close()
         if not going.told:
-            self._gate.marking.entry(directory.ino, name)
+            self._marking.entry(directory.ino, name)
 
     def _means_other(self, parent: int, name: bytes, before: os.stat_result) -> bool:
         """The name is no longer that of what it was before."""
@@ -142,7 +143,7 @@ class Names:
         node = self._nodes.known(st.st_ino)
         if node is not None:
             self._nodes.unlinked(node, st)
-        self._gate.marking.entry(directory.ino, name, st.st_ino)
+        self._marking.entry(directory.ino, name, st.st_ino)
 
     def rename(self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int = 0) -> list[int]:
         """All flags of renameat2(2). Which nodes have other names now. Raises Blocked, OSError."""
@@ -162,7 +163,7 @@ class Names:
             there = None
         if there is not None and there.st_ino == st.st_ino and not flags:
             return []  # two names of one file: both stay
-        self._gate.marking.need()
+        self._marking.need()
         exchange = bool(flags & syscalls.RENAME_EXCHANGE)
         if stat.S_ISREG(st.st_mode):
             self._gate.before_change(st.st_ino, registered=True)
@@ -198,8 +199,8 @@ class Names:
         if there is not None and flags & syscalls.RENAME_EXCHANGE:
             moved.append(self._renamed(there, source, source_fd, name))
         if going is not None and there is not None and stat.S_ISDIR(there.st_mode):
-            self._gate.marking.entry(target.ino, new_name, there.st_ino)
-        self._gate.marking.entry(source.ino, name)
+            self._marking.entry(target.ino, new_name, there.st_ino)
+        self._marking.entry(source.ino, name)
         return [node.id for node in moved if node is not None]
 
     def _renamed(self, before: os.stat_result, directory: Node, dirfd: int, name: bytes) -> Node | None:
@@ -208,12 +209,12 @@ class Names:
         if node is not None:
             self._nodes.moved(node, directory, name)
         if stat.S_ISDIR(before.st_mode):
-            self._gate.marking.made_dir(before.st_ino, directory.ino, name)
+            self._marking.made_dir(before.st_ino, directory.ino, name)
         elif stat.S_ISREG(before.st_mode):
             self._gate.named(before.st_ino, directory.ino, name)
             self._gate.after_change(before.st_ino, os.stat(name, dir_fd=dirfd, follow_symlinks=False))
         else:
-            self._gate.marking.entry(directory.ino, name)
+            self._marking.entry(directory.ino, name)
         return node
 
     def _going(self, directory: Node, dirfd: int, name: bytes, st: os.stat_result) -> _Going:

@@ -33,6 +33,7 @@ class OpenFiles:
 
     def __init__(self, gate: Gate, nodes: NodeTable) -> None:
         self._gate = gate
+        self._contents = gate.contents
         self._nodes = nodes
         self._ledger = gate.ledger
         self.handles: dict[int, tuple[Node, Handle]] = {}  # by number
@@ -113,11 +114,11 @@ class OpenFiles:
 
     def read(self, fh: int, offset: int, size: int) -> bytes:
         """Up to `size` bytes. Raises Blocked, OSError."""
-        return self._gate.contents.read(self.get(fh), offset, size)
+        return self._contents.read(self.get(fh), offset, size)
 
     def stretch(self, fh: int, offset: int, size: int) -> Stretch | None:
         """Where up to `size` bytes are; None where they have to be read. Raises Blocked, OSError."""
-        return self._gate.contents.stretch(self.get(fh), offset, size)
+        return self._contents.stretch(self.get(fh), offset, size)
 
     def write(
         self,
@@ -130,9 +131,9 @@ class OpenFiles:
         """How many bytes were written. `kill_suidgid`: set-id bits go. Raises Blocked, OSError."""
         handle = self.get(fh)
         if kill_suidgid:
-            self._gate.contents.ready(handle, True)
+            self._contents.ready(handle, True)
             changed_by(caller, handle.inode.opath)
-        return self._gate.contents.write(handle, offset, data)
+        return self._contents.write(handle, offset, data)
 
     def flush(self, fh: int) -> None:
         """One descriptor of several was closed. Nothing is held back here."""
@@ -149,10 +150,10 @@ class OpenFiles:
     ) -> Slow | None:
         """The modes that the kernel passes on: what is run twice is as if run once. Raises Blocked, OSError."""
         handle = self.get(fh)
-        self._gate.contents.ready(handle, True)
+        self._contents.ready(handle, True)
         self._changing(handle, caller)
         if length <= QUICK:
-            with self._gate.contents.borrowed(handle, True) as borrowed:
+            with self._contents.borrowed(handle, True) as borrowed:
                 syscalls.fallocate(borrowed, mode, offset, length)
             return None
         fd = self._own(handle, writable=True)
@@ -167,7 +168,7 @@ class OpenFiles:
         st = os.fstat(opath)
         extents = self._gate.appearance.extents(st, opath)
         if extents is None:
-            with self._gate.contents.borrowed(handle, False) as fd:
+            with self._contents.borrowed(handle, False) as fd:
                 return os.lseek(fd, offset, whence)
         return seek_extents(extents, st.st_size, offset, whence)
 
@@ -179,8 +180,8 @@ class OpenFiles:
         if flags:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         source, target = self.get(fh_in), self.get(fh_out)
-        self._gate.contents.ready(source, False)
-        self._gate.contents.ready(target, True)
+        self._contents.ready(source, False)
+        self._contents.ready(target, True)
         # Programs ask for all that there is, by a number beyond it.
         left = max(os.fstat(source.inode.opath).st_size - offset_in, 0)
         length = min(length, left, MOST_COPIED)
@@ -200,7 +201,7 @@ class OpenFiles:
 
     def _own(self, handle: Handle, *, writable: bool) -> int:
         """A descriptor that outlives this call; the caller closes it."""
-        with self._gate.contents.borrowed(handle, writable) as fd:
+        with self._contents.borrowed(handle, writable) as fd:
             return os.dup(fd)
 
 
