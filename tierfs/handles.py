@@ -10,7 +10,7 @@ from tierfs.inflow import Content, ReadAhead
 from tierfs.waits import Wait
 
 # Flags that say how a file is to be opened, and are done with once it is.
-OPENING = os.O_TRUNC | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_DIRECT | os.O_NOFOLLOW
+OPENING = os.O_TRUNC | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_DIRECT | os.O_NOFOLLOW | os.O_SYNC
 
 
 class Backing(Protocol):

@@ -17,7 +17,6 @@ from tierfs.tree import drop_set_id
 
 _T = TypeVar("_T")
 _SET_ID = stat.S_ISUID | stat.S_ISGID
-_SYNC = os.O_SYNC | os.O_DSYNC
 _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -58,12 +57,9 @@ class Maker:
         self._uid = os.geteuid()
         self._gid = os.getegid()
 
-    def file(
-        self, dirfd: int, name: bytes, flags: int, mode: int, caller: Caller
-    ) -> tuple[int, os.stat_result]:
+    def file(self, dirfd: int, name: bytes, mode: int, caller: Caller) -> tuple[int, os.stat_result]:
         """A new regular file: a descriptor open for reading and writing, and its stat."""
-        how = _NEW | flags & _SYNC
-        fd = self._masked(caller, lambda: os.open(name, how, mode & 0o1777, dir_fd=dirfd))
+        fd = self._masked(caller, lambda: os.open(name, _NEW, mode & 0o1777, dir_fd=dirfd))
         try:
             return fd, self._give(fd, dirfd, mode, caller)
         except BaseException:
@@ -73,7 +69,7 @@ class Maker:
 
     def nameless(self, dirfd: int, flags: int, mode: int, caller: Caller) -> tuple[int, os.stat_result]:
         """A file without a name (O_TMPFILE); with O_EXCL in `flags` it can never be given one."""
-        how = os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC | flags & (os.O_EXCL | _SYNC)
+        how = os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC | flags & os.O_EXCL
         fd = self._masked(caller, lambda: os.open(b".", how, mode & 0o1777, dir_fd=dirfd))
         try:
             return fd, self._give(fd, dirfd, mode, caller)

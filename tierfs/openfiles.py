@@ -127,13 +127,26 @@ class OpenFiles:
         data: bytes | memoryview,
         kill_suidgid: bool = False,
         caller: Caller | None = None,
-    ) -> int:
-        """How many bytes were written. `kill_suidgid`: set-id bits go. Raises Blocked, OSError."""
+        flags: int = 0,
+    ) -> Slow | int:
+        """How many bytes were written; with O_SYNC or O_DSYNC in `flags` they are durable when that is told.
+
+        `kill_suidgid`: set-id bits go. Raises Blocked, OSError.
+        """
         handle = self.get(fh)
         if kill_suidgid:
             self._contents.ready(handle, True)
             changed_by(caller, handle.inode.opath)
-        return self._contents.write(handle, offset, data)
+        written = self._contents.write(handle, offset, data)
+        if not flags & os.O_DSYNC:
+            return written
+        sync = self.fsync(fh, datasync=flags & os.O_SYNC != os.O_SYNC)
+
+        def durable() -> int:
+            sync.run()
+            return written
+
+        return Slow(durable)
 
     def flush(self, fh: int) -> None:
         """One descriptor of several was closed. Nothing is held back here."""

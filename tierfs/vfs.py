@@ -325,7 +325,7 @@ class Vfs:
         dirfd = self.nodes.dirfd(directory)
         self._intend_to_make(dirfd, name)
         try:
-            fd, st = self._maker.file(dirfd, name, flags, mode, caller)
+            fd, st = self._maker.file(dirfd, name, mode, caller)
         except FileExistsError:
             if flags & os.O_EXCL:
                 raise
@@ -362,7 +362,7 @@ class Vfs:
         dirfd = self.nodes.dirfd(directory)
         self._intend_to_make(dirfd, name)
         if stat.S_IFMT(mode) in (0, stat.S_IFREG):
-            fd, st = self._maker.file(dirfd, name, 0, mode, caller)
+            fd, st = self._maker.file(dirfd, name, mode, caller)
             handle = self._take(fd, st, os.O_WRONLY, directory, name, lambda: os.unlink(name, dir_fd=dirfd))
             self.gate.release(handle)
         else:

@@ -201,6 +201,12 @@ class FakeVfs:
         if isinstance(self.answer, BaseException):
             raise self.answer
 
+    def write(
+        self, fh: int, offset: int, data: memoryview, kill: bool, caller: object, flags: int
+    ) -> Slow | int:
+        self.asked.append(bytes(data))
+        return Slow(lambda: len(data)) if flags & os.O_DSYNC else len(data)
+
     def fsync(self, fh: int, datasync: bool) -> Slow:
         def run() -> object:
             if isinstance(self.answer, BaseException):
@@ -336,6 +342,13 @@ def test_a_thread_whose_result_cannot_be_sent_answers_all_the_same(kernel: Kerne
     monkeypatch.setattr(kernel.session, "_reply", reply)
     kernel.ask(p.Op.FSYNC, 5, p.FSYNC_IN.pack(1, 0, 0))
     assert kernel.reply() == (5, errno.EIO, b"")
+
+
+@pytest.mark.parametrize("flags", [os.O_WRONLY, os.O_WRONLY | os.O_DSYNC])
+def test_a_write_is_answered_when_it_is_as_durable_as_it_must_be(kernel: Kernel, flags: int) -> None:
+    kernel.ask(p.Op.WRITE, 5, p.READ_IN.pack(1, 0, 7, 0, 0, flags, 0) + b"content")
+    assert kernel.reply() == (5, 0, p.WRITE_OUT.pack(7, 0))
+    assert kernel.vfs.asked == [b"content"]
 
 
 def test_an_old_kernel_is_refused(kernel: Kernel) -> None:

@@ -1,6 +1,7 @@
 """Data, directories and extended attributes through the vfs. No FUSE."""
 
 import errno
+import fcntl
 import itertools
 import os
 import stat
@@ -56,6 +57,24 @@ def test_read_write_append_and_sync(world):
     world.vfs.release(fh)
     fails(errno.EBADF, world.vfs.read, fh, 0, 1)
     assert [m.a for m in world.entries(Mark.CLOSED)] == [11]
+
+
+@pytest.mark.parametrize(("flag", "name"), [(os.O_SYNC, "fsync"), (os.O_DSYNC, "fdatasync")])
+def test_what_is_written_synchronously_keeps_nobody_waiting(world, monkeypatch, flag, name):
+    """The disk's flush is not the write's, but a slow call of its own, before which nothing is answered."""
+    synced = []
+    monkeypatch.setattr(os, name, lambda fd: synced.append((world.path / "f").read_bytes()))
+    node, _, fh, made = world.vfs.create(ROOT, b"f", os.O_RDWR | flag, 0o644, ME)
+    again, opened = world.vfs.open(node, os.O_WRONLY | flag, ME)
+    for handle in (made, opened):
+        assert not fcntl.fcntl(handle.fd, fcntl.F_GETFL) & os.O_DSYNC
+    for number, content in ((fh, b"made"), (again, b"again")):
+        answer = world.vfs.write(number, 0, content, flags=os.O_WRONLY | flag)
+        assert isinstance(answer, Slow) and not synced
+        assert answer.run() == len(content) and synced.pop().startswith(content)
+    assert world.vfs.write(fh, 0, b"later", flags=os.O_RDWR) == 5
+    world.vfs.release(fh)
+    world.vfs.release(again)
 
 
 def test_what_the_mode_forbids_an_open_descriptor_allows(world):

@@ -58,6 +58,10 @@ def _nothing(_result: object) -> bytes:
     return _DONE
 
 
+def _written(count: int) -> bytes:
+    return p.WRITE_OUT.pack(count, 0)
+
+
 def _opened(handle: Handle) -> tuple[int, int]:
     """Flags and backing id for the reply to an open."""
     if handle.backing_id:
@@ -300,12 +304,13 @@ class Operations:
                 return stretch
         return self._vfs.read(fh, offset, size)
 
-    def write(self, message: Message, _nodeid: int) -> bytes:
-        fh, offset, size, flags, *_ = p.READ_IN.unpack_from(message, IN)
+    def write(self, message: Message, _nodeid: int) -> bytes | Slow:
+        fh, offset, size, write_flags, _, flags, _ = p.READ_IN.unpack_from(message, IN)
         at = IN + p.READ_IN.size
-        kill = bool(flags & p.WRITE_KILL_SUIDGID)
+        kill = bool(write_flags & p.WRITE_KILL_SUIDGID)
         caller = _caller(bytes(message[:IN])) if kill else None
-        return p.WRITE_OUT.pack(self._vfs.write(fh, offset, message[at : at + size], kill, caller), 0)
+        written = self._vfs.write(fh, offset, message[at : at + size], kill, caller, flags)
+        return _then(written, _written)
 
     def release(self, message: bytes, _nodeid: int) -> bytes:
         fh, *_ = p.RELEASE_IN.unpack_from(message, IN)

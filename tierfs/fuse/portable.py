@@ -247,8 +247,8 @@ class Portable(fuse.Operations):  # type: ignore[misc]
     def read(self, path: str | None, size: int, offset: int, fh: Any) -> bytes:
         return self._vfs.read(fh.fh, offset, size)
 
-    def write(self, path: str | None, data: bytes, offset: int, fh: Any) -> int:
-        return self._vfs.write(fh.fh, offset, data)
+    def write(self, path: str | None, data: bytes, offset: int, fh: Any) -> Any:
+        return self._vfs.write(fh.fh, offset, data, flags=fh.flags)
 
     def flush(self, path: str | None, fh: Any) -> int:
         self._vfs.flush(fh.fh)
