@@ -232,9 +232,17 @@ class Filler:
                 self._kit.server.send(wire.Settled(ino))
                 self._kit.outcomes.tell(ino, 0, "")
             return
-        for each in requests:
-            if not self._join(arrival, each):
-                self._end(each, ForeignStubError(f"inode {ino}: its stub has changed"))
+        # Serving the first one waits for its content, which the others need not.
+        for each in requests[1:]:
+            try:
+                self._kit.fetches.submit(self._urgency(each), partial(self._join_or_end, arrival, each))
+            except BusyError as error:
+                self._end(each, error)
+        self._join_or_end(arrival, request)
+
+    def _join_or_end(self, arrival: Arrival, request: Request) -> None:
+        if not self._join(arrival, request):
+            self._end(request, ForeignStubError(f"inode {request.ino}: its stub has changed"))
 
     # --- serving ------------------------------------------------------------------------------------------
 

@@ -100,6 +100,27 @@ def test_a_reader_goes_on_with_the_first_piece(volume, cold):
     assert volume.store.ranges == [(START, MIB)]
 
 
+def test_what_is_read_ahead_is_asked_for_before_the_first_content_has_come(volume, cold, monkeypatch):
+    """Both requests come while the file's state is being opened."""
+    filler, ahead, in_time = volume.tier.filler, threading.Event(), []
+    opened = filler._opener.open
+
+    def opening(request, opath):
+        assert until(lambda: any(filler._waiting.values()))
+        return opened(request, opath)
+
+    def before(at):
+        if at == 0:
+            in_time.append(ahead.wait(5))
+        elif at >= MIB:
+            ahead.set()
+
+    monkeypatch.setattr(filler._opener, "open", opening)
+    volume.store.before = before
+    assert volume.server.read(volume.path("big"), 0, MIB) == cold[:MIB]
+    assert in_time == [True]
+
+
 def test_whoever_proves_for_a_moment_that_nobody_writes_disturbs_no_read(volume, cold):
     """The mount server does, by a read lease, whenever a file that changed lately is looked at."""
     tree, proof = volume.server.tree, os.open(volume.path("big"), os.O_RDONLY)
