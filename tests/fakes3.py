@@ -23,7 +23,8 @@ class Request:
 @dataclass
 class Answer:
     """`cut`: bytes of the body that are really sent before the connection ends; `raw`: sent instead of HTTP;
-    `hang`: the body comes after seconds; `pause`: so many pass before the connection ends."""
+    `hang`: the body comes after seconds; `pause`: so many pass before the connection ends; `part`: bytes of
+    the body that are sent every millisecond."""
 
     status: int = 200
     body: bytes = b""
@@ -32,6 +33,7 @@ class Answer:
     raw: bytes | None = None
     hang: bool = False
     pause: float = 0.0
+    part: int | None = None
 
 
 def error(status: int, code: str) -> Answer:
@@ -101,9 +103,14 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.wfile.flush()
             time.sleep(3)
         if self.command != "HEAD":
-            self.wfile.write(answer.body[: answer.cut])
+            self._send_body(answer.body[: answer.cut], answer.part)
         time.sleep(answer.pause)
         self.close_connection = self.close_connection or answer.cut is not None
+
+    def _send_body(self, body: bytes, part: int | None) -> None:
+        for at in range(0, len(body), part or len(body)):
+            self.wfile.write(body[at : at + (part or len(body))])
+            time.sleep(0.001 if part else 0)
 
     def log_message(self, *args: object) -> None:
         pass

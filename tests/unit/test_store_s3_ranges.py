@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -73,6 +75,15 @@ def test_a_large_range_is_one_signed_request_on_a_warm_connection(
     assert [signed(request) for request in server.requests] == [True] * 5
     assert server.requests[0].path.startswith("/bucket/a%20prefix/the%20key?")
     assert server.connections == 1
+
+
+def test_who_receives_sleeps_until_a_whole_piece_is_there(server: FakeS3, store: S3Store, get: Get) -> None:
+    """Each of the parts in which it comes would otherwise wake it."""
+    server.answer = lambda request: replace(content(BODY, request), part=8 << 10)
+    before = resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
+    assert get(store, "key") == RANGE
+    assert resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw - before < 100
+    assert [signed(request) for request in server.requests] == [True]
 
 
 def test_a_small_range_is_the_clients(server: FakeS3, store: S3Store) -> None:

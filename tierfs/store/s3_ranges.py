@@ -8,6 +8,7 @@ obstore, which asks again and says what is wrong.
 from __future__ import annotations
 
 import logging
+import select
 import socket
 import struct
 import threading
@@ -61,13 +62,17 @@ class _Connection:
     def __init__(self, url: SplitResult, connect_timeout: float, read_timeout: float) -> None:
         self._sock = socket.create_connection((url.hostname or "", url.port or 80), connect_timeout)
         self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        # The kernel waits, not Python: so one call takes all of a piece, in whatever parts it comes.
         self._sock.settimeout(None)
         seconds, rest = divmod(read_timeout, 1)
         timeout = struct.pack("@ll", int(seconds), int(rest * 1e6))
         for side in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
             self._sock.setsockopt(socket.SOL_SOCKET, side, timeout)
+        self._arrived = select.poll()
+        self._arrived.register(self._sock, select.POLLIN)
+        self._patience = read_timeout * 1e3
+        self._least = 1  # bytes that the kernel wakes for
         self._ahead = b""  # what has come with the head
+        self.buffer = memoryview(bytearray(_LARGE_PIECE))  # kept: to clear a new one costs as much as a copy
         self.piece = PIECE
         self.idle_since = 0.0
 
@@ -80,6 +85,7 @@ class _Connection:
             f"GET {url.path}?{url.query} HTTP/1.1\r\nHost: {url.netloc}\r\nAccept-Encoding: identity\r\n"
             f"Range: bytes={start}-{start + length - 1}\r\n\r\n"
         )
+        self._wake_for(1)
         self._sock.sendall(asked.encode("ascii"))
         head, part, end = bytearray(), memoryview(bytearray(_HEAD_PART)), -1
         while end < 0:
@@ -98,13 +104,22 @@ class _Connection:
         piece[:done] = self._ahead[:done]
         self._ahead = self._ahead[done:]
         while done < len(piece):
-            count = self._receive(piece[done:], socket.MSG_WAITALL)
+            # The kernel waits until all of it is there: nobody is woken, nor reads, for each of the parts in
+            # which it comes.
+            self._wake_for(len(piece) - done)
+            self._arrived.poll(self._patience)
+            count = self._receive(piece[done:], socket.MSG_DONTWAIT)
             if not count:
                 return False
             done += count
         quick = time.monotonic() - began < _QUICK_SECONDS * done / PIECE
         self.piece = _LARGE_PIECE if quick else PIECE
         return True
+
+    def _wake_for(self, least: int) -> None:
+        if least != self._least:
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, least)
+            self._least = least
 
     def _receive(self, into: memoryview, flags: int = 0) -> int:
         try:
@@ -128,19 +143,18 @@ class Ranges:
     def whole(self, key: str, start: int, length: int) -> memoryview | None:
         """The range, for whoever keeps it; None where it is not to be had this way. Raises TimeoutError."""
         buffer = memoryview(bytearray(length))
-        found = sum(len(piece) for piece in self._pieces(key, start, buffer, length, length))
+        found = sum(len(piece) for piece in self._pieces(key, start, length, buffer))
         return buffer if found == length else None
 
     def pieces(self, key: str, start: int, length: int) -> Iterator[memoryview]:
         """The range in pieces, each in the place of the one before, larger where they come quickly. Ends early
         where no more is to be had this way. Raises TimeoutError."""
-        buffer = memoryview(bytearray(min(_LARGE_PIECE, length)))
-        return self._pieces(key, start, buffer, length, 0)
+        return self._pieces(key, start, length)
 
     def _pieces(
-        self, key: str, start: int, buffer: memoryview, length: int, least: int
+        self, key: str, start: int, length: int, into: memoryview | None = None
     ) -> Iterator[memoryview]:
-        """`least`: bytes of a piece."""
+        """`into`: where all of it goes, as one piece; otherwise they take turns in the connection's buffer."""
         if self._refused >= _REFUSALS:
             return
         url = urlsplit(self._sign(key))
@@ -151,7 +165,7 @@ class Ranges:
             if not self._is_taken(answer, start, length):
                 return
             while left:
-                piece = buffer[: min(left, max(connection.piece, least))]
+                piece = connection.buffer[: min(left, connection.piece)] if into is None else into
                 if not connection.read_into(piece):
                     return
                 left -= len(piece)
