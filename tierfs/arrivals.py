@@ -122,6 +122,19 @@ class Arrival:
         low, high = request.start // LEAF, leaf_count(request.end)
         return self.leaves.count(HERE, low, high) < high - low
 
+    def runs(self, request: Request) -> Extents:
+        """The leaves that are here and that the request is about, as byte ranges."""
+        found: Extents = []
+        low, high = request.start // LEAF, leaf_count(request.end)
+        at = self.leaves.find(HERE, low, high)
+        while at >= 0:
+            end = at
+            while end < high and self.leaves[end] == HERE:
+                end += 1
+            found.append((at * LEAF, min(end * LEAF, self.size)))
+            at = self.leaves.find(HERE, end, high)
+        return found
+
     def wanted(self, piece: Range) -> bool:
         """A live request covers some of this range."""
         return any(r.start < piece.end and r.end > piece.start for r in self.requests if not r.cancelled)

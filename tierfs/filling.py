@@ -20,8 +20,8 @@ from concurrent import futures
 from functools import partial
 
 from tierfs import failpoints, wire
-from tierfs.arrivals import HERE, Arrival, Range, Request
-from tierfs.digests import Extents, leaf_digests, sha256
+from tierfs.arrivals import Arrival, Range, Request
+from tierfs.digests import leaf_digests, sha256
 from tierfs.errors import BusyError, ForeignStubError, ObjectCorruptError, TierError
 from tierfs.kit import Kit
 from tierfs.model import LEAF
@@ -249,7 +249,7 @@ class Filler:
     def _serve(self, arrival: Arrival, request: Request) -> None:
         """Say what is here, fetch what is not: the first range in this thread, the others in the pool."""
         with arrival.lock:
-            here = _runs(arrival, request)
+            here = arrival.runs(request)
             ranges = arrival.next_ranges(request)
         for start, end in here:
             self._kit.server.send(wire.Filled(arrival.ino, start, end - start))
@@ -480,17 +480,3 @@ def _defect(error: Exception) -> OSError:
 
 def _text(error: Exception) -> str:
     return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
-
-
-def _runs(arrival: Arrival, request: Request) -> Extents:
-    """The leaves that are here and that the request is about, as byte ranges."""
-    found: Extents = []
-    low, high = request.start // LEAF, -(-request.end // LEAF)
-    at = arrival.leaves.find(HERE, low, high)
-    while at >= 0:
-        end = at
-        while end < high and arrival.leaves[end] == HERE:
-            end += 1
-        found.append((at * LEAF, min(end * LEAF, arrival.size)))
-        at = arrival.leaves.find(HERE, end, high)
-    return found
