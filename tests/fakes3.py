@@ -108,8 +108,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.close_connection = self.close_connection or answer.cut is not None
 
     def _send_body(self, body: bytes, part: int | None) -> None:
-        for at in range(0, len(body), part or len(body)):
-            self.wfile.write(body[at : at + (part or len(body))])
+        size = part or max(1, len(body))
+        for at in range(0, len(body), size):
+            self.wfile.write(body[at : at + size])
             time.sleep(0.001 if part else 0)
 
     def log_message(self, *args: object) -> None:
