@@ -198,9 +198,10 @@ class Gate:
                 self.states.retire(inode)
 
     def given_set_id(self, ino: int, st: os.stat_result) -> None:
-        """It has set-id bits now. Where the kernel writes past us, who wrote is seen when they close it."""
+        """It has set-id bits now. Where the kernel writes past us, who wrote is seen when they close it,
+        also of those who open it later."""
         inode = self.states.inodes.get(ino)
-        if inode is not None and inode.passthrough and inode.writers:
+        if inode is not None and inode.passthrough:
             inode.set_id = st.st_ctime_ns
 
     def _drop_set_id_if_written(self, inode: Inode) -> None:

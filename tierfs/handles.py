@@ -74,7 +74,7 @@ class Inode:
         self.shown: ShownTimes | None = None
         self.gone = False  # its last name is
         self.size = 0  # when it was opened last
-        self.set_id = 0  # ctime of a chmod that gave set-id bits while it was open for writing in passthrough
+        self.set_id = 0  # ctime of a chmod that gave set-id bits while it was open in passthrough
         self.marked = False  # its generation has risen since it was last sealed or closed
 
 

@@ -46,7 +46,7 @@ class Succession:
         # Its mark was made before its open was answered; a seal is given to nobody who has writers.
         inode.marked = inode.writers > 0 and inode.content is None
         inode.gone, inode.size = not st.st_nlink, st.st_size
-        if backing_id and writable and st.st_mode & SET_ID:
+        if backing_id and st.st_mode & SET_ID:
             # A change of mode moves ctime alone, a write both.
             inode.set_id = st.st_mtime_ns - (st.st_mtime_ns == st.st_ctime_ns)
         if inode.opath != opath:

@@ -415,3 +415,30 @@ def test_registrations_that_nobody_uses_end(worlds):
     again.gate.states.backing = Backing()
     again.take_over([], {})
     assert closed == [7]
+
+
+@needs_root
+def test_set_id_bits_of_what_was_being_read_go_with_a_write(worlds):
+    """A successor too sees who has written past it, of those who opened it later."""
+
+    class Backing:
+        def open(self, fd):
+            return 7
+
+        def close(self, backing_id):
+            pass
+
+    world = worlds()
+    (world.path / "g").write_bytes(b"x")
+    world.vfs.gate.states.backing = Backing()
+    node, _ = world.vfs.lookup(ROOT, b"g")
+    reading, _ = world.vfs.open(node, os.O_RDONLY, ME)
+    world.vfs.setattr(node, mode=0o6777)
+    vfs = world.begin()
+    vfs.gate.states.backing = Backing()
+    vfs.take_over([], {})
+    fh, _ = vfs.open(node, os.O_WRONLY, Caller(7, 7))
+    os.utime(world.path / "g", ns=(0, os.stat(world.path / "g").st_ctime_ns + 1))
+    vfs.release(fh)
+    assert os.stat(world.path / "g").st_mode & 0o6000 == 0
+    vfs.release(reading)

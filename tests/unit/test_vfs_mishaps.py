@@ -146,3 +146,23 @@ def test_set_id_given_to_a_file_that_is_being_written(world, uid, written, kept)
         os.utime(world.path / "f", ns=(0, os.stat(world.path / "f").st_ctime_ns + 1))
     world.vfs.release(fh)
     assert os.stat(world.path / "f").st_mode & 0o6000 == kept
+
+
+@pytest.mark.parametrize("still_read", [True, False])
+def test_set_id_given_to_a_file_that_is_being_read(world, still_read):
+    """Who opens it for writing then takes the bits away, too; once nobody has it open it is not registered."""
+    world.gate.states.backing = Passthrough()
+    node = world.make(b"f", b"x")
+    reading, _ = world.vfs.open(node, os.O_RDONLY, ME)
+    world.vfs.setattr(node, mode=0o6777)
+    if not still_read:
+        world.vfs.release(reading)
+    fh, handle = world.vfs.open(node, os.O_WRONLY, Caller(7, 7))
+    assert bool(handle.backing_id) == still_read
+    if still_read:
+        os.utime(world.path / "f", ns=(0, os.stat(world.path / "f").st_ctime_ns + 1))
+        world.vfs.release(fh)
+        assert os.stat(world.path / "f").st_mode & 0o6000 == 0
+        world.vfs.release(reading)
+    else:
+        world.vfs.release(fh)
