@@ -21,7 +21,7 @@ _PAUSE_SECONDS = 60.0  # after most of what was tried has failed
 
 
 class Trials:
-    """What eviction and replication know in common."""
+    """What eviction and replication know in common. Both may be at work at once."""
 
     def __init__(self, kit: Kit) -> None:
         self._kit = kit
@@ -76,8 +76,9 @@ class Trials:
     def forget_stayers(self) -> None:
         """Those whose time is over may be tried again."""
         now = time.monotonic()
-        for ino in [ino for ino, until in self.staying.items() if until <= now]:
-            del self.staying[ino]
+        for ino, until in list(self.staying.items()):  # a copy: another thread may add to it or forget them too
+            if until <= now:
+                self.staying.pop(ino, None)
 
     def next_of(self, items: list[Item]) -> list[Item]:
         """One that has not been tried, else the first: what is wrong may be wrong with a file alone."""

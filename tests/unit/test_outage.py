@@ -386,3 +386,29 @@ def test_one_file_that_cannot_be_read_does_not_keep_the_others_from_leaving(tmp_
         assert day.stubs() == {"two", "three"}
     finally:
         day.close()
+
+
+class Changing(float):
+    """A time that, when it is looked at, has another thread in between."""
+
+    def __new__(cls, value, change):
+        made = super().__new__(cls, value)
+        made.change = change
+        return made
+
+    def __le__(self, other):
+        self.change()
+        return float(self) <= other
+
+
+def test_two_threads_may_forget_at_once_which_files_are_left_alone():
+    """A fetch makes room in its own thread, while what is quiet is copied out in the scheduler's."""
+    trials = trials_module.Trials(None)
+
+    def change():
+        trials.staying[3] = float("inf")
+        trials.staying.pop(1, None)
+
+    trials.staying = {1: Changing(0.0, change), 2: 0.0}
+    trials.forget_stayers()
+    assert trials.staying == {3: float("inf")}
