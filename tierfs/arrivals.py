@@ -89,6 +89,7 @@ class Arrival:
     ranges: list[Range] = field(default_factory=list)
     unsynced: int = 0
     settling: bool = False
+    awaited: bool = False  # somebody waits until it is resident for good
     closed: bool = False
     used: float = field(default_factory=time.monotonic)
     noted: Future[None] | None = None  # the index knows that pages may have been written

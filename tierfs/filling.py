@@ -39,13 +39,18 @@ class Filler:
     """One flight a chunk: what is coming is known per file, and nothing is asked for twice."""
 
     def __init__(
-        self, kit: Kit, settle: Callable[[Arrival], None], make_room: Callable[[int, bool], None]
+        self,
+        kit: Kit,
+        settle: Callable[[Arrival], None],
+        make_room: Callable[[int, bool], None],
+        hurry: Callable[[], None] = lambda: None,
     ) -> None:
         """`settle` takes a file of which every leaf is here; `make_room` frees so many bytes of local disk,
         where (True) a write has just failed for want of them."""
         self._kit = kit
         self._settle = settle
         self._make_room = make_room
+        self._hurry = hurry
         self._lock = threading.Lock()
         self._arrivals: dict[int, Arrival | None] = {}  # None: being opened
         self._waiting: dict[int, list[Request]] = {}  # for one that is being opened
@@ -198,6 +203,7 @@ class Filler:
             if request.cancelled:
                 return True
             arrival.requests.append(request)
+            arrival.awaited |= request.whole and not request.passable
         self._serve(arrival, request)
         return True
 
@@ -397,10 +403,13 @@ class Filler:
     def _finish(self, arrival: Arrival) -> None:
         self._end_done(arrival)
         with arrival.lock:
-            if arrival.settling or arrival.closed:
+            if arrival.closed:
                 return
-            arrival.settling = True
-        self._settle(arrival)
+            begun, arrival.settling = arrival.settling, True
+        if not begun:
+            self._settle(arrival)
+        elif arrival.awaited:
+            self._hurry()
 
     # --- ending -------------------------------------------------------------------------------------------
 

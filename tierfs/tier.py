@@ -79,7 +79,7 @@ class Tier:
         self._rescuer = Rescuer(self.kit, self.drain)
         self._puncher = Puncher(self.kit, self.drain, self.places)
         self._settler = Settler(self.kit, self.drain)
-        self.filler = Filler(self.kit, self._settler.add, make_room)
+        self.filler = Filler(self.kit, self._settler.add, make_room, self._settler.hurry)
         self._never = config.never.matcher()
         self._batches = ThreadPoolExecutor(_AT_ONCE, "batch")
         self._orders = ThreadPoolExecutor(_ORDERS, "order")
