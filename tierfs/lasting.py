@@ -19,6 +19,7 @@ LONG = 3600  # seconds
 # Of files: whoever writes behind the mount is seen when they close the file.
 FILES = 300
 FRESH = 60  # seconds from a change until it is on the disk: how many blocks it takes may change by that
+RESTLESS = 2  # so long the next change is likely: programs write a file, look at it, set its times, rename it
 _SET_ID = stat.S_ISUID | stat.S_ISGID
 _PROBE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOATIME | os.O_CLOEXEC
 
@@ -47,6 +48,10 @@ class Lasting:
         again: most is looked at once."""
         if self.watched and stat.S_ISREG(st.st_mode) and _fresh(st, time.time()) > 0:
             self.unproven.add(st.st_ino)
+
+    def is_restless(self, st: os.stat_result) -> bool:
+        """Whoever has changed it just now through the mount will do so again: it is not worth a proof yet."""
+        return st.st_ino in self._inodes and FRESH - RESTLESS < _fresh(st, time.time()) <= FRESH
 
     def prove(self, dirfd: int, name: bytes, st: os.stat_result) -> bool:
         """Whether the file of this name had to be proven, and is now: `st`, of before, does not count any more.

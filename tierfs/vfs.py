@@ -211,7 +211,9 @@ class Vfs:
         st = self.nodes.stat(node)
         if not isinstance(st, GoneStat) and node.anchor is None and node.parent is not None:
             dirfd, name = self.nodes.dirfd(node.parent), self.nodes.name(node)
-            if self.gate.lasting.prove(dirfd, name, st):
+            if self.gate.lasting.is_restless(st):
+                self.gate.lasting.doubt(st)
+            elif self.gate.lasting.prove(dirfd, name, st):
                 st = self.nodes.stat(node)
         return st if isinstance(st, GoneStat) else self._attr(st)
 

@@ -136,8 +136,21 @@ def test_a_file_that_is_written_does_not_last_until_nobody_can_be_writing(side):
         side.vfs.release(fh)
         assert side.getattr(node)[0] == p.ATTR_SECONDS
         assert seconds(side.lookup(ROOT, b"file")) == (LONG, p.ATTR_SECONDS)
+    side.gate.states.idle.drop_all()
     assert side.getattr(node)[0] > p.ATTR_SECONDS
     assert not side.gate.lasting.unproven
+
+
+def test_a_file_that_was_closed_just_now_is_not_proven_yet(side):
+    """Its times are about to be set, or its name: that would end what a proof has bought."""
+    ino = made(side.path / "file").stat().st_ino
+    node = side.lookup(ROOT, b"file")[0]
+    side.vfs.release(side.vfs.open(node, os.O_RDWR, ME)[0])
+    for _ in range(2):
+        assert side.getattr(node)[0] == p.ATTR_SECONDS
+    assert side.gate.lasting.unproven == {ino}
+    side.gate.states.idle.drop_all()  # nobody has done anything with it for a while
+    assert side.getattr(node)[0] > p.ATTR_SECONDS
 
 
 def test_a_file_that_somebody_writes_behind_the_mount_does_not_last(side):
@@ -303,6 +316,7 @@ def test_a_close_of_what_was_opened_through_the_mount_is_not_told(watched):
     elsewhere("open(sys.argv[1], 'r+b').write(b'x')", str(path))  # as by a program, in passthrough
     watched.side.vfs.release(fh)
     assert watched.told() == []
+    watched.side.gate.states.idle.drop_all()
     watched.side.getattr(node)  # proven
     elsewhere("open(sys.argv[1], 'r+b').write(b'y')", str(path))
     assert watched.told() == [node]

@@ -113,7 +113,7 @@ typedef struct {
     unsigned long long device;
     Py_buffer buffer, memory, told; /* the last: told.Told's */
     unsigned long entry_seconds, attr_seconds, long_seconds, file_seconds; /* long_seconds 0: never */
-    long fresh;
+    long fresh, restless; /* lasting.FRESH, RESTLESS */
     double idle_seconds;
     unsigned long told_left; /* told.LEFT */
     unsigned long long low; /* bytes: with less room nothing is begun here */
@@ -261,6 +261,7 @@ PyObject *hot_time_slice(PyObject *module, PyObject *arguments);
 /* Lasting.prove; *st is what it shows then. */
 void prove(Hot *hot, int dirfd, const char *name, struct stat *st);
 void doubt(Hot *hot, const struct stat *st);
+int is_restless(Hot *hot, const struct stat *st);
 unsigned long name_lasts(Hot *hot, mode_t mode, nlink_t links);
 unsigned long attributes_last(Hot *hot, const struct stat *st, PyObject *ino, PyObject *inode);
 /* Where the kernel takes them for the newest, whatever it has been told since it asked. */

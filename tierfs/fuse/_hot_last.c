@@ -54,6 +54,17 @@ void prove(Hot *hot, int dirfd, const char *name, struct stat *st)
     Py_XDECREF(ino);
 }
 
+int is_restless(Hot *hot, const struct stat *st)
+{
+    long fresh = hot->long_seconds && S_ISREG(st->st_mode) ? fresh_of(hot, st) : 0;
+    PyObject *ino = NULL;
+    if (fresh > hot->fresh - hot->restless && fresh <= hot->fresh)
+        ino = PyLong_FromUnsignedLongLong(st->st_ino);
+    int is = ino && PyDict_Contains(hot->inodes, ino) == 1;
+    Py_XDECREF(ino);
+    return is;
+}
+
 void doubt(Hot *hot, const struct stat *st)
 {
     if (hot->long_seconds && S_ISREG(st->st_mode) && fresh_of(hot, st) > 0) {

@@ -187,7 +187,9 @@ enum outcome get_attributes(Hot *hot, uint64_t nodeid, struct attr_out *out)
         PyObject *parent = get_of(node, s_parent);
         int fd = name_of(hot, nodeid, name) && parent && parent != Py_None ? directory_of(hot, parent) : -1;
         int failed = fd < 0 || status(fd, name, &st);
-        if (!failed)
+        if (!failed && is_restless(hot, &st))
+            doubt(hot, &st);
+        else if (!failed)
             prove(hot, fd, name, &st);
         Py_XDECREF(parent);
         if (failed || st.st_ino != number_of(node, s_ino))

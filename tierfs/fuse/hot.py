@@ -25,7 +25,7 @@ from tierfs.fuse.backing import KernelBacking
 from tierfs.fuse.operations import listed_entry
 from tierfs.handles import Handle, Inode
 from tierfs.index import Index
-from tierfs.lasting import FILES, FRESH, LONG
+from tierfs.lasting import FILES, FRESH, LONG, RESTLESS
 from tierfs.marks import SEGMENT
 from tierfs.nodes import GoneStat, Node
 from tierfs.vfs import Vfs
@@ -144,6 +144,7 @@ def receiver(fd: int, buffer: bytearray, vfs: Vfs, refused: Told, failed: Told) 
         long_seconds=LONG if gate.lasting.watched else 0,
         file_seconds=FILES,
         fresh=FRESH,
+        restless=RESTLESS,
         idle_seconds=idle.SECONDS,
         told=vfs.told.memory,
         told_left=told.LEFT,
