@@ -2,7 +2,9 @@
 
 All changes through the mount are the kernel's own knowledge but for one: who writes to a mapping of a file in
 passthrough tells nobody, and may go on after the last close. So what has been opened for writing is `unproven`
-until a moment's read lease shows that nobody can be writing; what is read of it after that is lasting.
+until a moment's read lease shows that nobody can be writing; what is read of it after that is lasting. What is
+looked up for the first time is `believed` for a moment, so that nobody waits for the proof; where it fails, the
+kernel is told, before a second has passed: for so long attributes hold that are not lasting, too.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ LONG = 3600  # seconds
 FILES = 300
 FRESH = 60  # seconds from a change until it is on the disk: how many blocks it takes may change by that
 RESTLESS = 2  # so long the next change is likely: programs write a file, look at it, set its times, rename it
+MOST_BELIEVED = 8192  # so that their proofs take no time to speak of
 _SET_ID = stat.S_ISUID | stat.S_ISGID
 _PROBE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOATIME | os.O_CLOEXEC
 
@@ -33,6 +36,7 @@ class Lasting:
         self._inodes = inodes
         self.watched = False  # edits behind the mount are seen
         self.unproven: set[int] = set()
+        self.believed: dict[int, int] = {}  # inode -> the ctime (ns) of what the kernel was told
 
     def written(self, ino: int) -> None:
         """From now on somebody may change its content without a request."""
@@ -44,10 +48,27 @@ class Lasting:
         self.unproven.discard(ino)
 
     def doubt(self, st: os.stat_result) -> None:
-        """The kernel is told of it for the first time. What was changed a moment ago is proven when it asks
-        again: most is looked at once."""
+        """What was changed a moment ago is proven when the kernel asks again: most is looked at once."""
         if self.watched and stat.S_ISREG(st.st_mode) and _fresh(st, time.time()) > 0:
             self.unproven.add(st.st_ino)
+
+    def believe(self, st: os.stat_result) -> None:
+        """The kernel is told of it for the first time. What was changed a moment ago is proven soon."""
+        if len(self.believed) >= MOST_BELIEVED:
+            self.doubt(st)
+        elif self.watched and stat.S_ISREG(st.st_mode) and _fresh(st, time.time()) > 0:
+            self.believed[st.st_ino] = st.st_ctime_ns
+
+    def confirm(self, dirfd: int, name: bytes, ino: int, ctime: int) -> bool:
+        """Whether the file of this name is what the kernel was told, and nobody can be writing."""
+        if ino in self.unproven:
+            return True  # opened for writing since, which the kernel was told then
+        if not self._may_be_proven(ino):
+            return False
+        st = self._at_rest(dirfd, name, ino)
+        if st is None:
+            self.unproven.add(ino)
+        return st is not None and st.st_ctime_ns == ctime
 
     def is_restless(self, st: os.stat_result) -> bool:
         """Whoever has changed it just now through the mount will do so again: it is not worth a proof yet."""
@@ -63,24 +84,34 @@ class Lasting:
             return False
         if ino not in self.unproven and _fresh(st, time.time()) <= 0:
             return False
-        inode = self._inodes.get(ino)
-        if inode is not None and (inode.writers or inode.guard is not None):
+        if not self._may_be_proven(ino):
             return False
         self.unproven.add(ino)
+        if self._at_rest(dirfd, name, ino) is None:
+            return False
+        self.unproven.discard(ino)
+        return True
+
+    def _may_be_proven(self, ino: int) -> bool:
+        inode = self._inodes.get(ino)
+        return inode is None or not (inode.writers or inode.guard is not None)
+
+    def _at_rest(self, dirfd: int, name: bytes, ino: int) -> os.stat_result | None:
+        """The file of this name and number, while nobody had it open for writing; None where that is not so."""
         try:
             fd = os.open(name, _PROBE, dir_fd=dirfd)
         except OSError:
-            return False  # gone, or a lease of the mover's is in the way
+            return None  # gone, or a lease of the mover's is in the way
         try:
-            if os.fstat(fd).st_ino != ino or not self._tree.try_lease(fd, F_RDLCK):
-                return False
+            if not self._tree.try_lease(fd, F_RDLCK):
+                return None
+            st = os.fstat(fd)
             self._tree.unlease(fd)
         except OSError:
-            return False  # no leases here
+            return None  # no leases here
         finally:
             os.close(fd)
-        self.unproven.discard(ino)
-        return True
+        return st if st.st_ino == ino else None
 
     def of_name(self, st: Shown, short: int) -> int:
         """For how many seconds a name holds. Of several names of a file only the last is known here."""

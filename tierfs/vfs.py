@@ -9,6 +9,7 @@ Attributes are stat results, or objects with the same st_* fields. Not thread-sa
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import stat
 from collections.abc import Callable, Iterable, Mapping
@@ -185,11 +186,30 @@ class Vfs:
         dirfd = self.nodes.dirfd(directory)
         st = os.stat(name, dir_fd=dirfd, follow_symlinks=False)
         if not listed and self.nodes.known(st.st_ino) is None:
-            self.gate.lasting.doubt(st)
+            self.gate.lasting.believe(st)
         elif self.gate.lasting.prove(dirfd, name, st):
             st = os.stat(name, dir_fd=dirfd, follow_symlinks=False)
         attr = self._attr(st)
         return self.nodes.found(st, directory, name).id, attr
+
+    def confirm(self, most: int) -> list[int]:
+        """Prove what was believed, so many files at most; of which nodes the kernel was told what is not so."""
+        believed = self.gate.lasting.believed
+        wrong = []
+        for ino in list(itertools.islice(believed, most)):
+            ctime, node = believed.pop(ino), self.nodes.known(ino)
+            if node is not None and not self._is_confirmed(node, ctime):
+                wrong.append(node.id)
+        return wrong
+
+    def _is_confirmed(self, node: Node, ctime: int) -> bool:
+        if node.anchor is not None or node.parent is None:
+            return False
+        try:
+            dirfd, name = self.nodes.dirfd(node.parent), self.nodes.name(node)
+        except OSError:
+            return False  # its directory is not where it was
+        return self.gate.lasting.confirm(dirfd, name, node.ino, ctime)
 
     def told_lately(self, parent: int, name: bytes, ino: int) -> bool:
         """The kernel need not be told what this name in a listing is."""

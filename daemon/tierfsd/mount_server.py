@@ -37,6 +37,10 @@ log = logging.getLogger("server")
 
 BATCH = 64  # requests between two looks at the mover and the supervisor
 UNHEARD = 512  # requests between two looks at edits behind the mount, at most
+# From belief to proof: with the time until it is seen that there is one, and that until all are done, less than
+# a second. Who looks at many files is done by then, mostly.
+PROOF_SECONDS = 0.3
+PROOFS = 64  # between two looks at the kernel
 TICK_SECONDS = 0.25  # from the first request after an idle time to the gate's turn
 _STATFS_SECONDS = 2.0  # how long the sum of evictable bytes is believed
 
@@ -113,6 +117,7 @@ class Server:
         self._edits = watch
         self._next_look = _NEVER if watch is None else 0.0
         self._unheard = 0  # requests since edits were heard
+        self._next_proof = _NEVER  # of what is believed
         if watch is not None:
             self._handlers[watch.fileno()] = self._hear_edits
             self._others.register(watch.fileno(), 0)
@@ -128,7 +133,7 @@ class Server:
         """Serve until the mount ends or somebody says so. Returns whether custody is unbroken."""
         session = self._session
         while session.end is None and not self._stopping:
-            until = min(self._next_tick, self._next_look, time.monotonic() + TICK_SECONDS)
+            until = min(self._next_due(), time.monotonic() + TICK_SECONDS)
             served = session.serve(BATCH, until, self._others.fileno())
             session.run_ready()
             if session.ready and not self._said_ready:
@@ -137,6 +142,7 @@ class Server:
                 self._tell(channel.Ready(self._gate.states.backing is not None, lasting, session.form))
             self._turn(served)
             self._hear_in_time(served)
+            self._confirm(time.monotonic())
             self._events(0.0 if served == BATCH else self._pause())
             session.run_ready()
         self._gate.tick(time.monotonic())
@@ -157,8 +163,20 @@ class Server:
         if now >= self._next_look or (self._edits is not None and self._edits.hurried):
             self._look_for_edits(now)
 
+    def _confirm(self, now: float) -> None:
+        believed = self._gate.lasting.believed
+        if now >= self._next_proof:
+            self._session.confirm(PROOFS)
+        if not believed:
+            self._next_proof = _NEVER
+        elif self._next_proof == _NEVER:
+            self._next_proof = now + PROOF_SECONDS
+
+    def _next_due(self) -> float:
+        return min(self._next_tick, self._next_look, self._next_proof)
+
     def _pause(self) -> float:
-        return max(0.0, min(self._next_tick, self._next_look) - time.monotonic())
+        return max(0.0, self._next_due() - time.monotonic())
 
     def _hear_in_time(self, served: int) -> None:
         """Our own changes are events as well, and each new one the kernel compares with those that wait."""

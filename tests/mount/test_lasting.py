@@ -201,6 +201,17 @@ def test_a_mapping_of_what_was_known_before(work: Path, mapper: Callable[[Path, 
         before = now, before[1]
 
 
+def test_a_file_that_is_written_behind_the_mount_when_it_is_first_seen(shared: Volume, work: Path) -> None:
+    """Nobody closes it, so that no event tells: but for the proof it would be believed for a minute."""
+    path = beneath(shared, work) / "file"
+    with path.open("wb", buffering=0) as file:
+        assert (work / "file").stat().st_size == 0
+        file.write(b"content")
+        becomes(lambda: (work / "file").stat().st_size == len(b"content"))
+        file.write(b" and more")
+        becomes(lambda: (work / "file").stat().st_size == len(b"content and more"))
+
+
 @contextlib.contextmanager
 def without_a_server(made: Volume) -> Iterator[None]:
     """The server is killed, and another takes over afterwards."""

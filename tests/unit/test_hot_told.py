@@ -120,14 +120,15 @@ def test_the_hint_ends(side, monkeypatch):
     assert listed(side)[b"file"] == node
 
 
-def test_what_is_listed_first_is_proven_at_once_and_what_is_looked_up_later(side):
+def test_what_is_listed_first_is_proven_at_once_and_what_is_looked_up_soon(side):
     for name in ("listed", "looked"):
         (side.path / name).write_bytes(b"content")  # a moment ago
-    assert side.lookup(ROOT, b"looked")[ATTR] == p.ATTR_SECONDS
+    assert side.lookup(ROOT, b"looked")[ATTR] > lasting.FRESH // 2
     number, body = side.ask(p.Op.READDIRPLUS, ROOT, p.READ_IN.pack(0, 0, 4096, 0, 0, 0, 0))
     seconds = {name: entry[0][ATTR] for _, name, _, _, entry in listed_of(body, True)}
     assert number == 0 and seconds[b"listed"] > lasting.FRESH // 2
-    assert seconds[b"looked"] > lasting.FRESH // 2  # it is asked for again
+    assert seconds[b"looked"] == 0  # the kernel knows it
+    assert list(side.gate.lasting.believed) == [(side.path / "looked").stat().st_ino]
 
 
 def test_a_file_that_somebody_writes_behind_the_mount_is_not_proven_by_a_listing(side):

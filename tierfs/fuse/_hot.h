@@ -105,7 +105,8 @@ enum outcome { PYTHONS, ABSENT, NO_DATA, NO_TERMINAL, FOUND, FAILED };
     X(idle_inodes, &PyODict_Type) X(touched, &PyDict_Type) \
     X(files, &PyDict_Type) X(opens, &PyDict_Type) X(inode, NULL) X(handle, NULL) X(stub_name, &PyBytes_Type) \
     X(marks, NULL) X(recent, &PyDict_Type) X(seals, &PySet_Type) X(late, &PyDict_Type) X(gone_stat, NULL) \
-    X(nodes, NULL) X(privileged, &PyBool_Type) X(refused, NULL) X(failed, NULL) X(unproven, &PySet_Type)
+    X(nodes, NULL) X(privileged, &PyBool_Type) X(refused, NULL) X(failed, NULL) X(unproven, &PySet_Type) \
+    X(believed, &PyDict_Type)
 
 typedef struct {
     PyObject_HEAD
@@ -117,7 +118,7 @@ typedef struct {
     double idle_seconds;
     unsigned long told_left; /* told.LEFT */
     unsigned long long low; /* bytes: with less room nothing is begun here */
-    Py_ssize_t intents_at, segment, directory_fds;
+    Py_ssize_t intents_at, segment, directory_fds, most_believed;
     uid_t euid;
     gid_t egid;
     struct { uint64_t above; char name[NAME_ROOM]; } absent; /* the name that was asked for last and was not there */
@@ -261,6 +262,7 @@ PyObject *hot_time_slice(PyObject *module, PyObject *arguments);
 /* Lasting.prove; *st is what it shows then. */
 void prove(Hot *hot, int dirfd, const char *name, struct stat *st);
 void doubt(Hot *hot, const struct stat *st);
+void believe(Hot *hot, const struct stat *st);
 int is_restless(Hot *hot, const struct stat *st);
 unsigned long name_lasts(Hot *hot, mode_t mode, nlink_t links);
 unsigned long attributes_last(Hot *hot, const struct stat *st, PyObject *ino, PyObject *inode);

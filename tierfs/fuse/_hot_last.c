@@ -75,6 +75,21 @@ void doubt(Hot *hot, const struct stat *st)
     }
 }
 
+void believe(Hot *hot, const struct stat *st)
+{
+    if (!hot->long_seconds || !S_ISREG(st->st_mode) || fresh_of(hot, st) <= 0)
+        return;
+    PyObject *ino = PyLong_FromUnsignedLongLong(st->st_ino);
+    PyObject *ctime = PyLong_FromLongLong((long long)st->st_ctim.tv_sec * 1000000000 + st->st_ctim.tv_nsec);
+    int room = PyDict_GET_SIZE(hot->believed) < hot->most_believed;
+    if (!ino || !ctime || !room || PyDict_SetItem(hot->believed, ino, ctime)) {
+        PyErr_Clear();
+        doubt(hot, st);
+    }
+    Py_XDECREF(ino);
+    Py_XDECREF(ctime);
+}
+
 unsigned long name_lasts(Hot *hot, mode_t mode, nlink_t links)
 {
     return hot->long_seconds && (links == 1 || S_ISDIR(mode)) ? hot->long_seconds : hot->entry_seconds;

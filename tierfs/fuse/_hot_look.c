@@ -133,7 +133,7 @@ enum outcome look_up_in(Hot *hot, PyObject *parent, int fd, const char *name, Py
     if (listed || is_known(hot, st.st_ino))
         prove(hot, fd, name, &st);
     else
-        doubt(hot, &st);
+        believe(hot, &st);
     memset(out, 0, sizeof *out);
     long seconds = pack_attr(&out->attr, &st) ? seconds_of(hot, &st) : -1;
     if (seconds < 0)

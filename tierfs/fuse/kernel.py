@@ -133,6 +133,11 @@ class Session:
         """A file is open for writing, as far as the kernel has told."""
         return self._vfs.files.writers > 0
 
+    def confirm(self, most: int) -> None:
+        """Prove so many of the files that were believed, and tell the kernel which are not as it was told."""
+        for nodeid in self._vfs.confirm(most):
+            self._outdated(nodeid)
+
     def close(self) -> None:
         """Finish what the threads still do. Parked requests get no answer: the connection's end is theirs."""
         self._pool.shutdown(wait=True)
