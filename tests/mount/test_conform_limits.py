@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,10 @@ from harness import Scratch, Volume
 from places import Place
 
 _FIEMAP, _GETFLAGS, _NOWAIT = 0xC020660B, 0x80086601, 8
+_FREEZE = 0xC0045877
+_QUOTACTL_FD, _GETFMT = 443, 0x800004 << 8  # of users
+_OPEN_TREE, _CLONE = 428, 1
+_MOUNT_SETATTR, _EMPTY_PATH, _IDMAP = 442, 0x1000, 1 << 20
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -106,6 +111,53 @@ def test_a_mapping_that_outlives_its_descriptor_moves_the_times_a_second_late(pl
             raise SystemExit("the time does not move")
         """
     subprocess.run([sys.executable, "-c", script, file], timeout=60, check=True)
+
+
+@pytest.fixture
+def namespace() -> Iterator[int]:
+    """A user namespace in which this user is root."""
+    argv = ["unshare", "--user", "--map-root-user", "sh", "-c", "echo; exec sleep 60"]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline()
+        fd = os.open(f"/proc/{process.pid}/ns/user", os.O_RDONLY)
+        yield fd
+        os.close(fd)
+        process.kill()
+
+
+def _mount_with_other_owners(path: Path, namespace: int) -> None:
+    tree = _libc.syscall(_OPEN_TREE, -100, os.fsencode(path), _CLONE | os.O_CLOEXEC)
+    assert tree >= 0
+    try:
+        wanted = struct.pack("=4Q", _IDMAP, 0, 0, namespace)
+        if _libc.syscall(_MOUNT_SETATTR, tree, b"", _EMPTY_PATH, wanted, len(wanted)):
+            raise OSError(ctypes.get_errno(), "mount_setattr")
+    finally:
+        os.close(tree)
+
+
+def test_no_mounts_with_other_owners(place: Place, namespace: int, needs_root: None) -> None:
+    """The kernel would no longer say who asks for what, but in requests that make files."""
+    if place.volume is None:
+        _mount_with_other_owners(place.path, namespace)
+    else:
+        fails(errno.EINVAL, _mount_with_other_owners, place.path, namespace)
+
+
+def test_no_freezing(place: Place, file: Path, needs_root: None) -> None:
+    if place.volume is not None:  # the filesystem beneath is everybody's
+        fails(errno.EOPNOTSUPP, _ioctl, file, _FREEZE, bytes(4))
+
+
+def _quota_format(path: Path) -> None:
+    with open(path, "rb") as opened:
+        if _libc.syscall(_QUOTACTL_FD, opened.fileno(), _GETFMT, 0, ctypes.create_string_buffer(4)):
+            raise OSError(ctypes.get_errno(), "quotactl_fd")
+
+
+def test_no_quotas(place: Place, file: Path) -> None:
+    if place.volume is not None:  # whether there are any beneath is its administrator's choice
+        fails(errno.ENOSYS, _quota_format, file)
 
 
 def _read_moves_atime(path: Path) -> bool:
