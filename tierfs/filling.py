@@ -308,13 +308,13 @@ class Filler:
                 self._kit.fetched.add(len(data))
                 try:
                     if not self._kit.has_room(len(data)):
-                        return data
+                        return bytes(data)  # the next range may come in its place
                     if not self._fill(arrival, piece, data):
                         return None
                 except OSError as error:
                     if error.errno not in _FULL:
                         raise
-                    return data
+                    return bytes(data)
         if piece.start < piece.end:
             raise ObjectCorruptError(f"{arrival.stub.key}: bytes at {piece.start} are missing")
         return None

@@ -35,14 +35,16 @@ class Pieces(MemoryStore):
     def pieces(self, key, start, length):
         self.ranges.append((start, length))
         self.open += 1
+        piece = bytearray()
         try:
             for at in range(start, start + length, PIECE):
                 self.before(at)
-                # As a client that uses one buffer for all: what was given is gone.
+                # As a client that uses one buffer for all, and for the next range too: what was given is gone.
                 piece = bytearray(self.get(key, at, min(PIECE, start + length - at)))
                 yield memoryview(piece)
                 piece[:] = bytes(len(piece))
         finally:
+            piece[:] = bytes(len(piece))
             self.open -= 1
 
 

@@ -72,7 +72,8 @@ class ObjectStore(ABC):
 
     def pieces(self, key: str, start: int, length: int) -> Iterator[Body]:
         """As `get`, in pieces of whole leaves as they come. What reads them one by one finds each in the
-        processor's cache: a piece is good until the next is asked for. Raises as `get`, also midway."""
+        processor's cache: a piece is good until the next is asked for, or this is closed. Raises as `get`, also
+        midway."""
         if length:
             yield self.get(key, start, length)
 
