@@ -22,7 +22,7 @@ from functools import partial
 from tierfs import failpoints, wire
 from tierfs.arrivals import Arrival, Range, Request
 from tierfs.digests import leaf_digests, sha256
-from tierfs.errors import BusyError, ForeignStubError, ObjectCorruptError, TierError
+from tierfs.errors import BusyError, ObjectCorruptError, TierError
 from tierfs.kit import Kit
 from tierfs.model import LEAF
 from tierfs.opening import AlreadyResident, Opener, note_pending
@@ -189,11 +189,15 @@ class Filler:
     def _again(self, arrival: Arrival, request: Request, opath: int) -> None:
         self.drop(arrival)
         time.sleep(0.001)
-        again = os.dup(opath)
+        self._begin_soon(Urgency.READER, request, opath)
+
+    def _begin_soon(self, urgency: Urgency, request: Request, opath: int) -> None:
+        """In the pool, by a descriptor of its own. Raises BusyError, OSError."""
+        own = os.dup(opath)
         try:
-            self._kit.fetches.post(Urgency.READER, partial(self._begin, request, again))
+            self._kit.fetches.post(urgency, partial(self._begin, request, own))
         except BusyError:
-            os.close(again)
+            os.close(own)
             raise
 
     def _join(self, arrival: Arrival, request: Request) -> bool:
@@ -241,14 +245,11 @@ class Filler:
         # Serving the first one waits for its content, which the others need not.
         for each in requests[1:]:
             try:
-                self._kit.fetches.submit(self._urgency(each), partial(self._join_or_end, arrival, each))
-            except BusyError as error:
+                self._begin_soon(self._urgency(each), each, opath)
+            except (BusyError, OSError) as error:
                 self._end(each, error)
-        self._join_or_end(arrival, request)
-
-    def _join_or_end(self, arrival: Arrival, request: Request) -> None:
         if not self._join(arrival, request):
-            self._end(request, ForeignStubError(f"inode {request.ino}: its stub has changed"))
+            self._again(arrival, request, opath)
 
     # --- serving ------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ import pytest
 from bare import until
 from tiering import MIB, Volume
 
-from tierfs import syscalls
+from tierfs import syscalls, wire
 from tierfs.errors import StoreUnavailableError
 from tierfs.kit import Kit
 from tierfs.model import LEAF, Residency
@@ -121,6 +121,41 @@ def test_what_is_read_ahead_is_asked_for_before_the_first_content_has_come(volum
     volume.store.before = before
     assert volume.server.read(volume.path("big"), 0, MIB) == cold[:MIB]
     assert in_time == [True]
+
+
+def test_who_comes_while_it_is_being_opened_may_be_served_when_all_is_over(volume, monkeypatch):
+    """Another has fetched the file meanwhile, and it is resident: that is no failure."""
+    path = volume.path("small")
+    volume.server.create(path, b"content")
+    (item,) = volume.demote("small")
+    assert item.demoted, item.reason
+    filler, ended = volume.tier.filler, {}
+    opened, end, submit = filler._opener.open, filler._end, filler._kit.fetches.submit
+
+    def late(urgency, run):
+        return submit(urgency, lambda: until(lambda: filler.arrival(item.ino) is None) and run())
+
+    def opening(request, opath):
+        if request.id == 999:
+            return opened(request, opath)
+        second = wire.Fetch(
+            999, request.ino, request.stub, request.size, 0, request.size, True, False, True, *request.shown
+        )
+        filler.on_fetch(second, os.dup(opath))
+        assert until(lambda: any(filler._waiting.values()))
+        monkeypatch.setattr(filler._kit.fetches, "submit", late)
+        return opened(request, opath)
+
+    def note(request, error):
+        if request.id == 999:
+            ended[request.id] = error
+        else:
+            end(request, error)
+
+    monkeypatch.setattr(filler._opener, "open", opening)
+    monkeypatch.setattr(filler, "_end", note)
+    assert volume.server.read(path) == b"content"
+    assert until(lambda: ended) and ended == {999: None}
 
 
 def test_whoever_proves_for_a_moment_that_nobody_writes_disturbs_no_read(volume, cold):
