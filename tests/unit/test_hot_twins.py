@@ -173,6 +173,22 @@ def test_an_older_kernel_is_asked_for_attributes_by_a_path(tmp_path, monkeypatch
     both.close()
 
 
+def test_an_older_kernel_is_asked_for_attributes_of_what_is_guarded(tmp_path, monkeypatch):
+    older = load(build(tmp_path / "_hot.so", "-DGETXATTRAT=9999", "-DLISTXATTRAT=9999"))
+    both = Both(tmp_path, monkeypatch, older)
+    both.behind(write(b"content"))
+    both.behind(lambda path: os.setxattr(path / "a", "user.x", b"1"))
+    node = both.lookup(ROOT, b"a")
+    for side in both.sides:
+        assert side.gate.guarding.guard(os.stat(side.path / "a").st_ino, 0)
+    assert both.ask(p.Op.GETXATTR, node, p.GETXATTR_IN.pack(100, 0) + b"user.x\0") == (0, b"1")
+    assert both.ask(p.Op.LISTXATTR, node, p.GETXATTR_IN.pack(100, 0)) == (0, b"user.x\0")
+    for side in both.sides:
+        for inode in list(side.gate.states.inodes.values()):
+            side.gate.guarding.end(inode)
+    both.close()
+
+
 def test_room_is_not_taken_for_granted_once_more_is_wanted(both):
     asked = left(both, p.Op.CREATE)
     for name in (b"a", b"b"):

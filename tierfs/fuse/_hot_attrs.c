@@ -54,13 +54,23 @@ int target_is_named(struct target *at)
     return !fstatat(at->above, at->name, &at->st, AT_SYMLINK_NOFOLLOW) && at->st.st_ino == at->number;
 }
 
+/* The descriptor that the inode's state has, or -1: one that is guarded has none, mostly. */
+static int descriptor_of(PyObject *inode)
+{
+    PyObject *value = get_of(inode, s_opath);
+    int fd = value ? (int)PyLong_AsLong(value) : -1;
+    Py_XDECREF(value);
+    return fd;
+}
+
 int reached_target(Hot *hot, struct target *at)
 {
     at->above = directory_of(hot, at->parent);
     if (at->above < 0)
         return 0;
-    if (at->inode && (int)number_of(at->inode, s_opath) >= 0 && PyDict_GetItemWithError(hot->by_ino, at->ino) == at->node) {
-        at->fd = (int)number_of(at->inode, s_opath);
+    int opath = at->inode ? descriptor_of(at->inode) : -1;
+    if (opath >= 0 && PyDict_GetItemWithError(hot->by_ino, at->ino) == at->node) {
+        at->fd = opath;
         return !PyErr_Occurred() && target_is_named(at);
     }
     at->fd = openat(at->above, at->name, O_PATH | O_NOFOLLOW | O_CLOEXEC);

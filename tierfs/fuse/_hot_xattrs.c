@@ -7,12 +7,15 @@
 #include <sys/xattr.h>
 #include <unistd.h>
 
-#ifndef SYS_getxattrat
-#define SYS_setxattrat 463
-#define SYS_getxattrat 464
-#define SYS_listxattrat 465
-#define SYS_removexattrat 466
+/* Their numbers everywhere. */
+#define SETXATTRAT 463
+#ifndef GETXATTRAT
+#define GETXATTRAT 464
 #endif
+#ifndef LISTXATTRAT
+#define LISTXATTRAT 465
+#endif
+#define REMOVEXATTRAT 466
 struct xattr_args { uint64_t value __attribute__((aligned(8))); uint32_t size, flags; };
 
 static int begins(const char *name, const char *with)
@@ -42,7 +45,7 @@ static ssize_t length_of(Hot *hot, int opath, const char *attribute)
     struct xattr_args nothing = {0, 0, 0};
     char path[40];
     snprintf(path, sizeof path, "%d", opath);
-    ssize_t length = syscall(SYS_getxattrat, hot->descriptors, path, 0, attribute, &nothing, sizeof nothing);
+    ssize_t length = syscall(GETXATTRAT, hot->descriptors, path, 0, attribute, &nothing, sizeof nothing);
     return length >= 0 || errno != ENOSYS ? length : getxattr(path_of(opath, path), attribute, NULL, 0);
 }
 
@@ -59,9 +62,9 @@ static ssize_t read_by_name(Hot *hot, struct target *at, const char *attribute, 
     at->above = directory_of(hot, at->parent);
     if (at->above < 0)
         return errno = EAGAIN, -1;
-    ssize_t length = attribute ? syscall(SYS_getxattrat, at->above, at->name, AT_SYMLINK_NOFOLLOW, attribute, &args,
+    ssize_t length = attribute ? syscall(GETXATTRAT, at->above, at->name, AT_SYMLINK_NOFOLLOW, attribute, &args,
                                          sizeof args)
-                               : syscall(SYS_listxattrat, at->above, at->name, AT_SYMLINK_NOFOLLOW, value, MOST_VALUE);
+                               : syscall(LISTXATTRAT, at->above, at->name, AT_SYMLINK_NOFOLLOW, value, MOST_VALUE);
     int error = length < 0 ? errno : 0;
     error = error == ENOSYS || !target_is_named(at) ? EAGAIN : error;
     return error ? errno = error, -1 : length;
@@ -151,8 +154,8 @@ static int put_value(Hot *hot, int opath, const char *name, const char *value, s
     struct xattr_args args = {(uintptr_t)value, size, 0};
     char path[40];
     snprintf(path, sizeof path, "%d", opath);
-    long failed = value ? syscall(SYS_setxattrat, hot->descriptors, path, 0, name, &args, sizeof args)
-                        : syscall(SYS_removexattrat, hot->descriptors, path, 0, name);
+    long failed = value ? syscall(SETXATTRAT, hot->descriptors, path, 0, name, &args, sizeof args)
+                        : syscall(REMOVEXATTRAT, hot->descriptors, path, 0, name);
     if (!failed || errno != ENOSYS)
         return (int)failed;
     path_of(opath, path);
