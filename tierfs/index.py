@@ -380,8 +380,9 @@ class Index(PastReader):
             if self._closed or self._readonly:
                 raise IndexError_("the index is closed")
             if self._committer is None:
-                self._committer = threading.Thread(target=self._run_committer, name="index", daemon=True)
-                self._committer.start()
+                committer = threading.Thread(target=self._run_committer, name="index", daemon=True)
+                committer.start()  # not always: there may be too many threads
+                self._committer = committer
             self._jobs.append(_Job(run, future))
             self._wake.notify()
         return future

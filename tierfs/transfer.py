@@ -50,13 +50,13 @@ class Pool:
         self._threads: list[threading.Thread] = []
 
     def submit(self, urgency: Urgency, run: Callable[[], T]) -> Future[T]:
-        """Run this when its turn comes. Raises BusyError once the pool is closed."""
+        """Run this when its turn comes. Raises BusyError once the pool is closed, or if nobody can."""
         future: Future[T] = Future()
         with self._ready:
             if self._closed:
                 raise BusyError("the daemon is stopping")
+            self._begin_thread(len(self._heap) + 1)
             heapq.heappush(self._heap, (urgency, next(self._order), run, future))
-            self._begin_thread()
             self._ready.notify()
         return future
 
@@ -71,15 +71,22 @@ class Pool:
         with self._ready:
             self._most = threads
             for _ in range(min(threads, len(self._heap))):
-                self._begin_thread()
+                self._begin_thread(len(self._heap))
             self._ready.notify_all()
 
-    def _begin_thread(self) -> None:
-        """Where more wait than threads do, and there may be another. Under the lock."""
-        if self._idle < len(self._heap) and len(self._threads) < self._most and not self._closed:
-            thread = threading.Thread(target=self._work, name=self._name, daemon=True)
-            self._threads.append(thread)
+    def _begin_thread(self, waiting: int) -> None:
+        """Where more jobs wait than threads do, and there may be another. Under the lock."""
+        if self._idle >= waiting or len(self._threads) >= self._most or self._closed:
+            return
+        thread = threading.Thread(target=self._work, name=self._name, daemon=True)
+        try:
             thread.start()
+        except RuntimeError as exc:  # too many, for now: those that there are do it
+            if not self._threads:
+                raise BusyError("there are too many threads on this machine") from exc
+            log.warning("the pool %r gets no other thread: %s", self._name, exc)
+        else:
+            self._threads.append(thread)
 
     @property
     def queued(self) -> int:

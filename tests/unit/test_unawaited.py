@@ -17,6 +17,7 @@ from tierfsd.scheduler import Scheduler
 
 from tierfs.errors import BusyError, IndexError_, IndexFullError
 from tierfs.heat_index import HeatIndex
+from tierfs.index import Index
 from tierfs.settling import Settler
 from tierfs.transfer import Pool, Urgency
 
@@ -227,3 +228,32 @@ def test_a_thread_that_ends_by_a_defect_is_in_the_log(caplog, monkeypatch):
     thread.start()
     thread.join()
     assert any(record.getMessage() == "somebody has ended" and record.exc_info for record in caplog.records)
+
+
+def no_thread(thread):
+    raise RuntimeError("can't start new thread")
+
+
+def test_a_pool_goes_on_after_there_were_too_many_threads(monkeypatch):
+    pool, held, done = Pool(2, "work"), threading.Event(), []
+    with monkeypatch.context() as many:
+        many.setattr(threading.Thread, "start", no_thread)
+        with pytest.raises(BusyError):
+            pool.submit(Urgency.READER, lambda: done.append("refused"))
+    first = pool.submit(Urgency.READER, lambda: held.wait(20))
+    with monkeypatch.context() as many:
+        many.setattr(threading.Thread, "start", no_thread)
+        second = pool.submit(Urgency.READER, lambda: done.append("second"))
+    held.set()
+    assert first.result(20) and second.result(20) is None and done == ["second"]
+    pool.close()
+
+
+def test_an_index_commits_after_there_were_too_many_threads(tmp_path, monkeypatch):
+    index = Index.open(str(tmp_path))
+    with monkeypatch.context() as many:
+        many.setattr(threading.Thread, "start", no_thread)
+        with pytest.raises(RuntimeError):
+            index.commit(lambda writer: None)
+    assert index.commit(lambda writer: 7).result(20) == 7
+    index.close()
