@@ -21,10 +21,15 @@ class Pinned:
         self._stopping = stopping
 
     def turn(self) -> None:
-        """Begin, if something was pinned through the mount."""
-        if self._tier.drainer.pinned.is_set():
-            self._tier.drainer.pinned.clear()
-            threading.Thread(target=self.fetch, name="pinned", daemon=True).start()
+        """Begin, if something was pinned through the mount. RuntimeError: too many threads."""
+        pinned = self._tier.drainer.pinned
+        if pinned.is_set():
+            pinned.clear()
+            try:
+                threading.Thread(target=self.fetch, name="pinned", daemon=True).start()
+            except RuntimeError:
+                pinned.set()  # for the next round
+                raise
 
     def fetch(self) -> None:
         """Bring back what is beneath all pins."""

@@ -194,7 +194,7 @@ class Supervisor:
         while True:
             self._events.wait(self._eventful, self._pause())
             if self._events.take(signal.SIGHUP):
-                threading.Thread(target=self._reload, name="reload", daemon=True).start()
+                self._begin_to_reload()
             if self._events.take(signal.SIGUSR2) and not self._restart():
                 return 1
             if self._events.signals:
@@ -208,6 +208,12 @@ class Supervisor:
             self._look_after_mover()
             if not self._look_after_index():
                 return 1
+
+    def _begin_to_reload(self) -> None:
+        try:
+            threading.Thread(target=self._reload, name="reload", daemon=True).start()
+        except RuntimeError as exc:  # too many threads on this machine: no reason to end
+            log.error("not reloaded: %s", exc)
 
     def _reload(self) -> None:
         """Have the mover read its configuration: by a request, since a signal could meet it half started."""

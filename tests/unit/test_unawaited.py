@@ -14,6 +14,7 @@ from tierfsd import assembly, claiming, control_server, logs, portable_server
 from tierfsd.pinned import Pinned
 from tierfsd.priority import Priority
 from tierfsd.scheduler import Scheduler
+from tierfsd.supervisor import Supervisor
 
 from tierfs.errors import BusyError, IndexError_, IndexFullError
 from tierfs.heat_index import HeatIndex
@@ -257,3 +258,23 @@ def test_an_index_commits_after_there_were_too_many_threads(tmp_path, monkeypatc
             index.commit(lambda writer: None)
     assert index.commit(lambda writer: 7).result(20) == 7
     index.close()
+
+
+def test_what_is_pinned_is_fetched_after_there_were_too_many_threads(volume, monkeypatch):
+    pinned, fetched = Pinned(volume.tier, threading.Event()), threading.Event()
+    monkeypatch.setattr(pinned, "fetch", fetched.set)
+    volume.tier.drainer.pinned.set()
+    with monkeypatch.context() as many:
+        many.setattr(threading.Thread, "start", no_thread)
+        with pytest.raises(RuntimeError):
+            pinned.turn()
+    pinned.turn()
+    assert fetched.wait(20) and not volume.tier.drainer.pinned.is_set()
+
+
+def test_a_supervisor_outlives_too_many_threads(monkeypatch, caplog):
+    """Who asks it to reload finds in the log that it was not done."""
+    supervisor = Supervisor.__new__(Supervisor)
+    monkeypatch.setattr(threading.Thread, "start", no_thread)
+    supervisor._begin_to_reload()
+    assert "not reloaded" in caplog.text
