@@ -44,13 +44,15 @@ class Fence:
         self._stale: StoreStaleError | None = None
 
     def check(self) -> None:
-        """Raises VolumeError where the store is another machine's."""
+        """Raises VolumeError where the store is another machine's, RuntimeError where that cannot be asked."""
         if self._lost is None and self._clock() >= self._fresh_until:
             with self._lock:
                 if self._asking is None or self._asking.done():
-                    self._asking = Future()
-                    # Not of a pool: the process would wait for it at its end.
-                    threading.Thread(target=self._ask, args=(self._asking,), name="fence", daemon=True).start()
+                    begun: Future[None] = Future()
+                    # Not of a pool: the process would wait for it at its end. Where there are too many threads
+                    # this fails, and it is asked the next time.
+                    threading.Thread(target=self._ask, args=(begun,), name="fence", daemon=True).start()
+                    self._asking = begun
                 asking = self._asking
             with contextlib.suppress(FutureTimeout):
                 asking.result(_WAIT_SECONDS)

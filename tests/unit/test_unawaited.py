@@ -278,3 +278,14 @@ def test_a_supervisor_outlives_too_many_threads(monkeypatch, caplog):
     monkeypatch.setattr(threading.Thread, "start", no_thread)
     supervisor._begin_to_reload()
     assert "not reloaded" in caplog.text
+
+
+def test_whose_the_store_is_is_asked_after_there_were_too_many_threads(monkeypatch):
+    asked = []
+    fence = claiming.Fence(lambda: asked.append(True))
+    with monkeypatch.context() as many:
+        many.setattr(threading.Thread, "start", no_thread)
+        with pytest.raises(RuntimeError):
+            fence.check()
+    fence.check()
+    assert asked == [True]
