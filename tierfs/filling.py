@@ -218,7 +218,7 @@ class Filler:
         try:
             arrival = self._opener.open(request, opath)
             # Waited for before the first write, not before the first request.
-            arrival.noted = self._kit.index.commit(partial(note_pending, arrival))
+            arrival.noted = self._kit.index.commit(partial(note_pending, arrival), later=True)
         except AlreadyResident:
             log.debug("inode %d is resident already", ino)
         except (TierError, OSError) as error:
@@ -371,6 +371,7 @@ class Filler:
         """Write the bytes with which the range begins; False where nobody wants them. Raises as `fill`."""
         if arrival.noted is not None and not arrival.noted.done():
             # An index that cannot be written must not keep content away: then a crash may move times.
+            self._kit.index.hurry()
             futures.wait([arrival.noted])
         with arrival.lock:
             if not arrival.wanted(piece):

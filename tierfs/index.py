@@ -71,6 +71,7 @@ __all__ = ["Chain", "Index", "Leaves", "Note", "Rescue", "Session", "Totals", "W
 
 R = TypeVar("R")
 BATCH = 512  # commits that share one sync
+LATER_SECONDS = 0.003  # until a request that is being made has left
 _TABLES = (
     "meta", "files", "fids", "bits", "leaves", "dirty", "quiet", "pins", "dirs", "pending", "changes",
     "rescues", *PAST_TABLES,
@@ -91,6 +92,7 @@ class Session:
 class _Job:
     run: Callable[[Writer], Any]
     future: Future[Any]
+    later: bool
 
 
 class Index(PastReader):
@@ -369,11 +371,12 @@ class Index(PastReader):
 
     # --- writing ------------------------------------------------------------------------------------------
 
-    def commit(self, run: Callable[[Writer], R]) -> Future[R]:
+    def commit(self, run: Callable[[Writer], R], later: bool = False) -> Future[R]:
         """Run this in a synced transaction that it shares with others; its result is there once durable.
 
         What one that raises has written is undone, its exception goes into its future, and the others are
-        committed. A cancelled one is left out. Raises IndexError_ once closed.
+        committed. A cancelled one is left out. `later`: whoever asks has something better to do at first, and
+        begins to wait with `hurry`. Raises IndexError_ once closed.
         """
         future: Future[R] = Future()
         with self._wake:
@@ -383,9 +386,16 @@ class Index(PastReader):
                 committer = threading.Thread(target=self._run_committer, name="index", daemon=True)
                 committer.start()  # not always: there may be too many threads
                 self._committer = committer
-            self._jobs.append(_Job(run, future))
+            self._jobs.append(_Job(run, future, later))
             self._wake.notify()
         return future
+
+    def hurry(self) -> None:
+        """What was to be committed later is waited for now."""
+        with self._wake:
+            for job in self._jobs:
+                job.later = False
+            self._wake.notify()
 
     def post(self, run: Callable[[Writer], object]) -> None:
         """The same for what nobody waits for: the log says how it failed. Raises IndexError_ once closed."""
@@ -410,6 +420,8 @@ class Index(PastReader):
                     self._wake.wait()
                 if not self._jobs:
                     return
+                if all(job.later for job in self._jobs) and not self._closed:
+                    self._wake.wait(LATER_SECONDS)
                 batch, self._jobs = self._jobs[:BATCH], self._jobs[BATCH:]
             self._commit_batch(batch)
 

@@ -12,7 +12,7 @@ import pytest
 from bare import until
 from tiering import MIB, Volume
 
-from tierfs import syscalls, wire
+from tierfs import index, syscalls, wire
 from tierfs.errors import StoreUnavailableError
 from tierfs.kit import Kit
 from tierfs.model import LEAF, Residency
@@ -156,6 +156,11 @@ def test_who_comes_while_it_is_being_opened_may_be_served_when_all_is_over(volum
     monkeypatch.setattr(filler, "_end", note)
     assert volume.server.read(path) == b"content"
     assert until(lambda: ended) and ended == {999: None}
+
+
+def test_content_that_has_come_waits_for_no_later_commit(volume, cold, monkeypatch):
+    monkeypatch.setattr(index, "LATER_SECONDS", 60.0)
+    assert volume.server.read(volume.path("big"), START, MIB) == cold[START : START + MIB]
 
 
 def test_whoever_proves_for_a_moment_that_nobody_writes_disturbs_no_read(volume, cold):

@@ -12,6 +12,7 @@ from dataclasses import replace
 import lmdb
 import pytest
 
+from tierfs import index as index_module
 from tierfs import pages
 from tierfs.codec import is_plain, pack_record, unpack_record
 from tierfs.draining import apply
@@ -106,6 +107,39 @@ def test_another_file_on_a_reused_inode_replaces_the_file_id(index):
     put(index, record(5), replace(record(5), fid=b"n" * 16))
     assert index.get_by_fid(record(5).fid) is None
     assert index.get_by_fid(b"n" * 16).ino == 5
+
+
+@pytest.fixture
+def much_later(monkeypatch):
+    """What ends within a test has not waited for its time."""
+    monkeypatch.setattr(index_module, "LATER_SECONDS", 60.0)
+
+
+def test_what_is_to_be_committed_later_waits_until_it_is_waited_for(index, much_later):
+    future = index.commit(lambda w: w.put(record(5)), later=True)
+    with pytest.raises(TimeoutError):
+        future.result(0.1)
+    index.hurry()
+    future.result(10)
+    assert index.get(5)
+
+
+def test_or_until_its_time_has_come(index, monkeypatch):
+    monkeypatch.setattr(index_module, "LATER_SECONDS", 0.05)
+    index.commit(lambda w: w.put(record(5)), later=True).result(10)
+
+
+def test_or_shares_the_next_commit(index, much_later):
+    future = index.commit(lambda w: w.put(record(5)), later=True)
+    index.commit(lambda w: w.put(record(6))).result(10)
+    assert future.done()
+
+
+def test_or_is_committed_at_the_end(tmp_path, much_later):
+    opened = Index.open(str(tmp_path))
+    future = opened.commit(lambda w: w.put(record(5)), later=True)
+    opened.close()
+    assert future.done()
 
 
 def test_a_failing_commit_spoils_no_other(index):
