@@ -23,6 +23,7 @@ FILES = 300
 FRESH = 60  # seconds from a change until it is on the disk: how many blocks it takes may change by that
 RESTLESS = 2  # so long the next change is likely: programs write a file, look at it, set its times, rename it
 MOST_BELIEVED = 8192  # so that their proofs take no time to speak of
+MOST_PROVEN = 8192  # of which that is remembered
 _SET_ID = stat.S_ISUID | stat.S_ISGID
 _PROBE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOATIME | os.O_CLOEXEC
 
@@ -37,6 +38,9 @@ class Lasting:
         self.watched = False  # edits behind the mount are seen
         self.unproven: set[int] = set()
         self.believed: dict[int, int] = {}  # inode -> the ctime (ns) of what the kernel was told
+        # Inode -> its ctime (ns) when it was last proven. While that stays, nobody has written since; whoever
+        # opens it through the mount to do so makes it unproven, and who does behind it is seen as ever.
+        self.proven: dict[int, int] = {}
 
     def written(self, ino: int) -> None:
         """From now on somebody may change its content without a request."""
@@ -68,7 +72,9 @@ class Lasting:
         st = self._at_rest(dirfd, name, ino)
         if st is None:
             self.unproven.add(ino)
-        return st is not None and st.st_ctime_ns == ctime
+            return False
+        self._remember(st)
+        return st.st_ctime_ns == ctime
 
     def is_restless(self, st: os.stat_result) -> bool:
         """Whoever has changed it just now through the mount will do so again: it is not worth a proof yet."""
@@ -82,15 +88,24 @@ class Lasting:
         ino = st.st_ino
         if not self.watched or not stat.S_ISREG(st.st_mode):
             return False
-        if ino not in self.unproven and _fresh(st, time.time()) <= 0:
+        if ino not in self.unproven and (
+            _fresh(st, time.time()) <= 0 or self.proven.get(ino) == st.st_ctime_ns
+        ):
             return False
         if not self._may_be_proven(ino):
             return False
         self.unproven.add(ino)
-        if self._at_rest(dirfd, name, ino) is None:
+        now = self._at_rest(dirfd, name, ino)
+        if now is None:
             return False
         self.unproven.discard(ino)
+        self._remember(now)
         return True
+
+    def _remember(self, st: os.stat_result) -> None:
+        if len(self.proven) >= MOST_PROVEN:
+            self.proven.clear()
+        self.proven[st.st_ino] = st.st_ctime_ns
 
     def _may_be_proven(self, ino: int) -> bool:
         inode = self._inodes.get(ino)

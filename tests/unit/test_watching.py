@@ -102,6 +102,39 @@ def test_what_is_looked_up_first_is_proven_when_nobody_waits(side):
     assert wrong(side) == []
 
 
+def test_what_was_proven_is_so_until_its_ctime_moves(side):
+    """Whoever only opens it has not written; whoever reads it through the mount has its atime asked for."""
+    path = made(side.path / "file")
+    node = side.lookup(ROOT, b"file")[0]
+    assert wrong(side) == []
+    with path.open("ab", buffering=0) as file:
+        assert side.getattr(node)[0] > FRESH // 2
+        time.sleep(0.02)  # a tick of the clock
+        file.write(b"more")
+        assert side.getattr(node)[0] == p.ATTR_SECONDS
+    assert side.getattr(node)[0] > FRESH // 2
+    st = path.stat()
+    assert side.gate.lasting.proven == {st.st_ino: st.st_ctime_ns}
+    fh, _ = side.vfs.open(node, os.O_RDWR, ME)
+    assert side.getattr(node)[0] <= p.ATTR_SECONDS
+    side.vfs.release(fh)
+
+
+def test_only_so_many_are_remembered_as_proven(tmp_path, monkeypatch, built):
+    for module in (lasting, hot):
+        monkeypatch.setattr(module, "MOST_PROVEN", 2)
+    (tmp_path / "tree").mkdir()
+    for form in FORMS:
+        one = Side(tmp_path / form, form, monkeypatch, built, watched=True)
+        for name in (b"one", b"two", b"three"):
+            made(one.path / os.fsdecode(name))
+            node = one.lookup(ROOT, name)[0]
+            one.gate.lasting.believed.clear()
+            assert one.getattr(node)[0] > FRESH // 2
+        assert list(one.gate.lasting.proven) == [(one.path / "three").stat().st_ino]
+        one.close()
+
+
 def test_what_the_kernel_knows_no_more_need_not_be_confirmed(side):
     made(side.path / "file")
     node = side.lookup(ROOT, b"file")[0]

@@ -106,7 +106,7 @@ enum outcome { PYTHONS, ABSENT, NO_DATA, NO_TERMINAL, FOUND, FAILED };
     X(files, &PyDict_Type) X(opens, &PyDict_Type) X(inode, NULL) X(handle, NULL) X(stub_name, &PyBytes_Type) \
     X(marks, NULL) X(recent, &PyDict_Type) X(seals, &PySet_Type) X(late, &PyDict_Type) X(gone_stat, NULL) \
     X(nodes, NULL) X(privileged, &PyBool_Type) X(refused, NULL) X(failed, NULL) X(unproven, &PySet_Type) \
-    X(believed, &PyDict_Type)
+    X(believed, &PyDict_Type) X(proven, &PyDict_Type)
 
 typedef struct {
     PyObject_HEAD
@@ -118,7 +118,7 @@ typedef struct {
     double idle_seconds;
     unsigned long told_left; /* told.LEFT */
     unsigned long long low; /* bytes: with less room nothing is begun here */
-    Py_ssize_t intents_at, segment, directory_fds, most_believed;
+    Py_ssize_t intents_at, segment, directory_fds, most_believed, most_proven;
     uid_t euid;
     gid_t egid;
     struct { uint64_t above; char name[NAME_ROOM]; } absent; /* the name that was asked for last and was not there */

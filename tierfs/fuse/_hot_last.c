@@ -37,18 +37,41 @@ static long fresh_of(Hot *hot, const struct stat *st)
     return st->st_ctim.tv_sec + hot->fresh - time(NULL);
 }
 
+static long long ctime_of(const struct stat *st)
+{
+    return (long long)st->st_ctim.tv_sec * 1000000000 + st->st_ctim.tv_nsec;
+}
+
+/* It was proven, and nobody has written to it since. */
+static int is_proven(Hot *hot, PyObject *ino, const struct stat *st)
+{
+    PyObject *ctime = PyDict_GetItemWithError(hot->proven, ino);
+    return ctime && PyLong_AsLongLong(ctime) == ctime_of(st);
+}
+
+/* Lasting._remember. 0, or -1 with an exception. */
+static int remembered(Hot *hot, PyObject *ino, const struct stat *st)
+{
+    PyObject *ctime = PyLong_FromLongLong(ctime_of(st));
+    if (PyDict_GET_SIZE(hot->proven) >= hot->most_proven)
+        PyDict_Clear(hot->proven);
+    int failed = ctime ? PyDict_SetItem(hot->proven, ino, ctime) : -1;
+    Py_XDECREF(ctime);
+    return failed;
+}
+
 void prove(Hot *hot, int dirfd, const char *name, struct stat *st)
 {
     if (!hot->long_seconds || !S_ISREG(st->st_mode))
         return;
     PyObject *ino = PyLong_FromUnsignedLongLong(st->st_ino);
-    int proven = ino && (is_unproven(hot, ino) || fresh_of(hot, st) > 0);
+    int proven = ino && (is_unproven(hot, ino) || (fresh_of(hot, st) > 0 && !is_proven(hot, ino, st)));
     PyObject *inode = proven ? PyDict_GetItemWithError(hot->inodes, ino) : NULL;
     if (inode)
         proven = !number_of(inode, s_writers) && attribute_is(inode, s_guard, Py_None);
     if (proven && !PyErr_Occurred()) {
         proven = is_unwritten(dirfd, name, st);
-        if (proven ? PySet_Discard(hot->unproven, ino) < 0 : PySet_Add(hot->unproven, ino))
+        if (proven ? PySet_Discard(hot->unproven, ino) < 0 || remembered(hot, ino, st) : PySet_Add(hot->unproven, ino))
             PyErr_Clear();
     }
     Py_XDECREF(ino);
@@ -80,7 +103,7 @@ void believe(Hot *hot, const struct stat *st)
     if (!hot->long_seconds || !S_ISREG(st->st_mode) || fresh_of(hot, st) <= 0)
         return;
     PyObject *ino = PyLong_FromUnsignedLongLong(st->st_ino);
-    PyObject *ctime = PyLong_FromLongLong((long long)st->st_ctim.tv_sec * 1000000000 + st->st_ctim.tv_nsec);
+    PyObject *ctime = PyLong_FromLongLong(ctime_of(st));
     int room = PyDict_GET_SIZE(hot->believed) < hot->most_believed;
     if (!ino || !ctime || !room || PyDict_SetItem(hot->believed, ino, ctime)) {
         PyErr_Clear();

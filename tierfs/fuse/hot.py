@@ -25,7 +25,7 @@ from tierfs.fuse.backing import KernelBacking
 from tierfs.fuse.operations import listed_entry
 from tierfs.handles import Handle, Inode
 from tierfs.index import Index
-from tierfs.lasting import FILES, FRESH, LONG, MOST_BELIEVED, RESTLESS
+from tierfs.lasting import FILES, FRESH, LONG, MOST_BELIEVED, MOST_PROVEN, RESTLESS
 from tierfs.marks import SEGMENT
 from tierfs.nodes import GoneStat, Node
 from tierfs.vfs import Vfs
@@ -146,6 +146,7 @@ def receiver(fd: int, buffer: bytearray, vfs: Vfs, refused: Told, failed: Told) 
         fresh=FRESH,
         restless=RESTLESS,
         most_believed=MOST_BELIEVED,
+        most_proven=MOST_PROVEN,
         idle_seconds=idle.SECONDS,
         told=vfs.told.memory,
         told_left=told.LEFT,
@@ -197,6 +198,7 @@ def _objects(vfs: Vfs) -> dict[str, object]:
         "privileged": vfs.tree.privileged,
         "unproven": gate.lasting.unproven,
         "believed": gate.lasting.believed,
+        "proven": gate.lasting.proven,
     }
 
 
