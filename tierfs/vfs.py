@@ -202,6 +202,18 @@ class Vfs:
                 wrong.append(node.id)
         return wrong
 
+    def disbelieve(self, most: int) -> list[int]:
+        """Of what was believed, so many files at most that are to be proven when they are asked for again."""
+        lasting = self.gate.lasting
+        nodes = []
+        for ino in list(itertools.islice(lasting.believed, most)):
+            del lasting.believed[ino]
+            node = self.nodes.known(ino)
+            if node is not None:
+                lasting.unproven.add(ino)
+                nodes.append(node.id)
+        return nodes
+
     def _is_confirmed(self, node: Node, ctime: int) -> bool:
         if node.anchor is not None or node.parent is None:
             return False

@@ -37,7 +37,7 @@ def setup(stream: object = None, level: int = logging.INFO) -> None:
 
 def _log_thread(ended: threading.ExceptHookArgs) -> None:
     """A thread has ended by what it did not expect: nobody else hears of it."""
-    if ended.exc_value is not None:
+    if ended.exc_value is not None and ended.exc_type is not SystemExit:
         name = ended.thread.name if ended.thread is not None else "a thread"
         logging.getLogger("threads").critical("%s has ended", name, exc_info=ended.exc_value)
 

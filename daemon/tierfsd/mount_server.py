@@ -32,15 +32,12 @@ from tierfs.marks import Entry, MarkReader, MarkWriter
 from tierfs.tree import Tree, open_tree
 from tierfs.vfs import Vfs
 from tierfsd import logs
+from tierfsd.confirming import Confirming
 
 log = logging.getLogger("server")
 
 BATCH = 64  # requests between two looks at the mover and the supervisor
 UNHEARD = 512  # requests between two looks at edits behind the mount, at most
-# From belief to proof: with the time until it is seen that there is one, and that until all are done, less than
-# a second. Who looks at many files is done by then, mostly.
-PROOF_SECONDS = 0.3
-PROOFS = 64  # between two looks at the kernel
 TICK_SECONDS = 0.25  # from the first request after an idle time to the gate's turn
 _STATFS_SECONDS = 2.0  # how long the sum of evictable bytes is believed
 
@@ -117,7 +114,7 @@ class Server:
         self._edits = watch
         self._next_look = _NEVER if watch is None else 0.0
         self._unheard = 0  # requests since edits were heard
-        self._next_proof = _NEVER  # of what is believed
+        self._confirming = Confirming(gate.lasting.believed, session.confirm, session.disbelieve)
         if watch is not None:
             self._handlers[watch.fileno()] = self._hear_edits
             self._others.register(watch.fileno(), 0)
@@ -142,7 +139,7 @@ class Server:
                 self._tell(channel.Ready(self._gate.states.backing is not None, lasting, session.form))
             self._turn(served)
             self._hear_in_time(served)
-            self._confirm(time.monotonic())
+            self._confirming.turn(time.monotonic(), served)
             self._events(0.0 if served == BATCH else self._pause())
             session.run_ready()
         self._gate.tick(time.monotonic())
@@ -163,17 +160,8 @@ class Server:
         if now >= self._next_look or (self._edits is not None and self._edits.hurried):
             self._look_for_edits(now)
 
-    def _confirm(self, now: float) -> None:
-        believed = self._gate.lasting.believed
-        if now >= self._next_proof:
-            self._session.confirm(PROOFS)
-        if not believed:
-            self._next_proof = _NEVER
-        elif self._next_proof == _NEVER:
-            self._next_proof = now + PROOF_SECONDS
-
     def _next_due(self) -> float:
-        return min(self._next_tick, self._next_look, self._next_proof)
+        return min(self._next_tick, self._next_look, self._confirming.due)
 
     def _pause(self) -> float:
         return max(0.0, self._next_due() - time.monotonic())

@@ -34,9 +34,9 @@ def heard():
     (reading, writing), (ours, theirs) = os.pipe(), socket.socketpair()
     watch = Watch(os.eventfd(0))
     server = Server(
-        SimpleNamespace(fileno=lambda: reading, spinner=None),
+        SimpleNamespace(fileno=lambda: reading, spinner=None, confirm=None, disbelieve=None),
         SimpleNamespace(nodes=SimpleNamespace()),
-        SimpleNamespace(mover=SimpleNamespace()),
+        SimpleNamespace(mover=SimpleNamespace(), lasting=SimpleNamespace(believed={})),
         SimpleNamespace(sock=ours, fileno=ours.fileno),
         os.dup(reading),
         watch,

@@ -4,6 +4,7 @@ import errno
 import logging
 import os
 import socket
+import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -229,6 +230,11 @@ def test_a_thread_that_ends_by_a_defect_is_in_the_log(caplog, monkeypatch):
     thread.start()
     thread.join()
     assert any(record.getMessage() == "somebody has ended" and record.exc_info for record in caplog.records)
+    caplog.clear()
+    leaving = threading.Thread(target=sys.exit)
+    leaving.start()
+    leaving.join()
+    assert not caplog.records
 
 
 def no_thread(thread):

@@ -143,6 +143,23 @@ def test_what_the_kernel_knows_no_more_need_not_be_confirmed(side):
     assert wrong(side) == []
 
 
+def test_what_was_not_proven_in_time_is_asked_for_again(side):
+    names = (b"one", b"two", b"gone")
+    for name in names:
+        made(side.path / os.fsdecode(name))
+    nodes = [side.lookup(ROOT, name)[0] for name in names]
+    side.send(p.Op.FORGET, nodes[2], p.U64.pack(1))
+    assert side.session.serve(1) == 1
+    side.session.disbelieve(1)
+    assert len(side.gate.lasting.believed) == 2 and len(side.gate.lasting.unproven) == 1
+    side.session.disbelieve(9)
+    assert not side.gate.lasting.believed and len(side.gate.lasting.unproven) == 2
+    told = [p.INVAL_INODE_OUT.unpack_from(side.sock.recv(1 << 16), p.OUT_SIZE)[0] for _ in range(2)]
+    assert told == nodes[:2]
+    assert side.getattr(nodes[0])[0] > FRESH // 2  # proven
+    assert len(side.gate.lasting.unproven) == 1
+
+
 def test_only_so_many_are_believed(tmp_path, monkeypatch, built):
     for module in (lasting, hot):
         monkeypatch.setattr(module, "MOST_BELIEVED", 1)

@@ -138,6 +138,11 @@ class Session:
         for nodeid in self._vfs.confirm(most):
             self._outdated(nodeid)
 
+    def disbelieve(self, most: int) -> None:
+        """Have the kernel ask again for so many of the files that were believed, and have not been proven."""
+        for nodeid in self._vfs.disbelieve(most):
+            self._outdated(nodeid)
+
     def close(self) -> None:
         """Finish what the threads still do. Parked requests get no answer: the connection's end is theirs."""
         self._pool.shutdown(wait=True)
