@@ -506,7 +506,8 @@ static int hot_init(Hot *hot, PyObject *arguments, PyObject *named)
     static char *names[] = {
         "fd", "buffer", "root_fd", "device", "memory", "parts", "free",
         "intents_at", "segment", "directory_fds", "low", "entry_seconds", "attr_seconds", "long_seconds",
-        "file_seconds", "fresh", "restless", "most_believed", "most_proven", "idle_seconds", "told", "told_left", "objects", NULL,
+        "file_seconds", "fresh", "restless", "most_believed", "most_proven", "idle_seconds", "told", "told_left",
+        "objects", NULL,
     };
     PyObject *parts, *free, *objects;
     if (hot->by_slot) {
@@ -519,12 +520,13 @@ static int hot_init(Hot *hot, PyObject *arguments, PyObject *named)
     umask(hot->umask);
     hot->euid = geteuid();
     hot->egid = getegid();
-    if (!PyArg_ParseTupleAndKeywords(arguments, named, "iw*iKw*OOnnnKkkkkllnndw*kO!", names, &hot->fd, &hot->buffer, &hot->root_fd,
+    if (!PyArg_ParseTupleAndKeywords(arguments, named, "iw*iKw*OOnnnKkkkkllnndw*kO!", names,
+                                     &hot->fd, &hot->buffer, &hot->root_fd,
                                      &hot->device, &hot->memory, &parts, &free, &hot->intents_at, &hot->segment,
                                      &hot->directory_fds, &hot->low, &hot->entry_seconds, &hot->attr_seconds,
                                      &hot->long_seconds, &hot->file_seconds, &hot->fresh,
-                                     &hot->restless, &hot->most_believed, &hot->most_proven, &hot->idle_seconds, &hot->told, &hot->told_left, &PyDict_Type,
-                                     &objects)
+                                     &hot->restless, &hot->most_believed, &hot->most_proven, &hot->idle_seconds,
+                                     &hot->told, &hot->told_left, &PyDict_Type, &objects)
         || take_form(hot, parts, free))
         return -1;
 #define TAKE(name, type) if (take_object(objects, #name, type, &hot->name)) return -1;

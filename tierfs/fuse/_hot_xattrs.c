@@ -140,12 +140,12 @@ enum outcome list_xattrs(Hot *hot, uint64_t nodeid, uint32_t room, char *names, 
 
 /* --- what is changed ------------------------------------------------------------------------------------- */
 
-/* What gate.before_change ends, now that the descriptor is not needed any more, and the mark. 0, or -1 with an
- * exception. */
+/* The mark, and what gate.before_change ends, now that the descriptor is not needed any more: whether that succeeds or
+ * not, the change has been made. 0, or -1 with an exception. */
 static int settled(Hot *hot, const struct target *at)
 {
-    int failed = S_ISREG(at->st.st_mode) && idle_dropped(hot, at->ino);
-    return failed || attributes_marked(hot, at) ? -1 : 0;
+    int failed = attributes_marked(hot, at);
+    return failed || (S_ISREG(at->st.st_mode) && idle_dropped(hot, at->ino)) ? -1 : 0;
 }
 
 /* Set it, or remove it where `value` is NULL; 0, or -1. */
