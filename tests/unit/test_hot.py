@@ -18,6 +18,7 @@ from tierfs import lasting
 from tierfs.fuse import compiled, hot, kernel
 from tierfs.fuse import protocol as p
 from tierfs.handles import Inode, ShownTimes
+from tierfs.marks import Mark, MarkReader
 from tierfs.vfs import ROOT
 
 SIZE, MODE, LINKS = 4, 12, 13  # where these are in a fuse_attr_out
@@ -409,3 +410,27 @@ def test_every_source_counts(tmp_path):
         (tmp_path / name).write_text("y")
         seen.add(compiled.fingerprint(str(tmp_path)))
     assert len(seen) == len(compiled.SOURCES) + 1
+
+
+def refused(_number):
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+@pytest.mark.parametrize("op", [p.Op.SETXATTR, p.Op.REMOVEXATTR])
+def test_an_attribute_is_marked_if_it_changes_whatever_becomes_of_the_registration(side, monkeypatch, op):
+    """The registration of a closed file ends with it, which the kernel may refuse."""
+    path = side.path / "a"
+    path.write_bytes(b"content")
+    os.setxattr(path, "user.x", b"old")
+    node = side.lookup(ROOT, b"a")[0]
+    number, body = side.ask(p.Op.OPEN, node, p.OPEN_IN.pack(os.O_RDONLY, 0))
+    fh = p.OPEN_OUT.unpack(body)[0]
+    assert number == 0 and side.ask(p.Op.RELEASE, node, p.RELEASE_IN.pack(fh, 0, 0, 0)) == (0, b"")
+    assert side.backing.live
+    monkeypatch.setattr(side.backing, "close", refused)
+    how = p.SETXATTR_IN.pack(3, 0, 0, 0) if op == p.Op.SETXATTR else b""
+    value = b"new" if op == p.Op.SETXATTR else b""
+    assert side.ask(op, node, how + b"user.x\0" + value) == (errno.EIO, b"")
+    changed = "user.x" not in os.listxattr(path) or os.getxattr(path, "user.x") != b"old"
+    marked = [entry.kind for entry in MarkReader(side._marks_fd, 0).read()].count(Mark.ATTR)
+    assert marked == int(changed)
