@@ -7,8 +7,9 @@ SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 PACKAGES := python3-venv fuse3 libfuse2 attr acl gcc libc6-dev e2fsprogs git make procps psmisc sqlite3 strace util-linux
 PYTEST := $(BIN)/pytest
 # Tests wait more than they compute. A file's tests stay together: they share its mounts. The long ones come first
-# (tests/conftest.py), so that no worker ends with one of them alone.
-PYTEST_ARGS ?= -n 3 --dist loadfile --no-loadscope-reorder
+# (tests/conftest.py), so that no worker ends with one of them alone. A machine on which much fails (a full disk, no
+# FUSE) is told so after a while, not after each of thousands of tests has waited for its mount.
+PYTEST_ARGS ?= -n 3 --dist loadfile --no-loadscope-reorder --maxfail 30
 
 .PHONY: setup demo test soak conformance lint bench clean
 

@@ -47,7 +47,7 @@ def volume(area: Scratch) -> Iterator[Callable[..., Volume]]:
 
         def make(mount: bool = True, **options: object) -> Volume:
             made = _new(area, **options)
-            stack.callback(made.close)
+            stack.callback(made.discard)
             if mount:
                 made.mount()
             return made
@@ -76,7 +76,7 @@ def shared(request: pytest.FixtureRequest, area: Scratch) -> Iterator[Volume]:
         made.mount()
         yield made
     finally:
-        made.close()
+        made.discard()
 
 
 @pytest.fixture

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import json
 import mmap
 import os
 import select
-import shutil
 import signal
 import subprocess
 import sys
@@ -31,26 +31,33 @@ SESSION = "TIERFS_TEST_SESSION"
 VOLUME = "TIERFS_TEST_VOLUME"
 session_id = uuid.uuid4().hex
 BLOCK = 512  # the unit of st_blocks
+CONNECTIONS = Path("/sys/fs/fuse/connections")
+_PREFIX = "tierfs-tests-"
+_NAME = "session"  # in such a directory, says whose processes are meant
+_YOUNG = 10.0  # seconds in which a new directory gets its lock
 
 Done = subprocess.CompletedProcess
 Path_ = str | bytes | os.PathLike
 
 
 class Scratch:
-    """A directory that every user may enter, and a private fusectl, for one run."""
+    """A directory that every user may enter, and a private fusectl, for one run.
+
+    It is locked as long as the run lives: what a run that was killed has left is cleared away by the next.
+    """
 
     def __init__(self) -> None:
         os.environ[SESSION] = session_id
-        self.path = Path(tempfile.mkdtemp(prefix="tierfs-tests-"))
+        clear_abandoned(Path(tempfile.gettempdir()))
+        self.path = Path(tempfile.mkdtemp(prefix=_PREFIX))
+        self._lock = _locked(self.path)
+        (self.path / _NAME).write_text(session_id)
         self.path.chmod(0o755)
-        self.connections = Path("/sys/fs/fuse/connections")
-        self._own_fusectl = False
+        self.connections = CONNECTIONS
         if os.geteuid() == 0 and not os.path.ismount(self.connections):
             self.connections = self.path / "fusectl"
             self.connections.mkdir()
-            self._own_fusectl = not subprocess.run(
-                ["mount", "-t", "fusectl", "none", self.connections], capture_output=True
-            ).returncode
+            subprocess.run(["mount", "-t", "fusectl", "none", self.connections], capture_output=True)
 
     def leftovers(self) -> list[str]:
         """What of ours is still mounted or running."""
@@ -64,16 +71,56 @@ class Scratch:
         deadline = time.monotonic() + 5
         while (left := self.leftovers()) and time.monotonic() < deadline:
             time.sleep(0.05)
-        for where, device in mounts():
-            if where.startswith(f"{self.path}/") and where != str(self.connections):
-                detach(where, device, self.connections)
-        for pid in pids_with(SESSION, session_id):
-            kill(pid)
-        if self._own_fusectl:
-            subprocess.run(["umount", "-l", self.connections], check=True)
-        if not any(where.startswith(f"{self.path}/") for where, _ in mounts()):
-            shutil.rmtree(self.path, ignore_errors=True)
+        _clear(self.path, session_id)
+        if self._lock is not None:
+            os.close(self._lock)
         return left
+
+
+def _locked(path: Path) -> int | None:
+    """A descriptor that holds the directory's lock; None where another has it."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        return None
+    return fd
+
+
+def _clear(path: Path, session: str) -> None:
+    """Unmount what is mounted below a run's directory, end the run's processes, and remove the directory."""
+    own = path / "fusectl"
+    connections = own if os.path.ismount(own) else CONNECTIONS
+    for where, device in mounts():
+        if where.startswith(f"{path}/") and where != str(own):
+            detach(where, device, connections)
+    for pid in pids_with(SESSION, session):
+        kill(pid)
+    if connections == own:
+        subprocess.run(["umount", "-l", own], check=True)
+    if not any(where.startswith(f"{path}/") for where, _ in mounts()):
+        remove(path)
+
+
+def clear_abandoned(place: Path, young: float = _YOUNG) -> None:
+    """What runs have left that were killed: mounts that nobody serves, and gigabytes."""
+    for path in place.glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError):  # another run's, or just removed by one
+            about = path.stat()
+            if about.st_uid != os.geteuid() or time.time() - about.st_ctime < young:
+                continue
+            lock = _locked(path)
+            if lock is not None:
+                try:
+                    _clear(path, (path / _NAME).read_text())
+                finally:
+                    os.close(lock)
+
+
+def remove(path: Path) -> None:
+    """Remove a directory with all that is in it, however deep; what is mounted there stays."""
+    subprocess.run(["rm", "-rf", "--one-file-system", path], capture_output=True, timeout=100)
 
 
 def mounts() -> list[tuple[str, int]]:
@@ -279,6 +326,11 @@ class Volume:
             forced = forced or f"{command(pid)} ran on after umount"
             kill(pid)
         assert not forced, f"{self.base}: {forced}\n{self.log()[-4000:]}"
+
+    def discard(self) -> None:
+        """Close it, and remove what it has on the disk: a volume keeps a reserve of up to 1 GiB there."""
+        self.close()
+        remove(self.base)
 
     # --- facts ---------------------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ def volumes(area: Scratch) -> Iterator[dict[str, Volume]]:
         yield made
     finally:
         for volume in made.values():
-            volume.close()
+            volume.discard()
 
 
 @pytest.fixture(params=places.RESIDENT)

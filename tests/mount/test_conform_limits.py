@@ -192,7 +192,7 @@ def test_options_about_atime_are_those_of_the_mount_beneath(
     try:
         assert _read_moves_atime(volume.mountpoint / "file") == _read_moves_atime(base / "file")
     finally:
-        volume.close()
+        volume.discard()
 
 
 def test_fusepy_mounts_with_the_options_that_libfuse_does_not_know(area: Scratch, needs_root: None) -> None:
@@ -206,7 +206,7 @@ def test_fusepy_mounts_with_the_options_that_libfuse_does_not_know(area: Scratch
         shown = set(table.split()[3].split(","))
         assert {"ro", "noexec", "nodev"} <= shown and "nosuid" not in shown
     finally:
-        volume.close()
+        volume.discard()
 
 
 def test_fusepy_says_that_it_cannot_keep_links_from_being_followed(area: Scratch, needs_root: None) -> None:
@@ -217,4 +217,4 @@ def test_fusepy_says_that_it_cannot_keep_links_from_being_followed(area: Scratch
         done = volume.mount(check=False)
         assert done.returncode == 1 and "nosymfollow: libfuse 2 cannot: use --binding kernel" in done.stderr
     finally:
-        volume.close()
+        volume.discard()

@@ -1,0 +1,36 @@
+"""The tests leave nothing behind, however they end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import harness
+
+RUN = """
+import subprocess, time, harness
+area = harness.Scratch()
+left = subprocess.Popen(["sleep", "60"])
+print(area.path, harness.session_id, left.pid, flush=True)
+time.sleep(60)
+"""
+
+
+def test_what_a_killed_run_has_left_is_cleared_away_by_the_next(tmp_path: Path) -> None:
+    env = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": str(harness.REPO / "tests")}
+    with subprocess.Popen([sys.executable, "-c", RUN], stdout=subprocess.PIPE, text=True, env=env) as run:
+        assert run.stdout is not None
+        path, session, left = run.stdout.readline().split()
+        harness.clear_abandoned(tmp_path, young=0)
+        assert harness.pids_with(harness.SESSION, session) == [int(left)]  # a run that lives keeps all
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+    harness.clear_abandoned(tmp_path, young=60)
+    assert os.path.isdir(path)  # it might be one that is about to be locked
+    harness.clear_abandoned(tmp_path, young=0)
+    assert not os.path.exists(path)
+    assert harness.wait_gone([int(left)], 10) == []
+    assert not any(where.startswith(f"{path}/") for where, _ in harness.mounts())
