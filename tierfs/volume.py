@@ -8,6 +8,7 @@ there is none or it carries our id → `complete` true. From then on a store wit
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -324,7 +325,16 @@ def complete(volume: Volume, abilities: Capabilities, *, view: bool = False) -> 
 
 def write_runtime(state: str, facts: dict[str, Any]) -> None:
     """Publish facts of the running daemon for its own processes. Raises OSError."""
-    write_json(os.path.join(state, "run.json"), facts, sync=False)
+    path = os.path.join(state, "run.json")
+    try:
+        write_json(path, facts, sync=False)
+    except OSError as exc:
+        if exc.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        # No room for another file: into the blocks of the former one. A reader of a torn one finds nothing.
+        with open(path, "r+", encoding="ascii") as file:
+            json.dump(facts, file, indent=1)
+            file.truncate()
 
 
 def read_runtime(state: str) -> dict[str, Any]:
@@ -356,11 +366,15 @@ def keep_epoch(state: str, epoch: int) -> None:
 def write_json(path: str, value: dict[str, Any], *, sync: bool = True) -> None:
     """Replace a JSON file (mode 0600), durably with `sync`. Raises OSError."""
     fd = os.open(path + ".new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with open(fd, "w", encoding="ascii") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        if sync:
-            os.fsync(fd)
+    try:
+        with open(fd, "w", encoding="ascii") as file:
+            json.dump(value, file, indent=1)
+            file.flush()
+            if sync:
+                os.fsync(fd)
+    except OSError:
+        os.unlink(path + ".new")
+        raise
     os.replace(path + ".new", path)
     if sync:
         sync_directory(os.path.dirname(path))

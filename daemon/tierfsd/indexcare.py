@@ -55,7 +55,10 @@ class IndexCare:
         """How a child ended: whether the index may be to blame. Then it is looked at when it is next opened."""
         if status not in _FATAL and status != INDEX_DAMAGED:
             return False
-        self.doubt(f"a process that uses it ended with {status}")
+        try:
+            self.doubt(f"a process that uses it ended with {status}")
+        except OSError as error:  # of a disk that is full, or ends: no reason for the supervisor to end as well
+            log.error("it is not written down that the index is to be looked at: %s", error)
         return True
 
     def doubt(self, reason: str) -> None:

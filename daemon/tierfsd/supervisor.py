@@ -89,11 +89,11 @@ class Supervisor:
         self._listen_to_all()
         try:
             self._mount()
+            self._publish()
         except BaseException:
             self._end_children()
             self._detach()
             raise
-        self._publish()
 
     def resume(self, left: handover.Handover) -> None:
         """Go on with what another version of us had mounted. Raises VolumeError."""
@@ -174,23 +174,33 @@ class Supervisor:
 
     def _publish(self) -> None:
         """Write down for the mover (status) and for people who we are."""
-        volume.write_runtime(
-            self._plan.volume.state,
-            {
-                "mountpoint": self._plan.mountpoint,
-                "binding": {**self._plan.binding._asdict(), "form": self._channel.form},
-                "pids": {"supervisor": os.getpid(), "server": self._server.pid, "mover": self._mover.pid},
-                "mover_deaths": self._mover.total_deaths,
-                "server_deaths": self._server.total_deaths,
-                "version": __version__,
-                **self._restarts.published(),
-            },
-        )
+        facts = {
+            "mountpoint": self._plan.mountpoint,
+            "binding": {**self._plan.binding._asdict(), "form": self._channel.form},
+            "pids": {"supervisor": os.getpid(), "server": self._server.pid, "mover": self._mover.pid},
+            "mover_deaths": self._mover.total_deaths,
+            "server_deaths": self._server.total_deaths,
+            "version": __version__,
+            **self._restarts.published(),
+        }
+        try:
+            volume.write_runtime(self._plan.volume.state, facts)
+        except OSError as exc:  # of a disk that is full, or ends: no reason to end what still serves
+            log.error("who runs is not written down, and `tierfs status` may name others: %s", exc)
 
     # --- running -----------------------------------------------------------------------------------------
 
     def run(self) -> int:
         """Keep it running until it is unmounted or told to stop. Returns the exit code."""
+        try:
+            return self._run()
+        except BaseException:
+            # Nobody would look after it any more, and whoever uses the mount would wait for ever.
+            self._end_children()
+            self._detach()
+            raise
+
+    def _run(self) -> int:
         while True:
             self._events.wait(self._eventful, self._pause())
             if self._events.take(signal.SIGHUP):

@@ -8,6 +8,7 @@ import mmap
 import os
 import random
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from tierfs import pages
 from tierfs.errors import IndexFullError
 from tierfs.index import Index, Writer
 from tierfs.model import Record
+from tierfs.volume import read_runtime
 
 pytestmark = pytest.mark.usefixtures("tiers", "needs_root")
 MIB = 1 << 20
@@ -266,3 +268,21 @@ def test_a_full_disk_without_a_reserve_can_be_mounted(small: Volume, disk: Path)
     small.mount()
     assert (small.mountpoint / "new").read_bytes() == content(5)
     assert not list(small.state.glob("index.damaged*")), "a full disk is no damage"
+
+
+def test_a_mover_that_dies_on_a_full_disk_is_replaced(small: Volume, disk: Path) -> None:
+    """That there is no room to write down who runs ends nothing, and `status` says the truth all the same."""
+    (small.mountpoint / "file").write_bytes(content(6))
+    (small.state / "ballast").unlink(missing_ok=True)
+    before = small.status()["pids"]
+    fill_to_the_last_block(disk / "filler")
+    os.kill(before["mover"], signal.SIGKILL)
+    deadline = time.monotonic() + 30
+    while read_runtime(str(small.state)).get("pids", before)["mover"] == before["mover"]:
+        assert time.monotonic() < deadline, small.log()
+        time.sleep(0.05)
+    after = small.status()["pids"]
+    assert read_runtime(str(small.state))["pids"] == after
+    assert (after["supervisor"], after["server"]) == (before["supervisor"], before["server"])
+    assert not (small.state / "run.json.new").exists()
+    assert (small.mountpoint / "file").read_bytes() == content(6)
