@@ -17,12 +17,14 @@ from typing import Any
 
 import lmdb
 
-from tierfs.datafile import ADVICE, DATA, check_file
+from tierfs.datafile import ADVICE, DATA, LOCK, check_file
 from tierfs.errors import IndexDamagedError, IndexError_, IndexFullError
 
 LEAST_MAP = 64 << 30
 _SMALLEST = 1 << 20  # bytes beyond what is in use
 _UNIT = 1 << 20
+_READERS = 64
+_LOCK_BYTES = 192 + (_READERS - 1) * 64  # of the lock file, as LMDB makes it
 _DAMAGE = (
     lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.InvalidError, lmdb.IncompatibleError,
     lmdb.CursorFullError, lmdb.PageFullError, lmdb.BadTxnError, lmdb.ProblemError, lmdb.BadValsizeError,
@@ -79,17 +81,35 @@ def _mapped(path: str, tables: int, *, readonly: bool, durable: bool) -> Any:
     needed = _SMALLEST
     if os.path.exists(os.path.join(path, DATA)):
         needed += os.path.getsize(os.path.join(path, DATA))
+    _back_lock(path)
     size = max(LEAST_MAP, _filesystem(path))
     while True:
         try:
             return lmdb.open(
-                path, map_size=size, max_dbs=tables, readonly=readonly, create=not readonly, max_readers=64,
-                metasync=durable, sync=durable, readahead=False,
+                path, map_size=size, max_dbs=tables, readonly=readonly, create=not readonly,
+                max_readers=_READERS, metasync=durable, sync=durable, readahead=False,
             )  # fmt: skip
         except (lmdb.MemoryError, OverflowError):
             if size // 2 < needed:
                 raise
             size //= 2
+
+
+def _back_lock(path: str) -> None:
+    """Have blocks beneath the lock file. LMDB makes a sparse one and writes it through a mapping, which kills a
+    process that meets a full disk (SIGBUS). Raises IndexFullError; all else LMDB will find itself."""
+    try:
+        fd = os.open(os.path.join(path, LOCK), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            status = os.fstat(fd)
+            if not status.st_size or status.st_blocks * 512 < status.st_size:
+                os.posix_fallocate(fd, 0, status.st_size or _LOCK_BYTES)
+        finally:
+            os.close(fd)
+    except OSError as exc:
+        if exc.errno in (errno.ENOSPC, errno.EDQUOT):
+            said = f"{path}: the index does not open: {exc.strerror}"
+            raise IndexFullError(f"{said}: make room on its filesystem") from exc
 
 
 def _filesystem(path: str) -> int:

@@ -157,3 +157,15 @@ def test_what_is_acknowledged_is_synced_and_heat_is_not(tmp_path):
     index.close()
     assert durable["sync"] and durable["metasync"]
     assert not quick["sync"]
+
+
+def test_the_lock_file_is_no_sparse_one(tmp_path):
+    """LMDB writes it through a mapping: on a full disk the first touch of a hole would kill the process."""
+    file = tmp_path / "lock.mdb"
+    for made in range(2):
+        Index.open(str(tmp_path)).close()
+        status = file.stat()
+        assert status.st_blocks * 512 >= status.st_size > 4096, made
+        size = status.st_size
+        os.truncate(file, 0)  # as another program copies it that keeps holes
+        os.truncate(file, size)
