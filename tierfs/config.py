@@ -83,27 +83,37 @@ class VolumeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGTP]?)(?:I?B)?\s*", re.IGNORECASE)
 _DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(ms|s|m|h|d|w|)\s*")
+_MOST_BYTES = (1 << 63) - 1
+_MOST_SECONDS = 1000 * 365 * 86400.0  # within what a date can say
 _UNITS = {"ms": 0.001, "s": 1.0, "": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
 
 
 def parse_size(value: object) -> int:
     """Bytes of "20G", "1.5M" or 4096. Raises ValueError saying what is expected."""
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-        return value
     match = _SIZE.fullmatch(value) if isinstance(value, str) else None
-    if not match:
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        size: float = value
+    elif match:
+        size = float(match[1]) * 1024 ** " KMGTP".index(match[2].upper() or " ")
+    else:
         raise ValueError(f'{value!r} is not a size like "20G" or "512K"')
-    return int(float(match[1]) * 1024 ** " KMGTP".index(match[2].upper() or " "))
+    if size > _MOST_BYTES:
+        raise ValueError(f"{value!r} is more than a file can hold")
+    return int(size)
 
 
 def parse_duration(value: object) -> float:
     """Seconds of "10m", "90s" or 30. Raises ValueError saying what is expected."""
-    if isinstance(value, int | float) and not isinstance(value, bool) and value >= 0:
-        return float(value)
     match = _DURATION.fullmatch(value) if isinstance(value, str) else None
-    if not match:
+    if isinstance(value, int | float) and not isinstance(value, bool) and value >= 0:
+        seconds: float = value
+    elif match:
+        seconds = float(match[1]) * _UNITS[match[2]]
+    else:
         raise ValueError(f'{value!r} is not a duration like "90s", "10m" or "12h"')
-    return float(match[1]) * _UNITS[match[2]]
+    if seconds > _MOST_SECONDS:
+        raise ValueError(f"{value!r} is more than a thousand years")
+    return float(seconds)
 
 
 def _parse_scrub(value: object) -> float | None:

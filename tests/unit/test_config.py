@@ -47,6 +47,19 @@ def test_what_is_no_size(text):
         config.parse_size(text)
 
 
+@pytest.mark.parametrize("text", ["9" * 400, 10**400, 1 << 63, "8192P"])
+def test_sizes_beyond_any_file(text):
+    with pytest.raises(ValueError, match="more than a file can hold"):
+        config.parse_size(text)
+    assert config.parse_size("8191P") < 1 << 63
+
+
+@pytest.mark.parametrize("text", ["9" * 400 + "d", "1000000d", float("inf"), 1e300, 10**400])
+def test_durations_beyond_any_date(text):
+    with pytest.raises(ValueError, match="more than a thousand years"):
+        config.parse_duration(text)
+
+
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("10m", 600), ("12h", 43200), (3, 3)])
 def test_durations(text, seconds):
     assert config.parse_duration(text) == seconds
