@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from tierfs import cli, control, locate
+from tierfs import cli, control, launch, locate
 from tierfs.commands import asking, check
 from tierfs.commands import mount as commands_mount
 from tierfs.errors import PathError, VolumeError
@@ -336,3 +336,32 @@ def test_check_exits_1_while_findings_remain(run, daemon, monkeypatch):
 def test_check_of_what_is_no_volume(run, daemon, tmp_path):
     code, _, err = run("check", str(tmp_path))
     assert (code, err) == (1, f"tierfs: {tmp_path}: is neither a mounted volume nor a state directory\n")
+
+
+@pytest.mark.parametrize("command", sorted(cli._COMMANDS))
+def test_an_empty_path_is_not_the_working_directory(run, daemon, command):
+    more = ["--store", "file:///nas"] if command == "restore" else []
+    code, _, err = run(command, *more, "")
+    assert code == 2 and "the path is empty" in err
+    assert not daemon.requests
+
+
+@pytest.mark.parametrize(("error", "code"), [(VolumeError("not mounted"), 1), (KeyboardInterrupt(), 130)])
+def test_who_finds_an_empty_directory_is_told_where_its_content_is(run, tmp_path, monkeypatch, error, code):
+    """The one rename of an adoption is done, and then it cannot be mounted."""
+    home, state = tmp_path / "my home", tmp_path / "state"
+    home.mkdir()
+    state.mkdir()
+
+    def fail(arguments, real):
+        home.rename(state / "tree")
+        raise error
+
+    monkeypatch.setattr(launch, "launch", fail)
+    got, _, err = run("adopt", "--state", str(state), str(home))
+    assert got == code
+    assert f"its content is in {state}/tree" in err
+    for command in ("mount", "leave"):
+        assert f"`tierfs {command} --state {state} '{home}'`" in err
+    monkeypatch.setattr(launch, "launch", lambda arguments, real: (_ for _ in ()).throw(error))
+    assert "its content is in" not in run("adopt", "--state", str(state), str(home))[2], "this moved nothing"

@@ -12,6 +12,7 @@ import click
 
 from tierfs import config, control, launch, locate, terminal, volume
 from tierfs.commands.mount import clear_dead_mount, daemon_arguments, unmount
+from tierfs.commands.paths import PATH
 from tierfs.errors import TierError, UsageError, VolumeError
 
 _RENEWING_SECONDS = 60.0
@@ -24,7 +25,7 @@ _PAUSE_SECONDS = 0.3
 @click.option("--rate", metavar="SIZE", help="Read at most so much a second, like 20M.")
 @click.option("--from-start", is_flag=True, help="Read from the beginning, not from where it was stopped.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
-@click.argument("target", metavar="VOLUME", type=click.Path(readable=False))
+@click.argument("target", metavar="VOLUME", type=PATH)
 def check(
     repair: bool, read_data: bool, rate: str | None, from_start: bool, as_json: bool, target: str
 ) -> int:

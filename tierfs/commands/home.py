@@ -11,31 +11,49 @@ import click
 from tierfs import adoption, config, control, launch, locate, terminal, volume
 from tierfs.commands.mount import clear_dead_mount, daemon_arguments, mounted_at, refuse_others, unmount
 from tierfs.commands.orders import converse_with_bar
+from tierfs.commands.paths import PATH
 from tierfs.errors import TierError, VolumeError
 
 
 @click.command()
 @click.option("--store", metavar="URL", help="s3://bucket/prefix or file:///path.")
 @click.option(
-    "--state", metavar="DIR", type=click.Path(readable=False), help="Where the volume keeps its local data."
+    "--state", metavar="DIR", type=PATH, help="Where the volume keeps its local data."
 )
-@click.argument("directory", type=click.Path(readable=False))
+@click.argument("directory", type=PATH)
 def adopt(store: str | None, state: str | None, directory: str) -> None:
     """Turn DIRECTORY into a volume, by one rename, and mount it in the same place."""
     real = os.path.realpath(directory)
     where = os.path.realpath(state) if state else volume.adopted_state(real)
     clear_dead_mount(real)
-    launch.launch([*daemon_arguments(real, where, store), "--adopt"], real)
+    tree = os.path.join(where, "tree")
+    held = os.path.isdir(tree)
+    try:
+        launch.launch([*daemon_arguments(real, where, store), "--adopt"], real)
+    except BaseException as exc:
+        if held or not os.path.isdir(tree) or _is_mounted(real):
+            raise
+        if isinstance(exc, VolumeError):
+            raise VolumeError(f"{exc}; {_where_it_is(real, where)}") from exc
+        terminal.say(f"{directory}: {_where_it_is(real, where)}")
+        raise
+
+
+def _where_it_is(real: str, where: str) -> str:
+    """For whoever finds an empty directory: it has been moved, and its mount failed."""
+    mount = shlex.join(["tierfs", "mount", "--state", where, real])
+    leave = shlex.join(["tierfs", "leave", "--state", where, real])
+    return f"its content is in {os.path.join(where, 'tree')}: `{mount}` goes on, `{leave}` brings it back"
 
 
 @click.command()
 @click.option(
     "--state",
     metavar="DIR",
-    type=click.Path(readable=False),
+    type=PATH,
     help="Where it keeps its local data, if it is unmounted and was given another place.",
 )
-@click.argument("directory", type=click.Path(readable=False))
+@click.argument("directory", type=PATH)
 def leave(directory: str, state: str | None = None) -> None:
     """Fetch everything, unmount, and make DIRECTORY a plain directory again."""
     real = os.path.realpath(directory)

@@ -13,6 +13,7 @@ import time
 import click
 
 from tierfs import config, control, launch, locate, terminal, volume
+from tierfs.commands.paths import PATH
 from tierfs.errors import TierError, UsageError, VolumeError
 
 _END_SECONDS = 120.0
@@ -22,7 +23,7 @@ _LOOK_SECONDS = 1.0
 @click.command()
 @click.option("--store", metavar="URL", help="s3://bucket/prefix or file:///path.")
 @click.option(
-    "--state", metavar="DIR", type=click.Path(readable=False), help="Where the volume keeps its local data."
+    "--state", metavar="DIR", type=PATH, help="Where the volume keeps its local data."
 )
 @click.option("--local-limit", metavar="SIZE", help='Most bytes kept locally, like "20G".')
 @click.option("--binding", type=click.Choice(["auto", "kernel", "fusepy"]), default="auto", show_default=True)
@@ -31,7 +32,7 @@ _LOOK_SECONDS = 1.0
 @click.option("--force", is_flag=True, help="Take the store from another machine that has it.")
 @click.option("--foreground", is_flag=True, help="Stay in the foreground, for service managers.")
 @click.option("-o", "options", metavar="OPTS", multiple=True, help="Mount options, separated by commas.")
-@click.argument("mountpoint", type=click.Path(readable=False))
+@click.argument("mountpoint", type=PATH)
 def mount(
     store: str | None,
     state: str | None,
@@ -120,7 +121,7 @@ def clear_dead_mount(mountpoint: str) -> None:
 
 @click.command()
 @click.option("--wait", is_flag=True, help="First wait until everything is in the store.")
-@click.argument("mountpoint", type=click.Path(readable=False))
+@click.argument("mountpoint", type=PATH)
 def umount(wait: bool, mountpoint: str) -> None:
     """Unmount MOUNTPOINT and end its daemon."""
     found = mounted_at(mountpoint)
@@ -141,7 +142,7 @@ def umount(wait: bool, mountpoint: str) -> None:
 
 
 @click.command()
-@click.argument("mountpoint", type=click.Path(readable=False))
+@click.argument("mountpoint", type=PATH)
 def restart(mountpoint: str) -> None:
     """Go on at MOUNTPOINT with the version of TierFS that this command belongs to.
 

@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterable
 import click
 
 from tierfs import control, locate, terminal
+from tierfs.commands.paths import PATH
 from tierfs.errors import TierError
 
-_paths = click.argument("paths", nargs=-1, required=True, type=click.Path(readable=False))
+_paths = click.argument("paths", nargs=-1, required=True, type=PATH)
 _wait = click.option("--wait", is_flag=True, help="Return when it is done; name what stays as it is.")
 
 

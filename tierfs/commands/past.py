@@ -14,6 +14,7 @@ import click
 
 from tierfs import control, locate, moments, syscalls, terminal
 from tierfs.commands.mount import mounted_at
+from tierfs.commands.paths import PATH
 from tierfs.errors import PathError, UsageError, VolumeError
 
 _HERE = -100  # AT_FDCWD
@@ -21,7 +22,7 @@ _HERE = -100  # AT_FDCWD
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
-@click.argument("path", type=click.Path(readable=False))
+@click.argument("path", type=PATH)
 def versions(as_json: bool, path: str) -> None:
     """List the former contents of PATH that are kept: of a file, there or deleted, or beneath a directory."""
     place = locate.locate(path)
@@ -66,8 +67,8 @@ def _day(seconds: float) -> str:
 
 
 @click.command("restore-version")
-@click.argument("version", metavar="PATH@GENERATION|PATH@WHEN", type=click.Path(readable=False))
-@click.argument("to", required=False, type=click.Path(readable=False))
+@click.argument("version", metavar="PATH@GENERATION|PATH@WHEN", type=PATH)
+@click.argument("to", required=False, type=PATH)
 def restore_version(version: str, to: str | None) -> None:
     """Bring a former content back, as a file of its own: at TO or, where nothing is there, at PATH.
 
@@ -161,7 +162,7 @@ def _name(temporary: str, target: str) -> None:
 @click.command()
 @click.option("--dry-run", is_flag=True, help="Only name what will be removed, and when.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
-@click.argument("mountpoint", type=click.Path(readable=False))
+@click.argument("mountpoint", type=PATH)
 def gc(dry_run: bool, as_json: bool, mountpoint: str) -> None:
     """Remove from the store what nothing refers to any more, as far as its time is over."""
     listed: list[dict[str, Any]] = []

@@ -12,6 +12,7 @@ import click
 
 from tierfs import launch, restoring, terminal, volume
 from tierfs.commands.mount import check_limit, daemon_arguments
+from tierfs.commands.paths import PATH
 from tierfs.errors import VolumeError
 
 _SHOWN = 20  # lines of each kind; all are in the state directory
@@ -20,14 +21,14 @@ _SHOWN = 20  # lines of each kind; all are in the state directory
 @click.command()
 @click.option("--store", metavar="URL", required=True, help="s3://bucket/prefix or file:///path.")
 @click.option(
-    "--state", metavar="DIR", type=click.Path(readable=False), help="Where the volume keeps its local data."
+    "--state", metavar="DIR", type=PATH, help="Where the volume keeps its local data."
 )
 @click.option("--local-limit", metavar="SIZE", help='Most bytes kept locally, like "20G".')
 @click.option("--force", is_flag=True, help="Take the store from a machine that still seems to use it.")
 @click.option("--no-special", is_flag=True, help="Without devices, set-id bits and file capabilities.")
 @click.option("-o", "options", metavar="OPTS", multiple=True, help="Mount options, separated by commas.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
-@click.argument("directory", metavar="DIR", type=click.Path(readable=False))
+@click.argument("directory", metavar="DIR", type=PATH)
 def restore(
     store: str,
     state: str | None,

@@ -11,12 +11,13 @@ import click
 
 from tierfs import control, locate, terminal
 from tierfs.commands.asking import ask_all
+from tierfs.commands.paths import PATH
 from tierfs.errors import PathError, TierError
 
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
-@click.argument("paths", nargs=-1, type=click.Path(readable=False))
+@click.argument("paths", nargs=-1, type=PATH)
 def status(as_json: bool, paths: tuple[str, ...]) -> int:
     """Show sizes, tiers, queue and errors of volumes, or tier, heat and pin of a PATH in one."""
     documents: list[dict[str, Any]] = []
@@ -179,7 +180,7 @@ def _day(moment: float) -> str:
 
 @click.command("ls")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
-@click.argument("path", default=".", type=click.Path(readable=False))
+@click.argument("path", default=".", type=PATH)
 def ls(as_json: bool, path: str) -> int:
     """List the names in PATH with tier, local and total size, heat and pin."""
     place = locate.locate(path)
@@ -198,7 +199,7 @@ def ls(as_json: bool, path: str) -> int:
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
-@click.argument("mountpoints", nargs=-1, type=click.Path(readable=False))
+@click.argument("mountpoints", nargs=-1, type=PATH)
 def pins(as_json: bool, mountpoints: tuple[str, ...]) -> None:
     """List what is pinned in these volumes; without a MOUNTPOINT in all that are mounted and answer."""
     documents: list[dict[str, Any]] = []
