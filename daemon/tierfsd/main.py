@@ -58,9 +58,8 @@ def main() -> int:
         return 2
     except TierError as exc:
         answer.failed(str(exc))
-    except OSError as exc:
-        named = f"{exc.filename}: " if exc.filename else ""
-        answer.failed(f"{named}{exc.strerror or exc}")
+    except OSError as exc:  # what has no name is a file of the state directory's: its disk is full, or ends
+        answer.failed(f"{exc.filename or arguments.state}: {exc.strerror or exc}")
     except ImportError as exc:
         answer.failed(f"TierFS is not whole: install it anew: {exc}")
     except Exception as exc:

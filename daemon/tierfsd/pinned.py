@@ -49,9 +49,9 @@ class Pinned:
             items = list(_stubs_beneath(self._tier, path))
             for item in self._tier.fetch(items, self._stopping):
                 if item.failed:
-                    troubles.note(f"{item.path!r} is pinned and cannot be fetched: {item.reason}")
+                    troubles.note(f"{os.fsdecode(item.path)!r} is pinned and cannot be fetched: {item.reason}")
         except (TierError, OSError) as error:
-            troubles.note(f"{path!r} is pinned and cannot be fetched: {error}")
+            troubles.note(f"{os.fsdecode(path)!r} is pinned and cannot be fetched: {error}")
 
 
 def _stubs_beneath(tier: Tier, path: bytes) -> Iterator[Item]:
