@@ -1,6 +1,6 @@
 """The `tierfs` command: finds the subcommand, and turns every error into one line and an exit code.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted, 128 + n ended by signal n.
 """
 
 from __future__ import annotations
@@ -8,8 +8,10 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import signal
 import sys
 import time
+from types import FrameType
 
 import click
 
@@ -36,6 +38,15 @@ _COMMANDS = {
     "restore": ("restore", "restore", "Bring a lost machine's volume back from its store."),
     "check": ("check", "check", "Compare a volume's tree, index and store."),
 }
+
+
+class _Ended(KeyboardInterrupt):
+    """By another signal than that of Ctrl-C, as when its terminal is closed: what Ctrl-C cancels and undoes is
+    cancelled and undone then, too."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.code = 128 + number
 
 
 class _Lazy(click.Group):
@@ -67,7 +78,15 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:  # and not ignored, as nohup has it
+            signal.signal(number, _end)
     sys.exit(_run())
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_DFL)  # the second one does not wait
+    raise _Ended(number)
 
 
 def _run() -> int:
@@ -77,8 +96,9 @@ def _run() -> int:
         return result if isinstance(result, int) else 0
     except click.exceptions.Exit as exc:
         return exc.exit_code
-    except (click.exceptions.Abort, KeyboardInterrupt):
-        return 130
+    except (click.exceptions.Abort, KeyboardInterrupt) as exc:
+        by = exc.__cause__ if isinstance(exc, click.exceptions.Abort) else exc
+        return by.code if isinstance(by, _Ended) else 130
     except click.exceptions.NoArgsIsHelpError as exc:
         click.echo(exc.format_message())
         return 2

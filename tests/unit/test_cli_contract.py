@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -317,6 +318,39 @@ def test_output_into_a_closed_pipe_is_no_traceback():
     assert b"Traceback" not in process.stderr.read()
     process.stderr.close()
     process.wait(timeout=30)
+
+
+SLOW = """
+import sys, time
+from tierfs import cli, locate
+
+def read_mounts():
+    try:
+        print("begun", flush=True)
+        time.sleep(60)
+    finally:
+        print("undone", flush=True)
+
+locate.read_mounts = read_mounts
+sys.argv = ["tierfs", "status"]
+cli.main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
+def test_what_is_under_way_is_undone_whichever_signal_ends_it(number, code):
+    def hear():
+        signal.signal(number, signal.SIG_DFL)
+
+    command = [sys.executable, "-c", SLOW]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=hear) as process:
+        assert process.stdout.readline() == b"begun\n"
+        process.send_signal(number)
+        out, err = process.communicate(timeout=30)
+    assert (out, process.returncode) == (b"undone\n", code)
+    assert b"Traceback" not in err
 
 
 def test_check_exits_1_while_findings_remain(run, daemon, monkeypatch):
