@@ -63,10 +63,12 @@ class Drain:
         """Apply all marks that are there now; the position reached. Raises IndexError_, OSError.
 
         Not those that come meanwhile: while a program makes and removes files there would be no end of them.
+        Nor those that came while another thread had its turn: each of those that wait would apply what the
+        storm has left meanwhile, one after another, and the last wait for all of them.
         """
+        newest = self._reader.newest_end()
         with self._lock:
-            newest = self._reader.newest_end()
-            while self._step() and self._reader.position < newest:
+            while self._reader.position < newest and self._step():
                 pass
             position = self._reader.position
             if position != self._told:

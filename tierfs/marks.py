@@ -199,15 +199,10 @@ class MarkReader:
         count = 0
         for start in self._ahead():
             try:
-                fd = os.open(_segment_name(start), os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._dirfd)
+                data = self._map(start)
             except FileNotFoundError:
                 # Drained and removed since it was listed: this is a new writer looking for the end.
                 continue
-            try:
-                whole = os.fstat(fd).st_size >= SEGMENT
-                data = mmap.mmap(fd, SEGMENT, access=mmap.ACCESS_READ) if whole else None
-            finally:
-                os.close(fd)
             if data is None:
                 return
             with data:
@@ -222,6 +217,15 @@ class MarkReader:
                     yield entry
             if count >= limit:
                 return
+
+    def _map(self, start: int) -> mmap.mmap | None:
+        """The segment that begins there; None where it is being made. Raises FileNotFoundError."""
+        fd = os.open(_segment_name(start), os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._dirfd)
+        try:
+            whole = os.fstat(fd).st_size >= SEGMENT
+            return mmap.mmap(fd, SEGMENT, access=mmap.ACCESS_READ) if whole else None
+        finally:
+            os.close(fd)
 
     def _ahead(self) -> list[int]:
         """Starts of the segments that hold or follow the position."""
@@ -248,9 +252,24 @@ class MarkReader:
         return all(start > self.position for start in _segments(self._dirfd))
 
     def newest_end(self) -> int:
-        """Where the segment ends that is being written: no mark that is there now lies behind it."""
+        """Where the newest mark ends that is there now. In any thread, also while another reads."""
         segments = _segments(self._dirfd)
-        return segments[-1] + SEGMENT if segments else self.position
+        if not segments:
+            return self.position
+        try:
+            data = self._map(segments[-1])
+        except FileNotFoundError:  # drained and removed since it was listed
+            return self.position
+        if data is None:
+            return segments[-1]
+        offset = max(0, self.position - segments[-1])
+        with data:
+            while offset + _HEAD.size <= SEGMENT:
+                crc, length, _ = _HEAD.unpack_from(data, offset)
+                if crc == 0:
+                    break
+                offset += -(-(_HEAD.size + length) // _ALIGN) * _ALIGN
+        return segments[-1] + offset
 
     def forget(self, position: int) -> None:
         """Remove the segments that end at or before `position` (never the newest)."""

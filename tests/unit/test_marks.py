@@ -48,6 +48,20 @@ def test_segments_follow_each_other_and_drained_ones_go(directory, monkeypatch):
     assert [e.kind for e in MarkReader(directory, reader.position).read()] == [Mark.GONE]
 
 
+def test_the_newest_end_is_that_of_the_last_mark_in_the_newest_segment(directory, monkeypatch):
+    monkeypatch.setattr(marks, "SEGMENT", 4096)
+    reader = MarkReader(directory, 0)
+    assert reader.newest_end() == 0
+    writer = MarkWriter(directory)
+    for ino in range(100):
+        writer.append(Mark.NAMED, ino, name=b"x" * ino)
+        assert reader.newest_end() == writer.position
+    assert writer.start > 0
+    assert len(list(reader.read())) == 100 and reader.newest_end() == writer.position
+    writer.append(Mark.GONE, 1)
+    assert reader.newest_end() == writer.position
+
+
 def test_a_new_writer_goes_on_behind_the_last_whole_entry(directory):
     writer = MarkWriter(directory)
     writer.append(Mark.WRITE, 1)

@@ -424,6 +424,35 @@ def test_a_drain_ends_while_others_go_on_making_files(volume, monkeypatch):
     assert volume.record("f0") is not None
 
 
+def test_who_waits_for_another_drain_gets_what_was_there_when_it_began_to_wait(volume, monkeypatch):
+    """In a storm each of those that wait would otherwise apply what came meanwhile, one after another."""
+    commit, commits, waiter = volume.index.commit, [], threading.Thread(target=volume.tier.drain)
+    waits, newest_end = threading.Event(), volume.tier.drainer._reader.newest_end
+
+    def newest():
+        found = newest_end()
+        if threading.current_thread() is waiter:
+            assert volume.tier.drainer._lock.locked(), "it looks when the other is done already"
+            waits.set()
+        return found
+
+    def slow(change):
+        commits.append(change)
+        if len(commits) == 1:
+            waiter.start()
+            assert waits.wait(10)
+            volume.server.create(volume.path("late"), b"x")
+        return commit(change)
+
+    volume.server.create(volume.path("first"), b"x")
+    monkeypatch.setattr(volume.tier.drainer._reader, "newest_end", newest)
+    monkeypatch.setattr(volume.index, "commit", slow)
+    volume.tier.drain()
+    waiter.join(10)
+    assert len(commits) == 1
+    assert volume.record("first") is not None and volume.record("late") is not None
+
+
 def test_a_store_that_was_taken_while_a_file_was_copied_frees_nothing(volume):
     """The new owner may remove what it does not know of: copying may have taken hours."""
     volume.server.create(volume.path("a"), b"x" * 50_000)
