@@ -380,10 +380,9 @@ static int awaited(Hot *hot, double until)
     int fd = left > 0 ? sleeper(hot) : -1;
     if (fd < 0)
         return 0;
-    int ready;
-    Py_BEGIN_ALLOW_THREADS
-    ready = epoll_wait(fd, events, 2, left < 3600 ? (int)(left * 1000) + 1 : 3600000);
-    Py_END_ALLOW_THREADS
+    PyThreadState *state = paused();
+    int ready = epoll_wait(fd, events, 2, left < 3600 ? (int)(left * 1000) + 1 : 3600000);
+    resumed(state);
     /* Nobody has slept where the request was there already. */
     int quick = seconds_now() - begun < NO_SLEEP;
     hot->eager = quick ? MOST_EAGER : hot->eager;

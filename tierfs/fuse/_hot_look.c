@@ -9,12 +9,10 @@
 
 static int status(int fd, const char *name, struct stat *st)
 {
-    int failed;
-    Py_BEGIN_ALLOW_THREADS
-    failed = name ? fstatat(fd, name, st, AT_SYMLINK_NOFOLLOW) : fstat(fd, st);
-    if (failed)
-        failed = errno;
-    Py_END_ALLOW_THREADS
+    PyThreadState *state = paused();
+    int failed = name ? fstatat(fd, name, st, AT_SYMLINK_NOFOLLOW) : fstat(fd, st);
+    failed = failed ? errno : 0;
+    resumed(state);
     return failed;
 }
 

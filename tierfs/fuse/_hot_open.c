@@ -25,13 +25,13 @@ int touch(Hot *hot, PyObject *inode, PyObject *ino)
 {
     PyObject *before = PyDict_GetItemWithError(hot->touched, ino);
     long count = before ? PyLong_AsLong(PyTuple_GET_ITEM(before, 0)) : 0;
-    PyObject *size = get_of(inode, s_size), *parent = get_of(inode, s_parent);
-    PyObject *name = get_of(inode, s_name), *entry = NULL;
-    if (size && parent && name && !PyErr_Occurred())
-        entry = Py_BuildValue("ldOOO", count + 1, monotonic(), size, parent, name);
-    Py_XDECREF(size);
-    Py_XDECREF(parent);
-    Py_XDECREF(name);
+    PyObject *of[] = {
+        PyLong_FromLong(count + 1), PyFloat_FromDouble(monotonic()), get_of(inode, s_size), get_of(inode, s_parent),
+        get_of(inode, s_name),
+    };
+    PyObject *entry = PyErr_Occurred() ? NULL : PyTuple_Pack(5, of[0], of[1], of[2], of[3], of[4]);
+    for (int each = 0; each < 5; each++)
+        Py_XDECREF(of[each]);
     int failed = entry ? PyDict_SetItem(hot->touched, ino, entry) : -1;
     Py_XDECREF(entry);
     return failed;

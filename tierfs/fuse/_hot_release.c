@@ -89,7 +89,9 @@ static int oldest_retired(Hot *hot)
 /* idle.Idle.keep, but for those that are too many then. 0, or -1 with an exception. */
 static int kept_idle(Hot *hot, PyObject *inode, PyObject *ino)
 {
-    PyObject *entry = Py_BuildValue("Od", inode, monotonic() + hot->idle_seconds);
+    PyObject *until = PyFloat_FromDouble(monotonic() + hot->idle_seconds);
+    PyObject *entry = until ? PyTuple_Pack(2, inode, until) : NULL;
+    Py_XDECREF(until);
     int failed = entry ? PyODict_SetItem(hot->idle_inodes, ino, entry) : -1;
     Py_XDECREF(entry);
     return failed;

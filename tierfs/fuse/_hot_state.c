@@ -26,8 +26,7 @@ void hot_point(void)
 
 /* --- objects --------------------------------------------------------------------------------------------- */
 
-/* Where in objects of its type an attribute is; -1 where it is no plain slot. */
-static Py_ssize_t slot_of(PyTypeObject *type, struct attribute *attribute)
+Py_ssize_t slot_of(PyTypeObject *type, struct attribute *attribute)
 {
     for (int each = 0; each < KNOWN_TYPES && attribute->known[each].type; each++)
         if (attribute->known[each].type == type)
@@ -44,49 +43,16 @@ static Py_ssize_t slot_of(PyTypeObject *type, struct attribute *attribute)
     return at;
 }
 
-/* The place of an attribute that has a value; NULL where it is to be asked for by name. */
-static PyObject **place_of(PyObject *object, struct attribute *attribute)
-{
-    Py_ssize_t at = slot_of(Py_TYPE(object), attribute);
-    PyObject **place = at < 0 ? NULL : (PyObject **)((char *)object + at);
-    return place && *place ? place : NULL;
-}
-
-/* A new reference; NULL with an exception. */
-PyObject *get_of(PyObject *object, struct attribute *attribute)
-{
-    PyObject **place = place_of(object, attribute);
-    return place ? Py_NewRef(*place) : PyObject_GetAttr(object, attribute->word);
-}
-
-/* 0, or -1 with an exception. */
-int put_of(PyObject *object, struct attribute *attribute, PyObject *value)
-{
-    PyObject **place = place_of(object, attribute);
-    if (!place)
-        return PyObject_SetAttr(object, attribute->word, value);
-    Py_SETREF(*place, Py_NewRef(value));
-    return 0;
-}
-
 /* A number in an attribute; (uint64_t)-1 with an exception set where there is none. */
 uint64_t number_of(PyObject *object, struct attribute *attribute)
 {
-    PyObject *value = get_of(object, attribute);
-    if (!value)
-        return (uint64_t)-1;
-    uint64_t number = PyLong_AsUnsignedLongLong(value);
-    Py_DECREF(value);
-    return number;
-}
-
-/* Whether an attribute is this very object. */
-int attribute_is(PyObject *object, struct attribute *attribute, PyObject *wanted)
-{
-    PyObject *value = get_of(object, attribute);
-    int same = value == wanted;
+    PyObject **place = place_of(object, attribute);
+    if (place)
+        return PyLong_AsUnsignedLongLong(*place);
+    PyObject *value = PyObject_GetAttr(object, attribute->word);
+    uint64_t number = value ? PyLong_AsUnsignedLongLong(value) : (uint64_t)-1;
     Py_XDECREF(value);
-    return same;
+    return number;
 }
 
 /* 0, or -1 with an exception. */
@@ -336,6 +302,8 @@ static int64_t long_place(Hot *hot, uint64_t slot)
 /* Give back the place of a node's long content. 0, or -1 with an exception. */
 static int give_long(Hot *hot, uint64_t slot)
 {
+    if (!PyDict_GET_SIZE(hot->long_of))
+        return 0;
     PyObject *at = PyLong_FromUnsignedLongLong(slot);
     PyObject *place = at ? PyDict_GetItemWithError(hot->long_of, at) : NULL;
     int failed = PyErr_Occurred() ? -1 : 0;
