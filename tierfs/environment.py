@@ -65,9 +65,19 @@ def failure(path: str, what: str, error: Exception) -> IndexError_:
         return IndexDamagedError(f"{said}: {ADVICE}")
     if isinstance(error, lmdb.MapFullError | lmdb.MapResizedError):
         return IndexFullError(f"{said}: a limit of address space (`ulimit -v`) keeps it from growing: raise it")
-    if isinstance(error, lmdb.DiskError) and str(error).endswith(_FULL):
-        return IndexFullError(f"{said}: make room on its filesystem")
+    if (isinstance(error, lmdb.DiskError) and str(error).endswith(_FULL)) or _was_cut_short(path, error):
+        return IndexFullError(f"{path}: the index {what}: no room is left: make room on its filesystem")
     return IndexError_(said)
+
+
+def _was_cut_short(path: str, error: Exception) -> bool:
+    """A write of which only a part found room: LMDB calls that an input or output error."""
+    if not str(error).endswith(os.strerror(errno.EIO)):
+        return False
+    with contextlib.suppress(OSError):
+        space = os.statvfs(path)
+        return space.f_bavail * space.f_frsize < _UNIT
+    return False
 
 
 def is_dead(error: Exception) -> bool:

@@ -150,10 +150,13 @@ def a_record(ino: int) -> Record:
     return Record(ino, b"handle%d" % ino, ino.to_bytes(16, "big"), 1, name=b"n" * 100)
 
 
-def test_an_index_on_a_full_disk_loses_nothing_and_goes_on_by_itself(disk: Path) -> None:
-    """What was acknowledged is there, what was not is not; with room again the same environment writes on."""
+@pytest.mark.parametrize("left", [0, 30 << 10, 300 << 10])
+def test_an_index_on_a_full_disk_loses_nothing_and_goes_on_by_itself(disk: Path, left: int) -> None:
+    """What was acknowledged is there, what was not is not; with room again the same environment writes on.
+    With a little room left the first write that fails is one of which a part was written."""
     index = Index.open(str(disk / "index"))
     fill_to_the_last_block(disk / "filler")
+    os.truncate(disk / "filler", os.path.getsize(disk / "filler") - left)
     acknowledged, failed = [], []
     for first in range(1, 40_000, 500):
         inos = range(first, first + 500)

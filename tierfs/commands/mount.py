@@ -201,7 +201,7 @@ def drain(mount: locate.Mount) -> int:
         lines = [(mount.shown(item.path), item.reason) for item in done.stayed]
         terminal.complain_all(lines)
         raise VolumeError(
-            f"{mount.mountpoint}: {len(lines)} files are not in the store: close them, or leave out --wait"
+            f"{mount.mountpoint}: {len(lines)} files are not in the store: see to that, or leave out --wait"
         )
     return done.position
 

@@ -13,7 +13,7 @@ from tierfs.errors import (
 )
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
-_DENIED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
+_DENIED = frozenset({errno.EACCES, errno.EPERM})
 _MISSING = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP})
 
 
@@ -38,6 +38,8 @@ def _translate(exc: OSError, path: str, key: str) -> StoreError:
     where = f"file://{path}: {key}"
     if exc.errno in _FULL:
         return StoreFullError(f"file://{path} is full")
+    if exc.errno == errno.EROFS:
+        return StoreDeniedError(f"{where}: {exc.strerror}: have it mounted for writing")
     if exc.errno in _DENIED:
         return StoreDeniedError(f"{where}: {exc.strerror}: correct the owner or mode of {path}")
     if exc.errno in _MISSING:
