@@ -1,5 +1,6 @@
 """The portable binding without a mount: what it does under its lock, and what beside it."""
 
+import errno
 import os
 import threading
 from types import SimpleNamespace
@@ -40,3 +41,47 @@ def test_a_flush_of_the_disk_holds_up_no_other_operation(world, monkeypatch):
     assert free == [True]
     assert (world.path / "f").read_bytes() == b"content"
     world.vfs.release(fh)
+
+
+@pytest.fixture
+def binding(world):
+    return Portable(world.vfs, threading.RLock(), lambda: None)
+
+
+def test_an_open_file_keeps_the_node_that_was_opened_and_nothing_else_is_left(world, binding, monkeypatch):
+    """Also where it has another name a moment later."""
+    (world.path / "dir").mkdir()
+    (world.path / "dir" / "f").write_bytes(b"content")
+    nodes, opened = len(world.vfs.nodes), world.vfs.open
+    info = SimpleNamespace(fh=0, flags=os.O_RDONLY)
+    monkeypatch.setattr(world.vfs, "open", lambda *_: (_ for _ in ()).throw(OSError(errno.EACCES, "no")))
+    with pytest.raises(OSError, match="no"):
+        binding("open", "/dir/f", info)
+    assert len(world.vfs.nodes) == nodes and not len(world.vfs.files)
+
+    def replaced(*arguments):
+        answer = opened(*arguments)
+        (world.path / "dir" / "f").rename(world.path / "dir" / "g")
+        return answer
+
+    monkeypatch.setattr(world.vfs, "open", replaced)
+    assert binding("open", "/dir/f", info) == 0
+    assert binding("getattr", None, info)["st_size"] == 7
+    assert binding("release", None, info) == 0
+    assert len(world.vfs.nodes) == nodes and not len(world.vfs.files)
+
+
+def test_a_release_that_fails_leaves_nothing_known(world, binding, monkeypatch):
+    (world.path / "f").write_bytes(b"content")
+    nodes, info = len(world.vfs.nodes), SimpleNamespace(fh=0, flags=os.O_RDONLY)
+    binding("open", "/f", info)
+    released = world.vfs.release
+
+    def fail(fh):
+        released(fh)
+        raise OSError(errno.ENOSPC, "no room for its mark")
+
+    monkeypatch.setattr(world.vfs, "release", fail)
+    with pytest.raises(OSError, match="no room"):
+        binding("release", None, info)
+    assert len(world.vfs.nodes) == nodes and not binding._nodes

@@ -228,15 +228,15 @@ class Portable(fuse.Operations):  # type: ignore[misc]
     # --- open files ---------------------------------------------------------------------------------------
 
     def open(self, path: str, fi: Any) -> int:
-        with self._node(path) as node:
-            fi.fh, _ = self._vfs.open(node, fi.flags, self._caller())
-            # The open file keeps the node: one more lookup of its name than the block forgets.
-            self._keep(fi.fh, self._again(path))
-        return 0
-
-    def _again(self, path: str) -> int:
         with self._parent(path) as (parent, name):
-            return self._vfs.lookup(parent, name)[0]
+            node, _ = self._vfs.lookup(parent, name)  # which the open file keeps
+        try:
+            fi.fh, _ = self._vfs.open(node, fi.flags, self._caller())
+        except BaseException:
+            self._vfs.forget(node, 1)
+            raise
+        self._keep(fi.fh, node)
+        return 0
 
     def create(self, path: str, mode: int, fi: Any) -> int:
         with self._parent(path) as (parent, name):
@@ -255,8 +255,10 @@ class Portable(fuse.Operations):  # type: ignore[misc]
         return 0
 
     def release(self, path: str | None, fh: Any) -> int:
-        self._vfs.release(fh.fh)
-        self._vfs.forget(self._nodes.pop(fh.fh), 1)
+        try:
+            self._vfs.release(fh.fh)
+        finally:
+            self._vfs.forget(self._nodes.pop(fh.fh), 1)
         return 0
 
     def fallocate(self, path: str | None, mode: int, offset: int, length: int, fh: Any) -> Any:
