@@ -114,7 +114,11 @@ class Server:
         self._edits = watch
         self._next_look = _NEVER if watch is None else 0.0
         self._unheard = 0  # requests since edits were heard
-        self._confirming = Confirming(gate.lasting.believed, session.confirm, session.disbelieve)
+        self._confirming = Confirming(
+            gate.lasting.believed,
+            lambda most: self._tell_later(session.confirm(most)),
+            lambda most: self._tell_later(session.disbelieve(most)),
+        )
         if watch is not None:
             self._handlers[watch.fileno()] = self._hear_edits
             self._others.register(watch.fileno(), 0)
@@ -182,6 +186,12 @@ class Server:
         # What could not be told is tried again soon, however many requests there are.
         self._next_look = time.monotonic() + (min(pause, watching.SOON) if watch.busy else pause)
         self._others.modify(watch.fileno(), 0)
+
+    def _tell_later(self, nodeids: list[int]) -> None:
+        """The kernel did not know these nodes yet. Without a watch nothing is believed."""
+        if nodeids and self._edits is not None:
+            self._edits.outdated(nodeids)
+            self._next_look = 0.0
 
     def _look_for_edits(self, now: float) -> None:
         watch = self._edits

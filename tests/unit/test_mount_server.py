@@ -16,6 +16,7 @@ class Watch:
 
     hurried = busy = False
     heard = told = 0
+    nodes = ()
 
     def __init__(self, fd):
         self.fileno = lambda: fd
@@ -27,6 +28,9 @@ class Watch:
     def tell(self):
         self.told += 1
 
+    def outdated(self, nodeids):
+        self.nodes += tuple(nodeids)
+
 
 @pytest.fixture
 def heard():
@@ -34,7 +38,9 @@ def heard():
     (reading, writing), (ours, theirs) = os.pipe(), socket.socketpair()
     watch = Watch(os.eventfd(0))
     server = Server(
-        SimpleNamespace(fileno=lambda: reading, spinner=None, confirm=None, disbelieve=None),
+        SimpleNamespace(
+            fileno=lambda: reading, spinner=None, confirm=lambda most: [7], disbelieve=lambda most: [9]
+        ),
         SimpleNamespace(nodes=SimpleNamespace()),
         SimpleNamespace(mover=SimpleNamespace(), lasting=SimpleNamespace(believed={})),
         SimpleNamespace(sock=ours, fileno=ours.fileno),
@@ -64,3 +70,14 @@ def test_what_could_not_be_told_is_soon_tried_again_in_spite_of_many_requests(he
     watch.busy = True
     server._hear_in_time(UNHEARD)
     assert server._next_look <= time.monotonic() + watching.SOON
+
+
+def test_what_the_kernel_has_yet_to_take_in_is_told_again_soon(heard):
+    server, watch = heard
+    server._gate.lasting.believed[1] = 2
+    now = time.monotonic()
+    for later in (0.0, 0.5, 1.0):
+        server._next_look = float("inf")
+        server._confirming.turn(now + later, 0)
+    assert watch.nodes == (7, 9)
+    assert server._next_look == 0.0

@@ -160,6 +160,31 @@ def test_what_was_not_proven_in_time_is_asked_for_again(side):
     assert len(side.gate.lasting.unproven) == 1
 
 
+@pytest.mark.parametrize("verb", ["confirm", "disbelieve"])
+def test_what_the_kernel_has_yet_to_take_in_is_told_later(side, monkeypatch, verb):
+    """Its answer is on its way to somebody who gets no processor: told too early, it would last."""
+    (side.path / "file").touch()
+    node = side.lookup(ROOT, b"file")[0]
+    (side.path / "file").chmod(0o600)
+    time.sleep(0.02)  # a tick of the clock
+    (side.path / "file").chmod(0o640)
+
+    class Device:
+        def write(self, _message):
+            raise OSError(errno.ENOENT, "no such node")
+
+    monkeypatch.setattr(side.session, "_device", Device())
+    assert getattr(side.session, verb)(9) == [node]
+
+
+def test_what_it_did_not_know_is_handed_to_the_teller(side):
+    watched = Watched(side, os.eventfd(0, os.EFD_NONBLOCK))
+    watched.watch.outdated([7, 9, 7])
+    assert watched.watch.busy
+    watched.watch.tell()
+    assert watched._told.recv(telling.MOST) == p.inval_attributes(7) + p.inval_attributes(9)
+
+
 def test_only_so_many_are_believed(tmp_path, monkeypatch, built):
     for module in (lasting, hot):
         monkeypatch.setattr(module, "MOST_BELIEVED", 1)

@@ -133,15 +133,18 @@ class Session:
         """A file is open for writing, as far as the kernel has told."""
         return self._vfs.files.writers > 0
 
-    def confirm(self, most: int) -> None:
-        """Prove so many of the files that were believed, and tell the kernel which are not as it was told."""
-        for nodeid in self._vfs.confirm(most):
-            self._outdated(nodeid)
+    def confirm(self, most: int) -> list[int]:
+        """Prove so many of the files that were believed, and tell the kernel which are not as it was told.
 
-    def disbelieve(self, most: int) -> None:
-        """Have the kernel ask again for so many of the files that were believed, and have not been proven."""
-        for nodeid in self._vfs.disbelieve(most):
-            self._outdated(nodeid)
+        Returns those nodes that it does not know: it may have yet to take in the answer that told it of them,
+        and what is not true any more. Somebody has to go on telling it for a while.
+        """
+        return [nodeid for nodeid in self._vfs.confirm(most) if not self._knows_outdated(nodeid)]
+
+    def disbelieve(self, most: int) -> list[int]:
+        """Have the kernel ask again for so many of the files that were believed, and have not been proven.
+        Returns as `confirm`."""
+        return [nodeid for nodeid in self._vfs.disbelieve(most) if not self._knows_outdated(nodeid)]
 
     def close(self) -> None:
         """Finish what the threads still do. Parked requests get no answer: the connection's end is theirs."""
@@ -310,11 +313,17 @@ class Session:
             self._not_replied(unique, error)
 
     def _outdated(self, nodeid: int) -> None:
-        """Have the kernel ask for attributes anew. It waits for nothing: no pages are concerned."""
+        """Have the kernel ask for attributes anew, of what it knows."""
+        self._knows_outdated(nodeid)
+
+    def _knows_outdated(self, nodeid: int) -> bool:
+        """The same, of what it may not know: whether it does. It waits for nothing: no pages are concerned."""
         try:
             self._device.write(p.inval_attributes(nodeid))
         except OSError as error:
             self._not_replied(0, error)
+            return error.errno != errno.ENOENT
+        return True
 
     def _refused(self, unique: int, number: int) -> None:
         self._not_replied(unique, OSError(number, os.strerror(number)))

@@ -159,6 +159,11 @@ class Watch:
         """What the kernel knows may have changed unseen: all of it is to be asked for anew."""
         self._swept = self._sweep()
 
+    def outdated(self, nodeids: Iterable[int]) -> None:
+        """Tell it of the attributes of these nodes, and again where it does not know them yet."""
+        for nodeid in nodeids:
+            self._pending[p.inval_attributes(nodeid)] = None
+
     def _sweep(self) -> Iterator[None]:
         for number, node in enumerate(self._nodes.all()):
             self._pending[p.inval_attributes(node.id)] = None
