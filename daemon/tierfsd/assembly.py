@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import socket
@@ -34,6 +35,8 @@ from tierfsd.watcher import ConfigWatcher
 
 log = logging.getLogger("mover")
 
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+_NOTE_BYTES = 1 << 16  # more than what is written down of a claim
 _CLAIM_SECONDS = 10.0  # between two attempts to take a store that does not answer
 _BEGINNING_SECONDS = 5.0  # of processors: to load and to ask the store takes one or two
 _LAST_WORDS_SECONDS = 0.3
@@ -148,19 +151,26 @@ class Mover:
                 log.critical("%s", error)
                 self._tier.kit.claim_tried.set()
                 return
-            except (StoreError, OSError) as error:
-                self._withhold(str(error))
-                self._tier.kit.claim_tried.set()
-                self.stopping.wait(_CLAIM_SECONDS)
+            except StoreError as error:
+                self._try_again(str(error))
+            except OSError as error:
+                # Of the note of what is claimed: without room for that nothing could leave and make room.
+                self._try_again(f"{self._home.state}: {error.strerror or error}", full=error.errno in _FULL)
             except Exception as error:
                 log.exception("the store cannot be claimed")
-                self._withhold(f"the store cannot be claimed: internal error ({type(error).__name__})")
-                self._tier.kit.claim_tried.set()
-                self.stopping.wait(_CLAIM_SECONDS)
+                self._try_again(f"the store cannot be claimed: internal error ({type(error).__name__})")
             else:
                 self._tier.kit.withheld = "this is a view of the past" if view else ""
                 self._tier.kit.claim_tried.set()
                 return
+
+    def _try_again(self, reason: str, *, full: bool = False) -> None:
+        """It is not ours yet, because of this; `full`: the local disk is."""
+        self._withhold(reason)
+        self._tier.kit.claim_tried.set()
+        if full:
+            self._make_room(_NOTE_BYTES, True)
+        self.stopping.wait(_CLAIM_SECONDS)
 
     def _note_where_the_store_is(self) -> None:
         """Raises StoreUnavailableError where it is gone again."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import threading
@@ -190,3 +191,31 @@ def test_where_a_store_is_that_is_gone_again_is_looked_at_until_it_is_known(home
     mover._claim()
     assert mover._scheduler.space.beside is True and kit.claim_tried.is_set()
     assert bool(kit.withheld) is view
+
+
+def test_on_a_full_disk_there_is_made_room_for_the_note_of_the_claim(home, monkeypatch):
+    """Nothing may be copied out before, so that nothing that is dirty could leave."""
+    made, _, store = home
+    mover = assembly.Mover.__new__(assembly.Mover)
+    mover.stopping, mover._claiming, mover._store = threading.Event(), threading.Lock(), store
+    mover._home, mover._index = made, SimpleNamespace(session=SimpleNamespace(epoch=2))
+    mover._tier = SimpleNamespace(kit=SimpleNamespace(withheld="not yet", claim_tried=threading.Event()))
+    mover._scheduler = SimpleNamespace(space=SimpleNamespace(beside=True), eviction=SimpleNamespace())
+    withheld, real, full = [], ownership.write_json, [True]
+
+    def write_json(path, value, *, sync=True):
+        if full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(path, value, sync=sync)
+
+    def make_room(count, failed):
+        withheld.append(mover._tier.kit.withheld)
+        assert count > 0 and failed and mover._tier.kit.claim_tried.is_set()
+        full.clear()
+
+    mover._scheduler.eviction.make_room = make_room
+    monkeypatch.setattr(ownership, "write_json", write_json)
+    monkeypatch.setattr(assembly, "_CLAIM_SECONDS", 0.01)
+    mover._claim()
+    assert withheld == [f"{made.state}: No space left on device"]
+    assert not mover._tier.kit.withheld

@@ -4,13 +4,16 @@ import os
 import select
 import signal
 import socket
+from types import SimpleNamespace
 
 import pytest
 from tierfsd.attachment import Attachment
 from tierfsd.events import Events
+from tierfsd.indexcare import INDEX_DAMAGED, IndexCare
 from tierfsd.logs import LogFile, LogPipe
 from tierfsd.serverchannel import ServerChannel
 from tierfsd.standin import StandIn
+from tierfsd.supervisor import Supervisor
 
 from tierfs import channel, control
 
@@ -131,3 +134,24 @@ def test_a_signal_ends_a_wait_and_is_taken_once():
         signal.set_wakeup_fd(-1)
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def test_whatever_ends_it_leaves_no_mount_that_nobody_looks_after(monkeypatch):
+    ending = Supervisor.__new__(Supervisor)
+    done = []
+
+    def fail():
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ending, "_run", fail)
+    monkeypatch.setattr(ending, "_end_children", lambda: done.append("children"))
+    monkeypatch.setattr(ending, "_detach", lambda: done.append("mount"))
+    with pytest.raises(OSError, match="No space"):
+        ending.run()
+    assert done == ["children", "mount"]
+
+
+def test_a_disk_without_room_for_a_mark_is_no_reason_to_end(tmp_path):
+    """That the index is to be looked at cannot be written down: then it is known for now."""
+    care = IndexCare(SimpleNamespace(path=lambda name: str(tmp_path / "gone" / name)))
+    assert care.suspect(INDEX_DAMAGED) and not care.suspect(1)
