@@ -113,7 +113,7 @@ def _take(volume: Volume, store: ObjectStore, epoch: int, etag: str | None, foun
     nonce = str(found.get("nonce", ""))
     fresh = os.urandom(8).hex()
     path = volume.path(_NOTE)
-    write_json(path, {"last": nonce, "next": fresh})
+    write_json(path, {"last": nonce, "next": fresh}, in_place=True)
     claim = _claim(volume.identity, epoch, fresh)
     try:
         store.put_if(STORE_KEY, claim, etag)
@@ -121,7 +121,7 @@ def _take(volume: Volume, store: ObjectStore, epoch: int, etag: str | None, foun
         _take_again(volume, store, claim, nonce)
     if not store.capabilities.conditional_put and check(volume, store).get("nonce") != fresh:
         raise _being_taken(store)
-    write_json(path, {"last": fresh, "next": "", "before": nonce})
+    write_json(path, {"last": fresh, "next": "", "before": nonce}, in_place=True)
 
 
 def _take_again(volume: Volume, store: ObjectStore, claim: bytes, nonce: str) -> None:

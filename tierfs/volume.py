@@ -30,6 +30,7 @@ RESTORING = "restoring.json"  # in a state directory: a restore was begun and is
 GIVEN = "given"  # the number of the backing tree that is about to be given back; see adoption.py
 _PLAIN = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789:_.")
 _NAME_LIMIT = 200
+_SECTOR = 512  # bytes that a disk writes all or none of
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,16 +326,7 @@ def complete(volume: Volume, abilities: Capabilities, *, view: bool = False) -> 
 
 def write_runtime(state: str, facts: dict[str, Any]) -> None:
     """Publish facts of the running daemon for its own processes. Raises OSError."""
-    path = os.path.join(state, "run.json")
-    try:
-        write_json(path, facts, sync=False)
-    except OSError as exc:
-        if exc.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        # No room for another file: into the blocks of the former one. A reader of a torn one finds nothing.
-        with open(path, "r+", encoding="ascii") as file:
-            json.dump(facts, file, indent=1)
-            file.truncate()
+    write_json(os.path.join(state, "run.json"), facts, sync=False, in_place=True)
 
 
 def read_runtime(state: str) -> dict[str, Any]:
@@ -363,21 +355,36 @@ def keep_epoch(state: str, epoch: int) -> None:
     write_json(os.path.join(state, "epoch"), {"epoch": epoch})
 
 
-def write_json(path: str, value: dict[str, Any], *, sync: bool = True) -> None:
-    """Replace a JSON file (mode 0600), durably with `sync`. Raises OSError."""
-    fd = os.open(path + ".new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+def write_json(path: str, value: dict[str, Any], *, sync: bool = True, in_place: bool = False) -> None:
+    """Replace a JSON file (mode 0600), durably with `sync`. Raises OSError.
+
+    `in_place`: where there is no room for another file, into the blocks of the former one; whole sectors, of
+    which a crash leaves the former content or this.
+    """
+    text = json.dumps(value, indent=1)
+    if in_place:
+        text = text.ljust(-(-len(text) // _SECTOR) * _SECTOR)
     try:
-        with open(fd, "w", encoding="ascii") as file:
-            json.dump(value, file, indent=1)
-            file.flush()
-            if sync:
-                os.fsync(fd)
-    except OSError:
-        os.unlink(path + ".new")
-        raise
+        _write(path + ".new", os.O_CREAT | os.O_TRUNC, text, sync)
+    except OSError as exc:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path + ".new")
+        if not in_place or exc.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _write(path, 0, text, sync)
+        return
     os.replace(path + ".new", path)
     if sync:
         sync_directory(os.path.dirname(path))
+
+
+def _write(path: str, flags: int, text: str, sync: bool) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC | flags, 0o600)
+    with open(fd, "w", encoding="ascii") as file:
+        file.write(text)
+        file.truncate()
+        if sync:
+            os.fsync(fd)
 
 
 def sync_directory(path: str) -> None:

@@ -203,10 +203,10 @@ def test_on_a_full_disk_there_is_made_room_for_the_note_of_the_claim(home, monke
     mover._scheduler = SimpleNamespace(space=SimpleNamespace(beside=True), eviction=SimpleNamespace())
     withheld, real, full = [], ownership.write_json, [True]
 
-    def write_json(path, value, *, sync=True):
+    def write_json(path, value, **how):
         if full:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        real(path, value, sync=sync)
+        real(path, value, **how)
 
     def make_room(count, failed):
         withheld.append(mover._tier.kit.withheld)

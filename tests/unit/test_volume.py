@@ -1,5 +1,6 @@
 """State directories, ownership of stores, mountpoints and the mount table."""
 
+import errno
 import json
 import os
 import shutil
@@ -94,11 +95,11 @@ def test_a_mount_interrupted_while_it_takes_the_store_is_not_a_clone(state, monk
     for crash_at in (1, 2):
         calls = []
 
-        def crash(path, value, crash_at=crash_at, calls=calls):
+        def crash(path, value, crash_at=crash_at, calls=calls, **how):
             calls.append(path)
             if len(calls) == crash_at:
                 raise KeyboardInterrupt
-            real(path, value)
+            real(path, value, **how)
 
         monkeypatch.setattr(ownership, "write_json", crash)
         with pytest.raises(KeyboardInterrupt):
@@ -221,6 +222,32 @@ def test_the_lock_is_held_once_and_names_the_user(state):
         volume.lock(state)
     os.close(first)
     os.close(volume.lock(state))
+
+
+def test_what_may_be_written_in_place_needs_no_room(state, monkeypatch):
+    """On a full disk it goes into the sectors of the former file; what may not fails, and leaves nothing."""
+    path, real, number = os.path.join(state, "note"), volume._write, [errno.ENOSPC]
+    volume.write_json(path, {"a": 1}, in_place=True)
+    assert os.path.getsize(path) == 512
+    inode = os.stat(path).st_ino
+
+    def write(where, flags, text, sync):
+        real(where, flags, text, sync)
+        if where.endswith(".new"):
+            raise OSError(number[0], os.strerror(number[0]))
+
+    monkeypatch.setattr(volume, "_write", write)
+    for size in (10, 2000, 20):
+        volume.write_json(path, {"a": "x" * size}, in_place=True)
+        with open(path) as file:
+            assert json.load(file) == {"a": "x" * size}
+        assert os.path.getsize(path) % 512 == 0 and os.stat(path).st_ino == inode
+    with pytest.raises(OSError, match="No space"):
+        volume.write_json(path, {"a": 2})
+    number[0] = errno.EIO
+    with pytest.raises(OSError, match="Input/output"):
+        volume.write_json(path, {"a": 2}, in_place=True)
+    assert os.path.getsize(path) == 512 and not os.path.exists(path + ".new")
 
 
 def test_discarding_keeps_a_tree(state):
