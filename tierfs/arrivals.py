@@ -23,7 +23,6 @@ _ZEROS = bytes(_PAGE)
 FIRST_RANGE = 128 * 1024
 MOST_RANGE = 8 << 20
 _LEAST_SPLIT = 1 << 20
-_RANGES = 16
 
 MISSING, COMING, HERE = 0, 1, 2
 _MISSING = bytes([MISSING])
@@ -140,13 +139,13 @@ class Arrival:
         """A live request covers some of this range."""
         return any(r.start < piece.end and r.end > piece.start for r in self.requests if not r.cancelled)
 
-    def next_ranges(self, request: Request, most: int = _RANGES) -> list[Range]:
-        """What to ask the store for next, for this request; marks it as coming."""
+    def next_ranges(self, request: Request, most: int) -> list[Range]:
+        """What to ask the store for next, for this request, until so many are under way; marks it as coming."""
         found: list[Range] = []
         low, high = request.start // LEAF, leaf_count(request.end)
         split = MOST_RANGE
         if not self.small:
-            split = max(_LEAST_SPLIT, min(MOST_RANGE, (request.end - request.start) // _RANGES // LEAF * LEAF))
+            split = max(_LEAST_SPLIT, min(MOST_RANGE, (request.end - request.start) // most // LEAF * LEAF))
             if not request.served and not request.whole:
                 high = max(high, min(low + FIRST_RANGE // LEAF, len(self.leaves)))
         request.served = True

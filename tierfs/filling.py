@@ -21,6 +21,7 @@ from functools import partial
 
 from tierfs import failpoints, wire
 from tierfs.arrivals import Arrival, Range, Request
+from tierfs.breadth import MANY, Breadth
 from tierfs.digests import leaf_digests, sha256
 from tierfs.errors import BusyError, ObjectCorruptError, TierError
 from tierfs.kit import Kit
@@ -57,6 +58,7 @@ class Filler:
         self._requests: dict[int, Request] = {}
         self._opener = Opener(kit)
         self._passer = Passer(kit, self._fetched)
+        self._breadth = Breadth()
 
     # --- the server's messages, in the link's thread ------------------------------------------------------
 
@@ -154,6 +156,10 @@ class Filler:
     def _urgency(self, request: Request) -> Urgency:
         large = request.whole and request.size > 1 << self._kit.chunk_shift
         return Urgency.AHEAD if request.ahead or large else Urgency.READER
+
+    def _most(self, request: Request) -> int:
+        """How many ranges of its file may be under way. Who waits for these very bytes waits for no others."""
+        return self._breadth.count if request.ahead or request.whole else MANY
 
     # --- beginning, in the pool ---------------------------------------------------------------------------
 
@@ -257,7 +263,7 @@ class Filler:
         """Say what is here, fetch what is not: the first range in this thread, the others in the pool."""
         with arrival.lock:
             here = arrival.runs(request)
-            ranges = arrival.next_ranges(request)
+            ranges = arrival.next_ranges(request, self._most(request))
         for start, end in here:
             self._kit.server.send(wire.Filled(arrival.ino, start, end - start))
         if arrival.complete:
@@ -381,9 +387,11 @@ class Filler:
                 reach = 0
             piece.allocated = True  # also where that fails: without it there may be room for these bytes
             arrival.fill(self._kit.tree, start, data, reach)
+            under_way = len(arrival.ranges)
             arrival.landed(piece, len(data))
             arrival.unsynced += len(data)
             arrival.used = time.monotonic()
+            self._breadth.came(len(data), under_way, arrival.used)
             failpoints.hit(failpoints.FILL_WRITTEN)
             self._kit.server.send(wire.Filled(arrival.ino, start, len(data)))
         return True
@@ -396,7 +404,8 @@ class Filler:
             complete = arrival.complete
             for request in arrival.requests:
                 if not request.passing:
-                    more += [(request, piece) for piece in arrival.next_ranges(request)]
+                    ranges = arrival.next_ranges(request, self._most(request))
+                    more += [(request, piece) for piece in ranges]
         for request, piece in more:
             self._kit.fetches.post(self._urgency(request), partial(self._bring, arrival, piece, request))
         if complete:

@@ -71,6 +71,7 @@ PARTS_OF = {
         "passing",
         "settling",
         "arrivals",
+        "breadth",
         "opening",
         "survey",
         "collecting",
