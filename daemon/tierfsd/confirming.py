@@ -13,6 +13,7 @@ PAUSE_SECONDS = 0.005  # without a request, and between two lots of proofs
 # With what is left until all are told, less than a second: so long hold attributes that are not proven, too.
 END_SECONDS = 0.75
 _LOT = 128
+_MANY = 512  # that need no proof
 _NEVER = float("inf")
 
 
@@ -38,7 +39,7 @@ class Confirming:
         elif self.due == _NEVER:
             self.due, self._end = now + START_SECONDS, now + END_SECONDS
         elif now >= self._end:
-            self._disbelieve(_LOT)
+            self._disbelieve(_MANY)
         elif now >= self.due:
             if not self._asked:
                 self._confirm(_LOT)

@@ -36,7 +36,7 @@ from tierfsd.confirming import Confirming
 
 log = logging.getLogger("server")
 
-BATCH = 64  # requests between two looks at the mover and the supervisor
+BATCH = 128  # requests between two looks at the mover and the supervisor
 UNHEARD = 512  # requests between two looks at edits behind the mount, at most
 TICK_SECONDS = 0.25  # from the first request after an idle time to the gate's turn
 _STATFS_SECONDS = 2.0  # how long the sum of evictable bytes is believed

@@ -160,20 +160,29 @@ def test_what_was_not_proven_in_time_is_asked_for_again(side):
     assert len(side.gate.lasting.unproven) == 1
 
 
+@pytest.fixture
+def stranger(tmp_path, needs_root):
+    """A connection of the kernel's that knows no node. Nobody answers it: nobody may look at its mount."""
+    place = tmp_path / "stranger"
+    place.mkdir()
+    fd = os.open("/dev/fuse", os.O_RDWR)
+    options = f"fd={fd},rootmode=40000,user_id=0,group_id=0"
+    argv = ["mount", "-i", "-t", "fuse", "-o", options, "none", str(place)]
+    subprocess.run(argv, check=True, pass_fds=[fd], timeout=20)
+    yield fd
+    subprocess.run(["umount", "-l", str(place)], check=True, timeout=20)
+    os.close(fd)
+
+
 @pytest.mark.parametrize("verb", ["confirm", "disbelieve"])
-def test_what_the_kernel_has_yet_to_take_in_is_told_later(side, monkeypatch, verb):
+def test_what_the_kernel_has_yet_to_take_in_is_told_later(side, stranger, verb):
     """Its answer is on its way to somebody who gets no processor: told too early, it would last."""
     (side.path / "file").touch()
     node = side.lookup(ROOT, b"file")[0]
     (side.path / "file").chmod(0o600)
     time.sleep(0.02)  # a tick of the clock
     (side.path / "file").chmod(0o640)
-
-    class Device:
-        def write(self, _message):
-            raise OSError(errno.ENOENT, "no such node")
-
-    monkeypatch.setattr(side.session, "_device", Device())
+    os.dup2(stranger, side.session.fileno(), inheritable=False)
     assert getattr(side.session, verb)(9) == [node]
 
 
@@ -583,12 +592,29 @@ def test_both_forms_pick_the_same_of_all_events(built, seed):
     rng, known = random.Random(seed), {ino: f"node {ino}" for ino in range(1, 40, 2)}
     events = b"".join(an_event(rng, rng.choice((1, 2)), range(1, 40)) for _ in range(300))
     buffer = bytearray(events + b"\xff" * 64)
-    expected = list(watching.foreign(buffer, len(events), 2, known))
-    assert built.foreign(buffer, len(events), 2, known) == expected
+    unproven = set(range(1, 40, 4))
+    expected = list(watching.foreign(buffer, len(events), 2, known, unproven))
+    assert built.foreign(buffer, len(events), 2, known, unproven) == expected
     assert {node is None for _, _, node, _ in expected} == {True, False}
     for cut in range(0, len(events), 37):  # the kernel cuts none; what is cut is not read beyond
-        found = built.foreign(buffer[:cut], cut, 2, known)
+        found = built.foreign(buffer[:cut], cut, 2, known, unproven)
         assert found == expected[: len(found)]
+
+
+@pytest.mark.parametrize(("mask", "kind", "heard"), [
+    (0x8, 1, False), (0x8, 2, False), (0x4, 2, False), (0x4, 1, True), (0xC, 1, True), (0x108, 2, True),
+    (0x40000004, 2, True),
+])  # fmt: skip
+def test_a_close_of_what_is_unproven_is_no_news(built, mask, kind, heard):
+    handle = watching._INO_GEN.pack(5, 7)
+    tail = handle + (b"name\0\0\0\0" if kind == 2 else b"")
+    record = watching._INFO.pack(kind, 0, watching._INFO.size + len(tail), len(handle), 1) + tail
+    size = watching._EVENT.size + len(record)
+    event = bytearray(watching._EVENT.pack(size, 3, 0, watching._EVENT.size, mask, -1, 1) + record)
+    for pick in (watching.foreign, built.foreign):
+        found = [(mask, kind, "node", b"name" if kind == 2 else b"")]
+        assert list(pick(event, size, 2, {5: "node"}, {5})) == (found if heard else [])
+        assert list(pick(event, size, 2, {5: "node"}, {6})) == (found if heard or kind == 1 else [])
 
 
 def test_what_is_of_no_interest_is_looked_at_seldom(side, tmp_path):

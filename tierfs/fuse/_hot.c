@@ -128,12 +128,21 @@ static int told(PyObject *whom, uint64_t unique, PyObject *what)
     return done ? 0 : -1;
 }
 
-int outdated(Hot *hot, uint64_t nodeid)
+/* Whether the kernel knows the node; -1 with an exception. */
+static int knows_outdated(Hot *hot, uint64_t nodeid)
 {
     struct { struct out_header head; uint64_t nodeid; int64_t offset, length; } notice = {
         {sizeof notice, INVAL_INODE, 0}, nodeid, -1, 0,
     };
-    return write(hot->fd, &notice, sizeof notice) < 0 ? told(hot->refused, 0, PyLong_FromLong(errno)) : 0;
+    if (write(hot->fd, &notice, sizeof notice) >= 0)
+        return 1;
+    int number = errno;
+    return told(hot->refused, 0, PyLong_FromLong(number)) ? -1 : number != ENOENT;
+}
+
+int outdated(Hot *hot, uint64_t nodeid)
+{
+    return knows_outdated(hot, nodeid) < 0 ? -1 : 0;
 }
 
 /* What a request that was answered changes of the node that it is about, which the kernel then takes for outdated, but
@@ -443,6 +452,50 @@ static PyObject *hot_entry(Hot *hot, PyObject *arguments)
     Py_RETURN_NONE;
 }
 
+/* Of what is believed, so many inodes at most: a new list, or NULL with an exception. */
+static PyObject *some_believed(Hot *hot, Py_ssize_t most)
+{
+    PyObject *some = PyList_New(0), *ino;
+    for (Py_ssize_t at = 0; some && PyList_GET_SIZE(some) < most && PyDict_Next(hot->believed, &at, &ino, NULL);)
+        if (PyList_Append(some, ino))
+            Py_CLEAR(some);
+    return some;
+}
+
+/* vfs.disbelieve of one inode, and the kernel is told; a node that it does not know is appended to `unknown`. 0, or -1
+ * with an exception. */
+static int disbelieved(Hot *hot, PyObject *ino, PyObject *unknown)
+{
+    PyObject *node = PyDict_GetItemWithError(hot->by_ino, ino);
+    if (PyErr_Occurred() || PyDict_DelItem(hot->believed, ino))
+        return -1;
+    if (!node)
+        return 0;
+    uint64_t nodeid = number_of(node, s_id);
+    if (PyErr_Occurred() || PySet_Add(hot->unproven, ino))
+        return -1;
+    int known = knows_outdated(hot, nodeid);
+    PyObject *number = known ? NULL : PyLong_FromUnsignedLongLong(nodeid);
+    int failed = known < 0 || (!known && (!number || PyList_Append(unknown, number)));
+    Py_XDECREF(number);
+    return failed ? -1 : 0;
+}
+
+static PyObject *hot_disbelieve(Hot *hot, PyObject *arguments)
+{
+    Py_ssize_t most;
+    if (!PyArg_ParseTuple(arguments, "n", &most) || !is_open(hot))
+        return NULL;
+    PyObject *some = some_believed(hot, most), *unknown = some ? PyList_New(0) : NULL;
+    int failed = !unknown;
+    for (Py_ssize_t each = 0; !failed && each < PyList_GET_SIZE(some); each++)
+        failed = disbelieved(hot, PyList_GET_ITEM(some, each), unknown);
+    Py_XDECREF(some);
+    if (failed)
+        Py_CLEAR(unknown);
+    return unknown;
+}
+
 /* --- the object ------------------------------------------------------------------------------------------ */
 
 static PyObject *hot_close(Hot *hot, PyObject *Py_UNUSED(none))
@@ -576,6 +629,7 @@ static void hot_dealloc(Hot *hot)
 static PyMethodDef hot_methods[] = {
     {"receive", (PyCFunction)hot_receive, METH_VARARGS, "Answer what can be answered here; the size of what cannot."},
     {"entry", (PyCFunction)hot_entry, METH_VARARGS, "A name's packed entry, counted; None: Python is to say."},
+    {"disbelieve", (PyCFunction)hot_disbelieve, METH_VARARGS, "See vfs.Vfs.disbelieve; tells the kernel; the nodes it does not know."},
     {"close", (PyCFunction)hot_close, METH_NOARGS, "Let go of the buffers. Not to be used after."},
     {NULL},
 };

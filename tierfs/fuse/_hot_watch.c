@@ -6,6 +6,8 @@
 #include <string.h>
 #include <sys/fanotify.h>
 
+#define RENAME_EVENT 0x10000000ULL /* FAN_RENAME, which older headers lack */
+
 enum { OLD_NAME = 10, NEW_NAME = 12, FILEID_INO32_GEN = 1 }; /* kinds of records, which older headers lack; of handles */
 /* struct fanotify_event_info_fid and the struct file_handle in it, up to the handle's bytes. */
 struct __attribute__((packed)) info {
@@ -21,14 +23,29 @@ static int is_of_name(uint8_t kind)
     return kind == FAN_EVENT_INFO_TYPE_DFID_NAME || kind == OLD_NAME || kind == NEW_NAME;
 }
 
-/* Append what an event's record says, if its inode is known. 0, or -1 with an exception. */
-static int appended(PyObject *found, PyObject *by_ino, uint64_t mask, const char *at, const struct info *info)
+/* What is known of inodes: their nodes, and those that are unproven. */
+struct inodes { PyObject *nodes, *unproven; };
+
+/* The node that an event tells something new of (watching._is_known); NULL: none, or an exception. */
+static PyObject *concerned(const struct inodes *inodes, uint64_t mask, uint8_t kind, uint32_t number)
+{
+    if (is_of_name(kind) && !(mask & (FAN_CREATE | FAN_DELETE | RENAME_EVENT | FAN_ONDIR)))
+        return NULL;
+    PyObject *ino = PyLong_FromUnsignedLong(number);
+    PyObject *node = ino ? PyDict_GetItemWithError(inodes->nodes, ino) : NULL;
+    int closed = node && !is_of_name(kind) && (mask & ~(uint64_t)FAN_ONDIR) == FAN_CLOSE_WRITE;
+    if (closed && PySet_Contains(inodes->unproven, ino))
+        node = NULL;
+    Py_XDECREF(ino);
+    return node;
+}
+
+/* Append what an event's record says, if that concerns a node. 0, or -1 with an exception. */
+static int appended(PyObject *found, const struct inodes *inodes, uint64_t mask, const char *at, const struct info *info)
 {
     uint32_t number;
     memcpy(&number, at + sizeof *info, sizeof number);
-    PyObject *ino = PyLong_FromUnsignedLong(number);
-    PyObject *node = ino ? PyDict_GetItemWithError(by_ino, ino) : NULL;
-    Py_XDECREF(ino);
+    PyObject *node = concerned(inodes, mask, info->kind, number);
     if (!node)
         return PyErr_Occurred() ? -1 : 0;
     const char *name = at + sizeof *info + info->size;
@@ -41,7 +58,7 @@ static int appended(PyObject *found, PyObject *by_ino, uint64_t mask, const char
 }
 
 /* The records of one event. 0, or -1 with an exception. */
-static int event_taken(PyObject *found, PyObject *by_ino, uint64_t mask, const char *at, const char *end)
+static int event_taken(PyObject *found, const struct inodes *inodes, uint64_t mask, const char *at, const char *end)
 {
     struct info info;
     for (; (size_t)(end - at) >= sizeof info; at += info.length) {
@@ -49,7 +66,7 @@ static int event_taken(PyObject *found, PyObject *by_ino, uint64_t mask, const c
         if (info.length < sizeof info || info.length > end - at)
             break;
         if (info.type == FILEID_INO32_GEN && info.size >= 8 && info.size <= info.length - sizeof info
-            && appended(found, by_ino, mask, at, &info))
+            && appended(found, inodes, mask, at, &info))
             return -1;
     }
     return 0;
@@ -60,8 +77,9 @@ PyObject *hot_foreign(PyObject *Py_UNUSED(module), PyObject *arguments)
     Py_buffer buffer;
     Py_ssize_t size;
     int us, failed = 0;
-    PyObject *by_ino;
-    if (!PyArg_ParseTuple(arguments, "y*niO!", &buffer, &size, &us, &PyDict_Type, &by_ino))
+    struct inodes inodes;
+    if (!PyArg_ParseTuple(arguments, "y*niO!O!", &buffer, &size, &us, &PyDict_Type, &inodes.nodes, &PySet_Type,
+                          &inodes.unproven))
         return NULL;
     PyObject *found = PyList_New(0);
     struct fanotify_event_metadata event;
@@ -75,7 +93,7 @@ PyObject *hot_foreign(PyObject *Py_UNUSED(module), PyObject *arguments)
             failed = entry ? PyList_Append(found, entry) : -1;
             Py_XDECREF(entry);
         } else if (event.pid != us) {
-            failed = event_taken(found, by_ino, event.mask, at + event.metadata_len, at + event.event_len);
+            failed = event_taken(found, &inodes, event.mask, at + event.metadata_len, at + event.event_len);
         }
     }
     PyBuffer_Release(&buffer);

@@ -55,6 +55,9 @@ class Receiver(Protocol):
     def entry(self, nodeid: int, name: bytes, /) -> bytes | None:
         """The packed entry of a name, with one lookup counted; None: look it up by the vfs."""
 
+    def disbelieve(self, most: int, /) -> list[int] | None:
+        """What `vfs.disbelieve` does, and the kernel is told; the nodes that it does not know. None: not."""
+
     def close(self) -> None:
         """Let go of the memory that it was given. Not to be used after."""
 
@@ -87,6 +90,9 @@ class Pure:
         return [fd for fd, _ in poll.poll(left * 1000)] == [self._fd]
 
     def entry(self, _nodeid: int, _name: bytes, /) -> bytes | None:
+        return None
+
+    def disbelieve(self, _most: int, /) -> None:
         return None
 
     def close(self) -> None:

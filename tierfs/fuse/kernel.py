@@ -144,7 +144,10 @@ class Session:
     def disbelieve(self, most: int) -> list[int]:
         """Have the kernel ask again for so many of the files that were believed, and have not been proven.
         Returns as `confirm`."""
-        return [nodeid for nodeid in self._vfs.disbelieve(most) if not self._knows_outdated(nodeid)]
+        unknown = self._receiver.disbelieve(most)
+        if unknown is None:
+            unknown = [nodeid for nodeid in self._vfs.disbelieve(most) if not self._knows_outdated(nodeid)]
+        return unknown
 
     def close(self) -> None:
         """Finish what the threads still do. Parked requests get no answer: the connection's end is theirs."""

@@ -13,7 +13,7 @@ import os
 import socket
 import stat
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 
 from tierfs import syscalls
 from tierfs.fuse import compiled, telling
@@ -54,28 +54,43 @@ _SWEEP = 500  # nodes at one go
 Event = tuple[int, int, Node | None, bytes]
 
 
-def foreign(buffer: bytearray, size: int, us: int, by_ino: Mapping[int, Node]) -> Iterator[Event]:
-    """Of these events those that are not of process `us` and concern a node, or tell that some were lost."""
+def foreign(
+    buffer: bytearray, size: int, us: int, by_ino: Mapping[int, Node], unproven: Set[int]
+) -> Iterator[Event]:
+    """Of these events those that are not of process `us` and concern a node, or tell that some were lost.
+
+    Not those of files that are `unproven` and were closed: they were opened through the mount by whoever writes
+    to them, and nothing is believed of them for long. Programs that write make nearly all events.
+    """
     at = 0
     while at < size:
         length, _, _, head, mask, _, pid = _EVENT.unpack_from(buffer, at)
         if mask & _OVERFLOW:
             yield mask, 0, None, b""
         elif pid != us:
-            yield from _records(buffer, at + head, at + length, mask, by_ino)
+            yield from _records(buffer, at + head, at + length, mask, by_ino, unproven)
         at += length
 
 
-def _records(buffer: bytearray, at: int, end: int, mask: int, by_ino: Mapping[int, Node]) -> Iterator[Event]:
+def _records(
+    buffer: bytearray, at: int, end: int, mask: int, by_ino: Mapping[int, Node], unproven: Set[int]
+) -> Iterator[Event]:
     while at < end:
         kind, _, length, size, handle = _INFO.unpack_from(buffer, at)
         if handle == _INO_GEN_TYPE and size >= _INO_GEN.size:
             ino, _ = _INO_GEN.unpack_from(buffer, at + _INFO.size)
             node = by_ino.get(ino)
-            if node is not None:
+            if node is not None and not _is_known(kind, mask, ino, unproven):
                 name = buffer[at + _INFO.size + size : at + length] if kind in _OF_NAMES else b""
                 yield mask, kind, node, bytes(name).split(b"\0", 1)[0]
         at += length
+
+
+def _is_known(kind: int, mask: int, ino: int, unproven: Set[int]) -> bool:
+    """It is no news: a file in a directory has changed, not the directory, or an unproven file was closed."""
+    if kind in _OF_NAMES:
+        return not mask & (_NAMES | _ONDIR)
+    return mask & ~_ONDIR == _CLOSE_WRITE and ino in unproven
 
 
 class Watch:
@@ -125,7 +140,7 @@ class Watch:
     def _take(self, size: int) -> bool:
         """Whether there was something to be told in these bytes."""
         before = len(self._pending)
-        for mask, kind, node, name in self._sift(self._buffer, size, self._us, self._by_ino):
+        for mask, kind, node, name in self._sift(self._buffer, size, self._us, self._by_ino, self._unproven):
             if node is not None:
                 self._seen(mask, kind, node, name)
             else:
@@ -137,10 +152,6 @@ class Watch:
         """An event says this of a node: of it, or of a name in it."""
         if kind in _OF_NAMES and mask & _NAMES:
             self._pending[p.inval_name(node.id, name, self._how(node, name))] = None
-        elif kind in _OF_NAMES and not mask & _ONDIR:
-            return  # a file in it has changed, not the directory
-        elif mask & ~_ONDIR == _CLOSE_WRITE and node.ino in self._unproven:
-            return  # opened through the mount: nothing is believed of it for long
         self._pending[p.inval_attributes(node.id)] = None
 
     def _how(self, directory: Node, name: bytes) -> int:
