@@ -434,3 +434,24 @@ def test_an_attribute_is_marked_if_it_changes_whatever_becomes_of_the_registrati
     changed = "user.x" not in os.listxattr(path) or os.getxattr(path, "user.x") != b"old"
     marked = [entry.kind for entry in MarkReader(side._marks_fd, 0).read()].count(Mark.ATTR)
     assert marked == int(changed)
+
+
+def test_directories_stay_in_the_order_of_their_use(side):
+    """However many requests are answered at once: one that is in use must not be the next to be closed."""
+    used = []
+    for name in ("a", "b", "c"):
+        (side.path / name / "sub").mkdir(parents=True)
+        used.append(side.lookup(ROOT, os.fsencode(name))[0])
+    first = used[0]
+    for asked in ([0, 1, 0, 1], [0, 0, 1, 1, 2], [2, 2, 0], [1, 2], [2]):
+        nodes = sorted(used)
+        for each in asked:
+            side.send(p.Op.LOOKUP, nodes[each], b"sub\0")
+            used = [node for node in used if node != nodes[each]] + [nodes[each]]
+        assert side.session.serve(len(asked)) == len(asked)
+        for _ in asked:
+            side.sock.recv(1 << 16)
+        opened = list(side.vfs.nodes._dirs)
+        assert opened == used[-len(opened) :]
+        side.vfs.nodes.dirfd(side.vfs.nodes.get(first))  # as others do, in Python
+        used = [node for node in used if node != first] + [first]

@@ -403,6 +403,7 @@ static PyObject *hot_receive(Hot *hot, PyObject *arguments)
     Py_ssize_t most;
     double until;
     hot->answered = 0;
+    hot->used_last = 0;
     if (!PyArg_ParseTuple(arguments, "nd", &most, &until))
         return NULL;
     if (!is_open(hot))
@@ -442,6 +443,7 @@ static PyObject *hot_entry(Hot *hot, PyObject *arguments)
     const char *name;
     Py_ssize_t length;
     struct entry_out out;
+    hot->used_last = 0;
     if (!PyArg_ParseTuple(arguments, "Ky#", &nodeid, &name, &length))
         return NULL;
     if (!is_open(hot))
@@ -607,6 +609,7 @@ static int hot_traverse(Hot *hot, visitproc visit, void *arg)
 
 static int hot_clear(Hot *hot)
 {
+    Py_CLEAR(hot->number);
 #define CLEAR(name, type) Py_CLEAR(hot->name);
     OBJECTS(CLEAR)
 #undef CLEAR

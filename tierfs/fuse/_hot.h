@@ -132,7 +132,10 @@ typedef struct {
     OBJECTS(FIELD)
 #undef FIELD
     struct reading *reading; /* a directory (_hot_dirs.c) */
+    PyObject *number; /* the one that was asked for last (number_object) */
+    uint64_t number_is;
     Py_ssize_t answered;
+    uint64_t used_last; /* the directory whose descriptor is at the end of `dirs`; 0: not known, Python may have used one */
     int eager; /* to read before it is known that there is something */
 } Hot;
 
@@ -226,6 +229,19 @@ PyObject *copy_of(PyObject *plain);
 int discard(PyObject *dict, PyObject *key);
 int is_plain(PyObject *inode);
 int count_in(PyObject *dict, PyObject *key, int by);
+
+/* The number of an inode as an object, a new reference: one request needs it again and again. NULL with an exception. */
+static inline PyObject *number_object(Hot *hot, uint64_t number)
+{
+    if (!hot->number || hot->number_is != number) {
+        PyObject *made = PyLong_FromUnsignedLongLong(number);
+        if (!made)
+            return NULL;
+        Py_XSETREF(hot->number, made);
+        hot->number_is = number;
+    }
+    return Py_NewRef(hot->number);
+}
 
 /* --- the ledger (_hot_state.c) --- */
 void *record_at(Hot *hot, enum part part, uint64_t slot);

@@ -54,7 +54,7 @@ static ssize_t read_on(struct reading *reading, int fd)
 static int need_not_be_told(Hot *hot, PyObject *directory, uint64_t number, const char *name, size_t length)
 {
     char known[NAME_ROOM];
-    PyObject *ino = PyLong_FromUnsignedLongLong(number);
+    PyObject *ino = number_object(hot, number);
     PyObject *node = ino ? PyDict_GetItemWithError(hot->by_ino, ino) : NULL;
     uint64_t nodeid = node ? number_of(node, s_id) : 0;
     int need_not = nodeid && told_lately(hot, nodeid) && attribute_is(node, s_parent, directory)
@@ -81,6 +81,7 @@ static int entry_known(Hot *hot, PyObject *node, int fd, const struct dirent64 *
     PyErr_Clear();
     PyObject *id = get_of(node, s_id);
     PyObject *packed = id ? PyObject_CallFunction(hot->listed, "Oy#", id, name, (Py_ssize_t)length) : NULL;
+    hot->used_last = 0;
     if (packed && PyBytes_Check(packed) && PyBytes_GET_SIZE(packed) == sizeof *out)
         memcpy(out, PyBytes_AS_STRING(packed), sizeof *out);
     Py_XDECREF(id);

@@ -64,7 +64,7 @@ void prove(Hot *hot, int dirfd, const char *name, struct stat *st)
 {
     if (!hot->long_seconds || !S_ISREG(st->st_mode))
         return;
-    PyObject *ino = PyLong_FromUnsignedLongLong(st->st_ino);
+    PyObject *ino = number_object(hot, st->st_ino);
     int proven = ino && (is_unproven(hot, ino) || (fresh_of(hot, st) > 0 && !is_proven(hot, ino, st)));
     PyObject *inode = proven ? PyDict_GetItemWithError(hot->inodes, ino) : NULL;
     if (inode)
@@ -82,7 +82,7 @@ int is_restless(Hot *hot, const struct stat *st)
     long fresh = hot->long_seconds && S_ISREG(st->st_mode) ? fresh_of(hot, st) : 0;
     PyObject *ino = NULL;
     if (fresh > hot->fresh - hot->restless && fresh <= hot->fresh)
-        ino = PyLong_FromUnsignedLongLong(st->st_ino);
+        ino = number_object(hot, st->st_ino);
     int is = ino && PyDict_Contains(hot->inodes, ino) == 1;
     Py_XDECREF(ino);
     return is;
@@ -91,7 +91,7 @@ int is_restless(Hot *hot, const struct stat *st)
 void doubt(Hot *hot, const struct stat *st)
 {
     if (hot->long_seconds && S_ISREG(st->st_mode) && fresh_of(hot, st) > 0) {
-        PyObject *ino = PyLong_FromUnsignedLongLong(st->st_ino);
+        PyObject *ino = number_object(hot, st->st_ino);
         if (!ino || PySet_Add(hot->unproven, ino))
             PyErr_Clear(); /* it lasts for the time in which it is fresh, at most */
         Py_XDECREF(ino);
@@ -102,7 +102,7 @@ void believe(Hot *hot, const struct stat *st)
 {
     if (!hot->long_seconds || !S_ISREG(st->st_mode) || fresh_of(hot, st) <= 0)
         return;
-    PyObject *ino = PyLong_FromUnsignedLongLong(st->st_ino);
+    PyObject *ino = number_object(hot, st->st_ino);
     PyObject *ctime = PyLong_FromLongLong(ctime_of(st));
     int room = PyDict_GET_SIZE(hot->believed) < hot->most_believed;
     if (!ino || !ctime || !room || PyDict_SetItem(hot->believed, ino, ctime)) {

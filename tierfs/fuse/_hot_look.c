@@ -51,7 +51,7 @@ long seconds_of(Hot *hot, const struct stat *st)
 {
     if (!S_ISREG(st->st_mode))
         return attributes_last(hot, st, NULL, NULL);
-    PyObject *ino = PyLong_FromUnsignedLongLong(st->st_ino);
+    PyObject *ino = number_object(hot, st->st_ino);
     PyObject *inode = ino ? PyDict_GetItemWithError(hot->inodes, ino) : NULL;
     long seconds = -1;
     if (ino && !PyErr_Occurred() && is_itself(hot, ino, inode, st)) {
@@ -92,7 +92,7 @@ static int follows(Hot *hot, PyObject *node, const struct place *place, mode_t m
 /* The number of the node that a name means now, one lookup counted; 0 where Python is to say. */
 static uint64_t counted(Hot *hot, const struct place *place, const struct stat *st)
 {
-    PyObject *ino = PyLong_FromUnsignedLongLong(st->st_ino);
+    PyObject *ino = number_object(hot, st->st_ino);
     PyObject *node = ino ? PyDict_GetItemWithError(hot->by_ino, ino) : NULL;
     uint64_t nodeid = 0;
     if (node) {
@@ -112,7 +112,7 @@ static uint64_t counted(Hot *hot, const struct place *place, const struct stat *
 /* The kernel has been told of it before. */
 static int is_known(Hot *hot, uint64_t number)
 {
-    PyObject *ino = hot->long_seconds ? PyLong_FromUnsignedLongLong(number) : NULL;
+    PyObject *ino = hot->long_seconds ? number_object(hot, number) : NULL;
     int known = ino && PyDict_Contains(hot->by_ino, ino) == 1;
     Py_XDECREF(ino);
     return known;

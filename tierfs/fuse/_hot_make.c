@@ -44,7 +44,7 @@ static void unmasked(const Hot *hot, mode_t callers)
 /* Whether an inode of this number is known: it was removed behind the mount, or is still guarded. */
 static int is_known(Hot *hot, uint64_t number)
 {
-    PyObject *ino = PyLong_FromUnsignedLongLong(number);
+    PyObject *ino = number_object(hot, number);
     int there = !ino || PyDict_Contains(hot->by_ino, ino) || PyDict_Contains(hot->inodes, ino)
                 || PySet_Contains(hot->seals, ino);
     Py_XDECREF(ino);
@@ -99,7 +99,7 @@ enum outcome make_directory(Hot *hot, const struct in_header *in, uint32_t mode,
     if (!made_directory(hot, in, &place, mode, umask_, &st) || !pack_attr(&out->attr, &st))
         return PYTHONS;
     struct mark_of of = {.ino = st.st_ino, .parent = place.ino, .name = name, .length = place.length};
-    PyObject *ino = PyLong_FromUnsignedLongLong(st.st_ino);
+    PyObject *ino = number_object(hot, st.st_ino);
     uint64_t nodeid = 0;
     if (ino && !mark(hot, DIRECTORY, ino, &of))
         nodeid = enter(hot, ino, place.parent, name, place.length);
@@ -123,7 +123,7 @@ enum outcome make_symlink(Hot *hot, const struct in_header *in, const char *name
     POINT();
     if (!given(hot, in, &place, 0, &st) || !pack_attr(&out->attr, &st))
         return PYTHONS;
-    PyObject *ino = PyLong_FromUnsignedLongLong(st.st_ino);
+    PyObject *ino = number_object(hot, st.st_ino);
     uint64_t nodeid = 0;
     if (ino && !entry_marked(hot, &place, 0))
         nodeid = enter(hot, ino, place.parent, name, place.length);
@@ -241,7 +241,7 @@ static PyObject *new_inode(Hot *hot, const struct place *place, PyObject *ino, c
 static enum outcome taken_in(Hot *hot, const struct in_header *in, const struct place *place, uint32_t flags,
                              const struct made *made, struct create_out *out)
 {
-    PyObject *ino = PyLong_FromUnsignedLongLong(made->st.st_ino), *inode = NULL, *handle = NULL, *node = NULL;
+    PyObject *ino = number_object(hot, made->st.st_ino), *inode = NULL, *handle = NULL, *node = NULL;
     uint64_t backing_id = PyLong_AsUnsignedLongLong(made->number), nodeid = 0;
     if (ino && !write_marked(hot, place, ino, made))
         inode = new_inode(hot, place, ino, made);

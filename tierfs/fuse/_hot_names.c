@@ -32,7 +32,7 @@ int handle_at(int fd, const char *name, struct handle *handle)
 /* What is known of an inode. 0 with an exception. To be dropped in any case. */
 int found_known(Hot *hot, uint64_t number, struct known *known)
 {
-    known->ino = PyLong_FromUnsignedLongLong(number);
+    known->ino = number_object(hot, number);
     known->node = known->ino ? Py_XNewRef(PyDict_GetItemWithError(hot->by_ino, known->ino)) : NULL;
     known->inode = known->ino ? Py_XNewRef(PyDict_GetItemWithError(hot->inodes, known->ino)) : NULL;
     return !PyErr_Occurred();

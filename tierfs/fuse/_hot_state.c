@@ -232,6 +232,14 @@ static int keep_descriptor(Hot *hot, PyObject *id, int fd)
     return failed;
 }
 
+/* It is the one that was used last. 0, or -1 with an exception. */
+static int moved_to_end(Hot *hot, PyObject *id)
+{
+    PyObject *done = PyObject_CallMethodOneArg(hot->dirs, s_move_to_end->word, id);
+    Py_XDECREF(done);
+    return done ? 0 : -1;
+}
+
 /* nodes.dirfd: the descriptor of a directory, which is kept from now on; -1 where Python is to say. Valid until the
  * next but one is asked for. */
 int directory_of(Hot *hot, PyObject *node)
@@ -241,15 +249,14 @@ int directory_of(Hot *hot, PyObject *node)
     PyObject *id = get_of(node, s_id);
     PyObject *kept = id ? PyDict_GetItemWithError(hot->dirs, id) : NULL;
     int fd = kept ? (int)PyLong_AsLong(kept) : -1;
-    if (fd >= 0) {
-        PyObject *done = PyObject_CallMethodOneArg(hot->dirs, s_move_to_end->word, id);
-        if (!done)
-            fd = -1;
-        Py_XDECREF(done);
-    } else if (id && !PyErr_Occurred() && (fd = walked_to(hot, node, MOST_STEPS)) >= 0 && keep_descriptor(hot, id, fd)) {
+    if (fd >= 0 && hot->used_last != number_of(node, s_id) && moved_to_end(hot, id)) {
+        fd = -1;
+    } else if (id && fd < 0 && !PyErr_Occurred() && (fd = walked_to(hot, node, MOST_STEPS)) >= 0
+               && keep_descriptor(hot, id, fd)) {
         close(fd);
         fd = -1;
     }
+    hot->used_last = fd < 0 ? 0 : number_of(node, s_id);
     Py_XDECREF(id);
     return fd;
 }
