@@ -63,7 +63,12 @@ def _segment_name(position: int) -> str:
 
 
 def _segments(dirfd: int) -> list[int]:
-    return sorted(int(name[6:], 16) for name in os.listdir(dirfd) if name.startswith("marks-"))
+    # In a description of its own: two threads that list one would each be given a part of the names.
+    fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=dirfd)
+    try:
+        return sorted(int(name[6:], 16) for name in os.listdir(fd) if name.startswith("marks-"))
+    finally:
+        os.close(fd)
 
 
 class MarkWriter:

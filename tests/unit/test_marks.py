@@ -62,6 +62,15 @@ def test_the_newest_end_is_that_of_the_last_mark_in_the_newest_segment(directory
     assert reader.newest_end() == writer.position
 
 
+def test_threads_that_look_for_the_end_take_no_names_from_each_other(directory, monkeypatch):
+    """Listings of one open directory share their place in it: each of two threads would get a part."""
+    MarkWriter(directory).append(Mark.WRITE, 1)
+    reader, listdir, listed = MarkReader(directory, 0), os.listdir, []
+    monkeypatch.setattr(os, "listdir", lambda fd: listed.append(fd) or listdir(fd))
+    assert reader.newest_end() > 0 and len(list(reader.read())) == 1
+    assert listed and directory not in listed
+
+
 def test_a_new_writer_goes_on_behind_the_last_whole_entry(directory):
     writer = MarkWriter(directory)
     writer.append(Mark.WRITE, 1)
