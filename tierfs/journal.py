@@ -42,6 +42,7 @@ class _Segment:
     packer: manifest.Packer
     done: dict[tuple[int, bytes], Note] = field(default_factory=dict)
     left: set[tuple[int, bytes]] = field(default_factory=set)  # for the next segment
+    nowhere: set[int] = field(default_factory=set)  # directories whose place was not known at the last look
 
 
 class Journal:
@@ -107,6 +108,7 @@ class Journal:
             )  # fmt: skip
             segment = _Segment(manifest.Packer(head))
             self._look_at_all(segment, notes)
+            self._lose_track_of(segment)
             self._put(segment, chain, begun)
             return True
 
@@ -163,6 +165,7 @@ class Journal:
                     stack.close()
                     directory = note.ino
                     fd = self._open_directory(directory)
+                    segment.nowhere.discard(directory)
                     if fd >= 0:
                         stack.callback(os.close, fd)
                         ident = self._tell(segment, fd)
@@ -170,7 +173,9 @@ class Journal:
                     present = self._look_at_name(segment, fd, directory, ident, note.name, final)
                     if not present and final:
                         segment.left.add(key)
-                elif self._is_somewhere(directory):
+                elif self._kit.index.get_dir(directory) is not None:
+                    # It has not been removed, as far as is known: it is tried again.
+                    segment.nowhere.add(directory)
                     segment.left.add(key)
 
     def _tell(self, segment: _Segment, fd: int) -> str:
@@ -238,21 +243,19 @@ class Journal:
         if os.fstat(fd).st_ino != ino:
             os.close(fd)
             return -1
-        self._nowhere.pop(ino, None)
         return fd
 
-    def _is_somewhere(self, ino: int) -> bool:
-        """A directory that could not be opened has not been removed, as far as is known: try again later. One
-        that stays away was moved behind the mount's back: then the tree is walked."""
-        if self._kit.index.get_dir(ino) is None:
-            return False
-        self._nowhere[ino] = self._nowhere.get(ino, 0) + 1
-        if self._nowhere[ino] <= _PATIENCE:
-            return True
-        del self._nowhere[ino]
-        log.warning("directory %d is not where it was last seen: the tree is journalled anew", ino)
+    def _lose_track_of(self, segment: _Segment) -> None:
+        """Directories that stay away, from one flush to the next, were moved behind the mount's back: their
+        notes are dropped, and the tree is walked."""
+        self._nowhere = {ino: self._nowhere.get(ino, 0) + 1 for ino in segment.nowhere}
+        lost = {ino for ino, flushes in self._nowhere.items() if flushes > _PATIENCE}
+        if not lost:
+            return
+        log.warning("%d directories are not where they were last seen: the tree is journalled anew", len(lost))
+        segment.left = {key for key in segment.left if key[0] not in lost}
+        self._nowhere = {ino: flushes for ino, flushes in self._nowhere.items() if ino not in lost}
         self.lost_track = True
-        return False
 
     def _give_up(self, reason: str) -> None:
         """Drop the notes. What is written from now on does not continue what was written so far."""

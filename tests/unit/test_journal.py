@@ -224,6 +224,42 @@ def test_after_a_session_that_ended_without_order_the_tree_is_walked(begun):
     assert begun.told() == begun.there()
 
 
+def test_a_directory_that_is_being_renamed_is_waited_for_however_many_names_in_it_have_changed(
+    begun, monkeypatch
+):
+    begun.mkdir("d")
+    begun.mkdir("removed")
+    for number in range(3 * journal_module._PATIENCE):
+        begun.write(f"d/{number}", b"x")
+        begun.write(f"removed/{number}", b"x")
+    root, opened = begun.volume.tree.root_ino, begun.journal._open_directory
+    with monkeypatch.context() as patched:
+        patched.setattr(begun.journal, "_open_directory", lambda ino: opened(ino) if ino == root else -1)
+        begun.journal.flush()
+    assert not begun.journal.lost_track and len(begun.journal._nowhere) == 2
+    for number in range(3 * journal_module._PATIENCE):
+        begun.run("unlink", *begun.above(f"removed/{number}"))
+    begun.run("rmdir", *begun.above("removed"))
+    begun.journal.flush()
+    assert not begun.journal.lost_track and not begun.journal._nowhere
+    assert begun.told() == begun.there()
+
+
+def test_for_a_directory_that_stays_away_the_tree_is_walked(begun):
+    """Moved behind the mount; with it, not one note is kept for ever."""
+    begun.mkdir("d")
+    begun.write("d/file", b"x")
+    begun.volume.tier.drain()
+    os.rename(begun.volume.path("d"), begun.volume.path("moved"))
+    for _ in range(journal_module._PATIENCE):
+        begun.journal.flush()
+        assert not begun.journal.lost_track
+    begun.journal.flush()
+    assert begun.journal.lost_track and begun.snapshots.due and not begun.journal._nowhere
+    begun.snapshots.take()
+    assert not begun.snapshots.due and begun.told() == begun.there()
+
+
 def test_until_there_is_a_snapshot_the_store_is_behind(begun):
     """Segments alone tell of no file that was there before: nobody may believe that all is in the store."""
     begun.restart(clean=False)
