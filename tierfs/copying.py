@@ -396,6 +396,8 @@ def _put_copy(item: Item, taken: Taken, w: Writer) -> Record:
     if (before is None) != (item.record is None):
         raise BusyError(CHANGED)
     if before is None:
+        if not os.fstat(item.fd).st_nlink:
+            raise BusyError(CHANGED)  # the mark of its end is in the index: nobody would end it once more
         before = Record(
             item.ino, item.handle, item.fid, taken.copy.generation, parent=item.parent, name=item.name
         )

@@ -269,6 +269,8 @@ class Settler:
             copy = replace(copy, mtime=shown.mtime, ctime=shown.ctime, custody=custody)
             w.put(_resident(record, st, copy, shown.own_ctime))
             return
+        if not st.st_nlink:
+            return  # the mark of its end is in the index, or will be: a record would be there for ever
         twin = self._kit.holder(stub.fid)
         if twin is not None and twin.ino != arrival.ino and twin.handle != handle:
             # Two inodes with one file id: this one, a copy made behind our back, gets an id of its own.

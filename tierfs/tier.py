@@ -184,7 +184,8 @@ class Tier:
 
     def _once_more(self, batch: list[Item], cancelled: threading.Event) -> None:
         """An order is tried twice where only the survey, or a moment's use, came in between."""
-        again = [item for item in batch if item.ordered and item.reason == CHANGED and item.fd >= 0]
+        changed = [item for item in batch if item.ordered and item.reason == CHANGED and item.fd >= 0]
+        again = [item for item in changed if os.fstat(item.fd).st_nlink]
         for item in again:
             record = self.kit.index.get(item.ino)
             item.record = record if record is not None and record.handle == item.handle else None

@@ -14,6 +14,7 @@ import pytest
 from tierfsd.backend import TierBackend
 from tierfsd.reach import Target
 
+from tierfs import failpoints
 from tierfs.errors import IndexError_, VolumeError
 from tierfs.kit import GONE
 from tierfs.marks import Mark
@@ -79,6 +80,60 @@ def test_a_file_that_goes_while_it_is_copied_is_gone(volume, monkeypatch):
     monkeypatch.setattr(volume.store, "put", put)
     assert reasons(volume.demote("a")) == [GONE]
     assert not volume.tier.kit.troubles.list()
+
+
+def test_a_file_that_goes_while_it_is_copied_gets_no_record_after_its_end(volume, monkeypatch):
+    """The mark of its end has been applied: the record would stay, and its object, for ever."""
+    volume.server.create(volume.path("a"), b"a" * 5000)
+    item, real, puts = volume.item("a"), volume.store.put, []
+
+    def put(key, body, size):
+        puts.append(key)
+        if len(puts) == 1:
+            volume.server.unlink(volume.path("a"))
+            volume.tier.drain()
+            assert volume.index.get(item.ino) is None
+        return real(key, body, size)
+
+    monkeypatch.setattr(volume.store, "put", put)
+    assert reasons(volume.tier.demote([item])) == [GONE]
+    assert len(puts) == 1 and volume.index.get(item.ino) is None and volume.index.totals().files == 0
+
+
+def test_a_file_that_goes_before_the_first_record_of_it_is_made_gets_none(volume, monkeypatch):
+    with open(volume.path("a"), "wb") as out:  # behind the mount: there is no mark of it
+        out.write(b"a" * 5000)
+    item, commit = volume.item("a"), volume.tier._copier._commit
+
+    def late(taken):
+        if os.path.exists(volume.path("a")):
+            os.unlink(volume.path("a"))
+        commit(taken)
+
+    monkeypatch.setattr(volume.tier._copier, "_commit", late)
+    assert reasons(volume.tier.demote([item])) == [GONE]
+    assert volume.index.get(item.ino) is None and volume.index.totals().files == 0
+
+
+def test_a_stub_that_goes_while_its_content_arrives_gets_no_record_after_its_end(volume, monkeypatch):
+    volume.server.create(volume.path("a"), b"a" * 5000)
+    assert volume.demote("a")[0].demoted
+    ino, hit, gone = os.stat(volume.path("a")).st_ino, failpoints.hit, threading.Event()
+
+    def between(point):
+        if point == failpoints.FILL_CLEARED:
+            volume.server.unlink(volume.path("a"))
+            volume.tier.drain()
+            assert volume.index.get(ino) is None
+            gone.set()
+        hit(point)
+
+    monkeypatch.setattr(failpoints, "hit", between)
+    assert volume.server.read(volume.path("a")) == b"a" * 5000
+    assert gone.wait(10)
+    while volume.tier.filler.arrival(ino) is not None:
+        time.sleep(0.01)
+    assert volume.index.get(ino) is None and volume.index.totals().files == 0 and not volume.index.pending()
 
 
 def test_a_file_that_goes_while_it_is_looked_at_is_gone(volume, monkeypatch):
