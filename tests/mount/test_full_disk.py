@@ -284,6 +284,8 @@ def test_a_mover_that_dies_on_a_full_disk_is_replaced(small: Volume, disk: Path)
     while read_runtime(str(small.state)).get("pids", before)["mover"] == before["mover"]:
         assert time.monotonic() < deadline, small.log()
         time.sleep(0.05)
+    assert os.path.ismount(small.mountpoint)
+    (disk / "filler").unlink()  # the new one may have to write before it can answer
     after = small.status()["pids"]
     assert read_runtime(str(small.state))["pids"] == after
     assert (after["supervisor"], after["server"]) == (before["supervisor"], before["server"])
