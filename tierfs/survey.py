@@ -7,12 +7,13 @@ rule 16). A survey that is cut short begins anew: what it has recorded is only l
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import stat
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Set
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
@@ -27,7 +28,7 @@ from tierfs.model import Copy, Record, Residency, new_fid
 from tierfs.past import Ending
 from tierfs.places import join
 from tierfs.tier import Tier
-from tierfs.tree import fd_path
+from tierfs.tree import Tree, fd_path
 
 log = logging.getLogger("survey")
 
@@ -207,26 +208,33 @@ class Survey:
         self._flush()
 
     def _forget_unseen(self) -> None:
-        """Records of files that are not there any more: their marks were lost."""
-        if not self._kit.tree.privileged:
-            return
-        start = 0
-        while True:
-            page = list(self._kit.index.records(start))
-            for record in page:
-                if record.ino not in self._seen and self._is_gone(record):
-                    self._commit(partial(_forget, record))
-            self._flush()
-            if not page or self._stopping.is_set():
-                return
-            start = page[-1].ino + 1
+        for record in gone(self._kit, self._seen):
+            self._commit(partial(forget_gone, record))
+            if self._stopping.is_set():
+                break
+        self._flush()
 
-    def _is_gone(self, record: Record) -> bool:
-        try:
-            os.close(self._kit.tree.open_handle(record.handle, os.O_PATH))
-        except OSError:
-            return True
-        return False
+
+def gone(kit: Kit, seen: Set[int]) -> Iterator[Record]:
+    """Records of files that are not there any more, among those that were not seen: their marks were lost.
+
+    None where the tree cannot be asked for a file by its handle. Raises IndexError_, OSError.
+    """
+    start, more = 0, kit.tree.privileged
+    while more:
+        page = list(kit.index.records(start))
+        yield from (record for record in page if record.ino not in seen and _is_gone(kit.tree, record))
+        start, more = (page[-1].ino + 1, True) if page else (0, False)
+
+
+def _is_gone(tree: Tree, record: Record) -> bool:
+    try:
+        os.close(tree.open_handle(record.handle, os.O_PATH))
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ESTALE):
+            raise
+        return True
+    return False
 
 
 def fresh_record(kit: Kit, opath: int, st: os.stat_result, handle: bytes, parent: int, name: bytes) -> Record:
@@ -287,7 +295,8 @@ def put_instead(before: Record | None, record: Record, w: Writer) -> None:
         w.put(record)
 
 
-def _forget(before: Record, w: Writer) -> None:
+def forget_gone(before: Record, w: Writer) -> None:
+    """Unless the inode's number is another file's by now."""
     record = w.get(before.ino)
     if record is not None and record.handle == before.handle:
         forget(w, record, Ending(time.time_ns()))

@@ -20,11 +20,14 @@ from tierfs.places import join
 from tierfs.readback import Pace, Pass, Place, load_place
 from tierfs.recovery import CHECKS, Case, Found, check_object, finish_pending
 from tierfs.store.priority import Priority, priority
+from tierfs.survey import forget_gone, gone
 from tierfs.tier import Tier
 from tierfsd.control_server import Job
 
 _READERS = 8  # small copies at once
 _MOST = 50_000  # findings in one answer
+_MOMENT = 0.5  # seconds
+
 
 @dataclass(frozen=True, slots=True)
 class Reading:
@@ -47,12 +50,11 @@ def check(tier: Tier, repair: bool, reading: Reading | None, job: Job) -> contro
     findings: list[control.Finding] = []
     referred: set[str] = set()
     bad: set[str] = set()
-    files = 0
-    for case in _cases(tier, repair, reading is not None, findings):
+    seen: set[int] = set()
+    for case in _cases(tier, repair, reading is not None, findings, seen):
         if job.cancelled.is_set():
             break
-        files += 1
-        job.report(control.Progress(files, max(files, total), 0, 0, case.path))
+        job.report(control.Progress(len(seen), max(len(seen), total), 0, 0, case.path))
         for each in CHECKS:
             found = [_finding(one) for one in each(case)]
             findings += found
@@ -63,7 +65,9 @@ def check(tier: Tier, repair: bool, reading: Reading | None, job: Job) -> contro
         if case.record is not None and case.record.copy is not None:
             last = case.record.copy
             referred.add(object_key(case.record.fid, last.generation, last.tag))
+    files = len(seen)
     if not job.cancelled.is_set():
+        findings += [_finding(found) for found in _gone(tier, repair, seen)]
         findings += [_finding(found) for found in _totals(tier, repair)]
         findings += [_finding(found) for found in _orphans(tier, repair, referred)]
     resumed, place = Place(), Place()
@@ -122,10 +126,11 @@ def _finding(found: Found) -> control.Finding:
     return control.Finding(found.what, found.path, found.repaired)
 
 
-def _cases(tier: Tier, repair: bool, read_data: bool, findings: list[control.Finding]) -> Iterator[Case]:
-    """Every regular file of the tree, once for each inode."""
+def _cases(
+    tier: Tier, repair: bool, read_data: bool, findings: list[control.Finding], seen: set[int]
+) -> Iterator[Case]:
+    """Every regular file of the tree, once for each inode, which is then `seen`."""
     kit = tier.kit
-    seen: set[int] = set()
     pending = [b""]
     while pending:
         directory = pending.pop()
@@ -158,6 +163,23 @@ def _case(tier: Tier, path: bytes, opath: int, st: os.stat_result, repair: bool,
     if record is not None and record.handle != tier.kit.tree.handle_of(opath):
         record = None
     return Case(tier.kit, path, opath, st, tier.kit.tree.read_stub(opath), record, repair, read_data)
+
+
+def _gone(tier: Tier, repair: bool, seen: set[int]) -> Iterator[Found]:
+    """Records of files that are not there any more: each is counted for ever, and keeps its objects."""
+    found = list(gone(tier.kit, seen))
+    if found:
+        time.sleep(_MOMENT)  # what was removed just now has its mark by then
+        tier.drain()
+    for record in found:
+        now = tier.kit.index.get(record.ino)
+        if now is None or now.handle != record.handle:
+            continue
+        if repair:
+            tier.kit.index.commit(partial(forget_gone, record)).result()
+        above = tier.places.directory(record.parent) if record.parent else None
+        path = join(above.path, record.name) if above is not None else record.name
+        yield Found("the index has a file that is not there any more", path, repair)
 
 
 def _totals(tier: Tier, repair: bool) -> Iterator[Found]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from dataclasses import replace
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from tierfsd import checking
 from tiering import Job
 
-from tierfs import recovery
+from tierfs import recovery, survey
 from tierfs.codec import pack_record, unpack_record
 from tierfs.digests import SIDE_SUFFIX
 from tierfs.errors import IndexError_
@@ -167,6 +168,36 @@ def test_an_object_that_nothing_refers_to_is_buried(filled):
     assert key in {buried for _, buried in filled.index.tombstones(1 << 62)}
 
 
+def test_a_record_of_a_file_that_is_gone_goes_and_keeps_no_object(filled, needs_root):
+    """The mark of its end was lost: nothing else would ever ask for it."""
+    record = filled.record("clean")
+    key = object_key(record.fid, record.copy.generation, record.copy.tag)
+    os.unlink(filled.path("clean"))
+    assert words(run(filled)) == [(b"clean", False)]
+    assert filled.index.get(record.ino) == record
+    bury_the_defect(filled)
+    assert filled.index.get(record.ino) is None and filled.index.totals().files == 2
+    assert key in {buried for _, buried in filled.index.tombstones(1 << 62)}
+
+
+def test_what_is_removed_during_a_check_is_no_finding(filled, monkeypatch):
+    def found(_kit, _seen):
+        yield filled.record("clean")
+        filled.server.unlink(filled.path("clean"))
+
+    monkeypatch.setattr(checking, "gone", found)
+    assert list(checking._gone(filled.tier, True, set())) == []
+
+
+def test_what_cannot_be_asked_for_is_not_taken_for_gone(filled, monkeypatch):
+    def refused(_handle, _flags):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(filled.tier.kit.tree, "open_handle", refused)
+    with pytest.raises(OSError, match="Too many open files"):
+        list(survey.gone(filled.tier.kit, set()))
+
+
 def test_what_others_put_into_the_bucket_is_theirs(filled):
     strange = ["data/readme.txt", "data/ab", "data/ab/cd/ef-01", "data/a/b/c/d/e"]
     for key in strange:
@@ -257,7 +288,7 @@ DEFECTS = {
 
 
 def found_alone(volume, check, repair=False):
-    found = [f for case in checking._cases(volume.tier, repair, False, []) for f in check(case)]
+    found = [f for case in checking._cases(volume.tier, repair, False, [], set()) for f in check(case)]
     return [(f.path, f.repaired) for f in found]
 
 
@@ -271,7 +302,7 @@ def test_what_is_just_being_made_to_agree_is_no_finding(filled):
     assert found_alone(filled, recovery.check_record) == []
     filled.index.commit(lambda w: w.drop_pending(ino)).result()
     assert found_alone(filled, recovery.check_record) == [(b"clean", False)]
-    (case,) = [case for case in checking._cases(filled.tier, False, False, []) if case.path == b"clean"]
+    (case,) = [case for case in checking._cases(filled.tier, False, False, [], set()) if case.path == b"clean"]
     filled.index.commit(lambda w: w.put(before)).result()
     assert list(recovery.check_record(case)) == []
     # Moved and moved back since the look: its record is as it was.
