@@ -142,7 +142,3 @@ def _keep_traceback() -> str:
     except OSError as exc:
         return f"its log cannot be written to {path}: {exc.strerror}"
     return f"see {path}"
-
-
-if __name__ == "__main__":
-    main()

@@ -312,7 +312,7 @@ def test_umount_wait_names_what_is_not_in_the_store_and_keeps_the_mount(run, dae
 
 
 def test_output_into_a_closed_pipe_is_no_traceback():
-    command = [sys.executable, "-m", "tierfs.cli", "--help"]
+    command = [sys.executable, "-m", "tierfs", "--help"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()
     assert b"Traceback" not in process.stderr.read()
@@ -335,6 +335,30 @@ locate.read_mounts = read_mounts
 sys.argv = ["tierfs", "status"]
 cli.main()
 """
+
+
+EARLY = """
+import sys, time
+
+class Slow:
+    def find_spec(self, name, path=None, target=None):
+        if name == "click":
+            print("begun", flush=True)
+            time.sleep(60)
+
+sys.meta_path.insert(0, Slow())
+from tierfs.__main__ import main
+main()
+"""
+
+
+def test_ctrl_c_at_once_is_no_traceback():
+    command = [sys.executable, "-c", EARLY]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"begun\n"
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+    assert (out, err, process.returncode) == (b"", b"", 130)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ LAYERS = [
     {"transfer", "volume", "ownership", "namespace", "ledger"},
     {"tier", "recovery", "gate"},
     {"vfs", "control", "adoption", "launch", "restoring", "viewing"},
-    {"fuse", "cli", "commands", "terminal"},
+    {"fuse", "__main__", "cli", "commands", "terminal"},
     {"tierfsd"},
 ]
 FAMILIES = [
@@ -28,7 +28,7 @@ FAMILIES = [
     {"datafile", "pages"},
     {"volume", "ownership"},
     {"wire", "channel"},
-    {"cli", "commands", "terminal"},
+    {"__main__", "cli", "commands", "terminal"},
     {"control", "locate"},
     {"tier", "recovery"},
     {"restoring", "viewing"},
