@@ -50,6 +50,8 @@ _BATCH_BYTES = 256 << 20
 _ORDERS = 16  # files being fetched on order
 _ASK_AGAIN_SECONDS = 2.0
 _CLAIM_SECONDS = (0.05, 0.2, 0.5)
+_PATIENCE = 60.0  # seconds that an order waits for files that others work on, all in all
+_BUSY = "is being worked on"
 
 
 class Tier:
@@ -117,6 +119,19 @@ class Tier:
     ) -> list[Item]:
         """Copy out what is dirty and (`punch`) free its blocks. The items come back, with reasons."""
         stop = cancelled if cancelled is not None else threading.Event()
+        done = self._in_batches(items, stop, punch, report)
+        until = time.monotonic() + _PATIENCE
+        for item in [item for item in done if _is_held_up(item)]:
+            while _is_held_up(item) and self._comes_free(item.ino, until, stop):
+                item.reason = ""
+                self._in_batches([item], stop, punch, report)
+            if _is_held_up(item):
+                self._tell([item], report)
+        return done
+
+    def _in_batches(
+        self, items: Iterable[Item], stop: threading.Event, punch: bool, report: Report | None
+    ) -> list[Item]:
         futures: list[tuple[list[Item], Future[None]]] = [
             (batch, self._batches.submit(self._batch, batch, stop, punch, report)) for batch in _batched(items)
         ]
@@ -146,7 +161,7 @@ class Tier:
                     claimed.append(item.ino)
                     self._prepare(item, punch)
                 else:
-                    item.stay("is being worked on")
+                    item.stay(_BUSY)
             self._copier.bring_up(batch, cancelled)
             self._once_more(batch, cancelled)
             going = [item for item in batch if item.going]
@@ -160,7 +175,15 @@ class Tier:
                 item.close()
             for ino in claimed:
                 self.kit.claims.give(ino)
-            self._tell(batch, report)
+            self._tell([item for item in batch if not _is_held_up(item)], report)
+
+    def _comes_free(self, ino: int, until: float, stop: threading.Event) -> bool:
+        """Wait until nobody works on an inode. For one at a time, while none is claimed: batches hold many."""
+        while not stop.is_set() and time.monotonic() < until:
+            if self._claim(ino):
+                self.kit.claims.give(ino)
+                return True
+        return False
 
     def _is_fenced(self, batch: list[Item]) -> bool:
         """Another machine has the store: it may remove what copies here rely on, so nothing leaves any more."""
@@ -386,6 +409,11 @@ def _begin(root_ino: int, w: Writer) -> None:
 def _is_young(st: os.stat_result, age: float) -> bool:
     now = time.time()
     return is_young(st.st_mtime, now, age) or is_young(st.st_ctime, now, age)
+
+
+def _is_held_up(item: Item) -> bool:
+    """Somebody named it, and it is only that others work on it just now: as when it is being replicated."""
+    return item.ordered and item.reason == _BUSY
 
 
 def _batched(items: Iterable[Item]) -> Iterator[list[Item]]:

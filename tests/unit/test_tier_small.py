@@ -15,6 +15,7 @@ from tierfsd.backend import TierBackend
 from tierfsd.reach import Target
 
 from tierfs import failpoints
+from tierfs import tier as tier_module
 from tierfs.errors import IndexError_, VolumeError
 from tierfs.kit import GONE
 from tierfs.marks import Mark
@@ -525,3 +526,37 @@ def test_a_store_that_was_taken_while_a_file_was_copied_frees_nothing(volume):
     (item,) = volume.demote("a")
     assert not item.demoted and item.failed and "'other'" in item.reason
     assert volume.stub("a") is None and os.stat(volume.path("a")).st_blocks
+
+
+def test_an_order_waits_for_who_works_on_a_file_holding_no_other(volume, monkeypatch):
+    """As while it is being replicated: "is being worked on" is of no use to whoever ordered it."""
+    for name in ("a", "b"):
+        volume.server.create(volume.path(name), b"x" * 50_000)
+    claims, claim, tries = volume.tier.kit.claims, volume.tier._claim, []
+    a, b = (os.stat(volume.path(name)).st_ino for name in ("a", "b"))
+    told = []
+
+    def tried(ino):
+        tries.append(ino)
+        if tries.count(a) == 2:
+            assert claims.take(b), "what was to be done with the other is done"
+            claims.give(b)
+            claims.give(a)
+        return claim(ino)
+
+    monkeypatch.setattr(volume.tier, "_claim", tried)
+    assert claims.take(a)
+    items = volume.demote("a", "b", report=lambda item: told.append((item.ino, item.reason)))
+    assert [item.demoted for item in items] == [True, True]
+    assert sorted(told) == sorted([(a, ""), (b, "")])
+    assert claims.take(a) and claims.take(b)
+
+
+def test_an_order_does_not_wait_for_ever(volume, monkeypatch):
+    volume.server.create(volume.path("a"), b"x" * 50_000)
+    monkeypatch.setattr(tier_module, "_PATIENCE", 0.1)
+    told = []
+    assert volume.tier.kit.claims.take(os.stat(volume.path("a")).st_ino)
+    (item,) = volume.demote("a", report=lambda item: told.append(item.reason))
+    assert (item.demoted, item.reason) == (False, "is being worked on")
+    assert told == ["is being worked on"]
