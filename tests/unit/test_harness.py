@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import harness
 
@@ -19,18 +18,20 @@ time.sleep(60)
 """
 
 
-def test_what_a_killed_run_has_left_is_cleared_away_by_the_next(tmp_path: Path) -> None:
-    env = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": str(harness.REPO / "tests")}
+def test_what_a_killed_run_has_left_is_cleared_away_by_the_next(area: harness.Scratch) -> None:
+    place = area.path / "runs"  # where a kill of this very test is seen to, too
+    place.mkdir()
+    env = {**os.environ, "TMPDIR": str(place), "PYTHONPATH": str(harness.REPO / "tests")}
     with subprocess.Popen([sys.executable, "-c", RUN], stdout=subprocess.PIPE, text=True, env=env) as run:
         assert run.stdout is not None
         path, session, left = run.stdout.readline().split()
-        harness.clear_abandoned(tmp_path, young=0)
+        harness.clear_abandoned(place, young=0)
         assert harness.pids_with(harness.SESSION, session) == [int(left)]  # a run that lives keeps all
         run.send_signal(signal.SIGKILL)
         run.wait()
-    harness.clear_abandoned(tmp_path, young=60)
+    harness.clear_abandoned(place, young=60)
     assert os.path.isdir(path)  # it might be one that is about to be locked
-    harness.clear_abandoned(tmp_path, young=0)
+    harness.clear_abandoned(place, young=0)
     assert not os.path.exists(path)
     assert harness.wait_gone([int(left)], 10) == []
     assert not any(where.startswith(f"{path}/") for where, _ in harness.mounts())
