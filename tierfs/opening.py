@@ -157,8 +157,8 @@ class Opener:
             self._kit.tree.clear_stub(arrival.fd)
         os.fsync(arrival.fd)
         failpoints.hit(failpoints.OPEN_KEPT)
-        handle, st = self._kit.tree.handle_of(arrival.fd), os.fstat(arrival.fd)
-        self._kit.index.commit(partial(_put_foreign, handle, st, arrival.stub.generation)).result()
+        handle = self._kit.tree.handle_of(arrival.fd)
+        self._kit.index.commit(partial(_put_foreign, handle, arrival.fd, arrival.stub.generation)).result()
 
     def patiently(self, get: Callable[[], T], request: Request) -> T:
         """Try until the request's deadline while the store is away, and once more after wrong bytes.
@@ -189,8 +189,12 @@ def _put_resident(ino: int, w: Writer) -> None:
         w.put(replace(record, residency=Residency.RESIDENT))
 
 
-def _put_foreign(handle: bytes, st: os.stat_result, generation: int, w: Writer) -> None:
+def _put_foreign(handle: bytes, fd: int, generation: int, w: Writer) -> None:
+    st = os.fstat(fd)
     before = w.get(st.st_ino)
+    w.drop_pending(st.st_ino)
+    if not st.st_nlink and (before is None or before.handle != handle):
+        return  # the mark of its end is in the index: a record would be there for ever
     new = Record(
         st.st_ino, handle, new_fid(), generation, size=st.st_size, blocks=st.st_blocks, local=st.st_blocks * 512
     )
@@ -198,7 +202,6 @@ def _put_foreign(handle: bytes, st: os.stat_result, generation: int, w: Writer) 
         w.end(before, Ending(st.st_ctime_ns, deleted=False, mode=st.st_mode, uid=st.st_uid, gid=st.st_gid))
         new = replace(new, parent=before.parent, name=before.name)
     w.put(new)
-    w.drop_pending(st.st_ino)
 
 
 def current(w: Writer, arrival: Arrival) -> Record | None:

@@ -22,7 +22,7 @@ from tierfs.index import Writer
 from tierfs.kit import WRITE_FLAGS, Kit, read_exactly
 from tierfs.model import Copy, Record, Residency, Stub
 from tierfs.readback import Pace, Ref, doubt_copy, drop_copy, examine, presence
-from tierfs.survey import fresh_record, put_instead
+from tierfs.survey import fresh_record, put_instead, put_new
 from tierfs.tier import Tier
 
 log = logging.getLogger("recovery")
@@ -239,7 +239,10 @@ def _record(case: Case) -> bool:
         twin = kit.holder(record.fid)
         if twin is not None and twin.ino != record.ino:
             return False  # a copy of a stub has no record until it is fetched
-        kit.index.commit(partial(put_instead, case.record, record)).result()
+        if case.record is None:
+            kit.index.commit(partial(put_new, record, case.fd, None)).result()
+        else:
+            kit.index.commit(partial(put_instead, case.record, record)).result()
         made = kit.index.get(record.ino)
         return made is not None and made.handle == handle and made.fid == record.fid
     except OSError as error:

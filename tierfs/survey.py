@@ -10,11 +10,13 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import resource
 import stat
 import threading
 import time
 from collections.abc import Callable, Iterator, Set
 from concurrent.futures import Future
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 
@@ -32,7 +34,7 @@ from tierfs.tree import Tree, fd_path
 
 log = logging.getLogger("survey")
 
-_COMMITS = 512  # under way at once
+_COMMITS = 512  # under way at once; fewer where few descriptors may be open, of which a new record holds one
 _VERIFY = 64  # files compared in one batch
 _NO_CUSTODY = 0xFFFFFFFF
 _FIRST_GENERATION = 1  # below all that a mount hands out; 0 means refused
@@ -50,6 +52,7 @@ class Survey:
         self._seed = seed
         self._stopping = stopping
         self._futures: list[Future[None]] = []
+        self._most = max(1, min(_COMMITS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
         self._guesses: list[tuple[int, int, float]] = []
         self._doubtful: list[Item] = []
         self._seen: set[int] = set()
@@ -129,7 +132,7 @@ class Survey:
                     self._verify()
         if st.st_blocks:
             self._guesses.append((st.st_ino, st.st_blocks * 512, max(0.0, time.time() - st.st_atime)))
-        if len(self._futures) >= _COMMITS:
+        if len(self._futures) >= self._most:
             self._flush()
 
     def _is_doubtful(self, dirfd: int, name: bytes, record: Record, st: os.stat_result) -> bool:
@@ -151,8 +154,9 @@ class Survey:
             os.close(opath)
 
     def _new(self, dirfd: int, parent: int, name: bytes, st: os.stat_result, handle: bytes) -> None:
-        opath = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=dirfd)
-        try:
+        with ExitStack() as closing:
+            opath = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=dirfd)
+            closing.callback(os.close, opath)
             if os.fstat(opath).st_ino != st.st_ino:
                 return  # replaced just now, which has a mark
             try:
@@ -160,9 +164,9 @@ class Survey:
             except ForeignStubError as error:
                 self._kit.troubles.note(f"{os.fsdecode(fd_path(opath))}: {error}", st.st_ino)
                 return
-        finally:
-            os.close(opath)
-        self._commit(partial(put_new, record, self._kit.holder(record.fid)))
+            made = self._commit(partial(put_new, record, opath, self._kit.holder(record.fid)))
+            kept = closing.pop_all()  # the transaction looks at the file once more
+        made.add_done_callback(lambda _: kept.close())
 
     def _made_of_marks(self, dirfd: int, name: bytes, st: os.stat_result, before: Record) -> None:
         """In a new index marks are read again that are older than the stub: nothing writes to one before its
@@ -179,8 +183,10 @@ class Survey:
         if self._kit.holder(record.fid) is None:
             self._commit(partial(put_instead, before, record))
 
-    def _commit(self, run: Callable[[Writer], None]) -> None:
-        self._futures.append(self._kit.index.commit(run))
+    def _commit(self, run: Callable[[Writer], None]) -> Future[None]:
+        future = self._kit.index.commit(run)
+        self._futures.append(future)
+        return future
 
     def _flush(self) -> None:
         """Wait for what was submitted, and hand on the guesses of heat."""
@@ -273,9 +279,9 @@ def _put_dirty(ino: int, handle: bytes, w: Writer) -> None:
         w.put(transitions.wrote(record, record.generation + 1))
 
 
-def put_new(record: Record, twin: Record | None, w: Writer) -> None:
-    """Unless a mark was quicker. A second inode with a stub of the same file stays without a record until it
-    is fetched, and then gets an id of its own."""
+def put_new(record: Record, opath: int, twin: Record | None, w: Writer) -> None:
+    """Unless a mark was quicker, or the file has no name any more. A second inode with a stub of the same file
+    stays without a record until it is fetched, and then gets an id of its own."""
     before = w.get(record.ino)
     if before is not None and before.handle == record.handle:
         return
@@ -283,15 +289,19 @@ def put_new(record: Record, twin: Record | None, w: Writer) -> None:
         return
     if before is not None:
         forget(w, before, Ending(time.time_ns()))
-    w.put(record)
+    if _is_named(opath):
+        w.put(record)
 
 
-def put_instead(before: Record | None, record: Record, w: Writer) -> None:
+def _is_named(opath: int) -> bool:
+    """Asked in the transaction that makes a record of the file: if it has a name, the mark of its end has yet
+    to come. If it has none, that may be in the index already, and the record would be there for ever."""
+    return os.fstat(opath).st_nlink > 0
+
+
+def put_instead(before: Record, record: Record, w: Writer) -> None:
     """Unless a mark, or work on the file, was quicker."""
-    now = w.get(record.ino)
-    if now is not None and now.handle != record.handle:
-        now = None
-    if now == before:
+    if w.get(record.ino) == before:
         w.put(record)
 
 

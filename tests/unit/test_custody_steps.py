@@ -11,11 +11,13 @@ import threading
 import time
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 from tiering import MIB, Volume
 
 from tierfs import failpoints
+from tierfs import survey as survey_module
 from tierfs.copying import CHANGED, _put_copy
 from tierfs.digests import SIDE_SUFFIX, leaf_digests, unpack_side
 from tierfs.errors import BusyError, StoreUnavailableError
@@ -478,6 +480,24 @@ def test_a_look_that_is_cut_short_while_it_compares_begins_anew(volume, monkeypa
     survey = Survey(volume.tier, lambda guesses: None, stopping)
     monkeypatch.setattr(survey, "_forget_unseen", stopping.set)
     assert not survey.run() and not volume.index.surveyed
+
+
+def test_a_file_that_goes_while_it_is_looked_at_gets_no_record_after_its_end(volume, monkeypatch):
+    Path(volume.path("a")).write_bytes(b"made behind the mount")
+    real, looked = survey_module.fresh_record, []
+
+    def late(kit, opath, *rest):
+        record = real(kit, opath, *rest)
+        volume.server.unlink(volume.path("a"))
+        volume.tier.drain()
+        looked.append(opath)
+        return record
+
+    monkeypatch.setattr(survey_module, "fresh_record", late)
+    assert Survey(volume.tier, lambda guesses: None, threading.Event()).run()
+    assert looked and volume.index.totals().files == 0 and list(volume.index.records(0)) == []
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(looked[0])
 
 
 def test_the_look_leaves_stubs_whose_attributes_were_changed_alone(volume):

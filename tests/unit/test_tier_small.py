@@ -137,6 +137,26 @@ def test_a_stub_that_goes_while_its_content_arrives_gets_no_record_after_its_end
     assert volume.index.get(ino) is None and volume.index.totals().files == 0 and not volume.index.pending()
 
 
+def test_what_was_written_over_and_goes_while_it_is_kept_gets_no_record_after_its_end(volume, monkeypatch):
+    volume.server.create(volume.path("a"), b"a" * 5000)
+    assert volume.demote("a")[0].demoted
+    ino, hit = os.stat(volume.path("a")).st_ino, failpoints.hit
+    with open(volume.path("a"), "r+b") as file:  # behind the mount
+        file.write(b"b" * 5000)
+
+    def between(point):
+        if point == failpoints.OPEN_KEPT:
+            volume.server.unlink(volume.path("a"))
+            volume.tier.drain()
+            assert volume.index.get(ino) is None
+        hit(point)
+
+    monkeypatch.setattr(failpoints, "hit", between)
+    volume.fetch("a")
+    assert not os.path.exists(volume.path("a")) and volume.index.get(ino) is None
+    assert volume.index.totals().files == 0 and not volume.index.pending()
+
+
 def test_a_file_that_goes_while_it_is_looked_at_is_gone(volume, monkeypatch):
     volume.server.create(volume.path("a"), b"a" * 5000)
 
