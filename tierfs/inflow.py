@@ -68,13 +68,7 @@ class Content:
         self.stub = stub
         self.size = size
         self.shown = (0, 0)  # mtime and ctime (ns) that the file showed when it was opened
-        count = leaf_count(size)
-        self.present = bytearray(count)
-        if bits is not None:
-            for leaf in range(min(count, len(bits) * 8)):
-                if bits[leaf >> 3] >> (leaf & 7) & 1:
-                    self.present[leaf] = 1
-        self.missing = self.present.count(0)
+        self.believe(bits)
         self.flights: list[Flight] = []
         self.waits: list[Waiting] = []
         self.passages = Passages()
@@ -83,6 +77,16 @@ class Content:
         self.idle: Wait | None = None
         self.closing = False  # a truncation waits for the flights to end: nothing new is asked for
         self.whole_asked = False
+
+    def believe(self, bits: bytes | None) -> None:
+        """These leaves are local, and no others; `bits` as above."""
+        count = leaf_count(self.size)
+        self.present = bytearray(count)
+        if bits is not None:
+            for leaf in range(min(count, len(bits) * 8)):
+                if bits[leaf >> 3] >> (leaf & 7) & 1:
+                    self.present[leaf] = 1
+        self.missing = self.present.count(0)
 
     @property
     def settling(self) -> bool:

@@ -140,6 +140,8 @@ class MoverLink:
 
     def _on_settled(self, message: wire.Settled) -> None:
         inode = self._states.inodes.get(message.ino)
+        if inode is not None and message.lost:
+            self._states.disbelieve(inode)
         self._inflow.settled(message)
         if inode is not None and not message.errno:
             inode.content, inode.shown = None, None

@@ -97,8 +97,7 @@ class Opener:
         if record is not None and record.residency is Residency.PARTIAL and digests:
             bits = kit.index.get_bits(ino)
         leaves = leaves_from_bits(st.st_size, bits)
-        data = kit.tree.extents(fd, st.st_size) if st.st_blocks else []
-        suspect = outside(data, leaves, st.st_size)
+        data, suspect = self._data_of(fd, st, leaves)
         shown = shown_times(record, copy, st, request.shown if kit.index.is_pending(ino) else None)
         arrival = Arrival(
             ino, stub, st.st_size, fd, record, shown, digests, extents, suspect, leaves, fresh=bits is None
@@ -108,6 +107,17 @@ class Opener:
             self._take_over(arrival)
             raise AlreadyResident
         return arrival
+
+    def _data_of(self, fd: int, st: os.stat_result, leaves: bytearray) -> tuple[Extents, Extents]:
+        """Where the file has data, and where it does in leaves that are not known to be here."""
+        tree = self._kit.tree
+        data = tree.extents(fd, st.st_size) if st.st_blocks else []
+        suspect = outside(data, leaves, st.st_size)
+        if not suspect:
+            return data, suspect
+        tree.read_anew(fd)
+        data = tree.extents(fd, st.st_size)
+        return data, outside(data, leaves, st.st_size)
 
     def _record(self, ino: int, fd: int, stub: Stub) -> Record | None:
         """The index's record, if it is of this very stub."""

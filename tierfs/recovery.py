@@ -88,6 +88,7 @@ def _finish(tier: Tier, ino: int) -> None:
 def _finish_open(kit: Kit, fd: int, record: Record, copy: Copy) -> None:
     """Under the guard. The attribute is gone: resident. All blocks are the copy's: resident again. No data: a
     stub whose times may have to be put back. Anything between stays a stub, and fetching it compares pages."""
+    kit.tree.read_anew(fd)  # a write that failed may be why there was a crash
     st, stub = os.fstat(fd), kit.tree.read_stub(fd)
     if stub is None:
         os.fsync(fd)

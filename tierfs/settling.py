@@ -173,7 +173,7 @@ class Settler:
         try:
             os.fdatasync(arrival.fd)
         except OSError as error:
-            self._kit.troubles.note(f"inode {arrival.ino}: {error.strerror}", arrival.ino)
+            self._give_up(arrival, error, lost=True)
             return
         local = os.fstat(arrival.fd).st_blocks * 512
 
@@ -196,7 +196,7 @@ class Settler:
 
     def settle(self, batch: list[Arrival]) -> None:
         """Take these files through to RESIDENT. Raises BusyError where the server is gone, IndexError_."""
-        good = [arrival for arrival in batch if self._synced(arrival)]
+        good = [arrival for arrival in batch if not arrival.closed and self._synced(arrival)]
         for future in [self._kit.index.commit(partial(note_pending, a)) for a in good]:
             future.result()
         failpoints.hit(failpoints.FILL_SYNCED)
@@ -220,7 +220,7 @@ class Settler:
         try:
             os.fdatasync(arrival.fd)
         except OSError as error:
-            self._give_up(arrival, error)
+            self._give_up(arrival, error, lost=True)
             return False
         return True
 
@@ -283,17 +283,19 @@ class Settler:
         new = Record(arrival.ino, handle, stub.fid, stub.generation)
         w.put(_resident(new, st, copy, shown.own_ctime))
 
-    def _give_up(self, arrival: Arrival, error: Exception) -> None:
+    def _give_up(self, arrival: Arrival, error: Exception, lost: bool = False) -> None:
+        """`lost`: the disk has not taken what was written. The kernel says so once: pages stay in memory for
+        a while, and the next sync passes over them. So all of it that has no bit has to come anew."""
         number = error.errno if isinstance(error, OSError) and error.errno else errno.EIO
         name = self._kit.name_of(arrival.fd)
         self._kit.troubles.note(f"{name} could not be made resident: {error}", arrival.ino)
-        self._end(arrival, number, str(error))
+        self._end(arrival, number, str(error), lost)
 
-    def _end(self, arrival: Arrival, number: int, reason: str) -> None:
+    def _end(self, arrival: Arrival, number: int, reason: str, lost: bool = False) -> None:
         assert self.filler is not None
         self.filler.settled(arrival)
         try:
-            self._kit.server.send(wire.Settled(arrival.ino, number, reason))
+            self._kit.server.send(wire.Settled(arrival.ino, number, reason, lost))
         except BusyError:
             log.debug("the server is gone; a new one reads the attribute")
         self._kit.outcomes.tell(arrival.ino, number, reason)

@@ -112,6 +112,11 @@ class States:
             return None
         return index.get_bits(ino)
 
+    def disbelieve(self, inode: Inode) -> None:
+        """What has come of its content may not be there any more, but for what the index knows."""
+        if inode.content is not None:
+            inode.content.believe(self._bits_of(inode.content.stub, inode.ino))
+
     def leave(self, inode: Inode, opath: int) -> None:
         """Drop the state that nobody needs; `opath` is a descriptor that its owner is about to close."""
         if inode.opens or inode.backing_id or inode.guard is not None or self._inflow.busy(inode.ino):

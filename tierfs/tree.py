@@ -275,6 +275,12 @@ class Tree:
             found.append((start, at))
         return found
 
+    def read_anew(self, fd: int) -> None:
+        """Let go of what memory holds of the file and the disk should: what is read next is what is there. Of a
+        write that failed the pages stay in memory and look written, and before blocks that were never written
+        zeros that were read count as data (`extents`). Raises OSError."""
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
     def space(self) -> Space:
         """Room on the backing filesystem."""
         fs = os.fstatvfs(self.rootfd)

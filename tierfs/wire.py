@@ -162,11 +162,14 @@ class Settled(Message, frozen=True):
     """The file is resident for good: its stub attribute is durably gone and the index says RESIDENT.
 
     With an errno: all leaves may be here, but that could not be made final; a later whole fetch tries again.
+    `lost`: what has come is not to be believed either, but for what the index says is here: the disk did not
+    take it.
     """
 
     ino: int
     errno: int = 0
     reason: str = ""
+    lost: bool = False
 
 
 class Seal(Message, frozen=True):
