@@ -27,6 +27,7 @@ class Job:
 
     def __init__(self):
         self.cancelled = threading.Event()
+        self.awaited = True
         self.reports = []
 
     def report(self, progress):

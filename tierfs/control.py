@@ -239,7 +239,8 @@ class Status(Frame, frozen=True):
 
 
 class Progress(Frame, frozen=True):
-    """How far a request has come. `bytes_resumed`: of those done, what an earlier one did."""
+    """How far a request has come. `bytes_resumed`: of those done, what an earlier one did. `note`: what who
+    waits should know."""
 
     files_done: int
     files_total: int
@@ -247,6 +248,7 @@ class Progress(Frame, frozen=True):
     bytes_total: int
     path: bytes = b""
     bytes_resumed: int = 0
+    note: str = ""
 
 
 class Outcome(msgspec.Struct, frozen=True):

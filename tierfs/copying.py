@@ -66,6 +66,7 @@ class Item:
     tag: bytes = b""  # empty again once the copy is committed
     reason: str = ""
     failed: bool = False
+    away: bool = False  # the order ended since the store did not answer
     already: bool = False  # it is what it shall become
     again: bool = False  # a stub of which something is local
     demoted: bool = False

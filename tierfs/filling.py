@@ -23,7 +23,7 @@ from tierfs import failpoints, wire
 from tierfs.arrivals import Arrival, Range, Request
 from tierfs.breadth import MANY, Breadth
 from tierfs.digests import leaf_digests, sha256
-from tierfs.errors import BusyError, ObjectCorruptError, TierError
+from tierfs.errors import BusyError, FetchTimeoutError, ObjectCorruptError, TierError
 from tierfs.kit import Kit
 from tierfs.model import LEAF
 from tierfs.opening import AlreadyResident, Opener, note_pending
@@ -486,7 +486,8 @@ class Filler:
                 number = errno.EIO
         reason = _text(error) if error is not None else ""
         if number and request.whole:
-            self._kit.outcomes.tell(request.ino, number, reason)
+            late = isinstance(error, FetchTimeoutError)
+            self._kit.outcomes.tell(request.ino, errno.ETIMEDOUT if late else number, reason)
         try:
             self._kit.server.send(wire.FetchEnd(request.id, request.ino, number, reason))
         except BusyError:

@@ -65,7 +65,7 @@ class Outcomes:
         self._futures: dict[int, list[Future[tuple[int, str]]]] = {}
 
     def expect(self, ino: int) -> Future[tuple[int, str]]:
-        """The (errno, reason) of the next end of this inode's fetch."""
+        """The (errno, reason) of the next end of this inode's fetch; ETIMEDOUT: the store has not answered."""
         future: Future[tuple[int, str]] = Future()
         with self._lock:
             self._futures.setdefault(ino, []).append(future)

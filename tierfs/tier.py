@@ -18,18 +18,17 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import replace
 from functools import partial
 
-from tierfs import wire
+from tierfs.bringing import Bringer, Report, Tell
 from tierfs.config import VolumeConfig
 from tierfs.copying import CHANGED, Copier, Item
 from tierfs.draining import Drain
 from tierfs.errors import TierError, VolumeError
 from tierfs.filling import Filler
 from tierfs.index import Index, Writer
-from tierfs.kit import GONE, READ_FLAGS, Kit, is_gone, unopened
+from tierfs.kit import GONE, READ_FLAGS, Kit, unopened
 from tierfs.model import Record, Residency
 from tierfs.places import Places
 from tierfs.policy.aging import is_young
@@ -43,12 +42,8 @@ from tierfs.tree import Tree
 
 log = logging.getLogger("mover")
 
-Report = Callable[[Item], None]
-
 _AT_ONCE = 4  # batches under way
 _BATCH_BYTES = 256 << 20
-_ORDERS = 16  # files being fetched on order
-_ASK_AGAIN_SECONDS = 2.0
 _CLAIM_SECONDS = (0.05, 0.2, 0.5)
 _PATIENCE = 60.0  # seconds that an order waits for files that others work on, all in all
 _BUSY = "is being worked on"
@@ -84,7 +79,7 @@ class Tier:
         self.filler = Filler(self.kit, self._settler.add, make_room, self._settler.hurry)
         self._never = config.never.matcher()
         self._batches = ThreadPoolExecutor(_AT_ONCE, "batch")
-        self._orders = ThreadPoolExecutor(_ORDERS, "order")
+        self._bringer = Bringer(self.kit, self.filler, self._hint)
         self._settler.start(self.filler)
 
     def reconfigure(self, config: VolumeConfig) -> None:
@@ -97,7 +92,7 @@ class Tier:
     def close(self) -> None:
         """End in order: what is here is settled, what runs is finished, bits are committed."""
         self.filler.stop()
-        self._orders.shutdown(cancel_futures=True)
+        self._bringer.close()
         self._batches.shutdown(cancel_futures=True)
         self.kit.fetches.close()
         self._settler.stop()
@@ -306,55 +301,10 @@ class Tier:
         items: Iterable[Item],
         cancelled: threading.Event | None = None,
         report: Report | None = None,
+        tell: Tell | None = None,
     ) -> list[Item]:
-        """Bring files back as a whole. The items come back with what became of them."""
-        stop = cancelled if cancelled is not None else threading.Event()
-        listed = list(items)
-        futures = [self._orders.submit(self._fetch_one, item, stop, report) for item in listed]
-        for future in futures:
-            future.result()
-        return listed
-
-    def _fetch_one(self, item: Item, cancelled: threading.Event, report: Report | None) -> None:
-        opath = -1
-        try:
-            path = item.path or self._hint(item)
-            opath = self.kit.open(item.ino, item.handle, os.O_PATH | os.O_NOFOLLOW, path)
-            if self.kit.tree.read_stub(opath) is None:
-                item.already = True
-            else:
-                self._bring(item, opath, cancelled)
-        except (OSError, TierError) as error:
-            item.stay(GONE if is_gone(error) else str(error), failed=not is_gone(error))
-        finally:
-            if opath >= 0:
-                os.close(opath)
-            if report is not None:
-                report(item)
-
-    def _bring(self, item: Item, opath: int, cancelled: threading.Event) -> None:
-        """Have the server ask for it, until it is resident. Raises BusyError, OSError, ForeignStubError."""
-        asked = 0.0
-        future = self.kit.outcomes.expect(item.ino)
-        try:
-            while not cancelled.is_set():
-                if time.monotonic() - asked > _ASK_AGAIN_SECONDS and self.filler.arrival(item.ino) is None:
-                    if asked and self.kit.tree.read_stub(opath) is None:
-                        return
-                    self.kit.server.send(wire.Bring([item.ino]), [opath])
-                    asked = time.monotonic()
-                try:
-                    number, reason = future.result(0.2)
-                except FutureTimeout:
-                    arrival = self.filler.arrival(item.ino)
-                    item.moved = arrival.bytes_here if arrival is not None else item.moved
-                    continue
-                if number:
-                    item.stay(reason or os.strerror(number), failed=True)
-                return
-            item.stay("was cancelled")
-        finally:
-            self.kit.outcomes.forget(item.ino, future)
+        """Bring files back as a whole; the items with what became of them. `tell`: see bringing.py."""
+        return self._bringer.fetch(items, cancelled or threading.Event(), report, tell)
 
     # --- pins ---------------------------------------------------------------------------------------------
 

@@ -197,7 +197,8 @@ class TierBackend:
         """Carry out an order to fetch."""
         items = [_item(target) for target in targets]
         with _Count(items, job) as count:
-            return _done(self._tier.fetch(items, job.cancelled, count), targets)
+            tell = count.tell if job.awaited else None
+            return _done(self._tier.fetch(items, job.cancelled, count, tell), targets)
 
     def set_pin(self, opath: int, status: os.stat_result, parent: int, name: bytes, on: bool) -> None:
         """Pin or unpin one file or directory."""
@@ -333,6 +334,12 @@ class _Count:
             progress = self._progress(item)
         self._job.report(progress)
 
+    def tell(self, note: str) -> None:
+        """Something that who waits should know. To be told again: now and then some progress is left out."""
+        with self._lock:
+            progress = self._progress(None, note)
+        self._job.report(progress)
+
     def _watch(self) -> None:
         while not self._over.wait(_LOOK_SECONDS):
             with self._lock:
@@ -341,11 +348,12 @@ class _Count:
             if progress is not None:
                 self._job.report(progress)
 
-    def _progress(self, of: Item) -> control.Progress:
-        moved = self._bytes + sum(min(item.moved, item.size) for item in self._large.values())
-        return control.Progress(
-            self._files, self._files_total, min(moved, self._bytes_total), self._bytes_total, of.path or of.name
+    def _progress(self, of: Item | None, note: str = "") -> control.Progress:
+        moved = min(
+            self._bytes + sum(min(item.moved, item.size) for item in self._large.values()), self._bytes_total
         )
+        path = (of.path or of.name) if of is not None else b""
+        return control.Progress(self._files, self._files_total, moved, self._bytes_total, path, note=note)
 
 
 def _item(target: Target) -> Item:
@@ -357,8 +365,16 @@ def _outcome(item: Item) -> control.Outcome:
 
 
 def _done(items: list[Item], targets: list[Target]) -> control.Done:
-    """Of what was found in a directory and has gone since nobody wants to hear."""
+    """Of what was found in a directory and has gone since nobody wants to hear; of a store that does not answer
+    once, not for each file."""
     named = {target.ino for target in targets if target.named}
     there = [item for item in items if item.reason != GONE or item.ino in named]
-    stayed = [_outcome(item) for item in there if item.reason]
-    return control.Done(len(there) - len(stayed), stayed)
+    staying = [item for item in there if item.reason]
+    away = [item for item in staying if item.away]
+    stayed = [_outcome(item) for item in staying if len(away) < 2 or not item.away]
+    if len(away) > 1:
+        reason = (
+            f"{len(away)} files were not fetched, the store does not answer ({away[0].reason}): try again later"
+        )
+        stayed.insert(0, control.Outcome(b"", reason, failed=True))
+    return control.Done(len(there) - len(staying), stayed)

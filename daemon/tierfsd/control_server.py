@@ -44,6 +44,10 @@ class Job(Protocol):
     def cancelled(self) -> threading.Event:
         """Set when the client has gone or the daemon stops."""
 
+    @property
+    def awaited(self) -> bool:
+        """Somebody waits for its end."""
+
 
 class Backend(VersionBackend, Protocol):
     """What the control server asks of the mover. Any method may raise TierError or OSError."""
@@ -360,6 +364,7 @@ class _Job:
         self._stopping = stopping
         self._next = 0.0
         self._lock = threading.Lock()
+        self.awaited = sock is not None
         self.cancelled = stopping if sock is None else threading.Event()
         self.over = threading.Event()
 

@@ -273,6 +273,15 @@ def test_paths_outside_fail_but_the_others_are_done(run, daemon):
     assert daemon.requests == [control.SetPin([b"f"], True)]
 
 
+def test_what_is_to_be_known_while_one_waits_is_said_once(run, daemon):
+    silent = control.Progress(0, 9, 0, 0, note="nothing comes")
+    away = control.Outcome(b"", "9 files were not fetched", True)
+    daemon.answers[control.Fetch] = [silent, silent, control.Done(0, [away])]
+    code, out, err = run("fetch", "--wait", "/vol/d")
+    assert (code, out) == (1, "")
+    assert err == "tierfs: /vol: nothing comes\ntierfs: /vol: 9 files were not fetched\n"
+
+
 def test_an_interrupt_is_exit_130_without_a_word(run, daemon):
     daemon.answers[control.Demote] = [control.Progress(0, 1, 0, 1), KeyboardInterrupt()]
     code, out, err = run("demote", "--wait", "/vol/f")

@@ -72,6 +72,7 @@ PARTS_OF = {
         "settling",
         "arrivals",
         "breadth",
+        "bringing",
         "opening",
         "survey",
         "collecting",

@@ -8,11 +8,11 @@ import shutil
 import subprocess
 import threading
 import time
-from types import SimpleNamespace
 
 import pytest
 from tierfsd.backend import TierBackend
 from tierfsd.reach import Target
+from tiering import Job
 
 from tierfs import failpoints
 from tierfs import tier as tier_module
@@ -51,7 +51,7 @@ def test_demote_frees_the_blocks_and_a_read_brings_them_back(volume):
 
 @pytest.mark.parametrize("order", ["demote", "fetch"])
 def test_of_files_that_go_during_an_order_only_named_ones_are_told(volume, order):
-    job = SimpleNamespace(cancelled=threading.Event(), report=lambda progress: None)
+    job = Job()
     targets = []
     for name in ("stays", "named", "other", "replaced"):
         volume.server.create(volume.path(name), name.encode() * 5000)

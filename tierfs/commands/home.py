@@ -134,7 +134,7 @@ def _must(mount: locate.Mount, request: control.Request, title: str) -> None:
     if failed:
         terminal.complain_all(failed)
         raise VolumeError(
-            f"{mount.mountpoint}: {len(failed)} files are still only in the store: nothing was changed;"
+            f"{mount.mountpoint}: files are still only in the store: nothing was changed;"
             " try again when the store answers"
         )
 

@@ -70,11 +70,14 @@ def _order(
 
 def converse_with_bar(mount: locate.Mount, request: control.Request, title: str) -> control.Done:
     """Carry out a request under a progress bar. Raises TierError; KeyboardInterrupt has cancelled it."""
-    done = control.Done()
+    done, said = control.Done(), set[str]()
     with terminal.bar(title) as bar:
         for answer in control.converse(mount, request):
             if isinstance(answer, control.Progress):
                 bar.show(answer)
+                if answer.note and answer.note not in said:
+                    said.add(answer.note)
+                    terminal.complain(mount.mountpoint, answer.note)
             elif isinstance(answer, control.Done):
                 done = answer
     return done
