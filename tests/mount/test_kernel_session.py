@@ -102,18 +102,44 @@ def test_interrupted_open_returns_at_once(mounted: Bare) -> None:
     assert sorted(os.listdir(mounted.mountpoint)) == ["cold"]
 
 
-def test_harmless_signals_interrupt_nothing(mounted: Bare) -> None:
-    """A shell whose child ends while it opens a cold file must not see EINTR; Ctrl-C afterwards still works."""
+_HARMLESS = {
+    "SIGCHLD": "signal.signal(number, lambda *_: None)",
+    "SIGALRM": "signal.signal(number, lambda *_: None)",  # PostgreSQL's timeouts, and what wakes its processes:
+    "SIGUSR1": "signal.signal(number, lambda *_: None)",
+    "SIGRTMIN": "signal.signal(number, lambda *_: None)",
+    "SIGINT": "signal.pthread_sigmask(signal.SIG_BLOCK, [number])",  # a program that takes it from a signalfd
+}
+
+
+@pytest.mark.parametrize("name", _HARMLESS)
+def test_harmless_signals_interrupt_nothing(mounted: Bare, name: str) -> None:
+    """What a disk would not answer with EINTR for must not see one here either; a signal that ends it does."""
     mover = mounted.mover()
     path = mounted.stub("cold", 10_000)
-    code = f"import os, signal; signal.signal(signal.SIGCHLD, lambda *_: None); os.open({str(path)!r}, 0)"
+    # Not os.open, which would ask again.
+    code = (
+        f"import ctypes, signal; number = signal.{name}; {_HARMLESS[name]}\n"
+        "signal.signal(signal.SIGCHLD, lambda *_: None)\n"
+        f"raise SystemExit(ctypes.CDLL(None).open({os.fsencode(path)!r}, 0) < 0)"
+    )
     reader = subprocess.Popen([sys.executable, "-c", code])
     mover.fetch()
+    reader.send_signal(getattr(signal, name))
     reader.send_signal(signal.SIGCHLD)
     with pytest.raises(subprocess.TimeoutExpired):
         reader.wait(0.7)
     reader.send_signal(signal.SIGTERM)
     assert reader.wait(1.5) == -signal.SIGTERM
+
+
+def test_a_handler_of_ctrl_c_runs_at_once(mounted: Bare) -> None:
+    mover = mounted.mover()
+    path = mounted.stub("cold", 10_000)
+    code = f"import os, signal; signal.signal(signal.SIGINT, lambda *_: os._exit(7)); os.open({str(path)!r}, 0)"
+    reader = subprocess.Popen([sys.executable, "-c", code])
+    mover.fetch()
+    reader.send_signal(signal.SIGINT)
+    assert reader.wait(1.5) == 7
 
 
 def test_write_parked_on_a_stub_is_carried_out_once(mounted: Bare) -> None:

@@ -1,19 +1,24 @@
 """Whether a signal is a reason to cut a waiting request short.
 
 The kernel passes on that a caller has a signal pending, not which, and does so once. Programs do not expect
-EINTR from a file for the death of a child or a resized window; for Ctrl-C it is what the user wants.
+EINTR from a file for the death of a child, a resized window or a timer of theirs: a disk never answers so, and
+PostgreSQL takes it for a broken file. For Ctrl-C it is what the user wants, also where a program has a handler.
 """
 
 from __future__ import annotations
 
 import signal
 
-_HARMLESS = sum(
-    1 << number - 1
-    for number in (
-        signal.SIGCHLD, signal.SIGURG, signal.SIGWINCH, signal.SIGCONT, signal.SIGIO, signal.SIGPROF,
-        signal.SIGVTALRM, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU, signal.SIGSTOP,
-    )
+
+def _mask(*numbers: signal.Signals) -> int:
+    return sum(1 << number - 1 for number in numbers)
+
+
+_ENDING = _mask(signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
+
+_DEADLY_TO_NOBODY = _mask(
+    signal.SIGCHLD, signal.SIGURG, signal.SIGWINCH, signal.SIGCONT,
+    signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU, signal.SIGSTOP,
 )  # fmt: skip
 
 
@@ -24,9 +29,12 @@ def is_wanted(thread: int) -> bool:
             status = file.read()
     except OSError:
         return True  # it cannot be asked; an answer too early is better than a process that cannot be killed
-    pending = 0
+    masks = dict.fromkeys((b"SigPnd", b"ShdPnd", b"SigBlk", b"SigCgt"), 0)
     for line in status.splitlines():
-        if line.startswith((b"SigPnd:", b"ShdPnd:")):
-            pending |= int(line.split()[1], 16)
+        name, _, value = line.partition(b":")
+        if name in masks:
+            masks[name] = int(value, 16)
     # None at all: what was pending was for another thread of the process.
-    return bool(pending & ~_HARMLESS)
+    pending = (masks[b"SigPnd"] | masks[b"ShdPnd"]) & ~masks[b"SigBlk"]
+    caught = masks[b"SigCgt"]
+    return bool(pending & caught & _ENDING or pending & ~caught & ~_DEADLY_TO_NOBODY)
