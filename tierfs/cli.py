@@ -17,6 +17,7 @@ import click
 
 from tierfs import __version__
 from tierfs.errors import TierError, UsageError
+from tierfs.spelling import shown
 
 # subcommand -> (module of tierfs.commands, function, its line in --help)
 _COMMANDS = {
@@ -121,9 +122,8 @@ def _run() -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    line = message.replace("\n", " ").rstrip(".")
     with contextlib.suppress(OSError):
-        print(f"tierfs: {line}", file=sys.stderr, flush=True)
+        print(f"tierfs: {shown(message.rstrip('.'))}", file=sys.stderr, flush=True)
     return code
 
 

@@ -33,6 +33,7 @@ from tierfs.index import Writer
 from tierfs.kit import Kit
 from tierfs.model import EPOCH_SHIFT, Record, object_key
 from tierfs.past import Buried, Listed, Version
+from tierfs.spelling import quoted
 from tierfs.store.priority import Priority, priority
 from tierfs.syscalls import boot_id
 
@@ -372,7 +373,7 @@ class Collector:
                 size, reason = None, "found in the store; nothing refers to it"
                 if version is not None:
                     how = "deleted" if version.deleted else "superseded"
-                    size, reason = version.size, f"{how} version of {os.fsdecode(version.path)!r}"
+                    size, reason = version.size, f"{how} version of {quoted(version.path)}"
                 if beat > self._unknown_to_snapshots:
                     reason += ", perhaps still in a snapshot"
                 yield Candidate(key, size, reason, self._may_go(beat, self._keep))

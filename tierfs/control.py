@@ -18,6 +18,7 @@ import msgspec
 
 from tierfs.errors import NotPermittedError, PathError, TierError, UsageError, VolumeError
 from tierfs.locate import Mount
+from tierfs.spelling import shown
 
 MAX_FRAME = 16 << 20
 _QUICK_SECONDS = 60.0  # for an answer to a request that only looks; a restart of the mover may lie in between
@@ -236,6 +237,12 @@ class Status(Frame, frozen=True):
     server_deaths: int = 0  # since it was mounted: ends of these processes that nobody asked for
     mover_deaths: int = 0
     restarts: int = 0  # since it was mounted, by `tierfs restart`
+    state_bytes: bytes = b""  # of former versions empty
+
+    @property
+    def where(self) -> str:
+        """The state directory, its name as it is."""
+        return os.fsdecode(self.state_bytes or self.state)
 
 
 class Progress(Frame, frozen=True):
@@ -314,8 +321,22 @@ _answers: msgspec.msgpack.Decoder[Answer] = msgspec.msgpack.Decoder(Answer)
 
 def send(sock: socket.socket, frame: Frame) -> None:
     """Send one frame. Raises OSError."""
-    data = _encoder.encode(frame)
+    try:
+        data = _encoder.encode(frame)
+    except UnicodeEncodeError:  # a message that names something whose name is no text
+        data = _encoder.encode(_spelled(msgspec.to_builtins(frame, builtin_types=(bytes,))))
     sock.sendall(_LENGTH.pack(len(data)) + data)
+
+
+def _spelled(value: Any) -> Any:
+    match value:
+        case str():
+            return shown(value)
+        case list():
+            return [_spelled(each) for each in value]
+        case dict():
+            return {key: _spelled(each) for key, each in value.items()}
+    return value
 
 
 def receive_request(sock: socket.socket) -> Request | None:

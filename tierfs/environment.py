@@ -96,7 +96,7 @@ def _mapped(path: str, tables: int, *, readonly: bool, durable: bool) -> Any:
     while True:
         try:
             return lmdb.open(
-                path, map_size=size, max_dbs=tables, readonly=readonly, create=not readonly,
+                os.fsencode(path), map_size=size, max_dbs=tables, readonly=readonly, create=not readonly,
                 max_readers=_READERS, metasync=durable, sync=durable, readahead=False,
             )  # fmt: skip
         except (lmdb.MemoryError, OverflowError):

@@ -19,6 +19,7 @@ from tierfs.index import Index
 from tierfs.model import Copy, Record
 from tierfs.restless import Restless
 from tierfs.serverlink import ServerLink
+from tierfs.spelling import quoted
 from tierfs.store.base import ObjectStore
 from tierfs.transfer import Pool, Rate, Troubles
 from tierfs.tree import Tree, fd_path
@@ -237,7 +238,7 @@ class Kit:
     def name_of(self, fd: int) -> str:
         """How to name an open file of the tree to a person: its path as the kernel knows it, in quotes."""
         root = os.path.realpath(self.tree.path) + "/"
-        return repr(os.readlink(fd_path(fd)).removeprefix(root))
+        return quoted(os.readlink(fd_path(fd)).removeprefix(root))
 
     @contextmanager
     def writable(self, fd: int) -> Iterator[None]:

@@ -26,6 +26,7 @@ from tierfs.manifest import AnyInode, Directory, File, Special, Symlink
 from tierfs.model import EPOCH_SHIFT, Copy, Record, Residency, Stub, new_fid
 from tierfs.namespace import MOST_DEPTH
 from tierfs.namespace import Tree as Namespace
+from tierfs.spelling import quoted
 from tierfs.tree import Tree, fd_path
 
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -295,13 +296,13 @@ class Planter:
     def _set_xattr(self, place: str, path: bytes, text: str, value: str) -> None:
         name = os.fsdecode(manifest.raw(text))
         if name.startswith(("trusted.tierfs", "user.tierfs")) or (name == _CAPABILITY and not self._special):
-            self._refuse(path, f"comes back without its attribute {name!r}")
+            self._refuse(path, f"comes back without its attribute {quoted(name)}")
             return
         try:
             os.setxattr(place, name, base64.b64decode(value, validate=True))
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else str(error)
-            self._refuse(path, f"comes back without its attribute {name!r}: {reason}")
+            self._refuse(path, f"comes back without its attribute {quoted(name)}: {reason}")
 
     # --- what is refused ----------------------------------------------------------------------------------
 

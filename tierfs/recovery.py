@@ -22,6 +22,7 @@ from tierfs.index import Writer
 from tierfs.kit import WRITE_FLAGS, Kit, read_exactly
 from tierfs.model import Copy, Record, Residency, Stub
 from tierfs.readback import Pace, Ref, doubt_copy, drop_copy, examine, presence
+from tierfs.spelling import quoted
 from tierfs.survey import fresh_record, put_instead, put_new
 from tierfs.tier import Tier
 
@@ -247,7 +248,7 @@ def _record(case: Case) -> bool:
         made = kit.index.get(record.ino)
         return made is not None and made.handle == handle and made.fid == record.fid
     except OSError as error:
-        log.warning("%r gets no record: %s", case.path, error)
+        log.warning("%s gets no record: %s", quoted(case.path), error)
         return False
     finally:
         kit.claims.give(case.st.st_ino)

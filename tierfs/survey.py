@@ -29,8 +29,9 @@ from tierfs.kit import Kit, same_tuple
 from tierfs.model import Copy, Record, Residency, new_fid
 from tierfs.past import Ending
 from tierfs.places import join
+from tierfs.spelling import quoted
 from tierfs.tier import Tier
-from tierfs.tree import Tree, fd_path
+from tierfs.tree import Tree
 
 log = logging.getLogger("survey")
 
@@ -93,7 +94,7 @@ class Survey:
                 path or b".", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=self._kit.tree.rootfd
             )
         except OSError as error:
-            log.debug("directory %r is left out: %s", path, error)
+            log.debug("directory %s is left out: %s", quoted(path), error)
             return below
         try:
             parent = os.fstat(fd).st_ino
@@ -162,7 +163,7 @@ class Survey:
             try:
                 record = fresh_record(self._kit, opath, st, handle, parent, name)
             except ForeignStubError as error:
-                self._kit.troubles.note(f"{os.fsdecode(fd_path(opath))}: {error}", st.st_ino)
+                self._kit.troubles.note(f"{self._kit.name_of(opath)}: {error}", st.st_ino)
                 return
             made = self._commit(partial(put_new, record, opath, self._kit.holder(record.fid)))
             kept = closing.pop_all()  # the transaction looks at the file once more
@@ -209,7 +210,7 @@ class Survey:
         except (TierError, OSError) as error:
             log.warning("%d files were not compared with their copies: %s", len(items), error)
         for item in left:
-            log.info("%r: not compared with its copy: %s", item.path, item.reason)
+            log.info("%s: not compared with its copy: %s", quoted(item.path), item.reason)
             self._commit(partial(_put_dirty, item.ino, item.handle))
         self._flush()
 

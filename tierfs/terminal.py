@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from tierfs.spelling import shown as shown
+
 if TYPE_CHECKING:
     from tierfs.control import Progress
 
@@ -35,34 +37,24 @@ def age(seconds: float) -> str:
     return f"{seconds / 86400:.0f} d"
 
 
-def shown(path: bytes | str) -> str:
-    """A name on one line: unprintable characters and bytes that are no UTF-8 as escapes."""
-    text = os.fsdecode(path)
-    if text.isprintable() and "\\" not in text:
-        return text
-    return "".join(char if char.isprintable() else _escaped(char) for char in text)
-
-
-def _escaped(char: str) -> str:
-    code = ord(char)
-    if 0xDC80 <= code <= 0xDCFF:
-        return f"\\x{code - 0xDC00:02x}"
-    return char.encode("unicode_escape").decode()
-
-
 def print_json(value: Any) -> None:
     """One JSON document. Bytes that are no UTF-8 become lone surrogates, as `os.fsencode` takes them back."""
     print(json.dumps(value, indent=2))
 
 
+def tell(line: str) -> None:
+    """One line of a result. Not with click, which writes UTF-8 where ASCII was asked for."""
+    print(shown(line))
+
+
 def say(text: str) -> None:
-    """One line on stderr that is no complaint: stdout is for results."""
-    print(f"tierfs: {text}", file=sys.stderr, flush=True)
+    """One line on stderr: stdout is for results."""
+    print(f"tierfs: {shown(text)}", file=sys.stderr, flush=True)
 
 
 def complain(path: str, reason: str) -> None:
     """One line on stderr about one path."""
-    print(f"tierfs: {shown(path)}: {reason}", file=sys.stderr, flush=True)
+    say(f"{path}: {reason}")
 
 
 def complain_all(lines: list[tuple[str, str]]) -> None:
@@ -70,7 +62,7 @@ def complain_all(lines: list[tuple[str, str]]) -> None:
     for path, reason in lines[:_NAMED]:
         complain(path, reason)
     if len(lines) > _NAMED:
-        print(f"tierfs: … and {len(lines) - _NAMED} more", file=sys.stderr, flush=True)
+        say(f"… and {len(lines) - _NAMED} more")
 
 
 class Bar:

@@ -36,6 +36,7 @@ from tierfs.punching import BATCH, Puncher
 from tierfs.rescuing import Rescuer
 from tierfs.serverlink import ServerLink
 from tierfs.settling import Settler
+from tierfs.spelling import quoted
 from tierfs.store.base import ObjectStore
 from tierfs.transfer import Pool, Urgency
 from tierfs.tree import Tree
@@ -214,8 +215,8 @@ class Tier:
     def _tell(self, batch: list[Item], report: Report | None) -> None:
         for item in batch:
             if item.failed:
-                name = os.fsdecode(item.path or item.name)
-                self.kit.troubles.note(f"{name!r} cannot be copied out: {item.reason}", item.ino)
+                name = quoted(item.path or item.name)
+                self.kit.troubles.note(f"{name} cannot be copied out: {item.reason}", item.ino)
             elif item.going:
                 self.kit.troubles.solved(item.ino)
             if report is not None:

@@ -19,6 +19,7 @@ from enum import IntEnum
 from typing import Any, TypeVar
 
 from tierfs.errors import BusyError
+from tierfs.spelling import shown
 from tierfs.unawaited import log_failure
 
 log = logging.getLogger("transfer")
@@ -174,7 +175,7 @@ class Troubles:
 
     def note(self, what: str, ino: int = 0) -> None:
         """Keep this error for status and write it to the log, unless it has just been written."""
-        now = time.time()
+        now, what = time.time(), shown(what)
         with self._lock:
             before = self._list.pop((ino, what), None)
             self._list[ino, what] = Trouble(now, what, ino)

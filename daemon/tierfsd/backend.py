@@ -85,6 +85,7 @@ class TierBackend:
         return control.Status(
             volume=self._home.identity.volume,
             state=self._home.state,
+            state_bytes=os.fsencode(self._home.state),
             store=self._kit.store.describe(),
             local_bytes=totals.local_bytes,
             local_limit=self._kit.config.local_limit,

@@ -20,6 +20,7 @@ from concurrent.futures import TimeoutError as FutureTimeout
 
 from tierfs import ownership, volume
 from tierfs.errors import StoreError, StoreStaleError, VolumeError
+from tierfs.spelling import shown
 
 log = logging.getLogger("mover")
 
@@ -127,7 +128,7 @@ def _answer(home: volume.Volume, force: bool, fd: int) -> None:
         said = str(exc)
     finally:
         with contextlib.suppress(OSError):
-            os.write(fd, said.encode(errors="backslashreplace"))
+            os.write(fd, shown(said).encode())
         sys.stdout.flush()
         os._exit(0)
 

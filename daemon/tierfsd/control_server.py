@@ -18,6 +18,7 @@ from typing import Protocol
 
 from tierfs import control
 from tierfs.errors import BusyError, NotPermittedError, TierError, UsageError
+from tierfs.spelling import quoted
 from tierfsd.credentials import Peer, peer_of
 from tierfsd.reach import Reach, Target, join, outcome_of
 from tierfsd.versions_server import VersionBackend, VersionRequests
@@ -336,7 +337,7 @@ class ControlServer:
             return
         for outcome in done.stayed:
             level = logging.ERROR if outcome.failed else logging.INFO
-            log.log(level, "%r stays as it is: %s", outcome.path, outcome.reason)
+            log.log(level, "%s stays as it is: %s", quoted(outcome.path), outcome.reason)
 
     @contextlib.contextmanager
     def _job(self, sock: socket.socket) -> Iterator[_Job]:

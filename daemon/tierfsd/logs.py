@@ -11,16 +11,19 @@ import os
 import sys
 import threading
 
+from tierfs.spelling import shown
+
 MAX_BYTES = 4 << 20
 KEEP = 4
+CANNOT_WORK = "the mover cannot work: "  # begins the last line of one that ends for a reason that it knows
 _FORMAT = "%(asctime)s.%(msecs)03d %(levelname)s %(name)s: %(message)s"
 
 
 class _OneLine(logging.Formatter):
-    """Names of files may hold newlines: outside of tracebacks they are written as escapes."""
+    """Names of files may hold newlines, and bytes that are no text: outside of tracebacks they are escaped."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        return super().formatMessage(record).replace("\n", "\\n")
+        return shown(super().formatMessage(record))
 
 
 def setup(stream: object = None, level: int = logging.INFO) -> None:

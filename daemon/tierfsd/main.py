@@ -19,6 +19,7 @@ from functools import partial
 from tierfs import __version__, adoption, config, control, launch, ownership, volume
 from tierfs.errors import TierError, UsageError, VolumeError
 from tierfs.fuse import choice, mounting
+from tierfs.spelling import shown
 from tierfsd import handover, logs
 from tierfsd.apart import apart
 from tierfsd.claiming import refuse_if_taken
@@ -82,12 +83,12 @@ class Answer:
 
     def failed(self, message: str) -> None:
         """It does not, because of this."""
-        line = message.replace("\n", " ")
+        line = shown(message)
         log.error("%s", line)
         if self._fd < 0:
             with contextlib.suppress(OSError):
                 print(f"tierfs: {line}", file=sys.stderr, flush=True)
-        self._tell(line.encode(errors="backslashreplace") + b"\n")
+        self._tell(line.encode() + b"\n")
 
     def _tell(self, data: bytes) -> None:
         if self._fd >= 0:

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 
 from tierfs.errors import TierError
+from tierfs.spelling import quoted
 from tierfs.tier import Item, Tier
 
 log = logging.getLogger("scheduler")
@@ -49,9 +50,9 @@ class Pinned:
             items = list(_stubs_beneath(self._tier, path))
             for item in self._tier.fetch(items, self._stopping):
                 if item.failed:
-                    troubles.note(f"{os.fsdecode(item.path)!r} is pinned and cannot be fetched: {item.reason}")
+                    troubles.note(f"{quoted(item.path)} is pinned and cannot be fetched: {item.reason}")
         except (TierError, OSError) as error:
-            troubles.note(f"{os.fsdecode(path)!r} is pinned and cannot be fetched: {error}")
+            troubles.note(f"{quoted(path)} is pinned and cannot be fetched: {error}")
 
 
 def _stubs_beneath(tier: Tier, path: bytes) -> Iterator[Item]:

@@ -15,6 +15,7 @@ from functools import partial
 from tierfs.errors import TierError
 from tierfs.model import Record
 from tierfs.policy.aging import is_young
+from tierfs.spelling import quoted
 from tierfs.tier import Tier
 from tierfs.transfer import Urgency
 
@@ -65,9 +66,9 @@ class Rescues:
                 yield ino
 
     def _take(self, record: Record) -> None:
-        name = record.name.decode(errors="backslashreplace")
+        name = quoted(record.name)
         try:
             if self._tier.rescue(record, self._stopping):
-                log.info("a rescue copy was taken of %r, which is open", name)
+                log.info("a rescue copy was taken of %s, which is open", name)
         except (TierError, OSError) as error:
-            log.info("no rescue copy of %r, which is open: %s", name, error)
+            log.info("no rescue copy of %s, which is open: %s", name, error)

@@ -9,7 +9,6 @@ until it is well, changed or removed.
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from tierfs import control
 from tierfs.errors import StoreError, TierError
 from tierfs.model import Residency
 from tierfs.readback import Bad, Pace, Pass, Place, Ref, load_place
+from tierfs.spelling import quoted
 from tierfs.store.priority import Priority, priority
 from tierfs.tier import Tier
 
@@ -87,7 +87,7 @@ class Scrubber:
     def problems(self) -> list[control.Problem]:
         """The copies that cannot be had back, of files that still need them."""
         return [
-            control.Problem(bad.at, f"{os.fsdecode(bad.path)!r}: {bad.what}: its content cannot be had back")
+            control.Problem(bad.at, f"{quoted(bad.path)}: {bad.what}: its content cannot be had back")
             for bad in list((self._place or Place()).bad)
             if self._needs(bad)
         ]
@@ -155,11 +155,11 @@ class Scrubber:
         log.info("copies are read back, from inode %d on", place.ino)
         try:
             for found in self._reader(place).run():
-                name = os.fsdecode(found.path)
+                name = quoted(found.path)
                 if found.repaired:
-                    log.error("%r: %s: it is all here, and will be copied out again", name, found.what)
+                    log.error("%s: %s: it is all here, and will be copied out again", name, found.what)
                 else:
-                    log.critical("%r: %s: its content cannot be had back", name, found.what)
+                    log.critical("%s: %s: its content cannot be had back", name, found.what)
         finally:
             self._running = False
         if place.ended:

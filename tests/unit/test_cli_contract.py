@@ -1,5 +1,6 @@
 """The command line: arguments, exit codes, JSON and one-line errors, against a daemon that is played."""
 
+import io
 import json
 import os
 import signal
@@ -245,6 +246,16 @@ def test_pins_are_absolute_paths(run, daemon):
     assert [document["path"] for document in json.loads(out)] == ["/vol/d"]
 
 
+def test_pins_of_a_path_that_is_not_there_are_an_error(run, daemon):
+    absent = [control.Done(0, [control.Outcome(b"no", "does not exist", True)])]
+    daemon.answers[control.GetFacts] = absent
+    daemon.answers[control.GetPins] = [facts(b"d", "directory", pinned=True), control.Done(1)]
+    assert run("pins", "/vol/no") == (1, "", "tierfs: /vol/no: does not exist\n")
+    code, out, err = run("pins", "--json", "/tmp/x", "/vol/no", "/vol", "/vol")
+    assert (code, [document["path"] for document in json.loads(out)]) == (1, ["/vol/d"])
+    assert [line.split(": ")[1] for line in err.splitlines()] == ["/tmp/x", "/vol/no"]
+
+
 @pytest.mark.parametrize(
     ("stayed", "arguments", "code"),
     [
@@ -280,6 +291,34 @@ def test_what_is_to_be_known_while_one_waits_is_said_once(run, daemon):
     code, out, err = run("fetch", "--wait", "/vol/d")
     assert (code, out) == (1, "")
     assert err == "tierfs: /vol: nothing comes\ntierfs: /vol: 9 files were not fetched\n"
+
+
+STRANGE = b"/vol/a\n\xff\xc3\xa9"  # a newline, a byte that is no text, and an e with an accent
+NEAR = {"utf-8": "/vol/a\\n\\xff\u00e9", "ascii": "/vol/a\\n\\xff\\xe9"}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_a_strange_name_is_written_in_one_way_everywhere(run, daemon, monkeypatch, encoding):
+    """In an error that the command makes, in one about a path, in what the daemon says, and in a result."""
+    name, near = os.fsdecode(STRANGE), NEAR[encoding]
+    relative = STRANGE[len("/vol/") :]
+    said = control.Outcome(relative, f"is like {name}", True)
+    daemon.answers[control.GetFacts] = [control.Done(0, [said])]
+    daemon.answers[control.Fetch] = [control.Done(0, [said])]
+    daemon.answers[control.ListNames] = [facts(relative), control.Done(1)]
+    out, err = io.BytesIO(), io.BytesIO()
+    with monkeypatch.context() as streams:
+        for stream, raw in (("stdout", out), ("stderr", err)):
+            wrapped = io.TextIOWrapper(raw, encoding=encoding, errors="backslashreplace")
+            streams.setattr(sys, stream, wrapped)
+        for arguments in (["status", name], ["fetch", name], ["ls", name]):
+            streams.setattr(sys, "argv", ["tierfs", *arguments])
+            cli._run()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        results, errors = out.getvalue().decode(encoding), err.getvalue().decode(encoding)
+    assert errors == f"tierfs: {near}: is like {near}\n" * 2
+    assert results.splitlines()[1].endswith(near)
 
 
 def test_an_interrupt_is_exit_130_without_a_word(run, daemon):

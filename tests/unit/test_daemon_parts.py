@@ -45,9 +45,9 @@ def test_log_lines_can_be_read_and_keep_to_one_line(tmp_path, root_logger):
     logging.getLogger("mover").info("fine")
     lines = (tmp_path / "t.log").read_text().splitlines()
     assert len(lines) == 2
-    assert lines[0].endswith("ERROR mover: a\\nb\\udcff: cannot be read")
+    assert lines[0].endswith("ERROR mover: a\\nb\\xff: cannot be read")
     assert lines[0][:2] == "20"
-    assert file.last_error == "a\\nb\\udcff: cannot be read"
+    assert file.last_error == "a\\nb\\xff: cannot be read"
 
 
 def test_the_log_is_rotated_and_bounded(tmp_path, monkeypatch):

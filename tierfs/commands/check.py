@@ -55,11 +55,11 @@ def check(
         return 1 if left else 0
     for finding in listed:
         where = f"{terminal.shown(finding.path)}: " if finding.path else ""
-        click.echo(f"{where}{finding.what}{' (repaired)' if finding.repaired else ''}")
+        terminal.tell(f"{where}{finding.what}{' (repaired)' if finding.repaired else ''}")
     if read_data and not findings.renewing:
         size = terminal.size(findings.read_bytes)
-        click.echo(f"{findings.read_files} copies read, {size}{_earlier(findings)}")
-    click.echo(f"{findings.files} files checked, {len(listed)} findings, {len(left)} left")
+        terminal.tell(f"{findings.read_files} copies read, {size}{_earlier(findings)}")
+    terminal.tell(f"{findings.files} files checked, {len(listed)} findings, {len(left)} left")
     return 1 if left else 0
 
 

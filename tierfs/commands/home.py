@@ -63,9 +63,9 @@ def leave(directory: str, state: str | None = None) -> None:
     if _is_mounted(real):
         refuse_others(mounted_at(real), "make it a plain directory")
         mounted = _status(mounted_at(real))
-        if state and where != mounted.state:
-            raise VolumeError(f"{directory}: keeps its local data in {mounted.state}: leave out --state")
-        where = mounted.state
+        if state and where != mounted.where:
+            raise VolumeError(f"{directory}: keeps its local data in {mounted.where}: leave out --state")
+        where = mounted.where
     elif not volume.exists(where):
         remedy = "correct --state" if state else "mount it first"
         raise VolumeError(f"{directory}: is no mounted TierFS volume: {remedy}")
@@ -103,7 +103,7 @@ def _bring_home(mount: locate.Mount, status: control.Status) -> None:
         if holder:
             raise VolumeError(
                 f"{mount.mountpoint}: is unmounted here, but {holder} has it in another mount namespace:"
-                f" end that, then {_command(mount.mountpoint, status.state, None)} goes on"
+                f" end that, then {_command(mount.mountpoint, status.where, None)} goes on"
             )
     except BaseException:
         if not pinned_before:
@@ -141,13 +141,13 @@ def _must(mount: locate.Mount, request: control.Request, title: str) -> None:
 
 def _check_room(mount: locate.Mount, status: control.Status) -> None:
     try:
-        same = os.stat(status.state).st_dev == os.stat(os.path.dirname(mount.mountpoint)).st_dev
-        free = os.statvfs(status.state)
+        same = os.stat(status.where).st_dev == os.stat(os.path.dirname(mount.mountpoint)).st_dev
+        free = os.statvfs(status.where)
     except OSError as exc:
-        raise VolumeError(f"{status.state}: cannot be read: act as the volume's owner or as root") from exc
+        raise VolumeError(f"{status.where}: cannot be read: act as the volume's owner or as root") from exc
     if not same:
         raise VolumeError(
-            f"{mount.mountpoint}: its content is on another filesystem ({status.state}): copy it with `cp -a`"
+            f"{mount.mountpoint}: its content is on another filesystem ({status.where}): copy it with `cp -a`"
         )
     missing = status.total_bytes - status.local_bytes
     if missing > free.f_bavail * free.f_frsize:
@@ -179,4 +179,4 @@ def _give_back(directory: str, state: str) -> None:
     finally:
         os.close(lock)
     if home.identity.store != config.EMBEDDED_STORE:
-        click.echo(f"The copies are left in {home.store_url}: delete them when you no longer want them.")
+        terminal.tell(f"The copies are left in {home.store_url}: delete them when you no longer want them.")

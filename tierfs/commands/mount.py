@@ -165,7 +165,7 @@ def _state_of(mount: locate.Mount) -> str:
     """The state directory of a mounted volume. Raises VolumeError."""
     for answer in control.converse(mount, control.GetStatus()):
         if isinstance(answer, control.Status):
-            return answer.state
+            return answer.where
     raise VolumeError(f"{mount.mountpoint}: its daemon does not say where its state directory is: see its log")
 
 

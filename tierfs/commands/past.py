@@ -35,16 +35,16 @@ def versions(as_json: bool, path: str) -> None:
         terminal.print_json(found)
         return
     if not found:
-        click.echo(f"{terminal.shown(path)}: no copy of it has been made yet")
+        terminal.tell(f"{terminal.shown(path)}: no copy of it has been made yet")
         return
     named = any(version["path"] != os.path.abspath(path) for version in found)
     head = f"{'GENERATION':>12}{'SIZE':>8}  {'MODIFIED':<20}{'STATE':<12}{'KEPT UNTIL':<18}"
-    click.echo(f"{head}{'PATH' if named else ''}".rstrip())
+    terminal.tell(f"{head}{'PATH' if named else ''}".rstrip())
     for version in found:
         kept = _day(version["kept_until"]) if version["kept_until"] else "-"
         row = f"{version['generation']:>12}{terminal.size(version['size']):>8}  {_day(version['mtime']):<20}"
         row += f"{version['state']:<12}{kept:<18}{terminal.shown(version['path']) if named else ''}"
-        click.echo(row.rstrip())
+        terminal.tell(row.rstrip())
 
 
 def _document(mount: locate.Mount, answer: control.Version) -> dict[str, Any]:
@@ -112,7 +112,7 @@ def _restore(mount: locate.Mount, request: control.ReadVersion, target: str, dir
         os.fsync(above)
     finally:
         os.close(above)
-    click.echo(f"{terminal.shown(target)}: {terminal.size(version.size)} of generation {version.generation}")
+    terminal.tell(f"{terminal.shown(target)}: {terminal.size(version.size)} of generation {version.generation}")
 
 
 def _receive(mount: locate.Mount, request: control.ReadVersion, fd: int) -> control.Version:
@@ -176,10 +176,10 @@ def gc(dry_run: bool, as_json: bool, mountpoint: str) -> None:
         terminal.print_json(listed if dry_run else {"removed": removed})
         return
     if not dry_run:
-        click.echo(f"{removed} objects removed")
+        terminal.tell(f"{removed} objects removed")
         return
     for entry in listed:
         size = "?" if entry["size"] is None else terminal.size(entry["size"])
-        click.echo(f"{_day(entry['may_go'])}  {size:>8}  {entry['key']}  {terminal.shown(entry['reason'])}")
+        terminal.tell(f"{_day(entry['may_go'])}  {size:>8}  {entry['key']}  {terminal.shown(entry['reason'])}")
     total = terminal.size(sum(entry["size"] or 0 for entry in listed))
-    click.echo(f"{len(listed)} objects, {total}: none goes before the time that stands before it")
+    terminal.tell(f"{len(listed)} objects, {total}: none goes before the time that stands before it")

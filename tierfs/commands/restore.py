@@ -94,7 +94,7 @@ def _read_report(state: str) -> dict[str, Any]:
 def _print(report: dict[str, Any], mountpoint: str, where: str) -> None:
     size, shown = terminal.size, terminal.shown
     rescued = report.get("rescued", [])  # of a version that knew none
-    click.echo(
+    terminal.tell(
         f"{shown(mountpoint)}: {report['files']} files ({size(report['bytes'])}) in {report['directories']}"
         f" directories, as of {_date(report['as_of'])}"
     )
@@ -103,19 +103,19 @@ def _print(report: dict[str, Any], mountpoint: str, where: str) -> None:
     _list("that were open (a rescue copy, taken while they were written, and perhaps torn)", rescued, _rescued)
     _list("not as they were", report["refused"], lambda item: f"{shown(item['path'])}: {item['reason']}")
     for trouble in report["journal"]["troubles"][:_SHOWN]:
-        click.echo(f"journal: {shown(trouble)}")
+        terminal.tell(f"journal: {shown(trouble)}")
     if report["lost"] or report["older"] or rescued or report["refused"]:
-        click.echo(f"All of this is in {shown(where)}")
+        terminal.tell(f"All of this is in {shown(where)}")
 
 
 def _list(title: str, items: list[dict[str, Any]], show: Any) -> None:
     if not items:
         return
-    click.echo(f"{len(items)} {title}:")
+    terminal.tell(f"{len(items)} {title}:")
     for item in items[:_SHOWN]:
-        click.echo(f"  {show(item)}")
+        terminal.tell(f"  {show(item)}")
     if len(items) > _SHOWN:
-        click.echo(f"  ... and {len(items) - _SHOWN} more")
+        terminal.tell(f"  ... and {len(items) - _SHOWN} more")
 
 
 def _lost(item: dict[str, Any]) -> str:

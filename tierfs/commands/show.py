@@ -35,7 +35,7 @@ def status(as_json: bool, paths: tuple[str, ...]) -> int:
     if as_json:
         terminal.print_json(documents[0] if documents and len(paths) == 1 else documents)
     elif not documents and not failed:
-        click.echo("No TierFS volume is mounted.")
+        terminal.tell("No TierFS volume is mounted.")
     return 1 if failed else 0
 
 
@@ -57,7 +57,8 @@ def _answers_of_all() -> Iterator[tuple[str, dict[str, Any] | TierError]]:
 def _volume_document(mount: locate.Mount) -> dict[str, Any]:
     for answer in control.converse(mount, control.GetStatus()):
         if isinstance(answer, control.Status):
-            document = {"mountpoint": mount.mountpoint, **control.to_json(answer)}
+            document = {"mountpoint": mount.mountpoint, **control.to_json(answer), "state": answer.where}
+            del document["state_bytes"]
             document["waiting"] = [control.to_json(file) for file in answer.waiting]
             document["local_limit"] = document["local_limit"] or None  # none is not a limit of nothing
             return document
@@ -97,15 +98,15 @@ def _print_path(document: dict[str, Any]) -> None:
         )
         if on
     )
-    click.echo(f"{terminal.shown(document['path'])}: {state}")
+    terminal.tell(f"{terminal.shown(document['path'])}: {state}")
     if document["tier"] in ("directory", "other"):
         return
     local, size = terminal.size(document["local_bytes"]), terminal.size(document["size"])
-    click.echo(f"  size   {size}, {local} of it local")
-    click.echo(f"  heat   {document['heat']:.2f}")
-    click.echo(f"  copy   {document['copy'] or 'none'}")
+    terminal.tell(f"  size   {size}, {local} of it local")
+    terminal.tell(f"  heat   {document['heat']:.2f}")
+    terminal.tell(f"  copy   {document['copy'] or 'none'}")
     if document["reason"]:
-        click.echo(f"  error  {document['reason']}")
+        terminal.tell(f"  error  {document['reason']}")
 
 
 def _print_volume(document: dict[str, Any]) -> None:
@@ -137,9 +138,9 @@ def _print_volume(document: dict[str, Any]) -> None:
     for problem in document["errors"]:
         at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(problem["at"]))
         lines.append(("error", f"{at} {terminal.shown(problem['what'])}"))
-    click.echo(terminal.shown(document["mountpoint"]))
+    terminal.tell(terminal.shown(document["mountpoint"]))
     for name, text in lines:
-        click.echo(f"  {name:<9} {text}")
+        terminal.tell(f"  {name:<9} {text}")
 
 
 def _since(document: dict[str, Any]) -> str:
@@ -199,13 +200,14 @@ def ls(as_json: bool, path: str) -> int:
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
-@click.argument("mountpoints", nargs=-1, type=PATH)
-def pins(as_json: bool, mountpoints: tuple[str, ...]) -> None:
-    """List what is pinned in these volumes; without a MOUNTPOINT in all that are mounted and answer."""
+@click.argument("paths", nargs=-1, type=PATH)
+def pins(as_json: bool, paths: tuple[str, ...]) -> int:
+    """List what is pinned in the volumes of these PATHS; without one in all that are mounted and answer."""
     documents: list[dict[str, Any]] = []
-    if mountpoints:
-        for path in mountpoints:
-            documents += _pins(locate.locate(path).mount)
+    mounts, failed = _volumes_of(paths)
+    if paths:
+        for mount in mounts:
+            documents += _pins(mount)
     else:
         for mount, found in ask_all(locate.tier_mounts(), _pins):
             # Nobody named it: another user's, or one that is just being unmounted, must not hide the others.
@@ -215,8 +217,24 @@ def pins(as_json: bool, mountpoints: tuple[str, ...]) -> None:
                 documents += found
     if as_json:
         terminal.print_json(documents)
-        return
-    _print_table(documents, lambda document: str(document["path"]))
+    else:
+        _print_table(documents, lambda document: str(document["path"]))
+    return 1 if failed else 0
+
+
+def _volumes_of(paths: tuple[str, ...]) -> tuple[list[locate.Mount], bool]:
+    """Each volume that one of these paths is in, and whether one is in none, or is not there: that is said."""
+    table, found, failed = locate.read_mounts(), dict[str, locate.Mount](), False
+    for path in paths:
+        try:
+            place = locate.locate(path, table)
+            if place.relative:
+                _facts(place, control.GetFacts([place.relative]), path)
+            found.setdefault(place.mount.volume, place.mount)
+        except TierError as exc:
+            terminal.complain(path, str(exc).removeprefix(f"{path}: "))
+            failed = True
+    return list(found.values()), failed
 
 
 def _pins(mount: locate.Mount) -> list[dict[str, Any]]:
@@ -226,9 +244,9 @@ def _pins(mount: locate.Mount) -> list[dict[str, Any]]:
 
 def _print_table(documents: list[dict[str, Any]], name: Callable[[dict[str, Any]], str]) -> None:
     if documents:
-        click.echo(f"{'TIER':<10}{'LOCAL':>8}{'SIZE':>8}{'HEAT':>8}  PIN  NAME")
+        terminal.tell(f"{'TIER':<10}{'LOCAL':>8}{'SIZE':>8}{'HEAT':>8}  PIN  NAME")
     for document in documents:
         pinned = "pin" if document["pinned"] else "-"
         local, total = terminal.size(document["local_bytes"]), terminal.size(document["size"])
         row = f"{document['tier']:<10}{local:>8}{total:>8}{document['heat']:>8.2f}  {pinned:<4}"
-        click.echo(f"{row} {terminal.shown(name(document))}")
+        terminal.tell(f"{row} {terminal.shown(name(document))}")

@@ -7,8 +7,6 @@ import os
 import sys
 import time
 
-import click
-
 from tierfs import launch, moments, terminal, viewing, volume
 from tierfs.commands.mount import daemon_arguments
 from tierfs.errors import ObjectMissingError, VolumeError
@@ -55,7 +53,7 @@ def _make(state: str, url: str, until: int, only: bytes) -> viewing.View:
 
 def _tell(made: viewing.View, until: int, mountpoint: str) -> None:
     outcome = made.outcome
-    click.echo(
+    terminal.tell(
         f"{terminal.shown(mountpoint)}: {outcome.files} files ({terminal.size(outcome.content)}) as of"
         f" {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(made.at / 1e9))}, read-only"
     )

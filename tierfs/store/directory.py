@@ -209,7 +209,7 @@ class DirectoryStore(ObjectStore):
         return found
 
     def describe(self) -> str:
-        return f"file://{quote(self._path)}"
+        return f"file://{quote(os.fsencode(self._path))}"
 
     def close(self) -> None:
         with self._lock:

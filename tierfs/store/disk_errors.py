@@ -11,6 +11,7 @@ from tierfs.errors import (
     StoreFullError,
     StoreUnavailableError,
 )
+from tierfs.spelling import shown
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 _DENIED = frozenset({errno.EACCES, errno.EPERM})
@@ -35,6 +36,7 @@ class DiskErrors:
 
 
 def _translate(exc: OSError, path: str, key: str) -> StoreError:
+    path = shown(path)
     where = f"file://{path}: {key}"
     if exc.errno in _FULL:
         return StoreFullError(f"file://{path} is full")

@@ -10,6 +10,7 @@ Nothing here opens the store or imports an S3 client before it must.
 from __future__ import annotations
 
 import re
+import unicodedata
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from tierfs.errors import UsageError
@@ -65,6 +66,8 @@ def names_storage_class(url: str) -> bool:
 
 def check_url(url: str) -> None:
     """Raises UsageError, one line that names the remedy, unless `open_store` takes this URL."""
+    if any(unicodedata.category(char) in ("Cc", "Cs") for char in url):
+        raise UsageError(f"not a store: {_shown(url)!r}: write %XX for what is no text")
     scheme = url.split(":", 1)[0]
     if scheme == "file":
         _directory(url)
@@ -85,7 +88,7 @@ def _bare(url: str, capabilities: Capabilities | None, create: bool) -> ObjectSt
 
 def _directory(url: str) -> str:
     parts = urlsplit(url)
-    path = unquote(parts.path)
+    path = unquote(parts.path, errors="surrogateescape")
     if parts.netloc not in ("", "localhost") or not path.startswith("/") or parts.query or parts.fragment:
         raise UsageError(f"not a directory: {url!r}: write file:///absolute/path (three slashes)")
     if "\0" in path or path.strip("/") == "":
