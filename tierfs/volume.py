@@ -251,6 +251,8 @@ def load(state: str) -> Volume:
     try:
         with open(path, "rb") as file:
             raw = json.load(file)
+        if isinstance(raw, dict) and "epoch" in raw and "store" not in raw:
+            raise VolumeError(_is_a_store(state))
         known = {field.name for field in fields(Identity)}
         identity = Identity(**{key: value for key, value in raw.items() if key in known})
     except FileNotFoundError as exc:
@@ -262,6 +264,15 @@ def load(state: str) -> Volume:
     if identity.format != FORMAT:
         raise VolumeError(f"{path}: has format {identity.format}: this version of tierfs reads {FORMAT}")
     return Volume(state, identity)
+
+
+def _is_a_store(path: str) -> str:
+    """Both have a `volume.json`; the store's says who has claimed it."""
+    url = "file://" + quote(os.fsencode(os.path.abspath(path)))
+    return (
+        f"{path}: is the store of a volume, not its state directory: name that one, or have one made with"
+        f" `tierfs restore --store {url} DIR`"
+    )
 
 
 def discard(state: str) -> None:

@@ -1,5 +1,6 @@
 """State directories, ownership of stores, mountpoints and the mount table."""
 
+import contextlib
 import errno
 import json
 import os
@@ -16,6 +17,7 @@ from tierfs.commands import home as commands_home
 from tierfs.commands.home import leave
 from tierfs.errors import PathError, PreconditionError, StoreUnavailableError, VolumeError
 from tierfs.store.memory import MemoryStore
+from tierfs.store.urls import open_store
 
 
 @pytest.fixture
@@ -213,6 +215,19 @@ def test_a_damaged_volume_file_is_one_clear_error(state, content):
         file.write(content)
     with pytest.raises(VolumeError, match=r"damaged|format 9"):
         volume.load(state)
+
+
+def test_a_store_is_not_taken_for_a_damaged_state_directory(tmp_path, state):
+    """Each has a volume.json."""
+    where = tmp_path / "a store"
+    with contextlib.closing(open_store(f"file://{tmp_path}/a%20store", create=True)) as store:
+        complete(volume.create(state), store)
+        with pytest.raises(VolumeError) as refused:
+            volume.load(str(where))
+    assert str(refused.value) == (
+        f"{where}: is the store of a volume, not its state directory: name that one, or have one made with"
+        f" `tierfs restore --store file://{tmp_path}/a%20store DIR`"
+    )
 
 
 def test_the_lock_is_held_once_and_names_the_user(state):
@@ -486,7 +501,7 @@ def test_leaving_that_is_cut_short_names_the_state_directory_that_is_to_be_given
         raise KeyboardInterrupt
 
     monkeypatch.setattr(locate, "read_mounts", lambda: list(mounts))
-    monkeypatch.setattr(commands_home, "_status", lambda mount: SimpleNamespace(state=state))
+    monkeypatch.setattr(commands_home, "_status", lambda mount: SimpleNamespace(where=state))
     monkeypatch.setattr(commands_home, "_bring_home", interrupted)
     with pytest.raises(VolumeError, match="leave out --state"):
         leave.callback(home, f"{home}-elsewhere")
