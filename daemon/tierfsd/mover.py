@@ -45,7 +45,7 @@ def _work(arguments: argparse.Namespace, stopping: threading.Event) -> int:
         mover = Mover(home, arguments.link_fd, arguments.control_fd, stopping)
         mover.run()
     except (TierError, OSError) as exc:
-        logging.getLogger("mover").critical("the mover cannot work: %s", exc)
+        logging.getLogger("mover").critical("%s%s", logs.CANNOT_WORK, exc)
         return INDEX_DAMAGED if isinstance(exc, IndexDamagedError) else 1
     return INDEX_DAMAGED if mover.index_damaged else 0
 

@@ -29,7 +29,7 @@ from tierfsd.children import Child
 from tierfsd.events import Events
 from tierfsd.farewell import say_what_is_local_only
 from tierfsd.indexcare import IndexCare
-from tierfsd.logs import LogFile, LogPipe
+from tierfsd.logs import CANNOT_WORK, LogFile, LogPipe
 from tierfsd.priority import hurry_on
 from tierfsd.serverchannel import ServerChannel
 from tierfsd.servicemanager import notify
@@ -266,15 +266,22 @@ class Supervisor:
         status = self._mover.reap()
         if status is not None:
             self._mover.died()
+            how = _how(status) + self._said_by_mover(status)
             self._suspect |= self._care.suspect(status)
             pause = _MOVER_PAUSES[min(self._mover.deaths, len(_MOVER_PAUSES)) - 1]
             self._mover_due = time.monotonic() + pause
             log.error("the mover %s; starting another in %.1f s", _how(status), pause)
             if pause >= _LONG_PAUSE:
-                self._stand_in.begin(_how(status), self._mover_due)
+                self._stand_in.begin(how, self._mover_due)
         if not self._mover.pid and time.monotonic() >= self._mover_due:
             self._start_mover()
             self._publish()
+
+    def _said_by_mover(self, status: int) -> str:
+        """Why it could not work and what is to be done, as without room for its index; "" if it was killed."""
+        self._log.drain()
+        said = self._logfile.last_error
+        return f" ({said.removeprefix(CANNOT_WORK)})" if status > 0 and said.startswith(CANNOT_WORK) else ""
 
     def _excuse(self, how: str, seconds: float) -> str:
         return (

@@ -4,13 +4,15 @@ import os
 import select
 import signal
 import socket
+import time
 from types import SimpleNamespace
 
 import pytest
 from tierfsd.attachment import Attachment
+from tierfsd.children import Child
 from tierfsd.events import Events
 from tierfsd.indexcare import INDEX_DAMAGED, IndexCare
-from tierfsd.logs import LogFile, LogPipe
+from tierfsd.logs import CANNOT_WORK, LogFile, LogPipe
 from tierfsd.serverchannel import ServerChannel
 from tierfsd.standin import StandIn
 from tierfsd.supervisor import Supervisor
@@ -149,6 +151,27 @@ def test_whatever_ends_it_leaves_no_mount_that_nobody_looks_after(monkeypatch):
     with pytest.raises(OSError, match="No space"):
         ending.run()
     assert done == ["children", "mount"]
+
+
+@pytest.mark.parametrize("status", [1, -9])
+def test_who_asks_is_told_why_there_is_no_mover_and_what_to_do(tmp_path, status):
+    """As while not one page of the index can be written."""
+    logfile = LogFile(str(tmp_path / "log"))
+    made = Supervisor.__new__(Supervisor)
+    made._logfile, made._log, made._suspect, made._mover_due = logfile, LogPipe(logfile), False, 0.0
+    made._care = IndexCare(SimpleNamespace(path=lambda name: str(tmp_path / name)))
+    made._mover = Child("mover", "tierfsd.mover", -1)
+    made._mover._started, made._mover.reap = time.monotonic(), lambda: status
+    told = []
+    made._stand_in = SimpleNamespace(begin=lambda how, until: told.append(made._excuse(how, 9.0)))
+    made._start_mover = made._publish = lambda: None
+    said = "/s/index: the index cannot be written: no room is left: make room on its filesystem"
+    for _ in range(5):
+        os.write(made._log.writing, f"2026-11-26 12:00:00.000 CRITICAL mover: {CANNOT_WORK}{said}\n".encode())
+        made._look_after_mover()
+    how = f"ended with exit code 1 ({said})" if status > 0 else "was killed by SIGKILL"
+    (excuse,) = told
+    assert excuse.startswith(f"the mover {how}, for the 5th time: another is started in 9 s")
 
 
 def test_a_disk_without_room_for_a_mark_is_no_reason_to_end(tmp_path):
