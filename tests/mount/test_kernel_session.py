@@ -107,6 +107,7 @@ _HARMLESS = {
     "SIGALRM": "signal.signal(number, lambda *_: None)",  # PostgreSQL's timeouts, and what wakes its processes:
     "SIGUSR1": "signal.signal(number, lambda *_: None)",
     "SIGRTMIN": "signal.signal(number, lambda *_: None)",
+    "SIGHUP": "signal.signal(number, lambda *_: None)",
     "SIGINT": "signal.pthread_sigmask(signal.SIG_BLOCK, [number])",  # a program that takes it from a signalfd
 }
 
@@ -132,14 +133,30 @@ def test_harmless_signals_interrupt_nothing(mounted: Bare, name: str) -> None:
     assert reader.wait(1.5) == -signal.SIGTERM
 
 
+_HANDLING_CTRL_C = (
+    "import ctypes, os, signal, sys; signal.signal(signal.SIGINT, lambda *_: sys.argv[2] and os._exit(7))\n"
+    "raise SystemExit(ctypes.CDLL(None).open(os.fsencode(sys.argv[1]), 0) < 0)"
+)
+
+
 def test_a_handler_of_ctrl_c_runs_at_once(mounted: Bare) -> None:
     mover = mounted.mover()
-    path = mounted.stub("cold", 10_000)
-    code = f"import os, signal; signal.signal(signal.SIGINT, lambda *_: os._exit(7)); os.open({str(path)!r}, 0)"
-    reader = subprocess.Popen([sys.executable, "-c", code])
+    reader = subprocess.Popen([sys.executable, "-c", _HANDLING_CTRL_C, mounted.stub("cold", 10_000), "end"])
     mover.fetch()
     reader.send_signal(signal.SIGINT)
     assert reader.wait(1.5) == 7
+
+
+def test_who_handles_ctrl_c_gets_what_comes_at_once(mounted: Bare) -> None:
+    """PostgreSQL's processes are asked by SIGINT for a checkpoint: the file must not seem broken to them."""
+    mover = mounted.mover()
+    reader = subprocess.Popen([sys.executable, "-c", _HANDLING_CTRL_C, mounted.stub("cold", 10_000), ""])
+    fetch = mover.fetch()
+    reader.send_signal(signal.SIGINT)
+    time.sleep(0.1)
+    assert reader.poll() is None
+    mover.deliver(fetch, mounted.tree / "cold", bytes(10_000))
+    assert reader.wait(5) == 0
 
 
 def test_write_parked_on_a_stub_is_carried_out_once(mounted: Bare) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import socket
 import struct
@@ -311,6 +312,23 @@ def test_failed_wait_is_not_run_again(kernel: Kernel) -> None:
     kernel.session.run_ready()
     assert kernel.reply() == (5, errno.ETIMEDOUT, b"")
     assert kernel.vfs.asked == [b"name"]
+
+
+def test_an_interrupt_is_remembered_while_one_wait_follows_another(kernel: Kernel, monkeypatch):
+    patience = math.inf
+    monkeypatch.setattr("tierfs.fuse.kernel.patience", lambda _thread: patience)
+    first, second = Wait(), Wait()
+    kernel.vfs.answer = Blocked(first)
+    kernel.ask(p.Op.UNLINK, 5, b"name\0")
+    kernel.ask(p.Op.INTERRUPT, 6, p.U64.pack(5))
+    kernel.vfs.answer = Blocked(second)
+    first.fire()
+    kernel.session.run_ready()
+    kernel.session.look_after_interrupted()
+    assert kernel.silent()
+    patience = 0.0
+    kernel.session.look_after_interrupted()
+    assert kernel.reply() == (5, errno.EINTR, b"")
 
 
 @pytest.mark.parametrize("fired", [False, True])

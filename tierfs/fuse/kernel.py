@@ -23,7 +23,7 @@ from tierfs.errors import TierError
 from tierfs.fuse import hot
 from tierfs.fuse import protocol as p
 from tierfs.fuse.backing import KernelBacking
-from tierfs.fuse.interrupts import is_wanted
+from tierfs.fuse.interrupts import patience
 from tierfs.fuse.mounting import filesystem_of
 from tierfs.fuse.operations import Answer, Message, Operation, Operations
 from tierfs.fuse.spinning import Spinner
@@ -91,7 +91,7 @@ class Session:
         self._receiver: hot.Receiver = receiver(fd, self._buffer, vfs, self._refused, self._failed)
         self._splicer = Splicer(fd)
         self._parked: dict[int, _Parked] = {}
-        self._interrupted: dict[int, _Parked] = {}
+        self._interrupted: dict[int, float] = {}  # since when
         self._runnable: collections.deque[_Parked] = collections.deque()
         self._pool = ThreadPoolExecutor(SLOW_THREADS, "slow")
         steady = filesystem_of(vfs.tree.device) in STEADY
@@ -242,7 +242,7 @@ class Session:
             parked = _Parked(operation, bytes(message), unique, nodeid, blocked.wait, self._runnable)
             self._parked[unique] = parked
             if unique >= _RESENT:
-                self._interrupted[unique] = parked  # if it was, only the server before has been told
+                self._interrupted[unique] = time.monotonic()  # if it was, only the server before has been told
             blocked.wait.add(parked.wake)
         except Exception as error:
             self._fail(unique, _errno_of(error, message))
@@ -376,18 +376,19 @@ class Session:
 
     def _interrupt(self, message: bytes, _nodeid: int) -> None:
         (unique,) = p.U64.unpack_from(message, p.IN)
-        parked = self._parked.get(unique)
         # Otherwise it has been answered, or is in a system call that cannot be cut short.
-        if parked is not None:
-            self._interrupted[unique] = parked
+        if unique in self._parked:
+            self._interrupted[unique] = time.monotonic()
             self.look_after_interrupted()
 
     def look_after_interrupted(self) -> None:
         """Answer those who should wait no longer. Call it now and then: an interrupt is told only once."""
-        for unique, parked in list(self._interrupted.items()):
-            if self._parked.get(unique) is not parked:
+        now = time.monotonic()
+        for unique, since in list(self._interrupted.items()):
+            parked = self._parked.get(unique)
+            if parked is None:
                 del self._interrupted[unique]
-            elif is_wanted(p.CALLER.unpack_from(parked.message, p.CALLER_AT)[2]):
+            elif now - since >= patience(p.CALLER.unpack_from(parked.message, p.CALLER_AT)[2]):
                 del self._interrupted[unique], self._parked[unique]
                 parked.wait.discard(parked.wake)
                 self._fail(unique, errno.EINTR)
