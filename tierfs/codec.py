@@ -170,15 +170,22 @@ def _pack_copy(record: Record, copy: Copy, fields: list[int | bytes]) -> int:
 
 def unpack_record(ino: int, raw: bytes) -> Record:
     """Raises IndexError_ where version or CRC are wrong."""
+    return unpack_row(ino, raw)[0]
+
+
+def unpack_row(ino: int, raw: bytes) -> tuple[Record, int | None]:
+    """The record, and when the file was queued as dirty (`unpack_since`), at once.
+
+    Raises IndexError_ where version or CRC are wrong.
+    """
     body = _checked(ino, raw)
     if raw[0] != _VERSION:
-        return _unpack_fixed(ino, body)
+        return _unpack_fixed(ino, body), None
     shape = int.from_bytes(body[:_SHAPE], "little")
     layout = _layout(shape)
     take = iter(layout.unpack_from(body, _SHAPE)).__next__
     left = take() if shape & _LEFT else 0
-    if shape & _SINCE:
-        take()
+    since = take() if shape & _SINCE else 0
     fid: bytes = take()
     generation = take() | take() << 32
     size = take() if shape >> _SIZE_AT & 3 else 0
@@ -203,7 +210,8 @@ def unpack_record(ino: int, raw: bytes) -> Record:
             copied, tag, digest, copy_size, mtime, ctime, custody, take() if shape & _SHIFT else CHUNK_SHIFT
         )
     residency = Residency(shape & _RESIDENCY)
-    return Record(ino, handle, fid, generation, residency, size, blocks, local, parent, body[at:], copy, left)
+    name = body[at:]
+    return Record(ino, handle, fid, generation, residency, size, blocks, local, parent, name, copy, left), since
 
 
 def unpack_since(ino: int, raw: bytes) -> int | None:

@@ -1,7 +1,7 @@
 """From the mark log into the index: each mark is applied once, in order, in the commit that moves the position.
 
-What each mark does to a record stands in `_apply`. A mark that names an inode by its file handle replaces a
-record of a former inode of that number.
+What each mark does to a record stands in `apply`; a batch of them is folded (folding.py). A mark that names an
+inode by its file handle replaces a record of a former inode of that number.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import replace
 
 from tierfs import failpoints, transitions, wire
 from tierfs.errors import BusyError
+from tierfs.folding import Folded
 from tierfs.index import Index, Writer
 from tierfs.kit import Movements
 from tierfs.marks import MODE_BITS, Entry, Mark, MarkReader
@@ -22,7 +23,8 @@ from tierfs.past import Ending
 from tierfs.restless import Restless
 from tierfs.serverlink import ServerLink
 
-_BATCH = 5000
+_BATCH = 10_000
+_OF_PLACES = frozenset({Mark.PIN, Mark.DIR, Mark.NAMED})
 
 
 class Drain:
@@ -86,11 +88,12 @@ class Drain:
         position = self._reader.position
 
         def commit(w: Writer) -> None:
-            now = time.time_ns()
+            now, folded = time.time_ns(), Folded(w)
             for entry in entries:
-                apply(w, entry, now)
+                apply(folded, entry, now)
                 if entry.kind is Mark.TIMES:
                     self._times(entry.ino, entry.a, entry.b)
+            folded.finish()
             w.set_log_position(position)
 
         try:
@@ -100,22 +103,32 @@ class Drain:
             self._reader.position = before
             raise
         failpoints.hit(failpoints.DRAIN_COMMITTED)
-        now = time.monotonic()
-        for entry in entries:
-            if entry.kind in (Mark.WRITE, Mark.NAMED) and entry.name:
-                self._restless.changed(entry.ino, entry.parent, entry.name, now)
-            if entry.kind is Mark.CLOSED:
-                self._movements.here(entry.ino, entry.b * 512, entry.b * 512)
-            if entry.kind is Mark.GONE:
-                self._movements.gone(entry.ino)
-            if entry.kind is Mark.PIN and entry.a:
-                self.pinned.set()
-        if any(entry.kind in (Mark.PIN, Mark.DIR, Mark.NAMED) for entry in entries):
-            self._moved()
+        self._tell(entries)
         if any(self._pinned_at(new) and not self._pinned_at(old) for old, new in moves):
             self.pinned.set()
         self._reader.forget(position)
         return len(entries) == _BATCH
+
+    def _tell(self, entries: list[Entry]) -> None:
+        """Whoever goes by content that has come and gone, by places and by pins."""
+        now = time.monotonic()
+        here: dict[int, tuple[int, int]] = {}  # inode -> size, and how much of it is new
+        gone: set[int] = set()
+        for entry in entries:
+            if entry.kind in (Mark.WRITE, Mark.NAMED) and entry.name:
+                self._restless.changed(entry.ino, entry.parent, entry.name, now)
+            if entry.kind is Mark.CLOSED:
+                size = entry.b * 512
+                here[entry.ino] = size, here.get(entry.ino, (0, 0))[1] + size
+                gone.discard(entry.ino)
+            elif entry.kind is Mark.GONE:
+                here.pop(entry.ino, None)
+                gone.add(entry.ino)
+            elif entry.kind is Mark.PIN and entry.a:
+                self.pinned.set()
+        self._movements.many(here, gone)
+        if any(entry.kind in _OF_PLACES for entry in entries):
+            self._moved()
 
     def _moves(self, entries: list[Entry]) -> set[tuple[int, int]]:
         """(from, to): directories between which a directory or a file whose content is away has moved; none
@@ -135,7 +148,7 @@ class Drain:
         return {(old, new) for old, new in moves if old != new}
 
 
-def apply(w: Writer, entry: Entry, now: int) -> None:
+def apply(w: Writer | Folded, entry: Entry, now: int) -> None:
     """Apply one mark within a write transaction. `now` in nanoseconds since the epoch."""
     match entry.kind:
         case Mark.WRITE:
@@ -180,7 +193,7 @@ def apply(w: Writer, entry: Entry, now: int) -> None:
             w.note(entry.parent, entry.name)
 
 
-def _write(w: Writer, entry: Entry) -> None:
+def _write(w: Writer | Folded, entry: Entry) -> None:
     """The content changes: resident, with a generation that has no copy. The last copy's object stays until a
     newer one replaces it."""
     record = w.get(entry.ino)
@@ -208,7 +221,7 @@ def _ending(entry: Entry, now: int) -> Ending:
     )
 
 
-def forget(w: Writer, record: Record, ending: Ending) -> None:
+def forget(w: Writer | Folded, record: Record, ending: Ending) -> None:
     """The file is gone: its record goes, its copy becomes a version."""
     w.end(record, ending)
     w.delete(record.ino)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from tierfs import transitions
-from tierfs.codec import pack_record, unpack_record, unpack_since
+from tierfs.codec import pack_record, unpack_record, unpack_row, unpack_since
 from tierfs.errors import IndexDamagedError, IndexError_
 from tierfs.model import Record, Residency, object_key
 from tierfs.past import U64, Garbage, PastWriter, ascending, checked, summed, whole
@@ -146,8 +146,11 @@ def queued_since(ino: int, raw: bytes, dirty: Callable[[bytes], bytes | None]) -
     Raises IndexError_ where the record is damaged.
     """
     since = unpack_since(ino, raw)
-    if since is not None:
-        return since
+    return since if since is not None else _in_former_queue(ino, dirty)
+
+
+def _in_former_queue(ino: int, dirty: Callable[[bytes], bytes | None]) -> int:
+    """When (ns) it was queued, as a table of its own says where the record is of a version that does not."""
     row = dirty(U64.pack(ino))
     body = None if row is None else whole(checked, "dirty queue", row)
     return 0 if body is None else int(U64.unpack(body)[0])
@@ -210,32 +213,41 @@ class Writer(PastWriter):
         stub, dirty = record.residency is Residency.STUB, record.dirty
         values = (1, int(stub), record.local, record.size, int(dirty), record.size if dirty else 0)
         for at, value in enumerate(values):
-            self._totals[at] = max(0, self._totals[at] + sign * value)
+            total = self._totals[at] + sign * value
+            self._totals[at] = total if total > 0 else 0
 
     def get(self, ino: int) -> Record | None:
         """The record of an inode; a damaged one is none, and the next mount looks through the tree."""
-        return self._row(ino)[0]
+        return self.row(ino)[0]
 
-    def _row(self, ino: int) -> tuple[Record | None, int]:
+    def row(self, ino: int) -> tuple[Record | None, int]:
         """A record, and when (ns) it was queued as dirty; 0: it is not, _UNKNOWN: the record is damaged."""
         raw = self._txn.get(U64.pack(ino), db=self._db["files"])
         if raw is None:
             return None, 0
-        record = whole(unpack_record, ino, raw)
-        if record is None:
+        found = whole(unpack_row, ino, raw)
+        if found is None:
             self.meta.surveyed = False
             return None, _UNKNOWN
-        return record, self._queued_since(ino, raw)
+        record, since = found
+        return record, since if since is not None else _in_former_queue(ino, self._dirty_row)
+
+    def _dirty_row(self, key: bytes) -> bytes | None:
+        row: bytes | None = self._txn.get(key, db=self._db["dirty"])
+        return row
 
     def _queued_since(self, ino: int, raw: bytes) -> int:
-        return queued_since(ino, raw, lambda key: self._txn.get(key, db=self._db["dirty"]))
+        return queued_since(ino, raw, self._dirty_row)
 
-    def put(self, record: Record, touched: bool = False) -> None:
+    def put(
+        self, record: Record, touched: bool = False, row: tuple[Record | None, int] | None = None
+    ) -> None:
         """Set a record; totals, the dirty queue and the file id's entry follow. Raises TransitionError.
 
-        `touched`: it was closed only now, so that its quiet time begins again.
+        `touched`: it was closed only now, so that its quiet time begins again. `row`: what `row` says of it,
+        where that is known.
         """
-        before, since = self._row(record.ino)
+        before, since = row if row is not None else self.row(record.ino)
         transitions.check(before, record)
         if before is not None:
             self._count(before, -1)
@@ -326,13 +338,13 @@ class Writer(PastWriter):
         with self._txn.cursor(db=self._db["quiet"]) as cursor:
             for key, _ in ascending("quiet", cursor):
                 since, ino = U64X2.unpack(key)
-                record, said = self._row(ino)
+                record, said = self.row(ino)
                 if record is None or not record.dirty or said != since:
                     yield bytes(key)
 
-    def delete(self, ino: int) -> None:
-        """Forget an inode; what is in the store is another matter (`bury`)."""
-        before, since = self._row(ino)
+    def delete(self, ino: int, row: tuple[Record | None, int] | None = None) -> None:
+        """Forget an inode; what is in the store is another matter (`bury`). `row` as in `put`."""
+        before, since = row if row is not None else self.row(ino)
         key = U64.pack(ino)
         if before is not None:
             self._count(before, -1)

@@ -8,7 +8,7 @@ import os
 import stat
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -126,11 +126,21 @@ class Movements:
 
     def here(self, ino: int, size: int, grown: int) -> None:
         """The file is local with `size` bytes, `grown` of them new."""
+        self.many({ino: (size, grown)}, ())
+
+    def many(self, here: Mapping[int, tuple[int, int]], gone: Iterable[int]) -> None:
+        """Files that are local (inode -> size, grown), and others that are no more."""
         with self._lock:
-            self._here[ino] = size, self._here.get(ino, (0, 0))[1] + grown
-            self._left.discard(ino)
-            self._gone.discard(ino)
-        self.told()
+            for ino, (size, grown) in here.items():
+                self._here[ino] = size, self._here.get(ino, (0, 0))[1] + grown
+                self._left.discard(ino)
+                self._gone.discard(ino)
+            for ino in gone:
+                self._here.pop(ino, None)
+                self._left.discard(ino)
+                self._gone.add(ino)
+        if here:
+            self.told()
 
     def left(self, ino: int) -> None:
         """The file is a stub now."""
@@ -140,10 +150,7 @@ class Movements:
 
     def gone(self, ino: int) -> None:
         """The file is no more."""
-        with self._lock:
-            self._here.pop(ino, None)
-            self._left.discard(ino)
-            self._gone.add(ino)
+        self.many({}, (ino,))
 
     def take(self) -> tuple[list[tuple[int, int, int]], set[int], set[int]]:
         """(ino, size, grown) of what is here, what left, what is gone; and begin anew."""

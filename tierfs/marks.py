@@ -17,7 +17,7 @@ import os
 import struct
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 log = logging.getLogger("gate")
 
@@ -43,8 +43,10 @@ class Mark(enum.IntEnum):
     ATTR = 9  # owner, mode, times or attributes are others [1: of a regular file]
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+_KINDS = {kind.value: kind for kind in Mark}
+
+
+class Entry(NamedTuple):
     """One mark, and the position behind it."""
 
     kind: Mark
@@ -249,7 +251,7 @@ class MarkReader:
         handle = body[_BODY.size : _BODY.size + handles]
         name = body[_BODY.size + handles : _BODY.size + handles + names]
         size = -(-(_HEAD.size + length) // _ALIGN) * _ALIGN
-        return Entry(Mark(kind), ino, generation, parent, a, b, handle, name, self.position + size)
+        return Entry(_KINDS[kind], ino, generation, parent, a, b, handle, name, self.position + size)
 
     @property
     def lacks_some(self) -> bool:

@@ -65,6 +65,7 @@ PARTS_OF = {
         "places",
         "digests",
         "draining",
+        "folding",
         "copying",
         "punching",
         "filling",
