@@ -20,6 +20,7 @@ from tierfs.tier import Tier
 from tierfsd.ballast import Ballast
 from tierfsd.eviction import Eviction
 from tierfsd.heatkeeping import HeatKeeper
+from tierfsd.pace import Pace
 from tierfsd.pinned import Pinned
 from tierfsd.replication import Replication
 from tierfsd.space import Space
@@ -53,6 +54,7 @@ class Scheduler:
         self.keeper = HeatKeeper(tier.kit, heat)
         self.space = Space(tier.kit, beside)
         self.trials = Trials(tier.kit)
+        self._pace = Pace(tier, self.space)
         self.eviction = Eviction(
             tier, heat, self.keeper, self.space, self.trials, self._ballast, self._stopping
         )
@@ -96,6 +98,7 @@ class Scheduler:
 
     def poke(self, message: wire.Poke) -> None:
         """There are new marks; urgent: space is short."""
+        self._pace.told(message.position)
         if message.urgent:
             self.eviction.urgent.set()
         self.look()
@@ -141,7 +144,8 @@ class Scheduler:
             restless = True
             try:
                 now = time.monotonic()
-                self._tier.drain()
+                if self.eviction.urgent.is_set() or self._pace.is_due():
+                    self._pace.drain()
                 if self._pending:
                     self._pending = recovery.finish_pending(self._tier) > 0
                 if now >= next_heat:
@@ -186,6 +190,7 @@ class Scheduler:
         latest = began + (_ROUND_SECONDS if restless else _IDLE_SECONDS)
         while not self._stopping.is_set():
             until = min(latest, began + _ROUND_SECONDS) if self._work.is_set() else latest
+            until = min(until, self._pace.due_at)
             if self._wake.wait(min(max(0.0, until - time.monotonic()), self._pause_between_looks())):
                 self._wake.clear()
                 if self.eviction.urgent.is_set():

@@ -27,12 +27,13 @@ class Space:
         """This part of the whole filesystem, in bytes. Raises OSError."""
         return self._kit.tree.space().total // parts
 
-    def excess(self) -> int:
-        """Bytes to free: above the high watermark down to the low one, or what the filesystem lacks itself."""
+    def excess(self, unseen: int = 0) -> int:
+        """Bytes to free: above the high watermark down to the low one, or what the filesystem lacks itself.
+        `unseen`: local bytes that the index does not know of. Raises OSError, IndexError_."""
         config = self._kit.config
         excess = 0
         if config.local_limit:
-            local = self._kit.index.totals().local_bytes
+            local = self._kit.index.totals().local_bytes + unseen
             if local > config.high * config.local_limit:
                 excess = local - int(config.low * config.local_limit)
         if self.elsewhere:
