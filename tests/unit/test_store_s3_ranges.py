@@ -23,7 +23,7 @@ from tierfs.store import s3_ranges
 from tierfs.store.base import Capabilities
 from tierfs.store.s3 import S3Settings, S3Store, Timeouts
 
-BODY = os.urandom(3 << 20)
+BODY = os.urandom(6 << 20)
 START, LENGTH = 100_000, 2 << 20
 RANGE = BODY[START : START + LENGTH]
 
@@ -232,9 +232,9 @@ def test_pieces_that_come_quickly_are_larger(
 ) -> None:
     piece = s3_ranges.PIECE
     monkeypatch.setattr(s3_ranges, "_QUICK_SECONDS", 100.0)
-    assert sizes(store) == [piece, 2 * piece]
-    assert sizes(store) == [2 * piece, piece]  # the network is as it was a moment ago
+    assert sizes(store) == [piece, 4 * piece, piece]
+    assert sizes(store) == [4 * piece, 2 * piece]  # the network is as it was a moment ago
     monkeypatch.setattr(s3_ranges, "_QUICK_SECONDS", 0.0)
-    assert sizes(store) == [2 * piece, piece]
-    assert sizes(store) == [piece] * 3
+    assert sizes(store) == [4 * piece, piece, piece]
+    assert sizes(store) == [piece] * 6
     assert server.connections == 1

@@ -21,7 +21,8 @@ log = logging.getLogger("store")
 LEAST = 1 << 20  # bytes; of a smaller range all this is nothing
 PIECE = 1 << 20  # bytes
 # Each piece has its own way to the disk and to who waits: fewer are less work, where none has to wait for more.
-_LARGE_PIECE = 2 * PIECE
+# With pieces of 8 MiB the first of a file come noticeably later.
+_LARGE_PIECE = 4 * PIECE
 _QUICK_SECONDS = 0.03  # for a MiB
 _KEPT_SECONDS = 20.0  # a connection that was idle for longer may have been closed by the server
 _REFUSALS = 3  # in a row: this server does not take such requests
@@ -72,7 +73,7 @@ class _Connection:
         self._patience = read_timeout * 1e3
         self._least = 1  # bytes that the kernel wakes for
         self._ahead = b""  # what has come with the head
-        self.buffer = memoryview(bytearray(_LARGE_PIECE))  # kept: to clear a new one costs as much as a copy
+        self._buffer = memoryview(bytearray(PIECE))  # kept: to clear a new one costs as much as a copy
         self.piece = PIECE
         self.idle_since = 0.0
 
@@ -96,6 +97,13 @@ class _Connection:
                 raise ValueError("no answer")
         self._ahead = bytes(head[end + 4 :])
         return _Answer(bytes(head[:end]))
+
+    def place(self, left: int) -> memoryview:
+        """For the next piece, where so much is left of the range: the same as for the one before."""
+        size = min(left, self.piece)
+        if size > len(self._buffer):
+            self._buffer = memoryview(bytearray(_LARGE_PIECE))
+        return self._buffer[:size]
 
     def read_into(self, piece: memoryview) -> bool:
         """Fill it with what comes next; False where the connection ends before."""
@@ -165,7 +173,7 @@ class Ranges:
             if not self._is_taken(answer, start, length):
                 return
             while left:
-                piece = connection.buffer[: min(left, connection.piece)] if into is None else into
+                piece = connection.place(left) if into is None else into
                 if not connection.read_into(piece):
                     return
                 left -= len(piece)
