@@ -15,6 +15,9 @@ import msgspec
 
 MAX_MESSAGE = 128 * 1024
 MAX_FDS = 64  # descriptors in one message (the kernel's own limit is 253)
+# Worked out once: the socket module's flags are enumerations, and to combine two takes longer than to receive.
+_ANCILLARY = socket.CMSG_SPACE(array.array("i").itemsize * MAX_FDS)
+_CUT = int(socket.MSG_TRUNC) | int(socket.MSG_CTRUNC)
 
 
 class Message(msgspec.Struct, tag=True, array_like=True, frozen=True):
@@ -234,15 +237,14 @@ def send(sock: socket.socket, data: bytes, fds: Sequence[int] = ()) -> None:
 
 def receive(sock: socket.socket) -> tuple[bytes, list[int]] | None:
     """The next message with its descriptors (the caller's to close); None at the end. Raises OSError."""
-    size = array.array("i").itemsize * MAX_FDS
-    data, ancillary, flags, _ = sock.recvmsg(MAX_MESSAGE, socket.CMSG_SPACE(size))
+    data, ancillary, flags, _ = sock.recvmsg(MAX_MESSAGE, _ANCILLARY)
     fds = array.array("i")
     for level, kind, payload in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
     if not data:
         return None
-    if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+    if flags & _CUT:
         for fd in fds:
             os.close(fd)
         raise OSError("a message between two processes was cut")
