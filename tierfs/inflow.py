@@ -29,6 +29,7 @@ MOST_AHEAD = 128 << 20  # sixteen ranges of 8 MiB in the air
 AHEAD_SECONDS = 10.0  # at most, as fast as it went last: on a slow link the next bytes must not wait for all
 LARGE_READ = 128 << 10  # programs that read whole files ask for at least so much at once
 SLACK = 1 << 20  # the kernel's own read-ahead arrives a little out of order
+NEXT = 4 << 20  # bytes: of what is read ahead so much is on its way at once, whatever the size of the ranges
 
 
 @dataclass(slots=True)
@@ -111,6 +112,19 @@ class Content:
         """A read of [start, end) has all it needs, here or handed over in memory."""
         gap = self.lacks(start, end)
         return gap is None or self.passages.cover(*gap)
+
+    def comes_next(self, start: int, end: int) -> bool:
+        """Read-ahead is bringing bytes [start, end): some of it has come, and little else comes before them.
+
+        To ask for them as well would be as much work as a piece of content. For those of `passable` who still
+        wait at the next turn of the clock that is done even so (`Inflow.expire`): read-ahead is not passable.
+        """
+        for flight in self.flights:
+            if flight.ahead and flight.start <= start and flight.end >= end:
+                low = flight.start // LEAF
+                first = self.present.find(0, low)
+                return first > low and start - first * LEAF < NEXT
+        return False
 
     def filled_in(self, data: bytes, offset: int) -> bytes:
         """`data`, read from the file at `offset` after `readable`, with what is not in the file."""
@@ -195,7 +209,8 @@ class Inflow:
             return
         wait = self._timed_wait(content)
         content.waits.append(Waiting(*gap, wait, passable))
-        if not any(_brings(f, *gap, passable) and not f.ahead for f in content.flights):
+        asked = any(_brings(f, *gap, passable) and not f.ahead for f in content.flights)
+        if not asked and not (passable and content.comes_next(*gap)):
             self._ask(ino, *gap, whole=content.small, ahead=False, passable=passable)
         raise Blocked(wait)
 

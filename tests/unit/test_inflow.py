@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import time
+from functools import partial
 
 import pytest
 
@@ -91,6 +92,43 @@ def test_a_failed_read_ahead_is_asked_again_for_those_who_wait():
     peer.take(wire.Fetch)
     inflow.ended(wire.FetchEnd(ahead.id, 5, errno.EIO, "x"))
     assert not wait.done
+
+
+def test_what_read_ahead_is_just_bringing_is_not_asked_for_again():
+    peer, inflow, _ = start(size=64 * MIB)
+    read = partial(inflow.need, passable=True)
+    inflow.ahead(5, 0, 32 * MIB)
+    peer.take(wire.Fetch)
+    blocked(read, 5, 0, MIB)
+    (first,) = peer.take(wire.Fetch)  # nothing of it has come: it may be far behind others
+    inflow.filled(wire.Filled(5, 0, MIB))
+    wait = blocked(read, 5, MIB, 2 * MIB)
+    assert not peer.take(wire.Fetch)
+    blocked(read, 5, 20 * MIB, 21 * MIB)  # where somebody reads who does not read on
+    assert len(peer.take(wire.Fetch)) == 1
+    blocked(read, 5, 32 * MIB - LEAF, 32 * MIB + LEAF)  # half of it is not asked for at all
+    assert len(peer.take(wire.Fetch)) == 1
+    inflow.ended(wire.FetchEnd(first.id, 5, 0))
+    inflow.filled(wire.Filled(5, MIB, MIB))
+    assert wait.done and not wait.errno
+
+
+def test_who_waits_for_read_ahead_is_asked_for_when_that_takes_its_time_or_fails():
+    peer, inflow, _ = start(size=64 * MIB)
+    read = partial(inflow.need, passable=True)
+    inflow.ahead(5, 0, 32 * MIB)
+    (ahead,) = peer.take(wire.Fetch)
+    inflow.filled(wire.Filled(5, 0, MIB))
+    wait = blocked(read, 5, MIB, 2 * MIB)
+    inflow.expire(time.monotonic())
+    (again,) = peer.take(wire.Fetch)
+    assert (again.start, again.length, again.ahead) == (MIB, MIB, False)
+    later = blocked(read, 5, 2 * MIB, 3 * MIB)
+    inflow.ended(wire.FetchEnd(ahead.id, 5, errno.ECANCELED, "x"))
+    (last,) = peer.take(wire.Fetch)
+    assert (last.start, last.length, last.ahead) == (2 * MIB, MIB, False)
+    inflow.ended(wire.FetchEnd(last.id, 5, errno.EIO, "gone"))
+    assert later.errno == errno.EIO and not wait.done
 
 
 def test_a_small_file_is_asked_for_whole_and_writers_wait_for_settled():
