@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import resource
 import sys
@@ -238,3 +239,29 @@ def test_pieces_that_come_quickly_are_larger(
     assert sizes(store) == [4 * piece, piece, piece]
     assert sizes(store) == [piece] * 6
     assert server.connections == 1
+
+
+def test_large_pieces_lie_in_large_pages(
+    server: FakeS3, store: S3Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not os.path.exists("/sys/kernel/mm/transparent_hugepage"):
+        pytest.skip("this kernel has none")
+    monkeypatch.setattr(s3_ranges, "_QUICK_SECONDS", 100.0)
+    flags = []
+    for piece in store.pieces("key", 0, len(BODY)):
+        assert isinstance(piece, memoryview)
+        flags.append("hg" in flags_of(ctypes.addressof(ctypes.c_char.from_buffer(piece))))
+    assert flags == [False, True, True]
+
+
+def flags_of(address: int) -> list[str]:
+    """Of the mapping of this process in which the address lies, as the kernel shows them."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, *rest = line.split()
+        if "-" in first:
+            low, high = (int(end, 16) for end in first.split("-"))
+            inside = low <= address < high
+        elif inside and first == "VmFlags:":
+            return rest
+    raise AssertionError(f"no mapping at {address:x}")
