@@ -152,7 +152,7 @@ class Vfs:
         self.dirs.undo(request)
         self.ledger.replayed = self.ledger.pending(request)
 
-    def _intend_to_make(self, dirfd: int, name: bytes) -> None:
+    def _intend_to_make(self, directory: Node, dirfd: int, name: bytes) -> None:
         """Something new is about to have this name; what a killed server made of the same request goes first.
 
         The kernel asks for what it knows to be absent, and nobody has been told of it: it is ours, and empty.
@@ -161,12 +161,27 @@ class Vfs:
         if begun is not None and begun.doing is Doing.MAKE:
             born = syscalls.birth_time(dirfd, name) if _there(dirfd, name) else None
             if born is not None and born >= begun.when:
-                st = os.stat(name, dir_fd=dirfd, follow_symlinks=False)
-                if stat.S_ISDIR(st.st_mode):
-                    os.rmdir(name, dir_fd=dirfd)
-                elif not stat.S_ISREG(st.st_mode) or not st.st_size:
-                    os.unlink(name, dir_fd=dirfd)
+                self._unmake(directory, dirfd, name)
         self.ledger.intend(Doing.MAKE)
+
+    def _unmake(self, directory: Node, dirfd: int, name: bytes) -> None:
+        """Remove it, unless something is in it. The killed server may have marked that it is there.
+
+        The mark of its end goes first: one that is killed in between leaves the name, and it is done again.
+        """
+        st = os.stat(name, dir_fd=dirfd, follow_symlinks=False)
+        is_dir, regular = stat.S_ISDIR(st.st_mode), stat.S_ISREG(st.st_mode)
+        if regular and st.st_size:
+            return
+        self.gate.marking.need()
+        if regular:
+            self.gate.gone(st, self.tree.handle_at(dirfd, name), directory.ino, name)
+        else:
+            self.gate.marking.entry(directory.ino, name, st.st_ino if is_dir else 0)
+        (os.rmdir if is_dir else os.unlink)(name, dir_fd=dirfd)
+        node = self.nodes.known(st.st_ino)
+        if node is not None:
+            self.nodes.unlinked(node, st)
 
     def holds(self) -> dict[str, int]:
         """How many nodes, open files and open directories there are."""
@@ -357,7 +372,7 @@ class Vfs:
         self.gate.need_room()
         directory = self.nodes.get(parent)
         dirfd = self.nodes.dirfd(directory)
-        self._intend_to_make(dirfd, name)
+        self._intend_to_make(directory, dirfd, name)
         try:
             fd, st = self._maker.file(dirfd, name, mode, caller)
         except FileExistsError:
@@ -394,7 +409,7 @@ class Vfs:
         """Make a file, fifo, socket or device node."""
         directory = self.nodes.get(parent)
         dirfd = self.nodes.dirfd(directory)
-        self._intend_to_make(dirfd, name)
+        self._intend_to_make(directory, dirfd, name)
         if stat.S_IFMT(mode) in (0, stat.S_IFREG):
             fd, st = self._maker.file(dirfd, name, mode, caller)
             handle = self._take(fd, st, os.O_WRONLY, directory, name, lambda: os.unlink(name, dir_fd=dirfd))
@@ -409,15 +424,16 @@ class Vfs:
         directory = self.nodes.get(parent)
         self.gate.marking.need()
         dirfd = self.nodes.dirfd(directory)
-        self._intend_to_make(dirfd, name)
+        self._intend_to_make(directory, dirfd, name)
         st = self._maker.directory(dirfd, name, mode, caller)
         self.gate.marking.made_dir(st.st_ino, directory.ino, name)
         return self.nodes.made(st, directory, name).id, st
 
     def symlink(self, parent: int, name: bytes, target: bytes, caller: Caller) -> tuple[int, Attr]:
         """Make a symbolic link."""
-        dirfd = self.nodes.dirfd(directory := self.nodes.get(parent))
-        self._intend_to_make(dirfd, name)
+        directory = self.nodes.get(parent)
+        dirfd = self.nodes.dirfd(directory)
+        self._intend_to_make(directory, dirfd, name)
         st = self._maker.symlink(dirfd, name, target, caller)
         self.gate.marking.entry(directory.ino, name)
         return self.nodes.made(st, directory, name).id, st

@@ -12,7 +12,7 @@ from tierfs import ledger as ledgers
 from tierfs import syscalls
 from tierfs.gate import Gate
 from tierfs.ledger import Ledger
-from tierfs.marks import MarkReader, MarkWriter
+from tierfs.marks import Mark, MarkReader, MarkWriter
 from tierfs.tree import Tree, open_tree
 from tierfs.vfs import ROOT, Caller, Vfs
 
@@ -98,6 +98,21 @@ def seen(path):
             place = os.path.relpath(each, path)
             found[place] = st.st_mode, st.st_nlink, st.st_uid, st.st_size, content, attributes
     return found
+
+
+def told_of(world):
+    """The inodes that have a name by what the marks say."""
+    files, dirs = {}, set()
+    for entry in MarkReader(world.marks, None).read():
+        if entry.kind is Mark.WRITE:
+            files[entry.ino] = entry.handle
+        elif entry.kind is Mark.GONE and files.get(entry.ino) == entry.handle:
+            del files[entry.ino]
+        elif entry.kind is Mark.DIR:
+            dirs.add(entry.ino)
+        elif entry.kind is Mark.ENTRY:
+            dirs.discard(entry.a)
+    return files.keys() | dirs
 
 
 def furnish(world):
@@ -221,6 +236,9 @@ def check_all_lines(worlds, what, first, step):
         assert vfs.read(files["d/x"], 0, 3) == b"d/x"
         assert vfs.getattr(nodes["d"]).st_ino == os.stat(world.path / "d").st_ino
         vfs.release(files["d/x"])
+        told = told_of(world)
+        there = {entry.inode() for top, *_ in os.walk(world.path) for entry in os.scandir(top)}
+        assert told <= there, f"killed at line {line}: what is gone has no mark of its end"
         world.close()
         worlds.made.remove(world)
         if ended:
