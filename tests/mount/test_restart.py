@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import tierfsd
-from harness import wait_gone
+from harness import REPO, wait_gone
 
 import tierfs
 from tierfs import volume as volumes
@@ -175,12 +175,18 @@ def test_stopped_while_it_restarts(volume):
 
 KILLED_AT = {  # the line of which step is the last that the former or the new version runs
     "before": ("tierfsd/supervisor", "            self._end_mover()\n            signal.pthread"),
-    "server dead": ("tierfsd/supervisor", "            self._drain_log()\n            handover.become"),
+    "server dead": ("tierfsd/supervisor", "            self._log.drain()\n            handover.become"),
     "execve": ("tierfsd/handover", "        os.execv(python"),
     "after execve": ("tierfsd/supervisor", "        self._listen_to_all()\n        signal.pthread_sigmask"),
     "resumed": ("tierfsd/supervisor", "        if not self._take_over() and not self._mount_anew():\n     "),
 }
 DIE = "__import__('os').kill(__import__('os').getpid(), 9) if __import__('os').path.exists({!r}) else 0\n"
+
+
+@pytest.mark.parametrize("step", KILLED_AT)
+def test_the_steps_of_a_restart_stand_where_they_are_killed(step):
+    module, line = KILLED_AT[step]
+    assert (REPO / "daemon" / f"{module}.py").read_text().count(line) == 1
 
 
 @pytest.mark.soak
