@@ -31,7 +31,7 @@ from tierfs.digests import SIDE_SUFFIX
 from tierfs.errors import BusyError, ObjectMissingError, StoreError, TierError
 from tierfs.index import Writer
 from tierfs.kit import Kit
-from tierfs.model import EPOCH_SHIFT, Record, object_key
+from tierfs.model import Record, epoch_of, object_key
 from tierfs.past import Buried, Listed, Version
 from tierfs.spelling import quoted
 from tierfs.store.priority import Priority, priority
@@ -269,7 +269,7 @@ class Collector:
 
     def _is_ours(self, key: str) -> bool:
         """No later owner has made it."""
-        return _parse(key)[1] >> EPOCH_SHIFT <= self._kit.index.session.epoch
+        return epoch_of(_parse(key)[1]) <= self._kit.index.last_epoch
 
     def _judge_orphan(self, _beat: int, key: str) -> bool | None:
         return not self._is_referred(key)

@@ -420,6 +420,7 @@ def _put_copy(item: Item, taken: Taken, w: Writer) -> Record:
             w.end(before, Ending(when, False, path=item.path, mode=st.st_mode, uid=owner[0], gid=owner[1]))
         if taken.digests or is_sparse(taken.copy.size, taken.extents):
             w.put_leaves(record.fid, taken.copy.generation, taken.digests, taken.extents)
+    w.given(record.generation)
     w.fulfil(taken.key)
     w.put(record)
     return record

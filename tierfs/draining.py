@@ -196,6 +196,7 @@ def apply(w: Writer | Folded, entry: Entry, now: int) -> None:
 def _write(w: Writer | Folded, entry: Entry) -> None:
     """The content changes: resident, with a generation that has no copy. The last copy's object stays until a
     newer one replaces it."""
+    w.given(entry.generation)
     record = w.get(entry.ino)
     if record is not None and record.handle != entry.handle:
         forget(w, record, Ending(time.time_ns()))

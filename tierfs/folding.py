@@ -20,7 +20,7 @@ class Folded:
         self._rows: dict[int, tuple[Record | None, int]] = {}  # as the index has them
         self._changed: dict[int, bool] = {}  # to be written; True: closed only now
         self._notes: dict[tuple[int, bytes], None] = {}
-        self.end = w.end
+        self.end, self.given = w.end, w.given
         self.put_dir, self.drop_dir = w.put_dir, w.drop_dir
         self.put_pin, self.drop_pin = w.put_pin, w.drop_pin
 

@@ -61,7 +61,7 @@ from tierfs.index_writer import (
     read_chain,
     read_rescue,
 )
-from tierfs.model import Record
+from tierfs.model import Record, epoch_of
 from tierfs.past import PAST_TABLES, U64, Garbage, PastReader, ascending, checked, place, whole
 from tierfs.unawaited import log_failure
 
@@ -268,6 +268,12 @@ class Index(PastReader):
         return Session(meta.epoch, meta.custody)
 
     @property
+    def last_epoch(self) -> int:
+        """This session's epoch, or a later one if its generations have run on into that."""
+        meta = self._meta()
+        return max(meta.epoch, epoch_of(meta.newest))
+
+    @property
     def past(self) -> Garbage:
         """The last beat's number and clock, and the tree's root."""
         return self._meta().past
@@ -470,7 +476,8 @@ class Index(PastReader):
         return not meta.clean and meta.boot != boot
 
     def begin_session(self, boot: str, floor: int = 0) -> Session:
-        """A new epoch above `floor`, durably. Custody goes on after an orderly end, or within one boot.
+        """A new epoch above `floor` and all generations, durably. Custody goes on after an orderly end, or in
+        one boot.
 
         Otherwise writes may have been lost with their marks: the custody epoch rises, and every proof of the
         earlier one needs the local bytes hashed again.
@@ -484,7 +491,7 @@ class Index(PastReader):
                 writer.taken_over()
             if not meta.clean and meta.boot != boot:
                 meta.custody += 1
-            meta.epoch, meta.boot, meta.clean = max(meta.epoch, floor) + 1, boot, False
+            meta.epoch, meta.boot, meta.clean = max(meta.epoch, floor, epoch_of(meta.newest)) + 1, boot, False
             return Session(meta.epoch, meta.custody)
 
     def end_session(self) -> None:

@@ -57,8 +57,8 @@ class Recount(NamedTuple):
 class Meta(msgspec.Struct):
     """The value `meta` of its table. `clean`: the last session ended in order; `unclean` counts the others.
 
-    `noting`: changes are noted for the journal, the newest under number `noted`, the oldest of those that wait
-    at `noted_since` (ns; 0: none waits).
+    `newest`: the largest generation that content was given. `noting`: changes are noted for the journal, the
+    newest under number `noted`, the oldest of those that wait at `noted_since` (ns; 0: none waits).
     """
 
     format: int = FORMAT
@@ -71,6 +71,7 @@ class Meta(msgspec.Struct):
     surveyed: bool = False
     swept: int = -1
     unclean: int = 0
+    newest: int = 0
     noting: bool = False
     noted: int = 0
     noted_since: int = 0
@@ -442,6 +443,10 @@ class Writer(PastWriter):
     def set_log_position(self, position: int) -> None:
         """All marks before this position are applied, in this very transaction."""
         self.meta.log_position = position
+
+    def given(self, generation: int) -> None:
+        """Content has been given it: the next session begins above it."""
+        self.meta.newest = max(self.meta.newest, generation)
 
     def set_surveyed(self, done: bool) -> None:
         """Every file of the tree has a record, compared with it in the present custody epoch."""

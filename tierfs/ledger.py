@@ -230,10 +230,11 @@ class Ledger:
     # --- nodes --------------------------------------------------------------------------------------------
 
     def new_node(self) -> int:
-        """A node's number, never given before in this session. Raises OSError(ENFILE)."""
+        """A node's number, of those that its slot had the one that is longest ago: of billions. Raises
+        OSError(ENFILE)."""
         slot = self._nodes.take()
         (before,) = struct.unpack_from("@Q", self._map, _NODES_AT + slot * _NODE.size)
-        return (before >> SLOT_BITS) + 1 << SLOT_BITS | slot if before else slot
+        return ((before >> SLOT_BITS) + 1 & _SLOT) << SLOT_BITS | slot if before else slot
 
     def node(
         self, number: int, ino: int, parent: int, lookups: int, content: bytes, kind: Kind = Kind.NAME

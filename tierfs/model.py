@@ -132,6 +132,11 @@ def new_tag() -> bytes:
     return os.urandom(8)
 
 
+def epoch_of(generation: int) -> int:
+    """The epoch that it was given in, or a later one: those of a session of months may run on into the next."""
+    return generation >> EPOCH_SHIFT
+
+
 def make_generation(epoch: int, counter: int) -> int:
     """The generation number of the `counter`-th content change of this epoch."""
     return epoch << EPOCH_SHIFT | counter

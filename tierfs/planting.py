@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 from tierfs import manifest
 from tierfs.errors import VolumeError
 from tierfs.manifest import AnyInode, Directory, File, Special, Symlink
-from tierfs.model import EPOCH_SHIFT, Copy, Record, Residency, Stub, new_fid
+from tierfs.model import Copy, Record, Residency, Stub, epoch_of, new_fid
 from tierfs.namespace import MOST_DEPTH
 from tierfs.namespace import Tree as Namespace
 from tierfs.spelling import quoted
@@ -34,6 +34,7 @@ _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _KINDS = {"fifo": stat.S_IFIFO, "socket": stat.S_IFSOCK, "char": stat.S_IFCHR, "block": stat.S_IFBLK}
 _SET_ID = stat.S_ISUID | stat.S_ISGID
 _FIRST_GENERATION = 1
+_MOST_EPOCHS = 1024  # more than a session can run through: a journal that lies must not use them up
 _STEP = 12  # components of a path that are opened at once: twelve names always fit
 _CAPABILITY = "security.capability"
 
@@ -91,6 +92,13 @@ class Place:
     parent: int
     name: bytes
     line: Directory
+
+
+def run_on(names: Namespace, epoch: int) -> int:
+    """This epoch, or the last one into which the generations of a session of the former machine have run on."""
+    lines = (line for file in names.files() for line in (file.copy, file.rescue) if line is not None)
+    used = (epoch_of(line.generation) for line in lines)
+    return max([epoch, *(each for each in used if each <= epoch + _MOST_EPOCHS)])
 
 
 class Planter:
@@ -262,7 +270,7 @@ class Planter:
         line = file.rescue if file.dirty and file.rescue is not None else file.copy
         if line is None:
             return None
-        if len(bytes.fromhex(file.fid)) != 16 or line.generation >> EPOCH_SHIFT > self._epoch:
+        if len(bytes.fromhex(file.fid)) != 16 or epoch_of(line.generation) > self._epoch:
             raise ValueError("its copy is none that this volume could have made")
         copy = line.copy()
         if file.dirty:

@@ -27,7 +27,7 @@ from tierfs.marks import Mark, MarkWriter
 from tierfs.model import Record
 from tierfs.namespace import Chronicle
 from tierfs.namespace import Tree as Namespace
-from tierfs.planting import Left, Outcome, Place, Planted, Planter
+from tierfs.planting import Left, Outcome, Place, Planted, Planter, run_on
 from tierfs.store.base import Capabilities, ObjectStore
 from tierfs.tree import open_tree
 
@@ -138,6 +138,8 @@ def restore(
     progress("reading the journal", 0, 0)
     chronicle = Chronicle(store, owner.volume)
     names = chronicle.read()
+    epoch = run_on(names, epoch)
+    volume.keep_epoch(home.state, epoch)
     outcome = plant(home, names, epoch, special, progress)
     report = _report(chronicle, owner, outcome)
     volume.write_json(home.path(REPORT), report)

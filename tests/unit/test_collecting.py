@@ -11,6 +11,7 @@ from dating import DAY, AgingVolume
 
 from tierfs.errors import StoreUnavailableError, VolumeError
 from tierfs.looking import line
+from tierfs.model import EPOCH_SHIFT
 from tierfs.past import Ending
 from tierfs.policy.aging import Clock
 
@@ -50,6 +51,19 @@ def test_a_superseded_version_is_kept_for_its_time_and_then_goes(volume):
     assert volume.index.versions_of(volume.record("a").fid) == []
     assert volume.index.lists() == [] and lists(volume) == set()
     assert days(volume, 40) == 0 and volume.objects() == {second}
+
+
+def test_a_session_that_has_run_on_into_the_next_epoch_removes_what_it_made(volume):
+    gate = volume.server.gate
+    gate.ledger.generation = (volume.session.epoch + 1 << EPOCH_SHIFT) - 1
+    first = volume.write("a", b"one" * 1000)
+    second = volume.write("a", b"two" * 1000)
+    volume.collect()
+    assert days(volume, 32) == 1 and volume.objects() == {second} and first != second
+    newest = volume.record("a").generation
+    volume.restart()
+    volume.server.write(volume.path("a"), b"six" * 1000)
+    assert volume.record("a").generation > newest and volume.record("a").dirty
 
 
 def test_the_age_begins_with_the_end_not_with_the_look_before(volume):

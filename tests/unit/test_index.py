@@ -218,6 +218,19 @@ def test_custody_goes_on_within_a_boot_or_after_an_orderly_end_only(tmp_path):
     assert session("c", True).custody == first.custody + 1
 
 
+def test_a_session_begins_above_all_generations_that_were_given(tmp_path):
+    """One of months, in which more files are written than an epoch has generations, runs on into the next."""
+    index = Index.open(str(tmp_path))
+    first = index.begin_session("a")
+    index.commit(lambda w: w.given(make_generation(first.epoch, 9))).result()
+    assert index.last_epoch == first.epoch
+    index.commit(lambda w: w.given(make_generation(first.epoch + 2, 7))).result()
+    index.commit(lambda w: w.given(make_generation(first.epoch, 10))).result()
+    assert index.session == first and index.last_epoch == first.epoch + 2
+    assert index.begin_session("a", first.epoch).epoch == first.epoch + 3
+    index.close()
+
+
 def test_the_log_position_moves_in_the_transaction_of_its_effects(index):
     assert index.log_position() is None
     index.commit(lambda w: (w.put(record(5)), w.set_log_position(640))).result()

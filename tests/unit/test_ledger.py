@@ -42,6 +42,18 @@ def test_a_table_of_another_form_is_refused():
     os.close(fd)
 
 
+def test_a_slot_that_was_used_billions_of_times_begins_anew():
+    table = Ledger()
+    number = table.new_node()
+    last = (1 << 32) - 1 << 32 | number
+    table.node(last, 7, 1, 1, b"last")
+    table.drop_node(last)
+    assert table.new_node() == number
+    table.node(number, 8, 1, 1, b"new")
+    table.drop_node(number)
+    assert table.new_node() == 1 << 32 | number
+
+
 def test_long_names_come_and_go():
     fd = ledgers.make()
     table = Ledger(fd)

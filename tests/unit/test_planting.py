@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from tierfs import manifest
 from tierfs.errors import PathError, VolumeError
 from tierfs.namespace import Tree as Namespace
-from tierfs.planting import Planter
+from tierfs.planting import Planter, run_on
 from tierfs.tree import open_tree
 
 EPOCH = 3
-COPY = manifest.CopyLine((2 << 28) + 5, "ab" * 8, "cd" * 32, 5000, 7, 8, 22)
+COPY_REST = "ab" * 8, "cd" * 32, 5000, 7, 8, 22
+COPY = manifest.CopyLine((2 << 28) + 5, *COPY_REST)
 COMMON = {"mode": 0o640, "uid": os.geteuid(), "gid": os.getegid(), "mtime": 11, "ctime": 12}
 FID = "ef" * 16
 
@@ -37,7 +38,7 @@ def directory(ident, name, above="root", **more):
     return manifest.Directory(ident, **{**COMMON, **more}, dir=above, name=name)
 
 
-def plant(base, lines, special=True, names=None):
+def plant(base, lines, special=True, names=None, epoch=EPOCH):
     """(outcome, what was kept) of a tree made at base/tree."""
     names = names or Namespace()
     for line in lines:
@@ -45,7 +46,7 @@ def plant(base, lines, special=True, names=None):
     (Path(base) / "tree").mkdir()
     tree = open_tree(str(Path(base) / "tree"))
     try:
-        planter = Planter(tree, names, EPOCH, special)
+        planter = Planter(tree, names, epoch, special)
         kept = []
         places = planter.directories()
         for place in places:
@@ -97,6 +98,22 @@ def test_of_a_part_nothing_else_is_made_not_even_of_a_journal_that_lies(tmp_path
     assert (outcome.files, outcome.directories) == (2, 2)
     assert [path for path, _ in outcome.refused] == [b"below/itself"]
     assert stat.S_IMODE(os.stat(tmp_path / "tree").st_mode) == 0o750
+
+
+def test_generations_that_have_run_on_into_later_epochs_are_restored(tmp_path):
+    """Of a machine that had given more in one session than an epoch has."""
+    late, lies = (manifest.CopyLine((EPOCH + n << 28) + 5, *COPY_REST) for n in (2, 100_000))
+    names = Namespace()
+    for line in (
+        root(),
+        file("1", "late", copy=late, generation=late.generation),
+        file("2", "lies", copy=lies, generation=lies.generation, fid="aa" * 16),
+    ):
+        names.apply(line)
+    assert run_on(Namespace(), EPOCH) == EPOCH
+    assert run_on(names, EPOCH) == EPOCH + 2
+    outcome, _ = plant(tmp_path, [], names=names, epoch=EPOCH + 2)
+    assert [path for path, _ in outcome.refused] == [b"lies"]
 
 
 NAMES = st.one_of(
