@@ -22,7 +22,7 @@ from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
 from tierfs import config, locate
-from tierfs.errors import VolumeError
+from tierfs.errors import PathError, VolumeError
 from tierfs.store.base import Capabilities
 
 FORMAT = 1
@@ -151,6 +151,14 @@ def check_mountpoint(mountpoint: str, state: str) -> None:
         )
 
 
+def check_state_place(state: str) -> None:
+    """Refuse a place for a new state directory that is itself in a volume: that demotes what is kept here.
+    Raises VolumeError."""
+    with contextlib.suppress(PathError):
+        outer = locate.locate(state).mount.mountpoint
+        raise VolumeError(f"{state}: would lie in the TierFS volume at {outer}: choose another --state")
+
+
 def check_store_place(store: str, mountpoint: str, state: str, *, new: bool) -> None:
     """Refuse a directory store inside of the volume that it is for. Raises VolumeError.
 
@@ -198,8 +206,14 @@ def _use(state: str) -> str:
 
 
 def exists(state: str) -> bool:
-    """Whether a state directory holds a volume, finished or not."""
-    return os.path.exists(os.path.join(state, "volume.json"))
+    """Whether a state directory holds a volume, finished or not. Raises VolumeError where that is not told."""
+    try:
+        os.stat(os.path.join(state, "volume.json"))
+    except PermissionError as exc:
+        raise VolumeError(f"{state}: is closed to you: act as its owner or as root") from exc
+    except OSError:
+        return False
+    return True
 
 
 def make_state(state: str) -> None:

@@ -171,6 +171,8 @@ def _precheck(arguments: argparse.Namespace) -> None:
         raise VolumeError(f"{arguments.state}: its restore was interrupted: run `tierfs restore` again")
     new = not _is_complete(arguments.state)
     store = arguments.store if new else volume.load(arguments.state).store_url
+    if new:
+        volume.check_state_place(arguments.state)
     volume.check_store_place(store or "", arguments.mountpoint, arguments.state, new=new)
     if adoption.read_intent(arguments.state) is not None:
         return

@@ -217,6 +217,24 @@ def test_a_damaged_volume_file_is_one_clear_error(state, content):
         volume.load(state)
 
 
+def test_what_may_not_be_looked_into_is_not_called_no_volume(state, monkeypatch):
+    def refuse(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+
+    assert not volume.exists(state) and not volume.exists(f"{state}/volume.json")
+    monkeypatch.setattr(os, "stat", refuse)
+    with pytest.raises(VolumeError, match="is closed to you: act as its owner or as root"):
+        volume.exists(state)
+
+
+def test_a_new_volume_does_not_lie_in_another(monkeypatch):
+    mounts = [locate.Mount("/", "ext4", "x", 0), locate.Mount("/vol", locate.FSTYPE, "tierfs#abc", 0)]
+    monkeypatch.setattr(locate, "read_mounts", lambda: mounts)
+    volume.check_state_place("/var/lib/tierfs/x")
+    with pytest.raises(VolumeError, match="would lie in the TierFS volume at /vol: choose another --state"):
+        volume.check_state_place("/vol/.tierfs-vol-d")
+
+
 def test_a_store_is_not_taken_for_a_damaged_state_directory(tmp_path, state):
     """Each has a volume.json."""
     where = tmp_path / "a store"
