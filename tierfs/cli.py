@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted, 128 + n ended by s
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 import os
 import signal
@@ -15,7 +16,7 @@ from types import FrameType
 
 import click
 
-from tierfs import __version__
+from tierfs import __version__, terminal
 from tierfs.errors import TierError, UsageError
 from tierfs.spelling import shown
 
@@ -76,13 +77,32 @@ def tierfs() -> None:
 
 def main() -> None:
     """Entry point of the command. Always ends by SystemExit."""
+    _open_missing()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_DFL:  # and not ignored, as nohup has it
             signal.signal(number, _end)
-    sys.exit(_run())
+    code = _run()
+    try:
+        sys.stdout.flush()
+    except OSError:
+        # As has been said, where there was somebody to say it to. Python would try once more at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)
+
+
+def _open_missing() -> None:
+    """Have standard streams where the command was begun without: what is opened next would get their numbers,
+    and Python prints on the one what is for the other. A result that nobody can read is an error then."""
+    for number, flags in enumerate((os.O_RDONLY, os.O_RDONLY, os.O_WRONLY)):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, flags)  # gets the lowest number that is free
+    sys.stdout = sys.stdout or os.fdopen(1, "w")
+    sys.stderr = sys.stderr or os.fdopen(2, "w")
 
 
 def _end(number: int, frame: FrameType | None) -> None:
@@ -93,7 +113,8 @@ def _end(number: int, frame: FrameType | None) -> None:
 def _run() -> int:
     try:
         result = tierfs.main(standalone_mode=False, prog_name="tierfs")
-        sys.stdout.flush()
+        with terminal.writing():
+            sys.stdout.flush()
         return result if isinstance(result, int) else 0
     except click.exceptions.Exit as exc:
         return exc.exit_code
@@ -111,14 +132,22 @@ def _run() -> int:
     except TierError as exc:
         return _fail(str(exc), 1)
     except BrokenPipeError:
-        # Whoever read our output has gone; nothing more may be written, at exit neither.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return 1  # whoever read our output has gone
     except OSError as exc:
         named = f"{exc.filename}: " if exc.filename else ""
+        if not named and exc.errno == errno.ENOENT and _is_nowhere():
+            return _fail("the working directory is not there any more: cd to another", 1)
         return _fail(f"{named}{exc.strerror or exc}", 1)
     except Exception as exc:
         return _fail(f"internal error ({type(exc).__name__}): {_keep_traceback()}", 1)
+
+
+def _is_nowhere() -> bool:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return True
+    return False
 
 
 def _fail(message: str, code: int) -> int:

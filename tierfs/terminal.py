@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from tierfs.errors import TierError
 from tierfs.spelling import shown as shown
 
 if TYPE_CHECKING:
@@ -39,12 +40,25 @@ def age(seconds: float) -> str:
 
 def print_json(value: Any) -> None:
     """One JSON document. Bytes that are no UTF-8 become lone surrogates, as `os.fsencode` takes them back."""
-    print(json.dumps(value, indent=2))
+    with writing():
+        print(json.dumps(value, indent=2))
 
 
 def tell(line: str) -> None:
     """One line of a result. Not with click, which writes UTF-8 where ASCII was asked for."""
-    print(shown(line))
+    with writing():
+        print(shown(line))
+
+
+@contextlib.contextmanager
+def writing() -> Iterator[None]:
+    """Output is written. Raises BrokenPipeError where its reader has gone, TierError."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as exc:
+        raise TierError(f"the output cannot be written: {exc.strerror}") from exc
 
 
 def say(text: str) -> None:

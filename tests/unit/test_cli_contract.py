@@ -368,6 +368,50 @@ def test_output_into_a_closed_pipe_is_no_traceback():
     process.wait(timeout=30)
 
 
+def closed(*streams):
+    return lambda: [os.close(stream) for stream in streams]
+
+
+ALONE = "from tierfs import cli, locate; locate.read_mounts = lambda *_: []; cli.main()"  # no mounts of others
+
+
+@pytest.mark.parametrize("arguments", [["status"], ["pins", "--json"], ["--help"]])
+@pytest.mark.parametrize("where", ["closed", "/dev/full"])
+def test_a_result_that_cannot_be_written_is_one_line_and_exit_1(arguments, where):
+    command = [sys.executable, "-c", ALONE, *arguments]
+    if where == "closed":
+        done = subprocess.run(command, stderr=subprocess.PIPE, preexec_fn=closed(1), timeout=60)
+        reason = b"Bad file descriptor"
+    else:
+        with open(where, "wb") as full:
+            done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, timeout=60)
+        reason = b"No space left on device"
+    assert done.returncode == 1
+    assert done.stderr.startswith(b"tierfs: ") and done.stderr.endswith(reason + b"\n")
+    assert done.stderr.count(b"\n") == 1
+
+
+def test_an_error_is_no_result():
+    """Nobody is there to read it, and what reads the results must not take it for one."""
+    command = [sys.executable, "-m", "tierfs", "status", "/"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, preexec_fn=closed(2), timeout=60)
+    assert (done.returncode, done.stdout) == (1, b"")
+    assert subprocess.run(command, preexec_fn=closed(0, 1, 2), timeout=60).returncode == 1
+
+
+def test_a_working_directory_that_is_gone_is_called_so(tmp_path):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    path = os.pathsep.join(sys.path)  # relative names in it would be looked for there
+    code = f"import os, runpy; os.rmdir({str(gone)!r}); runpy.run_module('tierfs', run_name='__main__')"
+    command = [sys.executable, "-c", f"import sys; sys.argv[1:] = ['ls']; {code}"]
+    done = subprocess.run(
+        command, cwd=gone, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "tierfs: the working directory is not there any more: cd to another\n"
+
+
 SLOW = """
 import sys, time
 from tierfs import cli, locate
