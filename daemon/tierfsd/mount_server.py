@@ -121,7 +121,7 @@ class Server:
         )
         if watch is not None:
             self._handlers[watch.fileno()] = self._hear_edits
-            self._others.register(watch.fileno(), 0)
+            self._listening = False
         self._kept: set[int] = set()
         gate.mover.on_stuck = self._stuck
         vfs.nodes.keep, vfs.nodes.let_go = self._keep, self._let_go
@@ -185,7 +185,15 @@ class Server:
         watch.tell()
         # What could not be told is tried again soon, however many requests there are.
         self._next_look = time.monotonic() + (min(pause, watching.SOON) if watch.busy else pause)
-        self._others.modify(watch.fileno(), 0)
+        self._listen(watch, False)
+
+    def _listen(self, watch: watching.Watch, on: bool) -> None:
+        """Whether events end a sleep. Where not, each costs an eighth less: it looks for nobody to wake."""
+        if on and not self._listening:
+            self._others.register(watch.fileno(), select.EPOLLIN)
+        elif self._listening and not on:
+            self._others.unregister(watch.fileno())
+        self._listening = on
 
     def _tell_later(self, nodeids: list[int]) -> None:
         """The kernel did not know these nodes yet. Without a watch nothing is believed."""
@@ -198,7 +206,7 @@ class Server:
         assert watch is not None
         watch.tell()
         self._next_look = now if watch.hurried else now + watching.SOON if watch.busy else _NEVER
-        self._others.modify(watch.fileno(), select.EPOLLIN)
+        self._listen(watch, True)
 
     def _events(self, timeout: float) -> None:
         """Sleep until something happens, and let all be heard but the kernel, whose turn is next."""

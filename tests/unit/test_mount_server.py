@@ -1,6 +1,7 @@
 """When the mount server hears of edits behind the mount, and when it tells of them."""
 
 import os
+import select
 import socket
 import time
 from types import SimpleNamespace
@@ -63,6 +64,22 @@ def test_edits_are_heard_when_many_requests_have_been_served(heard):
         server._hear_in_time(UNHEARD // 2)
     assert (watch.heard, watch.told) == (2, 2)
     assert server._next_look >= before + watching.LATER
+
+
+def test_events_wake_nobody_while_they_are_heard_in_time(heard):
+    """Most of them are of our own doing, and to look for whom to wake is an eighth of what each costs."""
+    server, watch = heard
+    os.eventfd_write(watch.fileno(), 1)
+    assert not server._others.poll(0.0)
+    for _ in range(2):
+        server._look_for_edits(time.monotonic())
+        assert server._others.poll(0.0) == [(watch.fileno(), select.EPOLLIN)]
+        server._look_for_edits(time.monotonic())
+        server._hear_others()
+        assert not server._others.poll(0.0)
+        server._hear_in_time(UNHEARD)
+        assert not server._others.poll(0.0) and server._next_look < time.monotonic() + 2 * watching.LATER
+    assert watch.heard == 4
 
 
 def test_what_could_not_be_told_is_soon_tried_again_in_spite_of_many_requests(heard):
