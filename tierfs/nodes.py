@@ -441,6 +441,13 @@ class NodeTable:
         os.close(fd)
         return st
 
+    def stat_of_kept(self, node: Node) -> os.stat_result | None:
+        """A directory's attributes now, whatever its name is, by the descriptor that is kept of it; None where
+        none is kept, or it has been removed. Names in it are reached by the same."""
+        fd = self._dirs.get(node.id) if node.anchor is None else None
+        st = os.fstat(fd) if fd is not None else None
+        return st if st is not None and st.st_nlink else None
+
     def reach(self, node: Node) -> tuple[int, os.stat_result]:
         """A new O_PATH descriptor of the node, symlinks included, and its stat; the caller closes it.
 

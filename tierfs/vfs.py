@@ -255,6 +255,9 @@ class Vfs:
         if handle is not None:
             return self._attr(os.fstat(handle.inode.opath))
         node = self.nodes.get(nodeid)
+        kept = self.nodes.stat_of_kept(node) if self.gate.lasting.watched else None
+        if kept is not None:
+            return self._attr(kept)
         st = self.nodes.stat(node)
         if not isinstance(st, GoneStat) and node.anchor is None and node.parent is not None:
             dirfd, name = self.nodes.dirfd(node.parent), self.nodes.name(node)

@@ -291,6 +291,14 @@ def test_a_directory_without_a_descriptor_is_opened_from_the_nearest_that_has_on
     both.close()
 
 
+def test_where_edits_behind_the_mount_are_not_seen_a_directory_is_asked_by_its_name(both):
+    both.behind(lambda path: (path / "dir").mkdir())
+    node = both.lookup(ROOT, b"dir")
+    assert both.lookup(node, b"absent") == errno.ENOENT
+    both.behind(lambda path: os.rename(path / "dir", path / "moved"))
+    assert both.ask(p.Op.GETATTR, node, p.GETATTR_IN.pack(0, 0, 0)) == (-errno.ESTALE, b"")
+
+
 LONG = b"n" * 200  # the ledger keeps it elsewhere than beside its node
 LINKS = (p.Op.LINK, p.Op.SYMLINK, p.Op.READLINK)
 

@@ -23,6 +23,7 @@ from tierfs.lasting import FRESH, LONG
 from tierfs.vfs import ROOT, Caller
 
 ME = Caller(os.geteuid(), os.getegid(), os.getpid())
+MODE = 12  # in a fuse_attr_out
 
 
 @pytest.fixture
@@ -242,6 +243,21 @@ def test_what_may_be_given_anew_by_another_name_does_not_last(side):
     made(side.path / "file")
     os.link(side.path / "file", side.path / "other")
     assert side.lookup(ROOT, b"file")[2] == p.ENTRY_SECONDS
+
+
+def test_a_directory_is_asked_by_the_descriptor_that_is_kept_of_it(side):
+    """Which is half the price of its name. Edits behind the mount are told, so nobody relies on the name."""
+    (side.path / "dir").mkdir()
+    node = side.lookup(ROOT, b"dir")[0]
+    os.rename(side.path / "dir", side.path / "moved")
+    assert side.getattr(node) == errno.ESTALE  # none is kept yet
+    os.rename(side.path / "moved", side.path / "dir")
+    assert side.lookup(node, b"absent") == errno.ENOENT
+    os.rename(side.path / "dir", side.path / "moved")
+    (side.path / "moved").chmod(0o700)
+    assert side.getattr(node)[MODE] & 0o777 == 0o700
+    (side.path / "moved").rmdir()
+    assert side.getattr(node) == errno.ESTALE
 
 
 def test_set_id_bits_do_not_last(side):

@@ -171,6 +171,16 @@ enum outcome fill_attributes(Hot *hot, const struct stat *st, struct attr_out *o
     return seconds < 0 ? PYTHONS : FOUND;
 }
 
+/* nodes.stat_of_kept, where edits behind the mount are seen. */
+static int is_kept(Hot *hot, PyObject *node, struct stat *st)
+{
+    PyObject *id = hot->long_seconds ? get_of(node, s_id) : NULL;
+    PyObject *kept = id ? PyDict_GetItemWithError(hot->dirs, id) : NULL;
+    int fd = kept ? (int)PyLong_AsLong(kept) : -1;
+    Py_XDECREF(id);
+    return fd >= 0 && !status(fd, NULL, st) && st->st_nlink;
+}
+
 enum outcome get_attributes(Hot *hot, uint64_t nodeid, struct attr_out *out)
 {
     struct stat st;
@@ -180,7 +190,7 @@ enum outcome get_attributes(Hot *hot, uint64_t nodeid, struct attr_out *out)
     if (node == hot->root) {
         if (status(hot->root_fd, NULL, &st))
             return PYTHONS;
-    } else {
+    } else if (!is_kept(hot, node, &st)) {
         char name[NAME_ROOM];
         PyObject *parent = get_of(node, s_parent);
         int fd = name_of(hot, nodeid, name) && parent && parent != Py_None ? directory_of(hot, parent) : -1;
