@@ -6,11 +6,13 @@ And of a file that it has just made it knows what the kernel asks before the fir
 import errno
 import itertools
 import os
+from types import SimpleNamespace
 
 import pytest
-from hotside import Side
+from hotside import Side, build, load
 
 from tierfs.fuse import protocol as p
+from tierfs.fuse.kernel import _Parked
 from tierfs.vfs import ROOT
 
 CAPABILITY = bytes.fromhex("0100000200040000000000000000000000000000")  # version 2: net_bind_service
@@ -27,18 +29,26 @@ def side(tmp_path, monkeypatch, built):
 
 
 @pytest.fixture
-def told(side):
+def told_of():
     """Of which nodes a change by this thread has the kernel told."""
     names = itertools.count()
 
-    def change(thread, node=ROOT):
-        side.thread = thread
-        side.outdated.clear()
-        number, _ = side.ask(p.Op.MKDIR, node, p.MKDIR_IN.pack(0o755, 0) + b"%d\0" % next(names))
-        assert not number
-        return list(side.outdated)
+    def of(side):
+        def change(thread, node=ROOT):
+            side.thread = thread
+            side.outdated.clear()
+            number, _ = side.ask(p.Op.MKDIR, node, p.MKDIR_IN.pack(0o755, 0) + b"%d\0" % next(names))
+            assert not number
+            return list(side.outdated)
 
-    return change
+        return change
+
+    return of
+
+
+@pytest.fixture
+def told(side, told_of):
+    return told_of(side)
 
 
 def asked(side, thread, opcode, node, body=b""):
@@ -86,14 +96,95 @@ def test_threads_of_another_namespace_are_not_told_apart(side, told):
     assert told(0) == told(0) == [ROOT]
 
 
-def test_nodes_that_share_a_slot_are_told_apart(side, told):
-    made = [asked(side, ONE, p.Op.MKDIR, ROOT, p.MKDIR_IN.pack(0o755, 0) + b"d%d\0" % n) for n in range(65)]
-    nodes = [p.ENTRY_OUT.unpack(entry)[0] for entry in made]
-    for node in nodes:
+def made_dirs(side, thread, count):
+    """New directories that this thread has made: their nodes."""
+    how = p.MKDIR_IN.pack(0o755, 0)
+    made = [asked(side, thread, p.Op.MKDIR, ROOT, how + b"d%d\0" % number) for number in range(count)]
+    return [p.ENTRY_OUT.unpack(entry)[0] for entry in made]
+
+
+def test_nodes_that_share_a_slot_are_told_apart(tmp_path, monkeypatch, built, told_of):
+    (tmp_path / "tree").mkdir()
+    few = load(build(tmp_path / "_hot.so", "-DASKED=64"))
+    side = Side(tmp_path / "side", "compiled", monkeypatch, few, watched=True)
+    told = told_of(side)
+    nodes = made_dirs(side, 0, 65)
+    one, other = next((a, b) for a in nodes for b in nodes if a < b and a % 64 == b % 64)
+    for node in (one, other, one, other):
         assert told(ONE, node) == [node]
-    again = [node for node in nodes if told(ONE, node)]
-    assert again and len(again) < len(nodes)
-    assert all(told(OTHER, node) == [node] for node in nodes[:30])
+    assert told(ONE, other) == []
+    side.close()
+
+
+def test_what_is_new_nobody_else_has_been_told_of(side, told):
+    (node,) = made_dirs(side, ONE, 1)
+    assert told(ONE, node) == []
+    assert told(OTHER, node) == [node]
+    node = p.ENTRY_OUT.unpack(asked(side, OTHER, p.Op.LOOKUP, ROOT, b"dir\0"))[0]
+    assert told(OTHER, node) == []
+    asked(side, ONE, p.Op.LOOKUP, ROOT, b"dir\0")  # it is not new any more
+    assert told(ONE, node) == [node]
+
+
+def test_what_is_new_to_a_thread_of_another_namespace_may_be_told_to_others_of_it(side, told):
+    (node,) = made_dirs(side, 0, 1)
+    assert told(ONE, node) == [node]
+
+
+def looked_up_by_both(side):
+    """A directory that ONE has made, and that OTHER has looked up since."""
+    (node,) = made_dirs(side, ONE, 1)
+    asked(side, ONE, p.Op.GETATTR, ROOT, p.GETATTR_IN.pack(0, 0, 0))
+    asked(side, OTHER, p.Op.LOOKUP, ROOT, b"d0\0")
+    return node
+
+
+def test_who_has_asked_again_has_taken_in_what_it_was_told(side, told):
+    node = looked_up_by_both(side)
+    asked(side, OTHER, p.Op.GETATTR, ROOT, p.GETATTR_IN.pack(0, 0, 0))
+    assert told(ONE, node) == []
+
+
+def test_who_has_not_may_have_yet_to_take_it_in(side, told):
+    node = looked_up_by_both(side)
+    assert told(ONE, node) == [node]
+
+
+def test_two_may_have_yet_to_take_it_in(side, told):
+    (node,) = made_dirs(side, ONE, 1)
+    asked(side, OTHER, p.Op.LOOKUP, ROOT, b"d0\0")  # ONE has not asked since
+    asked(side, OTHER, p.Op.GETATTR, ROOT, p.GETATTR_IN.pack(0, 0, 0))
+    assert told(OTHER, node) == [node]
+
+
+def test_what_a_thread_need_not_wait_for_says_nothing_of_what_it_has_taken_in(side, told):
+    node = looked_up_by_both(side)
+    side.thread = OTHER
+    assert side.ask(p.Op.IOCTL, node, bytes(32))[0] == errno.ENOTTY  # as what reads ahead, or closes
+    assert told(ONE, node) == [node]
+
+
+def test_a_thread_of_which_nothing_is_known_any_more_may_have_yet_to_take_it_in(side, told):
+    node = looked_up_by_both(side)
+    for thread in (OTHER, OTHER + 1024):  # they share a place
+        asked(side, thread, p.Op.GETATTR, ROOT, p.GETATTR_IN.pack(0, 0, 0))
+    assert told(ONE, node) == [node]
+
+
+def test_whom_python_answers_may_be_told_of_what_is_new(side, told):
+    (node,) = made_dirs(side, ONE, 1)
+    asked(side, OTHER, p.Op.STATFS, ROOT)
+    assert told(ONE, node) == [node]
+
+
+def test_so_may_who_has_waited_for_his_answer(side, told):
+    session, (node,) = side.session, made_dirs(side, ONE, 1)
+    late = _Parked(lambda *_: b"", bytes(p.IN), 99, ROOT, SimpleNamespace(errno=0), session._runnable)
+    session._parked[99] = late
+    late.wake()
+    session.run_ready()
+    assert p.OUT.unpack(side.sock.recv(100)) == (p.OUT_SIZE, 0, 99)
+    assert told(ONE, node) == [node]
 
 
 def new_file(side, name):

@@ -25,7 +25,6 @@ enum {
 }; /* opcodes */
 enum { GETATTR_FH = 1 };
 #define INVAL_INODE 2 /* a notification, in the place of the errno */
-#define RESENT (1ULL << 63)
 #define NO_SLEEP 3e-6 /* seconds: a sleep takes longer, by the switch to another process and back */
 #define MOST_EAGER 2 /* vain attempts to read */
 
@@ -322,6 +321,7 @@ static int answer(Hot *hot, Py_ssize_t size)
     struct in_header in;
     memcpy(&in, hot->buffer.buf, sizeof in);
     size_t body = 0;
+    asks(hot, &in);
     if (in.unique & RESENT || in.len != size || (in.len == sizeof in && in.opcode != READLINK)) {
         left_to_python(hot);
         return 0;
@@ -629,10 +629,17 @@ static void hot_dealloc(Hot *hot)
     Py_TYPE(hot)->tp_free((PyObject *)hot);
 }
 
+static PyObject *hot_anybody_told(Hot *hot, PyObject *Py_UNUSED(arguments))
+{
+    anybody_told(hot);
+    Py_RETURN_NONE;
+}
+
 static PyMethodDef hot_methods[] = {
     {"receive", (PyCFunction)hot_receive, METH_VARARGS, "Answer what can be answered here; the size of what cannot."},
     {"entry", (PyCFunction)hot_entry, METH_VARARGS, "A name's packed entry, counted; None: Python is to say."},
     {"disbelieve", (PyCFunction)hot_disbelieve, METH_VARARGS, "See vfs.Vfs.disbelieve; tells the kernel; the nodes it does not know."},
+    {"anybody_told", (PyCFunction)hot_anybody_told, METH_NOARGS, "See tierfs.fuse.hot.Receiver."},
     {"close", (PyCFunction)hot_close, METH_NOARGS, "Let go of the buffers. Not to be used after."},
     {NULL},
 };

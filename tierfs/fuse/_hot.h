@@ -46,6 +46,8 @@ struct create_out { struct entry_out entry; struct open_out open; };
 #define OPEN_NOFLUSH (1 << 5)
 #define OPEN_PASSTHROUGH (1 << 7)
 
+#define RESENT (1ULL << 63) /* in a request's number: it was read before */
+
 /* Records of the ledger (tierfs/ledger.py). The field by which one counts is written last, and cleared first. */
 struct kept_node {
     uint64_t number, ino, parent;
@@ -90,8 +92,12 @@ struct place { PyObject *parent; int fd; const char *name; size_t length; uint64
 /* An inode: its number, its node and its state in the gate, NULL where there is none. */
 struct known { PyObject *ino, *node, *inode; };
 
-enum { ASKED = 64, NEW_FILES = 64 };
-struct asked { uint64_t nodeid; uint32_t thread; };
+#ifndef ASKED
+#define ASKED 16384
+#endif
+enum { THREADS = 1024, NEW_FILES = 64 };
+struct asked { uint64_t nodeid, told; uint32_t thread, epoch; };
+struct thread { uint64_t last; uint32_t number; };
 struct new_file { uint64_t nodeid; double until; };
 
 enum outcome { PYTHONS, ABSENT, NO_DATA, NO_TERMINAL, FOUND, FAILED };
@@ -123,6 +129,10 @@ typedef struct {
     gid_t egid;
     struct { uint64_t above; char name[NAME_ROOM]; } absent; /* the name that was asked for last and was not there */
     struct asked asked[ASKED]; /* (_hot_asked.c) */
+    struct thread threads[THREADS];
+    uint64_t requests; /* so many have come */
+    uint64_t entered; /* the node that the present one has given a number to; 0: none */
+    uint32_t epoch;
     struct new_file new_files[NEW_FILES]; /* (_hot_make.c) */
     mode_t umask; /* the process's own, which making.Maker leaves as it was */
     /* For how long, and for how many, room is taken for granted. */
@@ -157,6 +167,8 @@ NAMES(NAME)
 int outdated(Hot *hot, uint64_t nodeid);
 
 /* --- who was told what (_hot_asked.c) --- */
+/* A request has come. */
+void asks(Hot *hot, const struct in_header *in);
 /* An answer to this thread has the node's attributes. */
 void told_to(Hot *hot, uint64_t nodeid, uint32_t thread);
 /* Nobody has yet to take in what he was told of the node, which this thread changes. If not, the kernel is to be told

@@ -364,7 +364,8 @@ uint64_t enter(Hot *hot, PyObject *ino, PyObject *parent, const char *name, Py_s
                  || note_node(hot, (struct kept_node){number, inode, above, 1, 0, 0, ""}, name, length);
     Py_XDECREF(id);
     Py_XDECREF(node);
-    return failed ? 0 : number;
+    hot->entered = failed ? 0 : number;
+    return hot->entered;
 }
 
 /* nodes._drop_directory: close what is kept of it. 0, or -1 with an exception. */

@@ -58,6 +58,9 @@ class Receiver(Protocol):
     def disbelieve(self, most: int, /) -> list[int] | None:
         """What `vfs.disbelieve` does, and the kernel is told; the nodes that it does not know. None: not."""
 
+    def anybody_told(self) -> None:
+        """A request has been answered that `receive` had given long before: others have been since."""
+
     def close(self) -> None:
         """Let go of the memory that it was given. Not to be used after."""
 
@@ -94,6 +97,9 @@ class Pure:
 
     def disbelieve(self, _most: int, /) -> None:
         return None
+
+    def anybody_told(self) -> None:
+        pass
 
     def close(self) -> None:
         pass

@@ -230,6 +230,7 @@ class Session:
                 self._fail(parked.unique, wait.errno)
             else:
                 self._run(parked.operation, parked.message, parked.unique, parked.nodeid)
+                self._receiver.anybody_told()  # what a Slow one is told is no node's attributes
 
     def _run(self, operation: Operation, message: Message, unique: int, nodeid: int) -> None:
         ledger = self._ledger
