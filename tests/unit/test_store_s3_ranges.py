@@ -20,11 +20,12 @@ import s3servers
 from fakes3 import Answer, FakeS3, Request, content, error
 
 from tierfs.errors import ObjectMissingError, StoreUnavailableError
+from tierfs.model import LEAF
 from tierfs.store import s3_ranges
 from tierfs.store.base import Capabilities
 from tierfs.store.s3 import S3Settings, S3Store, Timeouts
 
-BODY = os.urandom(6 << 20)
+BODY = os.urandom(10 << 20)
 START, LENGTH = 100_000, 2 << 20
 RANGE = BODY[START : START + LENGTH]
 
@@ -224,8 +225,8 @@ def test_after_its_last_piece_a_connection_is_good_for_the_next(server: FakeS3, 
     assert server.connections == 1
 
 
-def sizes(store: S3Store) -> list[int]:
-    return [len(piece) for piece in store.pieces("key", 0, len(BODY))]
+def sizes(store: S3Store, length: int = len(BODY)) -> list[int]:
+    return [len(piece) for piece in store.pieces("key", 0, length)]
 
 
 def test_pieces_that_come_quickly_are_larger(
@@ -233,11 +234,15 @@ def test_pieces_that_come_quickly_are_larger(
 ) -> None:
     piece = s3_ranges.PIECE
     monkeypatch.setattr(s3_ranges, "_QUICK_SECONDS", 100.0)
-    assert sizes(store) == [piece, 4 * piece, piece]
-    assert sizes(store) == [4 * piece, 2 * piece]  # the network is as it was a moment ago
+    assert sizes(store) == [piece, 4 * piece, 4 * piece, piece]
+    assert sizes(store) == [4 * piece, 4 * piece, 2 * piece]  # the network is as it was a moment ago
+    # Who waits for a small range gets half of it sooner. Each piece can be checked: it is one of whole leaves.
+    assert sizes(store, 6 * piece) == [3 * piece] * 2
+    assert sizes(store, 5 * piece + 3 * LEAF) == [2 * piece, 2 * piece, piece + 3 * LEAF]
+    assert sizes(store, piece + 1) == [piece, 1]
     monkeypatch.setattr(s3_ranges, "_QUICK_SECONDS", 0.0)
-    assert sizes(store) == [4 * piece, piece, piece]
-    assert sizes(store) == [piece] * 6
+    assert sizes(store) == [4 * piece, *[piece] * 6]
+    assert sizes(store) == [piece] * 10
     assert server.connections == 1
 
 
@@ -251,7 +256,7 @@ def test_large_pieces_lie_in_large_pages(
     for piece in store.pieces("key", 0, len(BODY)):
         assert isinstance(piece, memoryview)
         flags.append("hg" in flags_of(ctypes.addressof(ctypes.c_char.from_buffer(piece))))
-    assert flags == [False, True, True]
+    assert flags == [False, True, True, True]
 
 
 def flags_of(address: int) -> list[str]:

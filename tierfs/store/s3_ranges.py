@@ -23,7 +23,7 @@ log = logging.getLogger("store")
 LEAST = 1 << 20  # bytes; of a smaller range all this is nothing
 PIECE = 1 << 20  # bytes
 # Each piece has its own way to the disk and to who waits: fewer are less work, where none has to wait for more.
-# With pieces of 8 MiB the first of a file come noticeably later.
+# With larger ones, or whole ranges, the first of a file come noticeably later: ranges arrive side by side.
 _LARGE_PIECE = 4 * PIECE
 _QUICK_SECONDS = 0.03  # for a MiB
 _KEPT_SECONDS = 20.0  # a connection that was idle for longer may have been closed by the server
@@ -108,9 +108,9 @@ class _Connection:
         self._ahead = bytes(head[end + 4 :])
         return _Answer(bytes(head[:end]))
 
-    def place(self, left: int) -> memoryview:
-        """For the next piece, where so much is left of the range: the same as for the one before."""
-        size = min(left, self.piece)
+    def place(self, most: int) -> memoryview:
+        """For the next piece, of at most so many bytes: the same as for the one before."""
+        size = min(most, self.piece)
         if size > len(self._buffer):
             self._buffer = memoryview(_pages(_LARGE_PIECE))
         return self._buffer[:size]
@@ -182,8 +182,9 @@ class Ranges:
             answer = connection.ask(url, start, length)
             if not self._is_taken(answer, start, length):
                 return
+            most = max(PIECE, length // 2 // PIECE * PIECE)  # whole leaves
             while left:
-                piece = connection.place(left) if into is None else into
+                piece = connection.place(min(left, most)) if into is None else into
                 if not connection.read_into(piece):
                     return
                 left -= len(piece)
