@@ -31,6 +31,7 @@ class Outbox:
         self._queue: collections.deque[tuple[wire.Message, tuple[int, ...]]] = collections.deque()
 
     def __bool__(self) -> bool:
+        """Something waits: the mover takes nothing just now."""
         return bool(self._queue)
 
     def connect(self, link: wire.Link | None) -> None:
@@ -59,6 +60,9 @@ class Outbox:
                     return
                 if error.errno not in _FULL:
                     raise
+        if isinstance(message, wire.Poke) and self._queue and isinstance(last := self._queue[-1][0], wire.Poke):
+            self._queue.pop()  # one says it all, however long the mover stands still
+            message = wire.Poke(message.position, message.urgent or last.urgent)
         self._queue.append((message, tuple(os.dup(fd) for fd in fds)))
 
     def flush(self) -> None:
@@ -99,7 +103,10 @@ class HeatReport:
         return entry[0] if entry is not None else 0
 
     def flush(self) -> None:
-        """Hand all to the mover."""
+        """Hand all to the mover. Not while it takes nothing: what has been counted here takes no more room for
+        being used again."""
+        if self._outbox:
+            return
         batch: list[wire.Touch] = []
         for ino, (count, last, size, parent, name) in self.touched.items():
             batch.append(wire.Touch(ino, count, 0, last, size, parent, name))

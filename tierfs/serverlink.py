@@ -108,16 +108,16 @@ class ServerLink:
         """The inodes that stay shut meanwhile: no handle, no mark at or after `position`. Raises BusyError."""
         with self._lock:
             self._guarded.update(dict.fromkeys(inos, False))
-        granted: set[int] = set()
+        shut = set(inos)  # a server that is slow may grant it when nobody waits for the answer any more
         try:
             answer: wire.GuardAnswer = self._ask(lambda ident: wire.Guard(ident, list(inos), position), ())
-            granted = {ino for ino, given in zip(inos, answer.granted, strict=True) if given}
-            self._unguard(ino for ino in inos if ino not in granted)
-            yield granted
+            shut = {ino for ino, given in zip(inos, answer.granted, strict=True) if given}
+            self._unguard(ino for ino in inos if ino not in shut)
+            yield shut
         finally:
-            self._unguard(granted or inos)
-            if granted and not self._lost:
-                self.send(wire.GuardEnd(sorted(granted)))
+            self._unguard(shut)
+            if shut and not self._lost:
+                self.send(wire.GuardEnd(sorted(shut)))
 
     def await_marks(self) -> None:
         """Return when what the server had done by now has its marks in the log: at once where it has ended.

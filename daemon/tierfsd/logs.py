@@ -84,7 +84,8 @@ class LogFile:
         for number in range(KEEP - 1, 0, -1):
             with contextlib.suppress(FileNotFoundError):
                 os.replace(f"{self.path}.{number}", f"{self.path}.{number + 1}")
-        os.replace(self.path, f"{self.path}.1")
+        with contextlib.suppress(FileNotFoundError):  # somebody has removed it: what they removed is full
+            os.replace(self.path, f"{self.path}.1")
         os.close(self._fd)
         self._open()
 

@@ -61,6 +61,16 @@ def test_the_log_is_rotated_and_bounded(tmp_path, monkeypatch):
     assert all((tmp_path / name).stat().st_size <= 1200 for name in names)
 
 
+def test_a_log_that_somebody_has_removed_is_begun_anew_when_that_is_full(tmp_path, monkeypatch):
+    monkeypatch.setattr(logs, "MAX_BYTES", 1000)
+    file = logs.LogFile(str(tmp_path / "t.log"))
+    file.append(b"%0999d\n" % 1)
+    os.unlink(tmp_path / "t.log")
+    file.append(b"%099d\n" % 2)
+    file.append(b"%099d\n" % 3)
+    assert (tmp_path / "t.log").read_bytes() == b"%099d\n" % 3
+
+
 @pytest.mark.parametrize("permitted", [True, False])
 def test_the_server_has_more_descriptors_than_one_program_may(monkeypatch, permitted):
     most = int(Path("/proc/sys/fs/nr_open").read_text())

@@ -636,6 +636,22 @@ def test_a_full_batch_of_heat_fits_a_message(world):
     assert sum(len(message.touches) for message in world.sent(wire.Touches)) == 1000
 
 
+def test_what_waits_for_a_mover_that_stands_still_does_not_grow(world, monkeypatch):
+    """One that was stopped, or hangs in a disk of the network: while nobody waits for it, it may for days."""
+    with monkeypatch.context() as still:
+        still.setattr(world.gate._outbox.link, "send", refuse(errno.EAGAIN))
+        for turn in range(100):
+            world.gate.heat.touch(Inode(turn % 7, 2, b"name"), 1)
+            world.gate.marking.append(Mark.WRITE, 1000)
+            if turn == 50:
+                world.gate.marking.space_is_short()
+            world.gate.tick(turn * 10.0)
+    assert len(world.gate._outbox._queue) < 5
+    world.gate.tick(2000.0)
+    world.gate.tick(2010.0)
+    assert sum(touch.count for sent in world.sent(wire.Touches) for touch in sent.touches) == 100
+
+
 def test_a_fetch_that_finds_no_room_among_descriptors_in_flight_is_sent_later(world, monkeypatch):
     world.make_stub()
     with monkeypatch.context() as busy:

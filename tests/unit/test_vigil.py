@@ -5,7 +5,10 @@ from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import get_args
 
-from tierfs import channel, wire
+import pytest
+
+from tierfs import channel, serverlink, wire
+from tierfs.errors import BusyError
 from tierfs.serverlink import ServerLink
 from tierfs.vigil import GUARD_SECONDS, LOADING_SECONDS, SILENCE_SECONDS, Vigil
 
@@ -67,6 +70,20 @@ def test_every_message_can_be_read_by_its_receiver():
         kind for kind in wire.Message.__subclasses__() if kind.__module__ in (wire.__name__, channel.__name__)
     }
     assert sent - read == {wire.Touch}  # a part of Touches
+
+
+def test_a_guard_that_is_granted_too_late_ends(monkeypatch):
+    """The server was caught in its disk: nobody in the mover knows of the guard, which kept the file shut."""
+    monkeypatch.setattr(serverlink, "ANSWER_SECONDS", 0.05)
+    ours, theirs = wire.make_pair()
+    link, server = ServerLink(wire.Link(theirs, server=False)), wire.Link(ours, server=True)
+    link.start(SimpleNamespace(on_lost=lambda: None))
+    with pytest.raises(BusyError, match="did not answer"), link.guard([5, 6], 0):
+        pass
+    asked, _ = server.receive()
+    server.send(wire.GuardAnswer(asked.id, [True, False]))
+    assert server.receive()[0] == wire.GuardEnd([5, 6])
+    server.close()
 
 
 def test_a_server_that_ends_between_an_answer_and_its_taking_is_noticed():
