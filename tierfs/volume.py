@@ -396,7 +396,7 @@ def write_json(path: str, value: dict[str, Any], *, sync: bool = True, in_place:
             os.unlink(path + ".new")
         if not in_place or exc.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        _write(path, 0, text, sync)
+        _write_over(path, text.encode(), sync)
         return
     os.replace(path + ".new", path)
     if sync:
@@ -410,6 +410,27 @@ def _write(path: str, flags: int, text: str, sync: bool) -> None:
         file.truncate()
         if sync:
             os.fsync(fd)
+
+
+def _write_over(path: str, text: bytes, sync: bool) -> None:
+    """Into the blocks of a file, which with `sync` a crash leaves as it was or with all of this text.
+
+    Spaces, which mean nothing, fill up what is shorter: first the file, as those of former versions are, or the
+    text until it is all there.
+    """
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        size = os.fstat(fd).st_size
+        if size < len(text):
+            os.pwrite(fd, b" " * (len(text) - size), size)
+            if sync:
+                os.fsync(fd)
+        os.pwrite(fd, text.ljust(size), 0)
+        if sync:
+            os.fsync(fd)
+        os.ftruncate(fd, len(text))
+    finally:
+        os.close(fd)
 
 
 def sync_directory(path: str) -> None:

@@ -8,6 +8,7 @@ import shutil
 import stat
 import subprocess
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -281,6 +282,37 @@ def test_what_may_be_written_in_place_needs_no_room(state, monkeypatch):
     with pytest.raises(OSError, match="Input/output"):
         volume.write_json(path, {"a": 2}, in_place=True)
     assert os.path.getsize(path) == 512 and not os.path.exists(path + ".new")
+
+
+@pytest.mark.parametrize("former", [30, 130, 1500])
+def test_what_is_written_in_place_is_whole_after_a_power_cut(state, monkeypatch, former):
+    """Of a file as former versions wrote it, without spaces to a whole sector. What was written since the last
+    sync may be on the disk or not, and the length by itself as well."""
+    path, new = os.path.join(state, "note"), {"a": "y" * 200}
+    old = {"a": "x" * former}
+    with open(path, "w") as file:
+        json.dump(old, file)
+    real, write, synced = os.pwrite, volume._write, [Path(path).read_bytes()]
+
+    def after_a_cut(fd, data, offset):
+        """The same, and what the disk may hold if the power fails before the next sync."""
+        count = real(fd, data, offset)
+        whole, durable = Path(path).read_bytes(), synced[-1]
+        for lasting in (durable, whole[: len(durable)], whole):
+            assert json.loads(lasting) in (old, new)
+        return count
+
+    def full(where, flags, text, sync):
+        if where.endswith(".new"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(where, flags, text, sync)
+
+    monkeypatch.setattr(volume, "_write", full)
+    monkeypatch.setattr(os, "pwrite", after_a_cut)
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(Path(path).read_bytes()))
+    volume.write_json(path, new, in_place=True)
+    assert json.loads(Path(path).read_bytes()) == new and os.path.getsize(path) == 512
+    assert json.loads(synced[-1]) == new and len(synced) == (3 if former < 500 else 2)
 
 
 def test_discarding_keeps_a_tree(state):
