@@ -6,6 +6,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import select
 import struct
 import subprocess
 import sys
@@ -62,6 +63,28 @@ def test_no_reading_without_waiting(place: Place, file: Path) -> None:
             assert os.preadv(*argv) == 7
         else:
             fails(errno.EOPNOTSUPP, os.preadv, *argv)
+
+
+def test_what_is_opened_o_direct_stays_so(place: Place, file: Path, needs_root: None) -> None:
+    """As `dd oflag=direct` does for its last piece. The kernel does not tell the file beneath."""
+    fd = os.open(file, os.O_RDWR | os.O_DIRECT)
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETFL, 0)
+        if place.binding == "kernel":
+            fails(errno.EINVAL, os.pwrite, fd, b"odd", 1)
+        else:
+            assert os.pwrite(fd, b"odd", 1) == 3
+    finally:
+        os.close(fd)
+
+
+def test_epoll_takes_a_file_and_tells_it_ready(place: Place, file: Path) -> None:
+    with open(file, "rb") as opened, select.epoll() as poller:
+        if place.volume is None:
+            fails(errno.EPERM, poller.register, opened, select.EPOLLIN)
+        else:
+            poller.register(opened, select.EPOLLIN)
+            assert poller.poll(1)[0] == (opened.fileno(), select.EPOLLIN)
 
 
 def test_no_inode_flags(place: Place, file: Path) -> None:
