@@ -24,28 +24,28 @@ from tierfs.policy.victims import victims
 
 TRACES = Path(__file__).resolve().parent.parent.parent / "shared" / "traces"
 SHARES = (0.01, 0.05, 0.10, 0.20, 0.50)
-Access = tuple[int, int]  # file, size
+Access = tuple[int, int, float]  # file, size, seconds
 Cache = Callable[[list[Access], int], tuple[int, int]]  # (accesses, capacity) -> misses, bytes missed
 
 
 def read(path: Path) -> list[Access]:
-    """(file, size) in order."""
+    """(file, size, time) in order."""
     with open(path, "rb") as raw:
         text = io.TextIOWrapper(zstandard.ZstdDecompressor().stream_reader(raw), "utf-8")
-        rows = [(row["file_id"], int(row["size_bytes"])) for row in csv.DictReader(text)]
+        rows = [(row["file_id"], int(row["size_bytes"]), float(row["time_s"])) for row in csv.DictReader(text)]
     numbers: dict[str, int] = {}
     largest: dict[int, int] = {}
-    files = [numbers.setdefault(name, len(numbers)) for name, _ in rows]
-    for file, (_, size) in zip(files, rows, strict=True):
+    files = [numbers.setdefault(name, len(numbers)) for name, *_ in rows]
+    for file, (_, size, _) in zip(files, rows, strict=True):
         largest[file] = max(largest.get(file, 1), size)
-    return [(file, largest[file]) for file in files]
+    return [(file, largest[file], now) for file, (*_, now) in zip(files, rows, strict=True)]
 
 
 def lru(accesses: list[Access], capacity: int) -> tuple[int, int]:
     """Least recently used leaves first."""
     here: OrderedDict[int, int] = OrderedDict()
     used = misses = missed = 0
-    for file, size in accesses:
+    for file, size, _ in accesses:
         if file in here:
             here.move_to_end(file)
             continue
@@ -89,11 +89,11 @@ class Local:
         """What the files on probation hold together."""
         return self.waiting_bytes
 
-    def use(self, file: int, size: int) -> bool:
+    def use(self, file: int, size: int, now: float) -> bool:
         """One access; whether it was a hit."""
         clock = self.volume / self.capacity
         if file in self.waiting or file in self.scores:
-            self.place(file, touched(self.heat[file], clock, 0.0, 1, size))
+            self.place(file, touched(self.heat[file], clock, now, 1, size))
             return True
         if size > self.capacity:
             return False
@@ -103,8 +103,8 @@ class Local:
             self.remove(victim)
         self.volume += size
         self.used += size
-        heat = admitted(self.heat.get(file), self.volume / self.capacity, 0.0, size)
-        self.place(file, touched(heat, self.volume / self.capacity, 0.0, 1, size))
+        heat = admitted(self.heat.get(file), self.volume / self.capacity, now, size)
+        self.place(file, touched(heat, self.volume / self.capacity, now, 1, size))
         return False
 
     def place(self, file: int, heat: Heat) -> None:
@@ -134,8 +134,8 @@ def tierfs(by_bytes: bool) -> Cache:
     def replay(accesses: list[Access], capacity: int) -> tuple[int, int]:
         local = Local(capacity, by_bytes)
         misses = missed = 0
-        for file, size in accesses:
-            if not local.use(file, size):
+        for file, size, now in accesses:
+            if not local.use(file, size, now):
                 misses, missed = misses + 1, missed + size
         return misses, missed
 
@@ -147,8 +147,8 @@ CACHES: dict[str, Cache] = {"LRU": lru, "TierFS, latency": tierfs(False), "TierF
 
 def measure(accesses: list[Access]) -> dict[str, tuple[list[float], list[float]]]:
     """Object and byte miss ratios at each share, by policy."""
-    footprint = sum(dict(accesses).values())
-    total = sum(size for _, size in accesses)
+    footprint = sum({file: size for file, size, _ in accesses}.values())
+    total = sum(size for _, size, _ in accesses)
     found = {}
     for name, cache in CACHES.items():
         results = [cache(accesses, max(1, int(share * footprint))) for share in SHARES]
@@ -174,7 +174,8 @@ def main() -> int:
     shares = "  ".join(f"{share:5.0%}" for share in SHARES)
     for path in traces:
         accesses = read(path)[: 20_000 if options.quick else None]
-        print(f"{path.name.removesuffix('.csv.zst')}: {len(accesses)} accesses, {len(set(accesses))} files")
+        files = len({file for file, *_ in accesses})
+        print(f"{path.name.removesuffix('.csv.zst')}: {len(accesses)} accesses, {files} files")
         found = measure(accesses)
         for kind, what in enumerate(("object miss ratio", "byte miss ratio")):
             print(f"  {what:24}{shares}   / LRU")

@@ -44,6 +44,7 @@ def test_a_burst_counts_once_for_the_policy_and_fully_for_people():
     burst = touched(touched(Heat(), 1.0, 0.0, 1, 10), 1.05, 1.0, 1000, 10)
     assert burst.level == touched(Heat(), 1.0, 0.0, 1, 10).level
     assert shown_at(burst, 1.0) == pytest.approx(1001, rel=0.01)
+    assert touched(burst, 1.05, 3602.0, 1, 10).level > burst.level
 
 
 def test_displayed_heat_halves_in_seven_days_and_ignores_a_clock_set_back():
@@ -92,6 +93,19 @@ def test_files_used_once_leave_before_files_used_again(heat):
     heat.touch_many([(1, 1, 10 * MIB)])
     assert order(heat)[-1] == 1 or order(heat)[0] != 1
     assert order(heat, local=50 * MIB)[:2] == [2, 3]
+
+
+def test_a_scan_does_not_push_out_what_is_used_each_day(heat):
+    """A `grep -r` over what is away, in a home where little comes or goes: the turnover clock stood still."""
+    work, known, scanned, day = range(1, 11), range(100, 130), range(100, 150), 86400.0
+    heat.admit_many([(ino, MIB, MIB) for ino in (*work, *known)], now=0.0)
+    heat.left(known)
+    for number in range(1, 8):
+        heat.touch_many([(ino, 5, MIB) for ino in work], now=number * day)
+    for ino in scanned:
+        heat.admit(ino, MIB, MIB, now=8 * day)
+        heat.touch_many([(ino, 1, MIB)], now=8 * day)
+    assert set(order(heat, 60 * MIB)[:40]) < set(scanned)  # ten of them keep the share of what is on probation
 
 
 def test_the_coldest_of_the_rest_leaves_first(heat):

@@ -14,7 +14,8 @@ import math
 from dataclasses import dataclass, replace
 
 HALF_LIFE = 0.5  # turnovers
-BURST = 0.1  # uses within this many turnovers count once: a script's thousand opens are one use
+BURST = 0.1  # uses within this many turnovers count once: a script's thousand opens are one use ...
+BURST_SECONDS = 3600.0  # ... unless so long apart: where little is admitted, days of work are more than one
 PROBATION_SHARE = 0.10  # of the local bytes; beyond it files used once go first, oldest first
 DISPLAY_HALF_LIFE = 7 * 86400.0  # seconds, of the heat that people see and age rules use
 REQUEST_SECONDS = 0.060  # cost of a miss: one request ...
@@ -52,7 +53,7 @@ def touched(heat: Heat, clock: float, now: float, count: int, size: int, local: 
     unless it was used less than a turnover ago.
     """
     shown = heat.shown * decay(now - heat.last) + count
-    again = heat.clock > NEVER and clock - heat.clock < BURST
+    again = heat.clock > NEVER and clock - heat.clock < BURST and now - heat.last < BURST_SECONDS
     if again:
         return replace(heat, last=max(now, heat.last), shown=shown, size=size)
     level = add_use(heat.level, clock)
