@@ -8,6 +8,7 @@ import os
 from tierfs.errors import IndexError_
 from tierfs.handles import Inode, Shown, ShownStat, ShownTimes
 from tierfs.index import Index
+from tierfs.ledger import KeptInode, Ledger
 from tierfs.model import Record, Residency, Stub
 from tierfs.tree import Tree
 
@@ -22,15 +23,23 @@ class Appearance:
     """Read-only answers from the tree, the index and the server's own state; changes nothing."""
 
     def __init__(
-        self, tree: Tree, index: Index | None, inodes: dict[int, Inode], recent: dict[int, int]
+        self,
+        tree: Tree,
+        index: Index | None,
+        inodes: dict[int, Inode],
+        recent: dict[int, int],
+        ledger: Ledger,
     ) -> None:
         """`inodes` and `recent` (inode -> newest undrained mark) are the Gate's own and kept by it."""
         self._tree = tree
+        self._ledger = ledger
         self.index = index
         self.inodes = inodes
         self._recent = recent
         # What a file showed whose content has come in part, until the index knows the times that this has left.
+        # A successor has it from the ledger: what is taken from here in C, too, goes through `changed`.
         self.late: dict[int, tuple[ShownTimes, float]] = {}
+        self._slots: dict[int, int] = {}  # in the ledger, of those that have no state of their own
         # Resident files that show what they are: only a punch changes that, and it begins with a guard.
         self.plain: set[int] = set()
         self._plain_until = 0.0
@@ -39,10 +48,45 @@ class Appearance:
         """The state of this inode, which is still a stub, is about to be dropped."""
         if inode.shown is not None and os.fstat(inode.opath).st_nlink:
             self.late[inode.ino] = inode.shown, now + _LATE_SECONDS
+            if inode.slot:
+                self._slots[inode.ino], inode.slot = inode.slot, 0
+
+    def entered(self, inode: Inode) -> None:
+        """It has a state again, which keeps what is in the ledger of it."""
+        if not inode.slot:
+            inode.slot = self._slots.pop(inode.ino, 0)
+
+    def take_over(self, kept: KeptInode, now: float) -> bool:
+        """A server before us has left this of an inode that nobody has open. False: it means nothing now."""
+        if kept.shown is None or kept.backing_id or not self._is_stub(kept.ino):
+            return False
+        self.late[kept.ino] = ShownTimes(*kept.shown), now + _LATE_SECONDS
+        self._slots[kept.ino] = kept.slot
+        return True
+
+    def _is_stub(self, ino: int) -> bool:
+        """The file that the index knows under this number, a stub, is there: no other has got its number."""
+        record = self.record(ino)
+        if record is None or record.copy is None or record.residency is Residency.RESIDENT:
+            return False
+        try:
+            fd = self._tree.open_handle(record.handle, os.O_PATH)
+        except OSError:
+            return False
+        try:
+            return os.fstat(fd).st_nlink > 0
+        finally:
+            os.close(fd)
 
     def changed(self, ino: int) -> None:
         """Somebody has changed it: from now on it shows its own times."""
-        self.late.pop(ino, None)
+        if self.late.pop(ino, None) is not None:
+            self._let_go(ino)
+
+    def _let_go(self, ino: int) -> None:
+        slot = self._slots.pop(ino, 0)
+        if slot:
+            self._ledger.drop_inode(slot)
 
     def moving(self, ino: int) -> None:
         """Its content is about to change place, or has just done so."""
@@ -62,6 +106,7 @@ class Appearance:
             if until > now:
                 return
             del self.late[ino]
+            self._let_go(ino)
 
     def shown(self, st: os.stat_result, opath: int | None = None) -> Shown:
         """What a stat of this regular file shows."""

@@ -74,7 +74,7 @@ class Gate:
         self._inflow = inflow = Inflow(self._outbox.post)
         inodes: dict[int, Inode] = {}
         recent: dict[int, int] = {}
-        self.appearance = Appearance(tree, index, inodes, recent)
+        self.appearance = Appearance(tree, index, inodes, recent, self.ledger)
         self.lasting = Lasting(tree, inodes)
         self.marking = Marking(
             tree, marks, self.ledger, recent, self.appearance, self.lasting, self._outbox.post
@@ -87,7 +87,7 @@ class Gate:
         self.mover = MoverLink(
             self._outbox, self._vigil, self.states, self.marking, self.guarding, inflow, self.room
         )
-        self.succession = Succession(tree, self.ledger, self.states)
+        self.succession = Succession(tree, self.ledger, self.states, self.appearance)
         self._next_heat = 0.0
 
     # --- opening and closing ------------------------------------------------------------------------------

@@ -180,6 +180,7 @@ class States:
     def note(self, inode: Inode) -> None:
         """Write down for a successor what cannot be read from the file."""
         shown = inode.shown if inode.content is not None else None
+        self._appearance.entered(inode)
         if inode.backing_id or shown is not None:
             times = (shown.mtime, shown.ctime, shown.blocks) if shown is not None else None
             inode.slot = self._ledger.inode(inode.slot, inode.ino, inode.backing_id, times)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 
+from tierfs.appearance import Appearance
 from tierfs.handles import OPENING, Handle, Inode, ShownTimes
 from tierfs.ledger import KeptInode, Ledger
 from tierfs.states import SET_ID, States
@@ -14,15 +16,21 @@ from tierfs.tree import Tree
 class Succession:
     """Call `begin`, then `restore` for each open file, then `end`. Belongs to the gate."""
 
-    def __init__(self, tree: Tree, ledger: Ledger, states: States) -> None:
+    def __init__(self, tree: Tree, ledger: Ledger, states: States, appearance: Appearance) -> None:
         self._tree = tree
+        self._appearance = appearance
         self._ledger = ledger
         self._states = states
         self._left: dict[int, KeptInode] = {}  # what the server before has left, and nobody has taken yet
 
     def begin(self) -> None:
         """Look at what was left."""
-        self._left = {kept.ino: kept for kept in self._ledger.load_inodes()}
+        self._left = {}
+        for kept in list(self._ledger.load_inodes()):
+            other = self._left.setdefault(kept.ino, kept)
+            if other is not kept:  # the number was another file's, whose end nobody had been told of
+                self._left[kept.ino] = kept if kept.backing_id else other
+                self._ledger.drop_inode(other.slot if kept.backing_id else kept.slot)
 
     def restore(
         self, opath: int, st: os.stat_result, flags: int, backing_id: int, parent: int, name: bytes
@@ -67,6 +75,8 @@ class Succession:
         """All open files are here: end the registrations that nobody uses."""
         left, self._left = self._left, {}
         for kept in left.values():
+            if self._appearance.take_over(kept, time.monotonic()):
+                continue
             if kept.backing_id and self._states.backing is not None:
                 self._states.backing.close(kept.backing_id)
             self._ledger.drop_inode(kept.slot)

@@ -142,6 +142,24 @@ def test_storms_do_not_notice_killed_servers(volume, seed):
     assert "mounting anew" not in made.log()
 
 
+def test_what_was_read_in_part_shows_its_own_times_right_after_a_kill(volume):
+    """The index hears of the moved ones within two seconds; a mover that begins puts them right after one."""
+    made = volume()
+    path = made.mountpoint / "file"
+    path.write_bytes(os.urandom(12 << 20))
+    before = path.stat()
+    made.demote(path)
+    with open(path, "rb", buffering=0) as file:
+        file.read(4096)
+    os.kill(daemon(made)["pids"]["server"], signal.SIGKILL)
+    until = time.monotonic() + 3
+    while time.monotonic() < until:
+        now = path.stat()
+        assert (now.st_mtime_ns, now.st_ctime_ns) == (before.st_mtime_ns, before.st_ctime_ns)
+        time.sleep(0.01)
+    made.umount()
+
+
 def test_whatever_is_open_stays_of_use(volume, opened):
     made = volume()
     top = made.mountpoint

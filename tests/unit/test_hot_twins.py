@@ -627,6 +627,31 @@ def test_what_is_extended_and_is_not_plain_is_left_to_python(both):
             side.gate.guarding.end(inode)
 
 
+@pytest.mark.parametrize("what", ["unlink", "rename", "link", "open"])
+def test_what_changes_shows_its_own_times_to_a_successor_as_well(both, what):
+    """Until now it has shown what it showed before some of its content came."""
+    both.behind(write(b"content"))
+    node = both.lookup(ROOT, b"a")
+    for side in both.sides:
+        ino, appearance, ledger = os.stat(side.path / "a").st_ino, side.gate.appearance, side.gate.ledger
+        appearance.late[ino] = ShownTimes(1, 2, 3), 1e12
+        appearance._slots[ino] = ledger.inode(0, ino, 0, (1, 2, 3))
+    asked = left(both, p.Op.UNLINK, p.Op.RENAME2, p.Op.LINK, p.Op.OPEN)
+    match what:
+        case "unlink":
+            both.ask(p.Op.UNLINK, ROOT, b"a\0")
+        case "rename":
+            both.renamed(ROOT, b"a", ROOT, b"new")
+        case "link":
+            both.linked(node, ROOT, b"new")
+        case "open":
+            both.opened(node, os.O_WRONLY)
+    assert asked == ([p.Op.OPEN] if what == "open" else [])  # what is kept of it is given on
+    both.compare()
+    for side in both.sides:
+        assert not side.gate.appearance.late and not side.gate.appearance._slots
+
+
 COPIES = (p.Op.COPY_FILE_RANGE, p.Op.COPY_FILE_RANGE_64)
 
 

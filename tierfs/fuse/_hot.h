@@ -110,7 +110,7 @@ enum outcome { PYTHONS, ABSENT, NO_DATA, NO_TERMINAL, FOUND, FAILED };
     X(long_of, &PyDict_Type) X(former, &PyDict_Type) X(left, NULL) X(states, NULL) X(kernel_backing, &PyType_Type) X(idle, NULL) \
     X(idle_inodes, &PyODict_Type) X(touched, &PyDict_Type) \
     X(files, &PyDict_Type) X(opens, &PyDict_Type) X(inode, NULL) X(handle, NULL) X(stub_name, &PyBytes_Type) \
-    X(marks, NULL) X(recent, &PyDict_Type) X(seals, &PySet_Type) X(late, &PyDict_Type) X(gone_stat, NULL) \
+    X(marks, NULL) X(recent, &PyDict_Type) X(seals, &PySet_Type) X(late, &PyDict_Type) X(changed, NULL) X(gone_stat, NULL) \
     X(nodes, NULL) X(privileged, &PyBool_Type) X(refused, NULL) X(failed, NULL) X(unproven, &PySet_Type) \
     X(believed, &PyDict_Type) X(proven, &PyDict_Type)
 
@@ -355,6 +355,8 @@ int ended(Hot *hot, PyObject *ino);
 /* told.Told.note, as such and of attributes alone (Operations._attributes), and lasts. */
 void told_for(Hot *hot, uint64_t nodeid, unsigned long seconds);
 void told_for_now(Hot *hot, uint64_t nodeid, unsigned long seconds);
+int is_late(Hot *hot, PyObject *ino);
+int no_longer_late(Hot *hot, PyObject *ino);
 int told_lately(Hot *hot, uint64_t nodeid);
 
 /* --- names and attributes (_hot_look.c) --- */

@@ -38,7 +38,7 @@ static int is_itself(Hot *hot, PyObject *ino, PyObject *inode, const struct stat
         return 1;
     /* Without blocks it is a stub, most likely, if it has a size. */
     if (hot->records == Py_None || (!st->st_blocks && st->st_size) || (inode && !attribute_is(inode, s_shown, Py_None))
-        || (PyDict_GET_SIZE(hot->late) && PyDict_Contains(hot->late, ino)))
+        || is_late(hot, ino))
         return 0;
     if (__builtin_mul_overflow((int64_t)st->st_ctim.tv_sec, (int64_t)1000000000, &ctime)
         || __builtin_add_overflow(ctime, st->st_ctim.tv_nsec, &ctime))

@@ -214,7 +214,7 @@ static int write_marked(Hot *hot, const struct place *place, PyObject *ino, cons
     POINT();
     struct mark_of of = {.ino = made->st.st_ino, .generation = generation, .parent = place->ino,
                          .handle = &made->handle, .name = place->name, .length = place->length};
-    return mark(hot, WRITTEN, ino, &of) || discard(hot->late, ino) ? -1 : 0;
+    return mark(hot, WRITTEN, ino, &of) || no_longer_late(hot, ino) ? -1 : 0;
 }
 
 /* Its state, as of a file that is open for writing. NULL with an exception. */

@@ -204,7 +204,7 @@ static int end_marked(Hot *hot, const struct place *place, const struct going *g
     const struct known *known = &going->known;
     struct mark_of of = {.ino = st->st_ino, .parent = place->ino, .a = (int64_t)st->st_uid << 16 | st->st_mode,
                          .b = st->st_gid, .handle = &going->handle, .name = place->name, .length = place->length};
-    if (discard(hot->late, known->ino))
+    if (no_longer_late(hot, known->ino))
         return -1;
     if (known->inode && (put_of(known->inode, s_gone, Py_True) || idle_dropped(hot, known->ino)))
         return -1;
@@ -216,7 +216,7 @@ static int link_less_marked(Hot *hot, const struct place *place, const struct go
 {
     struct mark_of of = {.ino = going->st.st_ino, .parent = place->ino, .a = 1,
                          .name = place->name, .length = place->length};
-    return discard(hot->late, going->known.ino) || append_mark(hot, ATTRIBUTES, &of) < 0 ? -1 : 0;
+    return no_longer_late(hot, going->known.ino) || append_mark(hot, ATTRIBUTES, &of) < 0 ? -1 : 0;
 }
 
 /* names._Going.gone. 0, or -1 with an exception. */
@@ -309,7 +309,7 @@ int new_name_marked(Hot *hot, const struct place *to, const struct known *known,
         if (failed)
             return -1;
     }
-    return mark(hot, NAMED, known->ino, &of) || discard(hot->late, known->ino) ? -1 : 0;
+    return mark(hot, NAMED, known->ino, &of) || no_longer_late(hot, known->ino) ? -1 : 0;
 }
 
 /* A rename: of what, from where and to where, and what it replaces; NULL: nothing, which may only be `believed`. */

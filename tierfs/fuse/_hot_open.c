@@ -218,7 +218,7 @@ static int write_marked(Hot *hot, PyObject *inode, PyObject *ino)
                              .name = PyBytes_AS_STRING(name), .length = PyBytes_GET_SIZE(name)};
         POINT();
         failed = mark(hot, WRITTEN, ino, &of) || put_of(inode, s_marked, Py_True) || put_of(inode, s_shown, Py_None)
-                 || discard(hot->late, ino);
+                 || no_longer_late(hot, ino);
     }
     Py_XDECREF(known);
     Py_XDECREF(name);
@@ -288,8 +288,8 @@ static PyObject *found_or_entered(Hot *hot, PyObject *node, uint64_t nodeid, PyO
 {
     PyObject *inode = Py_XNewRef(PyDict_GetItemWithError(hot->inodes, ino));
     *is_new = !inode;
-    if (!inode)
-        return PyErr_Occurred() ? NULL : entered(hot, node, nodeid, ino);
+    if (!inode)  /* one that is late has a record in the ledger already, which its new state takes */
+        return PyErr_Occurred() || is_late(hot, ino) ? NULL : entered(hot, node, nodeid, ino);
     if (!number_of(inode, s_backing_id) || !is_plain(inode)
         || (is_writing(flags) && !attribute_is(inode, s_shown, Py_None)))
         Py_CLEAR(inode);

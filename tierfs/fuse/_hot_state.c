@@ -91,6 +91,23 @@ int discard(PyObject *dict, PyObject *key)
     return there == 1 ? PyDict_DelItem(dict, key) : there;
 }
 
+/* It shows what it showed before some of its content came; -1 with an exception. */
+int is_late(Hot *hot, PyObject *ino)
+{
+    return PyDict_GET_SIZE(hot->late) ? PyDict_Contains(hot->late, ino) : 0;
+}
+
+/* appearance.changed. */
+int no_longer_late(Hot *hot, PyObject *ino)
+{
+    int there = is_late(hot, ino);
+    if (there <= 0)
+        return there;
+    PyObject *done = PyObject_CallOneArg(hot->changed, ino);
+    Py_XDECREF(done);
+    return done ? 0 : -1;
+}
+
 /* Count up or down in a dictionary of counts, which keeps none of 0. The new count; -1 with an exception. */
 int count_in(PyObject *dict, PyObject *key, int by)
 {

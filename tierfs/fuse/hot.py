@@ -205,6 +205,7 @@ def _objects(vfs: Vfs) -> dict[str, object]:
         "recent": gate.marking.recent,
         "seals": gate.marking.seals,
         "late": gate.appearance.late,
+        "changed": gate.appearance.changed,
         "gone_stat": GoneStat(b""),
         "nodes": nodes,
         "privileged": vfs.tree.privileged,
