@@ -23,6 +23,7 @@ from urllib.parse import quote, unquote, urlsplit
 
 from tierfs import config, locate
 from tierfs.errors import PathError, VolumeError
+from tierfs.spelling import quoted
 from tierfs.store.base import Capabilities
 
 FORMAT = 1
@@ -242,7 +243,7 @@ def create(state: str, ident: str = "", created: float = 0.0, **settings: str) -
                                         "store", "tree.new"}  # fmt: skip
     if strange:
         raise VolumeError(
-            f"{state}: is neither a volume nor empty ({min(strange)!r} is in it): choose another --state"
+            f"{state}: is neither a volume nor empty ({quoted(min(strange))} is in it): choose another --state"
         )
     try:
         for name in ("index", "heat", "marks", "log"):
