@@ -54,8 +54,8 @@ class Inode:
     """One regular file that is open, guarded or being fetched. Others need no memory here."""
 
     __slots__ = (
-        "backing_id", "content", "gone", "guard", "handle", "ino", "marked", "name", "opath", "opens", "parent",
-        "passthrough", "set_id", "shown", "size", "slot", "writers",
+        "backing_id", "content", "faults", "gone", "guard", "handle", "ino", "marked", "name", "opath", "opens",
+        "parent", "passthrough", "set_id", "shown", "size", "slot", "writers",
     )  # fmt: skip
 
     def __init__(self, ino: int, parent: int, name: bytes) -> None:
@@ -75,13 +75,15 @@ class Inode:
         self.gone = False  # its last name is
         self.size = 0  # when it was opened last
         self.set_id = 0  # ctime of a chmod that gave set-id bits while it was open in passthrough
+        self.faults = 0  # syncs that have failed
         self.marked = False  # its generation has risen since it was last sealed or closed
 
 
 class Handle:
-    """An open file as the binding sees it. `fd` is -1 and `backing_id` set in passthrough; `uid` opened it."""
+    """An open file as the binding sees it. `fd` is -1 and `backing_id` set in passthrough; `uid` opened it, and
+    has heard of so many `faults` of the inode."""
 
-    __slots__ = ("_ahead", "backing_id", "fd", "flags", "inode", "uid", "writable")
+    __slots__ = ("_ahead", "backing_id", "fd", "flags", "heard", "inode", "uid", "writable")
 
     def __init__(self, inode: Inode, fd: int, flags: int, backing_id: int) -> None:
         self.inode = inode
@@ -90,6 +92,7 @@ class Handle:
         self.writable = flags & os.O_ACCMODE != os.O_RDONLY
         self.backing_id = backing_id
         self.uid = 0
+        self.heard = inode.faults
         self._ahead: ReadAhead | None = None
 
     @property

@@ -10,6 +10,7 @@ import errno
 import logging
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 from tierfs import syscalls
@@ -156,7 +157,8 @@ class OpenFiles:
         """Make the file durable."""
         handle = self.get(fh)
         fd = self._own(handle, writable=False)
-        return Slow(_closing(lambda: (os.fdatasync if datasync else os.fsync)(fd), fd))
+        sync = _closing(lambda: (os.fdatasync if datasync else os.fsync)(fd), fd)
+        return Slow(sync if handle.fd >= 0 else partial(_told_to_all, handle, sync))
 
     def fallocate(
         self, fh: int, mode: int, offset: int, length: int, caller: Caller | None = None
@@ -235,6 +237,21 @@ def seek_extents(extents: list[tuple[int, int]], size: int, offset: int, whence:
     if whence == os.SEEK_DATA:
         raise nowhere
     return min(at, size)
+
+
+def _told_to_all(handle: Handle, sync: Callable[[], None]) -> None:
+    """Sync a file in passthrough, by a descriptor that is opened for that. Of a write that failed the kernel
+    tells the first such descriptor alone: who else had the file open, and asks later, hears of it here."""
+    inode = handle.inode
+    try:
+        sync()
+    except OSError:
+        inode.faults += 1
+        handle.heard = inode.faults
+        raise
+    if handle.heard != inode.faults:
+        handle.heard = inode.faults
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
 def _closing(run: Callable[[], _T], *fds: int) -> Callable[[], _T]:

@@ -16,8 +16,10 @@ from bare import until
 from tiering import MIB, Volume
 
 from tierfs import syscalls
+from tierfs.fuse import protocol as p
 from tierfs.model import LEAF, Residency
 from tierfs.recovery import finish_pending
+from tierfs.vfs import ROOT
 
 SIZE = 5 * MIB + 12_345
 READ = 2 * MIB
@@ -123,6 +125,36 @@ def test_zeros_that_were_read_before_blocks_that_nobody_wrote_are_nobodys_work(v
     finally:
         os.close(fd)
     assert volume.server.read(path) == data
+
+
+def test_each_who_has_a_file_open_hears_of_a_failed_sync_once(side, monkeypatch):
+    """As without TierFS: in passthrough the server syncs by descriptors of its own, of which the kernel tells
+    only the first that content did not come to the disk."""
+    (side.path / "file").write_bytes(b"content")
+    node = side.lookup(ROOT, b"file")[0]
+
+    def opened():
+        number, body = side.ask(p.Op.OPEN, node, p.OPEN_IN.pack(os.O_RDWR, 0))
+        fh, how, _ = p.OPEN_OUT.unpack(body)
+        assert not number and how & p.OPEN_PASSTHROUGH
+        return fh
+
+    def synced(fh):
+        try:
+            side.vfs.fsync(fh, True).run()
+        except OSError as error:
+            return error.errno
+        return 0
+
+    def fails(fd):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    first, second = opened(), opened()
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "fdatasync", fails)
+        assert synced(first) == errno.ENOSPC
+    later = opened()
+    assert [synced(fh) for fh in (first, second, second, later)] == [0, errno.EIO, 0, 0]
 
 
 @pytest.fixture

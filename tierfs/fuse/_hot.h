@@ -152,8 +152,8 @@ typedef struct {
 /* Attributes of the objects. */
 #define NAMES(X) \
     X(_packed) X(id) X(ino) X(parent) X(anchor) X(move_to_end) X(popitem) X(backing) X(backing_id) X(close) \
-    X(content) X(flags) X(gone) \
-    X(guard) X(handle) X(inode) X(marked) X(most) X(name) X(open) X(opath) X(opens) X(passthrough) X(retire) X(set_id) \
+    X(content) X(faults) X(flags) X(gone) \
+    X(guard) X(handle) X(heard) X(inode) X(marked) X(most) X(name) X(open) X(opath) X(opens) X(passthrough) X(retire) X(set_id) \
     X(size) X(position) X(segment) X(shown) X(slot) X(start) X(uid) X(writable) X(writers)
 /* An attribute, and where in the objects of the types that were met it is: they have slots. */
 enum { KNOWN_TYPES = 3 };

@@ -159,11 +159,13 @@ uint64_t noted_file(Hot *hot, const struct in_header *in, uint64_t nodeid, PyObj
 /* A passthrough handle. NULL with an exception. */
 PyObject *new_handle(Hot *hot, PyObject *inode, uint32_t uid, uint32_t flags, uint64_t backing_id)
 {
-    PyObject *handle = copy_of(hot->handle);
-    if (handle && (put_of(handle, s_inode, inode) || set_number(handle, s_flags, flags)
-                   || set_number(handle, s_backing_id, backing_id) || set_number(handle, s_uid, uid)
+    PyObject *handle = copy_of(hot->handle), *faults = get_of(inode, s_faults);
+    if (handle && (!faults || put_of(handle, s_heard, faults) || put_of(handle, s_inode, inode)
+                   || set_number(handle, s_flags, flags) || set_number(handle, s_backing_id, backing_id)
+                   || set_number(handle, s_uid, uid)
                    || put_of(handle, s_writable, (flags & O_ACCMODE) == O_RDONLY ? Py_False : Py_True)))
         Py_CLEAR(handle);
+    Py_XDECREF(faults);
     return handle;
 }
 
