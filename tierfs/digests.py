@@ -2,7 +2,7 @@
 
 A file of one chunk has the SHA-256 of its bytes. A larger one has the BLAKE3 of each leaf of 64 KiB, and the
 SHA-256 of their concatenation stands for the whole. `<key>.leaves` holds them with the extents of sparse files:
-zstd of a line of JSON and the raw digests.
+zstd of a line of JSON and the raw digests. In a list of format 1 they are SHA-256's: such ones are read.
 
 BLAKE3 because leaves are hashed while a reader waits, and all of a volume after a power cut: 5.8 GiB a second
 of one CPU where SHA-256 (with the instructions made for it) does 1.3.
@@ -21,6 +21,7 @@ from tierfs.model import LEAF, leaf_count
 
 SIDE_SUFFIX = ".leaves"
 _FORMAT = 2
+_READABLE = (1, _FORMAT)
 _DIGEST = 32
 _MOST_SIDE = 1 << 30  # decompressed bytes of a side object; 2 TB of content
 
@@ -38,6 +39,14 @@ def leaf_digests(data: bytes | memoryview) -> bytes:
     return b"".join([blake3(view[at : at + LEAF]).digest() for at in range(0, len(view), LEAF)])
 
 
+def have_digests(data: bytes | memoryview, wanted: bytes | memoryview) -> bool:
+    """Whether the leaves of this piece have these digests; those of a list of format 1 are SHA-256's."""
+    if leaf_digests(data) == wanted:
+        return True
+    view = memoryview(data)
+    return b"".join([sha256(view[at : at + LEAF]) for at in range(0, len(view), LEAF)]) == wanted
+
+
 def pack_side(size: int, extents: Extents, digests: bytes) -> bytes:
     """The bytes of a side object. `digests` is empty for a file of one chunk."""
     head = json.dumps({"format": _FORMAT, "size": size, "leaf": LEAF, "extents": extents})
@@ -51,7 +60,7 @@ def unpack_side(raw: bytes | memoryview, size: int, digest: bytes) -> tuple[byte
         head, _, digests = data.partition(b"\n")
         fields = json.loads(head)
         extents = [(int(start), int(end)) for start, end in fields["extents"]]
-        known = fields["format"] == _FORMAT and fields["leaf"] == LEAF and fields["size"] == size
+        known = fields["format"] in _READABLE and fields["leaf"] == LEAF and fields["size"] == size
     except (zstandard.ZstdError, ValueError, TypeError, KeyError) as exc:
         raise ObjectCorruptError(f"the list of digests is damaged: {exc}") from exc
     if not known or len(digests) != leaf_count(size) * _DIGEST or sha256(digests) != digest:

@@ -22,10 +22,10 @@ from functools import partial
 from tierfs import failpoints, wire
 from tierfs.arrivals import Arrival, Range, Request
 from tierfs.breadth import MANY, Breadth
-from tierfs.digests import leaf_digests, sha256
+from tierfs.digests import have_digests, sha256
 from tierfs.errors import BusyError, FetchTimeoutError, ObjectCorruptError, TierError
 from tierfs.kit import Kit
-from tierfs.model import LEAF
+from tierfs.model import LEAF, leaf_count
 from tierfs.opening import AlreadyResident, Opener, note_pending
 from tierfs.passing import Passer
 from tierfs.store.base import Body
@@ -351,9 +351,9 @@ class Filler:
         if arrival.small:
             good = len(data) == arrival.size and sha256(data) == arrival.stub.digest
         else:
-            first = piece.start // LEAF * 32
-            found = leaf_digests(data)
-            good = bool(data) and found == arrival.digests[first : first + len(found)]
+            first = piece.start // LEAF
+            wanted = arrival.digests[first * 32 : (first + leaf_count(len(data))) * 32]
+            good = bool(data) and have_digests(data, wanted)
         if not good or left < 0 or (whole and left):
             raise ObjectCorruptError(f"{arrival.stub.key}: bytes at {piece.start} do not match their digest")
 

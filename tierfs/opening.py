@@ -19,7 +19,7 @@ from typing import TypeVar
 
 from tierfs import failpoints
 from tierfs.arrivals import HERE, Arrival, Request, leaves_from_bits, outside, shown_times
-from tierfs.digests import SIDE_SUFFIX, Extents, leaf_digests, sha256, unpack_side
+from tierfs.digests import SIDE_SUFFIX, Extents, have_digests, leaf_digests, sha256, unpack_side
 from tierfs.errors import (
     BucketMissingError,
     BusyError,
@@ -157,7 +157,7 @@ class Opener:
             if arrival.leaves[leaf] == HERE or (leaf not in touched and wanted != zeros):
                 continue
             length = min(LEAF, arrival.size - leaf * LEAF)
-            if leaf not in touched or leaf_digests(read_exactly(arrival.fd, leaf * LEAF, length)) == wanted:
+            if leaf not in touched or have_digests(read_exactly(arrival.fd, leaf * LEAF, length), wanted):
                 arrival.leaves[leaf] = HERE
 
     def _take_over(self, arrival: Arrival) -> None:

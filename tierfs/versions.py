@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from tierfs.digests import SIDE_SUFFIX, Extents, leaf_digests, sha256, unpack_side
+from tierfs.digests import SIDE_SUFFIX, Extents, have_digests, sha256, unpack_side
 from tierfs.errors import ObjectCorruptError, ObjectMissingError, PathError
 from tierfs.kit import Kit
 from tierfs.model import LEAF, Copy, Record, leaf_count, object_key
@@ -140,7 +140,7 @@ def content(kit: Kit, kept: Kept) -> Iterator[tuple[int, Body]]:
                 stop = min(at + _PIECE, -(-end // LEAF) * LEAF, kept.size)
                 data = kit.store.get(kept.key, at, stop - at)
                 first = at // LEAF * 32
-                if leaf_digests(data) != digests[first : first + leaf_count(stop - at) * 32]:
+                if not have_digests(data, digests[first : first + leaf_count(stop - at) * 32]):
                     raise ObjectCorruptError(f"{kept.key}: bytes at {at} do not match their digest")
                 low, high = max(at, start), min(stop, end)
                 yield low, data[low - at : high - at]

@@ -12,10 +12,12 @@ import pytest
 from tierfsd.backend import _Count
 from tiering import MIB, Volume
 
-from tierfs import wire
+from tierfs import copying, digests, versions, wire
 from tierfs.copying import PIECE
+from tierfs.digests import sha256
 from tierfs.errors import BucketMissingError, StoreDeniedError, StoreUnavailableError
 from tierfs.model import LEAF, Residency
+from tierfs.readback import Pace, Ref, examine
 from tierfs.store.memory import MemoryStore
 from tierfs.waits import Blocked
 
@@ -63,6 +65,33 @@ def cold(volume):
 def times(volume):
     shown = volume.server.shown(volume.path("big"))
     return shown.st_mtime_ns, shown.st_ctime_ns
+
+
+@pytest.mark.parametrize("lost", [False, True], ids=["index", "list in the store"])
+def test_a_copy_of_the_time_before_blake3_is_read(volume, monkeypatch, lost):
+    """Its leaves have SHA-256's digests, which the list of format 1 says alone, and the index does not."""
+
+    def former(data):
+        view = memoryview(data)
+        return b"".join(sha256(view[at : at + LEAF]) for at in range(0, len(view), LEAF))
+
+    data, path = os.urandom(SIZE), volume.path("big")
+    volume.server.create(path, data)
+    with monkeypatch.context() as then:
+        then.setattr(copying, "leaf_digests", former)
+        then.setattr(digests, "_FORMAT", 1)
+        (item,) = volume.demote("big")
+    assert item.demoted, item.reason
+    record = volume.record("big")
+    if lost:
+        volume.index.commit(lambda w: w.drop_leaves(record.fid, record.generation)).result()
+    kit = volume.tier.kit
+    assert examine(kit, Ref.of_record(record), Pace(lambda: 0.0, threading.Event())) == ""
+    (kept,) = versions.of_path(kit, b"big", record)
+    assert b"".join(bytes(part) for _, part in versions.content(kit, kept)) == data
+    assert volume.server.read(path, 4 * MIB, LEAF) == data[4 * MIB : 4 * MIB + LEAF]
+    assert volume.server.read(path) == data
+    volume.settle("big")
 
 
 def test_whoever_waits_for_content_that_is_cut_away_goes_on(volume, cold):
