@@ -7,6 +7,7 @@ import ctypes
 import os
 import resource
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -134,6 +135,25 @@ def test_a_server_that_takes_none_is_asked_no_more(
     for _ in range(5):
         assert get(store, "key") == RANGE
     assert sum(map(signed, server.requests)) == asked
+
+
+def test_a_server_that_took_none_for_a_while_is_asked_again(
+    server: FakeS3, store: S3Store, get: Get, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As while credentials had run out. One that takes none even then is asked once each time."""
+    now, later = time.monotonic, 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now() + later)
+    server.answer = only_signed(lambda request: error(403, "AccessDenied"))
+    for gone_by, asked in ((0.0, 3), (700.0, 4)):
+        later = gone_by
+        for _ in range(5):
+            assert get(store, "key") == RANGE
+        assert sum(map(signed, server.requests)) == asked
+    server.answer = lambda request: content(BODY, request)
+    later = 1400.0
+    for _ in range(3):
+        assert get(store, "key") == RANGE
+    assert sum(map(signed, server.requests)) == 7
 
 
 def test_the_client_says_what_is_wrong(server: FakeS3, store: S3Store, get: Get) -> None:

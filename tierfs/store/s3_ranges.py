@@ -27,7 +27,8 @@ PIECE = 1 << 20  # bytes
 _LARGE_PIECE = 4 * PIECE
 _QUICK_SECONDS = 0.03  # for a MiB
 _KEPT_SECONDS = 20.0  # a connection that was idle for longer may have been closed by the server
-_REFUSALS = 3  # in a row: this server does not take such requests
+_REFUSALS = 3  # in a row: this server does not take such requests ...
+_AGAIN_SECONDS = 600.0  # ... for so long: it may have been credentials that had run out
 _OF_THE_OBJECT = frozenset({404, 416, 429})  # and what a server in trouble says: nothing about such requests
 _SERVER_TROUBLE = 500
 _HEAD_PART = 2048  # what comes with it of the body has to be copied
@@ -157,6 +158,7 @@ class Ranges:
         self._lock = threading.Lock()
         self._idle: list[_Connection] = []  # the last used is the last
         self._refused = 0
+        self._again = 0.0  # when it is tried once more
 
     def whole(self, key: str, start: int, length: int) -> memoryview | None:
         """The range, for whoever keeps it; None where it is not to be had this way. Raises TimeoutError."""
@@ -173,7 +175,7 @@ class Ranges:
         self, key: str, start: int, length: int, into: memoryview | None = None
     ) -> Iterator[memoryview]:
         """`into`: where all of it goes, as one piece; otherwise they take turns in the connection's buffer."""
-        if self._refused >= _REFUSALS:
+        if self._refused >= _REFUSALS and time.monotonic() < self._again:
             return
         url = urlsplit(self._sign(key))
         connection, left, lasting = None, length, False
@@ -202,7 +204,9 @@ class Ranges:
         if answer.is_range(start, length):
             self._refused = 0
             return True
-        self._refused += answer.status < _SERVER_TROUBLE and answer.status not in _OF_THE_OBJECT
+        if answer.status < _SERVER_TROUBLE and answer.status not in _OF_THE_OBJECT:
+            self._refused += 1
+            self._again = time.monotonic() + _AGAIN_SECONDS
         return False
 
     def _leave(self, connection: _Connection, lasting: bool) -> None:
