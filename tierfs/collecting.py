@@ -116,11 +116,6 @@ class Collector:
         clock = self._kit.index.past.clock.advanced(server, *self._since_boot())
         self._kit.index.commit(lambda w: w.beat(clock)).result()
 
-    @property
-    def _keep(self) -> float:
-        """Seconds for which a version is kept."""
-        return max(self._kit.config.keep_versions, self._kit.config.grace)
-
     def _older_than(self, seconds: float) -> int:
         """The last beat at which something may have been buried that is so old now; -1: nothing is."""
         now = self._kit.index.past.believed
@@ -143,19 +138,19 @@ class Collector:
         if not index.tombstones(_EVER, after, 1):
             return
         taken = next((at for _, at in index.beats(latest, 1)), past.believed) if latest >= 0 else 0.0
-        if latest < 0 or past.believed - taken >= self._keep / 3:
+        if latest < 0 or past.believed - taken >= self._kit.config.kept_seconds / 3:
             self._kit.snapshot_wanted.set()
 
     # --- first phase --------------------------------------------------------------------------------------
 
     def _publish(self) -> None:
         """Write down what will go, where everybody sees it, and begin to wait."""
-        index, grace = self._kit.index, self._kit.config.grace
+        index, config = self._kit.index, self._kit.config
         lists = index.lists()
         tombs_before = max((listed.tombs for listed in lists), default=-1)
         orphans_before = max((listed.orphans for listed in lists), default=-1)
         # So that it may go when its time is over, not a grace later.
-        tombs, orphans = self._older_than(max(0.0, self._keep - grace)), self._older_than(0.0)
+        tombs, orphans = self._older_than(config.kept_seconds - config.grace), self._older_than(0.0)
         if not index.tombstones(tombs, (tombs_before + 1, ""), 1):
             tombs = tombs_before
         if not index.orphans(orphans, (orphans_before + 1, ""), 1):
@@ -201,7 +196,7 @@ class Collector:
             index.commit(lambda w: w.drop_list(listed.number)).result()
             return 0
         self._kit.tree.sync()
-        tombs = min(listed.tombs, self._older_than(self._keep), self._unknown_to_snapshots)
+        tombs = min(listed.tombs, self._older_than(self._kit.config.kept_seconds), self._unknown_to_snapshots)
         gone = 0
         for rows in _pages(lambda after: index.tombstones(tombs, after, _BATCH), None):
             gone += self._collect(rows, self._judge_tomb, Writer.drop_tombstone)
@@ -357,7 +352,7 @@ class Collector:
 
     def kept_until(self, version: Version) -> float:
         """Seconds since the epoch, at least; by this machine's clock as it goes now."""
-        return self._may_go(version.beat, self._keep)
+        return self._may_go(version.beat, self._kit.config.kept_seconds)
 
     def _may_go(self, beat: int, keep: float) -> float:
         past = self._kit.index.past
@@ -376,7 +371,7 @@ class Collector:
                     size, reason = version.size, f"{how} version of {quoted(version.path)}"
                 if beat > self._unknown_to_snapshots:
                     reason += ", perhaps still in a snapshot"
-                yield Candidate(key, size, reason, self._may_go(beat, self._keep))
+                yield Candidate(key, size, reason, self._may_go(beat, self._kit.config.kept_seconds))
         for rows in _pages(lambda after: index.orphans(_EVER, after, _BATCH), None):
             for beat, key in rows:
                 may_go = self._may_go(beat, self._kit.config.grace)

@@ -80,6 +80,11 @@ class VolumeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     scrub_rate: int = 4 << 20
     never: Never = Never()
 
+    @property
+    def kept_seconds(self) -> float:
+        """For so long at least the store keeps what nothing refers to any more."""
+        return max(self.keep_versions, self.grace)
+
 
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGTP]?)(?:I?B)?\s*", re.IGNORECASE)
 _DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(ms|s|m|h|d|w|)\s*")

@@ -1,6 +1,7 @@
 """Whether the store is still ours: asked when a volume is mounted, and before each batch of work on the store.
 
 Both ask in a bounded time, and take silence for no change: a volume mounts and works while its store is away.
+But not for ever: who takes a store over by force removes what has been of no use to it for `keep_versions`.
 What is decided by compare-and-swap stands in ownership.py.
 """
 
@@ -30,14 +31,27 @@ _MOUNT_SECONDS = 4.0  # for one at mounting: a laptop that is offline shall not 
 _FORCE_SECONDS = 30.0
 
 
-class Fence:
-    """`check` before a batch: raises VolumeError once `verify` has, and while the store is one of an earlier
-    time, which may lack any copy; never anything else."""
+def _since_boot() -> float:
+    """Seconds, those of suspends included."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
-    def __init__(self, verify: Callable[[], None], clock: Callable[[], float] = time.monotonic) -> None:
-        """`verify` raises VolumeError where another machine has taken the store, StoreError at its silence."""
+
+class Fence:
+    """`check` before a batch: raises VolumeError once `verify` has, while the store is one of an earlier time,
+    which may lack any copy, and when it has been silent for too long; never anything else."""
+
+    def __init__(
+        self,
+        verify: Callable[[], None],
+        patience: Callable[[], float],
+        clock: Callable[[], float] = _since_boot,
+    ) -> None:
+        """`verify` raises VolumeError where another machine has taken the store, StoreError at its silence,
+        which is put up with for `patience` seconds."""
         self._verify = verify
+        self._patience = patience
         self._clock = clock
+        self._heard = clock()
         self._lock = threading.Lock()
         self._asking: Future[None] | None = None
         self._fresh_until = float("-inf")
@@ -61,6 +75,12 @@ class Fence:
             raise VolumeError(str(self._lost))
         if self._stale is not None:
             raise VolumeError(str(self._stale))
+        silent, patience = self._clock() - self._heard, self._patience()
+        if silent > patience:
+            raise VolumeError(
+                f"the store has not answered for {silent / 3600:.0f} hours: what is here stays here, since"
+                " another machine may have taken it over and removed copies"
+            )
 
     def _ask(self, asking: Future[None]) -> None:
         try:
@@ -75,6 +95,7 @@ class Fence:
             log.exception("whose the store is cannot be told")
         else:
             self._stale = None
+            self._heard = self._clock()
         finally:
             self._fresh_until = self._clock() + _FRESH_SECONDS
             asking.set_result(None)

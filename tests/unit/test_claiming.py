@@ -17,6 +17,8 @@ from tierfs import ownership, volume
 from tierfs.errors import StoreUnavailableError, VolumeError
 from tierfs.store.directory import DirectoryStore
 
+DAYS = 30 * 86400.0
+
 
 def test_a_lost_store_is_lost_for_good():
     answers = [None, VolumeError("another's"), None]
@@ -27,7 +29,7 @@ def test_a_lost_store_is_lost_for_good():
         if answer:
             raise answer
 
-    fence = Fence(verify, lambda: now[0])
+    fence = Fence(verify, lambda: DAYS, lambda: now[0])
     fence.check()
     fence.check()
     assert len(answers) == 2, "an answer is good for some seconds"
@@ -46,12 +48,34 @@ def test_silence_changes_nothing(monkeypatch):
         release.wait(20)
         raise StoreUnavailableError("down")
 
-    fence = Fence(verify)
+    fence = Fence(verify, lambda: DAYS)
     begun = time.monotonic()
     fence.check()
     fence.check()
     assert time.monotonic() - begun < 10
     release.set()
+    fence.check()
+
+
+def test_silence_of_days_ends_it_until_the_store_is_heard_again():
+    """Who has taken the store over by force removes then what this machine still goes by."""
+    now, down = [0.0], [False]
+
+    def verify():
+        if down[0]:
+            raise StoreUnavailableError("down")
+
+    fence = Fence(verify, lambda: DAYS, lambda: now[0])
+    now[0] = 2 * DAYS
+    fence.check()
+    down[0] = True
+    now[0] += DAYS
+    fence.check()
+    now[0] += 60
+    with pytest.raises(VolumeError, match="has not answered for 720 hours"):
+        fence.check()
+    down[0] = False
+    now[0] += 60
     fence.check()
 
 
@@ -95,7 +119,7 @@ def test_a_store_that_answers_nonsense_is_not_lost(home, tmp_path, body):
         with pytest.raises(StoreUnavailableError, match="makes no sense"):
             ask(made, store)
     now = [0.0]
-    fence = Fence(lambda: ownership.verify(made, store), lambda: now[0])
+    fence = Fence(lambda: ownership.verify(made, store), lambda: DAYS, lambda: now[0])
     fence.check()
     refuse_if_taken(made, False)
     (tmp_path / "store/volume.json").write_bytes(kept)
@@ -132,7 +156,7 @@ def test_a_store_of_an_earlier_time_is_no_proof_of_any_copy(home, tmp_path):
     before = file.read_bytes()
     ownership.renew(made, store, 2)
     now, clock = file.read_bytes(), [0.0]
-    fence = Fence(lambda: ownership.verify(made, store), lambda: clock[0])
+    fence = Fence(lambda: ownership.verify(made, store), lambda: DAYS, lambda: clock[0])
     fence.check()
     file.write_bytes(before)
     clock[0] += 60
