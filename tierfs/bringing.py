@@ -125,6 +125,10 @@ class Bringer:
                 except FutureTimeout:
                     here = self._look(item, here, order)
                     continue
+                if number == errno.ETIMEDOUT and time.monotonic() - begun < self._kit.config.fetch_timeout / 2:
+                    # Somebody before us had asked for it: what the store does now has yet to be seen.
+                    future = self._kit.outcomes.expect(item.ino)
+                    continue
                 if number == errno.ETIMEDOUT:
                     order.timed_out(begun, reason)
                     raise FetchTimeoutError(reason)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 import time
 
@@ -79,6 +80,23 @@ def test_a_file_that_alone_does_not_come_keeps_no_other_away(volume, monkeypatch
     down(volume, volume.stub(NAMES[0]).key)
     done, _, _ = fetch(volume)
     assert (done.files, [stayed.path for stayed in done.stayed]) == (len(NAMES) - 1, [NAMES[0].encode()])
+
+
+def test_the_end_of_an_earlier_wait_ends_no_order(volume, monkeypatch):
+    """The store is back, and what was asked for while it was away times out only now."""
+    outcomes, earlier = volume.tier.kit.outcomes, set(NAMES)
+    expect = outcomes.expect
+
+    def expect_late(ino):
+        future = expect(ino)
+        if earlier:
+            earlier.pop()
+            outcomes.tell(ino, errno.ETIMEDOUT, "no content within 1.5 s: it was away")
+        return future
+
+    monkeypatch.setattr(outcomes, "expect", expect_late)
+    done, _, _ = fetch(volume)
+    assert (done.files, done.stayed, earlier) == (len(NAMES), [], set())
 
 
 def test_an_order_that_nobody_waits_for_is_patient(volume):
