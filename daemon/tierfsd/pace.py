@@ -48,11 +48,16 @@ class Pace:
 
     def is_due(self) -> bool:
         """Not to be put off. Raises OSError, IndexError_."""
-        now, patience = time.monotonic(), min(_MOST_SECONDS, self._tier.kit.config.quiet_seconds)
-        if now >= min(self.due_at, self._since + patience) or not self._waits:
+        if not self._waits or time.monotonic() >= min(self.due_at, self._since + self._patience):
             return True
         behind = self._end - self._tier.drainer.position
         return behind >= _MOST_BYTES or self._space.excess(self._unseen()) > 0
+
+    @property
+    def _patience(self) -> float:
+        """Copies and the journal wait for their own times from then on."""
+        config = self._tier.kit.config
+        return min(_MOST_SECONDS, config.quiet_seconds, config.journal_seconds / 4)
 
     def drain(self) -> None:
         """Do so."""

@@ -19,7 +19,8 @@ class World:
 
     def __init__(self, monkeypatch, **settings):
         self.now, self.available, self.local, self.drains = 100.0, 1 << 40, 0, 0
-        limits = {"local_limit": 0, "high": 0.9, "low": 0.8, "min_free": 0.05, "quiet_seconds": 30.0}
+        limits = {"local_limit": 0, "high": 0.9, "low": 0.8, "min_free": 0.05}
+        limits |= {"quiet_seconds": 30.0, "journal_seconds": 60.0}
         self.drainer = SimpleNamespace(position=0)
         tree = SimpleNamespace(space=lambda: SimpleNamespace(available=self.available, total=1 << 41))
         index = SimpleNamespace(totals=lambda: Totals(local_bytes=self.local))
@@ -54,9 +55,12 @@ def test_marks_wait_for_a_pause_of_the_changes(monkeypatch):
     assert world.drains == 1 and not world.changes(5), "the next storm has its own time"
 
 
-@pytest.mark.parametrize(("quiet", "most"), [(30.0, pace._MOST_SECONDS), (2.0, 2.0), (0.0, 0.0)])
-def test_but_not_for_ever_nor_longer_than_a_file_has_to_be_quiet(monkeypatch, quiet, most):
-    world = World(monkeypatch, quiet_seconds=quiet)
+@pytest.mark.parametrize(
+    ("quiet", "journal", "most"),
+    [(30.0, 60.0, pace._MOST_SECONDS), (2.0, 60.0, 2.0), (0.0, 60.0, 0.0), (30.0, 20.0, 5.0)],
+)
+def test_but_not_for_ever_nor_long_by_what_copies_and_the_journal_wait_for(monkeypatch, quiet, journal, most):
+    world = World(monkeypatch, quiet_seconds=quiet, journal_seconds=journal)
     assert world.changes(60)
     assert world.now == pytest.approx(100.25 + most)
 
