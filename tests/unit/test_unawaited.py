@@ -179,7 +179,7 @@ def test_a_claim_that_fails_in_an_unknown_way_is_tried_again(monkeypatch):
 
 
 def test_a_fence_whose_question_fails_lets_work_go_on(caplog):
-    claiming.Fence(broken).check()
+    claiming.Fence(broken, lambda: 60.0).check()
     assert any(record.exc_info for record in caplog.records)
 
 
@@ -288,7 +288,7 @@ def test_a_supervisor_outlives_too_many_threads(monkeypatch, caplog):
 
 def test_whose_the_store_is_is_asked_after_there_were_too_many_threads(monkeypatch):
     asked = []
-    fence = claiming.Fence(lambda: asked.append(True))
+    fence = claiming.Fence(lambda: asked.append(True), lambda: 60.0)
     with monkeypatch.context() as many:
         many.setattr(threading.Thread, "start", no_thread)
         with pytest.raises(RuntimeError):
