@@ -68,7 +68,7 @@ class Filler:
             message.id, message.ino, message.stub, message.size, message.start,
             min(message.start + message.length, message.size), message.whole, message.ahead,
             time.monotonic() + self._kit.config.fetch_timeout, message.passable,
-            (message.mtime, message.ctime),
+            (message.mtime, message.ctime), self.is_ordered(message),
         )  # fmt: skip
         with self._lock:
             self._requests[request.id] = request
@@ -96,10 +96,20 @@ class Filler:
         """Give up waiting for a store that does not answer."""
         self._opener.stopping.set()
 
+    def is_ordered(self, message: wire.Fetch) -> bool:
+        """Only an order waits for it, as far as is known: a reader asks for himself (`passable`)."""
+        return message.whole and not message.passable and self._kit.outcomes.expected(message.ino)
+
     @property
     def waiting(self) -> int:
         """Requests that have not ended."""
         return len(self._requests)
+
+    @property
+    def is_waited_for(self) -> bool:
+        """Somebody waits for content, and no order does it for him."""
+        with self._lock:
+            return any(not request.ordered for request in self._requests.values())
 
     def arrival(self, ino: int) -> Arrival | None:
         """The file's state, if something of it is being fetched."""

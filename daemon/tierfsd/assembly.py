@@ -121,7 +121,7 @@ class Mover:
     def _is_waited_for(self) -> bool:
         return (
             self._begins()
-            or self._tier.filler.waiting > 0
+            or self._tier.filler.is_waited_for
             or self._control.asked
             or self._scheduler.eviction.is_waited_for
         )
@@ -244,7 +244,8 @@ class Mover:
 
     def on_fetch(self, message: wire.Fetch, opath: int) -> None:
         """Content is asked for."""
-        self._priority.hurry()
+        if not self._tier.filler.is_ordered(message):
+            self._priority.hurry()
         self._tier.filler.on_fetch(message, opath)
 
     def on_cancel(self, message: wire.CancelFetch) -> None:

@@ -9,6 +9,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
+from bare import until
 from tierfsd.backend import _Count
 from tiering import MIB, Volume
 
@@ -375,6 +376,24 @@ def test_a_write_open_breaks_the_seal(volume):
     assert list(volume.store.list("data/")) == []
     assert volume.demote("big")[0].demoted
     assert volume.server.read(volume.path("big"), 0, 5) == b"later"
+
+
+def test_an_order_is_told_from_a_reader(volume, cold):
+    """What is ordered has a small share of a busy processor after a while; who reads, a usual one."""
+    volume.store.hold.clear()
+    filler = volume.tier.filler
+    order = threading.Thread(target=volume.tier.fetch, args=([volume.item("big")],))
+    order.start()
+    assert until(lambda: filler.waiting == 1)
+    assert not filler.is_waited_for
+    handle = volume.server.open(volume.path("big"))
+    with volume.server.lock, pytest.raises(Blocked):
+        volume.server.gate.contents.read(handle, 0, 4096)
+    assert until(lambda: filler.is_waited_for)
+    volume.store.hold.set()
+    order.join()
+    assert until(lambda: not filler.waiting and not filler.is_waited_for)
+    volume.server.release(handle)
 
 
 def test_a_cancelled_fetch_ends_at_once(volume, cold):
