@@ -43,7 +43,7 @@ class Request:
     deadline: float
     passable: bool = False
     shown: tuple[int, int] = (0, 0)  # mtime and ctime that the server shows
-    ordered: bool = False  # for an order alone
+    ordered: bool = False  # nobody but an order waits
     cancelled: bool = False
     passing: bool = False  # it is being served past the disk, and ends with that
     served: bool = False  # its first range has been asked for

@@ -68,7 +68,7 @@ class Filler:
             message.id, message.ino, message.stub, message.size, message.start,
             min(message.start + message.length, message.size), message.whole, message.ahead,
             time.monotonic() + self._kit.config.fetch_timeout, message.passable,
-            (message.mtime, message.ctime), self.is_ordered(message),
+            (message.mtime, message.ctime), message.ordered,
         )  # fmt: skip
         with self._lock:
             self._requests[request.id] = request
@@ -95,10 +95,6 @@ class Filler:
     def stop(self) -> None:
         """Give up waiting for a store that does not answer."""
         self._opener.stopping.set()
-
-    def is_ordered(self, message: wire.Fetch) -> bool:
-        """Only an order waits for it, as far as is known: a reader asks for himself (`passable`)."""
-        return message.whole and not message.passable and self._kit.outcomes.expected(message.ino)
 
     @property
     def waiting(self) -> int:

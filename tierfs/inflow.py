@@ -42,6 +42,7 @@ class Flight:
     whole: bool
     ahead: bool
     passable: bool  # only readers wait for it: content may be handed past a full disk
+    ordered: bool = False  # for an order: who waits here asks for himself
 
 
 class Waiting(NamedTuple):
@@ -209,7 +210,7 @@ class Inflow:
             return
         wait = self._timed_wait(content)
         content.waits.append(Waiting(*gap, wait, passable))
-        asked = any(_brings(f, *gap, passable) and not f.ahead for f in content.flights)
+        asked = any(_brings(f, *gap, passable) and not (f.ahead or f.ordered) for f in content.flights)
         if not asked and not (passable and content.comes_next(*gap)):
             self._ask(ino, *gap, whole=content.small, ahead=False, passable=passable)
         raise Blocked(wait)
@@ -227,11 +228,11 @@ class Inflow:
         raise Blocked(wait)
 
     def bring(self, ino: int) -> None:
-        """Ask for all of it; nobody waits."""
+        """Ask for all of it, for an order; nobody waits here."""
         content, _ = self._contents[ino]
-        if not content.settled.done and not content.whole_asked:
-            self._ask(ino, 0, content.size, whole=True, ahead=False)
-            content.whole_asked = True
+        asked = content.whole_asked or any(flight.whole for flight in content.flights)
+        if not content.settled.done and not asked:
+            self._ask(ino, 0, content.size, whole=True, ahead=False, ordered=True)
 
     def need_idle(self, ino: int) -> None:
         """Raises Blocked until the mover has given up everything it does with this file's blocks."""
@@ -278,11 +279,19 @@ class Inflow:
         return wait
 
     def _ask(
-        self, ino: int, start: int, end: int, *, whole: bool, ahead: bool, passable: bool = False
+        self,
+        ino: int,
+        start: int,
+        end: int,
+        *,
+        whole: bool,
+        ahead: bool,
+        passable: bool = False,
+        ordered: bool = False,
     ) -> None:
         self._next += 1
         content, _ = self._contents[ino]
-        flight = Flight(self._next, start, end, whole, ahead, passable)
+        flight = Flight(self._next, start, end, whole, ahead, passable, ordered)
         content.flights.append(flight)
         try:
             self._send(ino, flight)
@@ -302,6 +311,7 @@ class Inflow:
             whole=flight.whole,
             ahead=flight.ahead,
             passable=flight.passable,
+            ordered=flight.ordered,
             mtime=content.shown[0],
             ctime=content.shown[1],
         )
@@ -355,9 +365,9 @@ class Inflow:
         if flight is None:
             return
         content.flights.remove(flight)
-        if message.errno and not flight.ahead and not content.closing:
+        if message.errno and not (flight.ahead or flight.ordered) and not content.closing:
             self._fail(content, flight, message)
-        if message.errno and flight.whole:
+        if message.errno and flight.whole and not flight.ordered:
             content.whole_asked = False  # cancelled, or failed: whoever still waits for all of it asks again
         self._wake(content)
         if not content.closing:

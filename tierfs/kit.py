@@ -72,11 +72,6 @@ class Outcomes:
             self._futures.setdefault(ino, []).append(future)
         return future
 
-    def expected(self, ino: int) -> bool:
-        """An order waits for it."""
-        with self._lock:
-            return bool(self._futures.get(ino))
-
     def tell(self, ino: int, number: int, reason: str) -> None:
         """It has ended; errno 0: it is resident."""
         with self._lock:

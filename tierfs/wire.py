@@ -30,11 +30,11 @@ class Message(msgspec.Struct, tag=True, array_like=True, frozen=True):
 class Fetch(Message, frozen=True):
     """Bring [start, start + length) of a stub to the local disk; comes with one O_PATH descriptor of it.
 
-    `whole`: all of it. `ahead`: nobody waits. `passable`: only readers wait, so that Passing may serve them
-    where the local disk is full. Readers are woken by Filled; whenever the last missing leaf has arrived the
-    mover settles the file and says Settled, which is what writers wait for. FetchEnd ends the request, always,
-    also a cancelled one, and only when no write of it to the file is under way any more. `mtime` and `ctime`
-    (ns): what the file shows.
+    `whole`: all of it. `ahead`: nobody waits. `ordered`: nobody but an order. `passable`: only readers wait, so
+    that Passing may serve them where the local disk is full. Readers are woken by Filled; whenever the last
+    missing leaf has arrived the mover settles the file and says Settled, which is what writers wait for.
+    FetchEnd ends the request, always, also a cancelled one, and only when no write of it to the file is under
+    way any more. `mtime` and `ctime` (ns): what the file shows.
     """
 
     id: int
@@ -48,6 +48,7 @@ class Fetch(Message, frozen=True):
     passable: bool = False
     mtime: int = 0
     ctime: int = 0
+    ordered: bool = False
 
 
 class CancelFetch(Message, frozen=True):

@@ -244,7 +244,7 @@ class Mover:
 
     def on_fetch(self, message: wire.Fetch, opath: int) -> None:
         """Content is asked for."""
-        if not self._tier.filler.is_ordered(message):
+        if not message.ordered:
             self._priority.hurry()
         self._tier.filler.on_fetch(message, opath)
 

@@ -142,6 +142,23 @@ def test_a_small_file_is_asked_for_whole_and_writers_wait_for_settled():
     assert writer.done and writer.errno == 0 and not content.settling
 
 
+def test_who_waits_asks_for_himself_whatever_is_ordered():
+    """For orders the mover takes a small share of a busy processor. One that fails is no answer to others."""
+    peer, inflow, _ = start()
+    inflow.bring(5)
+    inflow.bring(5)
+    (ordered,) = peer.take(wire.Fetch)
+    assert ordered.whole and ordered.ordered
+    waits = [blocked(inflow.need_settled, 5), blocked(inflow.need, 5, 0, LEAF), blocked(inflow.need_settled, 5)]
+    own = peer.take(wire.Fetch)
+    assert [fetch.ordered for fetch in own] == [False]
+    inflow.bring(5)
+    inflow.ended(wire.FetchEnd(ordered.id, 5, errno.EIO, "no content"))
+    assert not peer.take(wire.Fetch) and not any(wait.done for wait in waits)
+    inflow.ended(wire.FetchEnd(own[0].id, 5, errno.EIO, "gone"))
+    assert [wait.errno for wait in waits] == [errno.EIO] * 3
+
+
 def test_settling_that_fails_fails_the_writer_and_can_be_tried_again():
     peer, inflow, _ = start(size=100)
     writer = blocked(inflow.need_settled, 5)
