@@ -30,6 +30,7 @@ STORE_KEY = "volume.json"
 ALIVE_KEY = "alive.json"  # renewed every ALIVE_SECONDS by who has the store mounted
 ALIVE_SECONDS = 300.0
 _NOTE = "claim.json"
+_HEARD_SECONDS = 3600.0
 
 
 def create(volume: Volume, store: ObjectStore) -> None:
@@ -152,6 +153,20 @@ def verify(volume: Volume, store: ObjectStore) -> None:
     """Make sure that the store is still ours; not while it is being taken (the store and our note of it are two
     reads). Raises as `check`, and VolumeError where it was taken over."""
     look(volume, store)
+
+
+def note_heard(volume: Volume) -> None:
+    """Remember that the store has said just now that it is ours, for `silence`. Raises OSError."""
+    if silence(volume) > _HEARD_SECONDS:
+        os.utime(volume.path(_NOTE))
+
+
+def silence(volume: Volume) -> float:
+    """For how many seconds the store has said nothing, about, by this machine's clock: also before a reboot."""
+    try:
+        return max(0.0, time.time() - os.stat(volume.path(_NOTE)).st_mtime)
+    except FileNotFoundError:
+        return 0.0  # never claimed: there is no copy yet
 
 
 @dataclass(frozen=True, slots=True)

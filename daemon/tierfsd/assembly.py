@@ -70,7 +70,9 @@ class Mover:
         )
         self._tier.kit.withheld = _WAITING
         self._tier.kit.still_ours = self._verify_claim
-        self._tier.kit.fence = Fence(self._verify_claim, lambda: self._tier.kit.config.kept_seconds).check
+        self._tier.kit.fence = Fence(
+            self._verify_claim, lambda: self._tier.kit.config.kept_seconds, ownership.silence(home)
+        ).check
         self._journal = JournalKeeper(self._tier, home.identity.volume, self._show_life)
         self._scheduler = Scheduler(self._tier, self._heat, _is_beside(home), home.path("ballast"))
         self._index.make_room = self._scheduler.make_index_room
@@ -187,6 +189,7 @@ class Mover:
         try:
             with self._claiming:
                 ownership.verify(self._home, self._store)
+                ownership.note_heard(self._home)
         except VolumeError as error:
             self._withhold(str(error))
             raise

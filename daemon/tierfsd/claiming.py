@@ -44,14 +44,15 @@ class Fence:
         self,
         verify: Callable[[], None],
         patience: Callable[[], float],
+        silent: float = 0.0,
         clock: Callable[[], float] = _since_boot,
     ) -> None:
         """`verify` raises VolumeError where another machine has taken the store, StoreError at its silence,
-        which is put up with for `patience` seconds."""
+        which is put up with for `patience` seconds, and has lasted for `silent`."""
         self._verify = verify
         self._patience = patience
         self._clock = clock
-        self._heard = clock()
+        self._heard = clock() - silent
         self._lock = threading.Lock()
         self._asking: Future[None] | None = None
         self._fresh_until = float("-inf")

@@ -29,7 +29,7 @@ def test_a_lost_store_is_lost_for_good():
         if answer:
             raise answer
 
-    fence = Fence(verify, lambda: DAYS, lambda: now[0])
+    fence = Fence(verify, lambda: DAYS, clock=lambda: now[0])
     fence.check()
     fence.check()
     assert len(answers) == 2, "an answer is good for some seconds"
@@ -65,7 +65,7 @@ def test_silence_of_days_ends_it_until_the_store_is_heard_again():
         if down[0]:
             raise StoreUnavailableError("down")
 
-    fence = Fence(verify, lambda: DAYS, lambda: now[0])
+    fence = Fence(verify, lambda: DAYS, clock=lambda: now[0])
     now[0] = 2 * DAYS
     fence.check()
     down[0] = True
@@ -94,6 +94,24 @@ def home(tmp_path):
     return made, clone, store
 
 
+def test_a_silence_goes_on_over_a_reboot(home):
+    made, _, store = home
+    assert ownership.silence(made) < 60
+    note = made.path("claim.json")
+    os.utime(note, (0, time.time() - 2 * DAYS))
+    fence = Fence(lambda: ownership.verify(made, store), lambda: DAYS, ownership.silence(made))
+    fence.check()
+    ownership.note_heard(made)
+    assert ownership.silence(made) < 60
+    os.utime(note, (0, time.time() - 2 * DAYS))
+
+    def down():
+        raise StoreUnavailableError("down")
+
+    with pytest.raises(VolumeError, match="has not answered for 1440 hours"):
+        Fence(down, lambda: DAYS, ownership.silence(made)).check()
+
+
 def test_a_mount_is_refused_where_another_machine_has_the_store(home):
     made, clone, store = home
     refuse_if_taken(made, False)
@@ -119,7 +137,7 @@ def test_a_store_that_answers_nonsense_is_not_lost(home, tmp_path, body):
         with pytest.raises(StoreUnavailableError, match="makes no sense"):
             ask(made, store)
     now = [0.0]
-    fence = Fence(lambda: ownership.verify(made, store), lambda: DAYS, lambda: now[0])
+    fence = Fence(lambda: ownership.verify(made, store), lambda: DAYS, clock=lambda: now[0])
     fence.check()
     refuse_if_taken(made, False)
     (tmp_path / "store/volume.json").write_bytes(kept)
@@ -156,7 +174,7 @@ def test_a_store_of_an_earlier_time_is_no_proof_of_any_copy(home, tmp_path):
     before = file.read_bytes()
     ownership.renew(made, store, 2)
     now, clock = file.read_bytes(), [0.0]
-    fence = Fence(lambda: ownership.verify(made, store), lambda: DAYS, lambda: clock[0])
+    fence = Fence(lambda: ownership.verify(made, store), lambda: DAYS, clock=lambda: clock[0])
     fence.check()
     file.write_bytes(before)
     clock[0] += 60
