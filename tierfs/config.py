@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from tierfs.errors import ConfigError
+from tierfs.model import ARCHIVES
 
 FILE_NAME = "config.toml"
 EMBEDDED_STORE = "embedded"  # a directory in the state directory
@@ -154,6 +155,13 @@ def _parse_text(value: object) -> str:
     raise ValueError(f"{value!r} is not text in quotes")
 
 
+def _parse_storage_class(value: object) -> str:
+    text = _parse_text(value)
+    if text in ARCHIVES:
+        raise ValueError(f"{text!r} is an archive: what is in it cannot be read back; GLACIER_IR can")
+    return text
+
+
 def _parse_store(value: object) -> str:
     text = _parse_text(value)
     if text == EMBEDDED_STORE or text.startswith(("s3://", "file:///")):
@@ -212,7 +220,7 @@ _KEYS: dict[str, _Key] = {
     "min_size": _Key("min_size", parse_size, '"4K"', "A smaller file stays."),
     "fetch_timeout": _Key("fetch_timeout", parse_duration, '"60s"', "A read of a stub fails after so long."),
     "chunk_size": _Key("chunk_size", _parse_chunk, '"4M"', "Larger files are fetched in pieces of this size."),
-    "storage_class": _Key("storage_class", _parse_text, '""',
+    "storage_class": _Key("storage_class", _parse_storage_class, '""',
                           "S3 storage class of new objects; empty: the bucket's default. One in the\n"
                           "# store's URL goes first."),
     "uploads": _Key("uploads", _parse_count, "8", "Uploads at once."),

@@ -99,6 +99,10 @@ class ObjectCorruptError(StoreError):
     """An object is shorter than recorded or its bytes do not match their digest."""
 
 
+class ObjectArchivedError(StoreError):
+    """The provider has put an object into an archive: it can be read when somebody has had it restored."""
+
+
 class PreconditionError(StoreError):
     """A conditional write found another version than the expected one."""
 

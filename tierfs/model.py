@@ -16,6 +16,8 @@ LEAF = 64 * 1024  # the unit of digests and of residency bits
 CHUNK_SHIFT = 22  # log2 of the unit of fetching: 4 MiB
 EPOCH_SHIFT = 28  # counter bits of a generation; 20 more for the epoch make 48
 
+ARCHIVES = frozenset({"GLACIER", "DEEP_ARCHIVE"})  # S3's storage classes that take hours to give back
+
 STUB_XATTR_LIMIT = 64  # one byte more and ext4 spends a 4 KiB block on each stub (measured)
 
 

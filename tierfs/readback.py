@@ -24,7 +24,7 @@ from functools import partial
 import msgspec
 
 from tierfs.digests import SIDE_SUFFIX, have_digests, leaf_digests, unpack_side
-from tierfs.errors import ObjectCorruptError, ObjectMissingError
+from tierfs.errors import ObjectArchivedError, ObjectCorruptError, ObjectMissingError
 from tierfs.index import Writer
 from tierfs.kit import Kit
 from tierfs.model import DOUBTED, LEAF, Record, Residency, Stub, leaf_count
@@ -38,6 +38,7 @@ _SAVE_SECONDS = 5.0
 _MOST_BAD = 1000  # kept by name
 _LOOK_SECONDS = 0.1
 _CLAIM_SECONDS = 5.0  # a fetch that is just settling
+ARCHIVED = "its object is in the provider's archive, where it cannot be read before it is restored"
 
 
 class StoppedError(Exception):
@@ -123,6 +124,8 @@ def _look(kit: Kit, ref: Ref, pace: Pace, start: int, passed: Callable[[int], No
         return problem
     try:
         wrong = _wrong_at(kit, ref, pace, start, passed or (lambda at: None))
+    except ObjectArchivedError:
+        return ARCHIVED
     except ObjectMissingError:
         return "its object is not in the store"
     except ObjectCorruptError as error:
@@ -239,11 +242,15 @@ def load_place(path: str) -> Place | None:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """A damaged copy. `repaired`: its file is all here, and will be copied out again."""
+    """A damaged copy, or (`archived`) one that cannot be read.
+
+    `repaired`: its file is all here, and will be copied out again.
+    """
 
     what: str
     path: bytes
     repaired: bool
+    archived: bool = False
 
 
 class Pass:
@@ -384,10 +391,14 @@ class Pass:
         self._drain()
         record = self._kit.index.get(before.ino)
         if record is None or record.handle != before.handle or Ref.of_record(record) != ref:
-            doubt_copy(self._kit, before)  # opened for writing perhaps, and not changed
+            if what != ARCHIVED:
+                doubt_copy(self._kit, before)  # opened for writing perhaps, and not changed
             return  # changed or removed since
         path = _path_of(self._kit, self._places, record)
         told = f"{what}: {ref.key}"
+        if what == ARCHIVED:
+            yield Finding(told, path, repaired=False, archived=True)
+            return
         if self._repair and drop_copy(self._kit, record):
             yield Finding(told, path, repaired=True)
             return

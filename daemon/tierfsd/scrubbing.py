@@ -151,16 +151,20 @@ class Scrubber:
 
     def _pass(self) -> None:
         assert self._place is not None
-        place, self._running = self._place, True
+        place, self._running, archived = self._place, True, 0
         log.info("copies are read back, from inode %d on", place.ino)
         try:
             for found in self._reader(place).run():
                 name = quoted(found.path)
-                if found.repaired:
+                if found.archived:
+                    archived += 1
+                elif found.repaired:
                     log.error("%s: %s: it is all here, and will be copied out again", name, found.what)
                 else:
                     log.critical("%s: %s: its content cannot be had back", name, found.what)
         finally:
             self._running = False
+        if archived:
+            log.warning("%d copies cannot be read back: the provider has put them into an archive", archived)
         if place.ended:
             log.info("%d copies were read back, %d bytes; %d are bad", place.files, place.bytes, place.lost)

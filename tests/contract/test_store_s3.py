@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
+import time
 
 import pytest
 from kinds import S3_KINDS
 
-from tierfs.errors import BucketMissingError, StoreDeniedError, TierError
+from tierfs.errors import BucketMissingError, ObjectArchivedError, StoreDeniedError, TierError, UsageError
 from tierfs.store.base import Capabilities
 from tierfs.store.decorators import ReadOnlyStore, innermost
-from tierfs.store.probe import look
+from tierfs.store.probe import look, probe
 from tierfs.store.s3 import S3Settings, S3Store
 from tierfs.store.urls import open_store
 
@@ -69,6 +70,31 @@ def test_what_others_put_into_the_bucket_is_not_listed(s3_server) -> None:
         store.admin().put_object(Bucket=server.bucket, Key=f"shared/{name}", Body=b"")
     assert [info.key for info in store.list("")] == ["data/a"]
     store.close()
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("client", ["obstore", "boto3"])
+def test_what_is_in_an_archive_is_said_at_once_with_the_remedy(client: str, s3_server) -> None:
+    server = s3_server("moto")
+    store = open_store(server.url, capabilities=Capabilities(client=client))
+    assert isinstance(innermost(store), S3Store)
+    where = {"Bucket": server.bucket, "Key": "tests/data/old"}
+    innermost(store).admin().put_object(**where, Body=b"old", StorageClass="DEEP_ARCHIVE")
+    begun = time.monotonic()
+    remedy = r"data/old: .* \(`aws s3api restore-object`\) and read again"
+    for read in (lambda: store.get("data/old"), lambda: list(store.pieces("data/old", 0, 3))):
+        with pytest.raises(ObjectArchivedError, match=remedy):
+            read()
+    assert time.monotonic() - begun < 5
+    innermost(store).admin().restore_object(**where, RestoreRequest={"Days": 1})
+    assert store.get("data/old") == b"old"
+    store.close()
+
+
+@pytest.mark.parametrize("storage_class", ["GLACIER", "DEEP_ARCHIVE"])
+def test_new_objects_do_not_go_into_an_archive(storage_class: str) -> None:
+    with pytest.raises(UsageError, match=f"{storage_class} is an archive"):
+        probe(open_store(f"s3://bucket/x?storage_class={storage_class}"))
 
 
 @pytest.mark.s3

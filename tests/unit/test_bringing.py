@@ -12,6 +12,7 @@ from tierfsd.reach import Target
 from tiering import Job, Volume
 
 from tierfs import bringing
+from tierfs.errors import ObjectArchivedError
 from tierfs.store.faults import Fault, FaultyStore, Kind
 from tierfs.store.memory import MemoryStore
 
@@ -72,6 +73,23 @@ def test_one_file_is_named(volume):
     done, _, _ = fetch(volume, NAMES[:1])
     assert [(stayed.path, stayed.failed) for stayed in done.stayed] == [(b"f0", True)]
     assert done.stayed[0].reason.startswith("no content within 1.5 s: injected")
+
+
+def test_what_is_in_an_archive_is_said_at_once_and_keeps_no_other_away(volume):
+    key = volume.stub(NAMES[0]).key
+    gone = ObjectArchivedError(f"{key}: the provider has archived it")
+    volume.store.arm(Fault(Kind.ERROR, "get", key, float("inf"), error=gone))
+    done, _, seconds = fetch(volume)
+    assert (done.files, [(stayed.path, stayed.failed) for stayed in done.stayed]) == (
+        len(NAMES) - 1,
+        [(NAMES[0].encode(), True)],
+    )
+    assert seconds < TIMEOUT and "archived" in done.stayed[0].reason
+    begun = time.monotonic()
+    with pytest.raises(OSError) as caught:
+        volume.server.read(volume.path(NAMES[0]))
+    assert caught.value.errno == errno.EIO and time.monotonic() - begun < TIMEOUT
+    assert any("archived" in trouble.what for trouble in volume.tier.kit.troubles.list())
 
 
 def test_a_file_that_alone_does_not_come_keeps_no_other_away(volume, monkeypatch):

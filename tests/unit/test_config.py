@@ -85,6 +85,7 @@ def test_what_is_no_duration(text):
         ('store = "ftp://x"\n', r"c\.toml:1: store: 'ftp://x' is no store"),
         ('replicate = "never"\n', r"c\.toml:1: replicate: "),
         ('chunk_size = "3M"\n', r"c\.toml:1: chunk_size: .*power of two"),
+        ('storage_class = "DEEP_ARCHIVE"\n', r"c\.toml:1: storage_class: .*cannot be read back"),
         ("uploads = 0\n", r"c\.toml:1: uploads: 0 is not a whole number"),
         ("never = 3\n", r"c\.toml:1: never: write it as a table"),
         ("[never]\npatterns = [1]\n", r"c\.toml:2: never\.patterns: "),

@@ -15,7 +15,7 @@ from tiering import MIB, Job, Volume
 
 from tierfs import control, copying, punching, readback, transitions
 from tierfs.digests import SIDE_SUFFIX
-from tierfs.errors import BusyError, StoreUnavailableError, TransitionError
+from tierfs.errors import BusyError, ObjectArchivedError, StoreUnavailableError, TransitionError
 from tierfs.model import Residency, object_key
 from tierfs.readback import Pace, Pass, Place, Ref, StoppedError, examine, load_place
 from tierfs.store.decorators import Decorator
@@ -112,6 +112,23 @@ def test_what_is_missing_or_of_another_length_is_said(filled, damage, words):
     ref = ref_of(filled, "large")
     damage(filled.store, ref.key)
     assert words in examine(filled.tier.kit, ref, FREE)
+
+
+@pytest.mark.parametrize("name", ["small1", "large"])
+def test_what_is_in_an_archive_is_named_and_neither_believed_bad_nor_in_the_way(filled, name):
+    key, copy = ref_of(filled, name).key, filled.record(name).copy
+
+    def before(asked, start):
+        if asked == key:
+            raise ObjectArchivedError(f"{key}: the provider has archived it")
+
+    filled.store.before = before
+    found = check(filled, repair=True)
+    assert [(each.what, each.path, each.repaired) for each in found.findings] == [
+        (f"{readback.ARCHIVED}: {key}", name.encode(), False)
+    ]
+    assert found.read_files == 6 and not os.path.exists(place_file(filled))
+    assert filled.record(name).copy == copy
 
 
 def test_one_wrong_answer_is_not_believed(filled):

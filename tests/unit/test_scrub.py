@@ -11,7 +11,7 @@ from tierfsd.scrubbing import AUTO_SECONDS, Scrubber
 from tiering import Volume
 
 from tierfs import config
-from tierfs.errors import ConfigError, StoreUnavailableError
+from tierfs.errors import ConfigError, ObjectArchivedError, StoreUnavailableError
 from tierfs.readback import Ref, load_place
 from tierfs.store.decorators import Decorator
 from tierfs.store.memory import MemoryStore
@@ -32,11 +32,13 @@ class Store(Decorator):
 
     def __init__(self):
         super().__init__(MemoryStore())
-        self.reads, self.down = [], False
+        self.reads, self.down, self.archived = [], False, set()
 
     def get(self, key, start=0, length=None):
         if self.down:
             raise StoreUnavailableError("nobody answers")
+        if key in self.archived:
+            raise ObjectArchivedError(f"{key}: the provider has archived it")
         self.reads.append(key)
         return super().get(key, start, length)
 
@@ -182,6 +184,17 @@ def test_a_pass_goes_on_after_a_stop_and_after_the_store_was_away(filled):
     again = scrubber(filled, clock)
     again.turn()
     assert len(filled.store.reads) == 3 and again.status().ended > 0
+
+
+def test_what_is_in_an_archive_is_no_damage_and_ends_no_pass(filled, caplog):
+    clock = Clock()
+    made = due(filled, clock)
+    filled.store.archived = {key_of(filled, "one"), key_of(filled, "here")}
+    made.turn()
+    status = made.status()
+    assert (status.files, status.damaged, made.problems()) == (3, 0, []) and status.ended > 0
+    assert not filled.record("here").dirty
+    assert "2 copies cannot be read back: the provider has put them into an archive" in caplog.text
 
 
 def test_a_clock_that_was_set_back_delays_by_one_time_at_most(filled):

@@ -24,6 +24,7 @@ from fakes3 import Answer, FakeS3, Request, content, error
 
 from tierfs.errors import (
     BucketMissingError,
+    ObjectArchivedError,
     ObjectCorruptError,
     ObjectMissingError,
     PreconditionError,
@@ -94,7 +95,7 @@ def open_s3(request: pytest.FixtureRequest, server: FakeS3) -> Iterator[Opener]:
         (403, "SignatureDoesNotMatch", StoreDeniedError),
         (403, "RequestTimeTooSkewed", StoreDeniedError),
         (403, "QuotaExceeded", StoreFullError),
-        (403, "InvalidObjectState", StoreUnavailableError),
+        (403, "InvalidObjectState", ObjectArchivedError),
         (404, "NoSuchKey", ObjectMissingError),
         (404, "NoSuchBucket", BucketMissingError),
         (409, "ConditionalRequestConflict", PreconditionError),

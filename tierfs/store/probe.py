@@ -9,7 +9,14 @@ from __future__ import annotations
 import secrets
 from typing import TYPE_CHECKING
 
-from tierfs.errors import ObjectCorruptError, PreconditionError, StoreDeniedError, StoreUnavailableError
+from tierfs.errors import (
+    ObjectCorruptError,
+    PreconditionError,
+    StoreDeniedError,
+    StoreUnavailableError,
+    UsageError,
+)
+from tierfs.model import ARCHIVES
 from tierfs.store.base import Capabilities, ObjectStore
 from tierfs.store.decorators import innermost
 
@@ -22,7 +29,8 @@ _BODY = bytes(range(256)) * 16
 def probe(store: ObjectStore) -> Capabilities:
     """What the store's server was seen to do. Writes and removes a few small objects under `probe/`.
 
-    Raises the store's errors: a server that does not answer, or lets nobody write, is not probed at all.
+    Raises the store's errors: a server that does not answer, or lets nobody write, is not probed at all; and
+    UsageError where new objects were to go into an archive.
     """
     inner = innermost(store)
     if not hasattr(inner, "with_capabilities"):
@@ -53,6 +61,12 @@ def look(store: ObjectStore, key: str) -> Capabilities:
 
 
 def _probe_s3(store: S3Store) -> Capabilities:
+    storage_class = store.settings.storage_class
+    if storage_class in ARCHIVES:
+        raise UsageError(
+            f"{storage_class} is an archive: what is in it cannot be read back: leave storage_class out of the"
+            " URL, or write GLACIER_IR"
+        )
     key = f"probe/{secrets.token_hex(8)}"
     client = _client_that_reads_ranges(store, key)
     conditional = store.with_capabilities(Capabilities(conditional_put=True, client=client))

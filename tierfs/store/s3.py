@@ -171,7 +171,7 @@ class S3Store(ObjectStore):
     def pieces(self, key: str, start: int, length: int) -> Iterator[Body]:
         check_range(start, length)
         full = self._full(key)
-        with Translated(self._place, key):
+        with self._translated(key):
             yield from self._data().pieces(full, start, length)
 
     def _nothing(self, key: str, start: int, length: int | None) -> bytes:

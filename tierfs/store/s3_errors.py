@@ -14,6 +14,7 @@ from types import TracebackType
 
 from tierfs.errors import (
     BucketMissingError,
+    ObjectArchivedError,
     ObjectCorruptError,
     ObjectMissingError,
     PreconditionError,
@@ -163,7 +164,10 @@ def _of_code(facts: _Facts, place: str, subject: str) -> StoreError | None:
     if code == "RequestTimeTooSkewed":
         return StoreDeniedError(f"{place}: this machine's clock is off by more than the server allows: set it")
     if code == "InvalidObjectState":
-        return StoreUnavailableError(f"{subject}: archived; it can be read once its restore has finished")
+        return ObjectArchivedError(
+            f"{subject}: the provider has archived it: have it restored (`aws s3api restore-object`)"
+            " and read again"
+        )
     if code in _RETRYABLE and facts.status != 503:
         return StoreUnavailableError(f"{subject}: the server cannot now ({code})")
     return None
