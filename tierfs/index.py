@@ -304,8 +304,12 @@ class Index(PastReader):
 
     def quiet(self, before_ns: int, limit: int = 256) -> list[int]:
         """Dirty files unchanged since before this time, longest first."""
-        rows = [U64X2.unpack(key) for key, _ in self._scan("quiet", b"", limit)]
-        return [ino for since, ino in rows if since < before_ns]
+        return [ino for _, ino in self.queued((0, 0), before_ns, limit)]
+
+    def queued(self, start: tuple[int, int], before_ns: int, limit: int) -> list[tuple[int, int]]:
+        """(since, ino) of dirty files in the order of the queue, from `start` on."""
+        rows = [U64X2.unpack(key) for key, _ in self._scan("quiet", U64X2.pack(*start), limit)]
+        return [(since, ino) for since, ino in rows if since < before_ns]
 
     def misdated(self, now_ns: int, limit: int = 256) -> list[int]:
         """Dirty files queued under a time that is yet to come: the clock has been set back since."""

@@ -25,7 +25,8 @@ _LEAST_ROOM = 4 << 20  # bytes; eviction for one small read after the other woul
 _BATCH = 64
 _ROOM_ATTEMPTS = 5
 _ROOM_SECONDS = 0.1
-_IN_VAIN_SECONDS = 2.0  # after nothing was found that may leave
+_IN_VAIN_SECONDS = 2.0  # after nothing was found that may leave; and so many times what looking took
+_IN_VAIN_PART = 20
 _ENOUGH_TRIES = 20
 
 
@@ -79,9 +80,10 @@ class Eviction:
             return
         if time.monotonic() < self._next_look:
             return
-        excess = self._space.excess()
+        excess, begun = self._space.excess(), time.thread_time()
         if excess > 0 and not self.evict(excess, urgent=False):
-            self._next_look = time.monotonic() + _IN_VAIN_SECONDS
+            spent = time.thread_time() - begun
+            self._next_look = time.monotonic() + max(_IN_VAIN_SECONDS, _IN_VAIN_PART * spent)
 
     def make_room(self, count: int, failed: bool) -> None:
         """Free so many bytes of local disk now, for a fetch; `failed`: a write found none, whatever the
@@ -147,7 +149,7 @@ class Eviction:
     def victims(self, urgent: bool) -> Iterator[Record]:
         """Records of files that may go, coldest first."""
         config, now, trials = self._kit.config, time.time(), self._trials
-        trials.forget_stayers()
+        trials.staying.forget()
         seen: set[int] = set()
         tried = trials.tried_victims if trials.on_trial and not urgent else set()
         passed_over = others = False

@@ -7,7 +7,10 @@ that is answered one file is tried before the others, as its bucket may be full.
 from __future__ import annotations
 
 import logging
+import threading
 import time
+from collections import OrderedDict
+from itertools import islice
 
 from tierfs.errors import TierError
 from tierfs.kit import Kit
@@ -20,6 +23,46 @@ _NEVER_SECONDS = 3600.0
 _PAUSE_SECONDS = 60.0  # after most of what was tried has failed
 
 
+class Stayers:
+    """Files that are left alone for a time. Thread-safe; there may be as many as a volume has files."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        # By how long they are: the first of each is the next whose time is over (seconds of CLOCK_MONOTONIC).
+        self._until: dict[float, OrderedDict[int, float]] = {}
+        self._over: dict[int, None] = {}
+
+    def __contains__(self, ino: int) -> bool:
+        return any(ino in until for until in self._until.values())
+
+    def add(self, ino: int, seconds: float) -> None:
+        """For so long from now."""
+        with self._lock:
+            for until in self._until.values():
+                until.pop(ino, None)
+            self._over.pop(ino, None)
+            # Not changed in its place: others look without the lock.
+            if seconds not in self._until:
+                self._until = {**self._until, seconds: OrderedDict()}
+            self._until[seconds][ino] = time.monotonic() + seconds
+
+    def forget(self) -> None:
+        """Those whose time is over are no more left alone."""
+        now = time.monotonic()
+        with self._lock:
+            for until in self._until.values():
+                while until and next(iter(until.values())) <= now:
+                    self._over[until.popitem(last=False)[0]] = None
+
+    def take_over(self, most: int) -> list[int]:
+        """So many of those that were forgotten, each once."""
+        with self._lock:
+            taken = list(islice(self._over, most))
+            for ino in taken:
+                del self._over[ino]
+        return taken
+
+
 class Trials:
     """What eviction and replication know in common. Both may be at work at once."""
 
@@ -29,7 +72,7 @@ class Trials:
         self.on_trial = False  # it answers again: one file is tried before the others
         self.paused_until = 0.0
         self.pause_reason = ""
-        self.staying: dict[int, float] = {}  # inode -> until when it is left alone
+        self.staying = Stayers()
         # Those whose trial has failed, of eviction and of replication: others come first. Two sets, as what one
         # of them may not try yet must not make the other begin with the same file over and over.
         self.tried_victims: set[int] = set()
@@ -69,16 +112,9 @@ class Trials:
     def leave_alone(self, item: Item, tried: set[int]) -> None:
         """This one has stayed; `tried` is the set of whoever has tried it."""
         seconds = _NEVER_SECONDS if item.reason.startswith("never") else _STAY_SECONDS
-        self.staying[item.ino] = time.monotonic() + seconds
+        self.staying.add(item.ino, seconds)
         if item.failed and self.on_trial:
             tried.add(item.ino)
-
-    def forget_stayers(self) -> None:
-        """Those whose time is over may be tried again."""
-        now = time.monotonic()
-        for ino, until in list(self.staying.items()):  # a copy: another thread may add to it or forget them too
-            if until <= now:
-                self.staying.pop(ino, None)
 
     def next_of(self, items: list[Item]) -> list[Item]:
         """One that has not been tried, else the first: what is wrong may be wrong with a file alone."""

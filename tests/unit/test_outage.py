@@ -25,6 +25,7 @@ from tierfs import tier as tier_module
 from tierfs.copying import Copier
 from tierfs.errors import BucketMissingError, StoreDeniedError, StoreFullError
 from tierfs.heat_index import HeatIndex
+from tierfs.index import Index
 from tierfs.model import Stub
 from tierfs.restless import MOST, Restless, patience
 from tierfs.store.faults import Fault, FaultyStore, Kind
@@ -38,6 +39,8 @@ class Clock:
 
     def __init__(self):
         self.ahead = 0.0
+        self.back = 0
+        self.spent = 0.0
 
     def monotonic(self):
         return time.monotonic() + self.ahead
@@ -46,7 +49,10 @@ class Clock:
         return time.time() + self.ahead
 
     def time_ns(self):
-        return time.time_ns() + int(self.ahead * 1e9)
+        return time.time_ns() + int(self.ahead * 1e9) - self.back
+
+    def thread_time(self):
+        return self.spent
 
 
 @pytest.fixture
@@ -369,6 +375,30 @@ def test_eviction_alone_tries_again_after_each_file_has_failed_its_trial(tmp_pat
         day.close()
 
 
+def test_where_nothing_may_leave_looking_for_it_takes_a_small_part_of_a_processor(tmp_path, clock, monkeypatch):
+    """Over the limit for ever: all is pinned, or too small, and to find that out takes seconds."""
+    day, looks = Evicting(tmp_path, clock), []
+    eviction = day.scheduler.eviction
+
+    def evict(wanted, *, urgent):
+        looks.append(urgent)
+        clock.spent += 3.0
+        return 0
+
+    monkeypatch.setattr(eviction, "evict", evict)
+    monkeypatch.setattr(day.scheduler.space, "excess", lambda: 1)
+    try:
+        for _ in range(600):
+            clock.ahead += 1
+            eviction.turn()
+        assert len(looks) == 10
+        eviction.urgent.set()
+        eviction.turn()
+        assert looks[10:] == [True], "who waits is not kept waiting"
+    finally:
+        day.close()
+
+
 def test_one_file_that_cannot_be_read_does_not_keep_the_others_from_leaving(tmp_path, clock, monkeypatch):
     day, take = Evicting(tmp_path, clock), Copier._take_small
 
@@ -388,27 +418,97 @@ def test_one_file_that_cannot_be_read_does_not_keep_the_others_from_leaving(tmp_
         day.close()
 
 
-class Changing(float):
-    """A time that, when it is looked at, has another thread in between."""
-
-    def __new__(cls, value, change):
-        made = super().__new__(cls, value)
-        made.change = change
-        return made
-
-    def __le__(self, other):
-        self.change()
-        return float(self) <= other
-
-
-def test_two_threads_may_forget_at_once_which_files_are_left_alone():
+def test_two_threads_may_forget_at_once_which_files_are_left_alone(clock):
     """A fetch makes room in its own thread, while what is quiet is copied out in the scheduler's."""
-    trials = trials_module.Trials(None)
+    staying, told = trials_module.Trials(None).staying, []
+    for ino in range(20_000):
+        staying.add(ino, float(ino % 3))
+    clock.ahead += 5
 
-    def change():
-        trials.staying[3] = float("inf")
-        trials.staying.pop(1, None)
+    def forget():
+        for _ in range(100):
+            staying.forget()
+            told.extend(staying.take_over(200))
 
-    trials.staying = {1: Changing(0.0, change), 2: 0.0}
-    trials.forget_stayers()
-    assert trials.staying == {3: float("inf")}
+    threads = [threading.Thread(target=forget) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for ino in range(20_000, 30_000):
+        staying.add(ino, 60.0)
+    for thread in threads:
+        thread.join()
+    assert sorted(told) == list(range(20_000))
+    assert not any(ino in staying for ino in range(20_000))
+    assert all(ino in staying for ino in range(20_000, 30_000))
+
+
+def test_files_that_never_leave_are_not_looked_at_over_and_over(tmp_path, clock, monkeypatch):
+    """They are dirty for ever, and may be most of a home: caches, node_modules."""
+    day = Day(tmp_path, clock)
+    home, queued, looked = day.home, Index.queued, []
+
+    def counted(index, start, before, limit):
+        rows = queued(index, start, before, limit)
+        looked.append(len(rows))
+        return rows
+
+    monkeypatch.setattr(Index, "queued", counted)
+    try:
+        day.faults.put("volume.json", b"{}", 2)
+        for number in range(700):
+            home.write(f"f{number}.lock", b"never")
+        day.minute()
+        assert home.volume.index.totals().dirty_files == 700
+        for number in range(20):
+            looked.clear()
+            home.write(f"new{number}", os.urandom(5000))
+            day.minute()
+            assert not home.volume.record(f"new{number}").dirty
+            assert sum(looked) <= 10, "the whole queue was gone through"
+    finally:
+        day.heat.close()
+        home.close()
+
+
+def test_what_is_left_alone_for_a_while_is_tried_again_however_far_the_queue_has_been_passed(tmp_path, clock):
+    day = Day(tmp_path, clock)
+    home = day.home
+    try:
+        day.faults.put("volume.json", b"{}", 2)
+        home.write("open", b"o" * 5000)
+        home.write("named.lock", b"never")
+        handle = home.volume.server.open(home.volume.path("open"), os.O_RDWR)
+        home.write("other", b"x" * 5000)
+        for _ in range(3):
+            day.minute()
+        assert home.volume.record("open").dirty and not home.volume.record("other").dirty
+        home.volume.server.release(handle)
+        os.rename(home.volume.path("named.lock"), home.volume.path("named"))
+        home.volume.tier.places.forget()
+        day.minute()
+        assert not home.volume.record("open").dirty and home.volume.record("named").dirty
+        clock.ahead += 3600
+        day.minute()
+        assert not home.volume.record("named").dirty
+    finally:
+        day.heat.close()
+        home.close()
+
+
+def test_where_the_clock_is_set_back_what_is_changed_then_is_copied_too(tmp_path, clock, monkeypatch):
+    monkeypatch.setattr(index_writer_module, "time", clock)
+    day = Day(tmp_path, clock)
+    home = day.home
+    try:
+        day.faults.put("volume.json", b"{}", 2)
+        home.write("a.lock", b"never")
+        day.minute()
+        day.minute()
+        clock.back = 7200 * 10**9
+        home.write("new", b"n" * 5000)
+        day.minute()
+        day.minute()
+        assert not home.volume.record("new").dirty
+    finally:
+        day.heat.close()
+        home.close()
