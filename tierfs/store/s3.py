@@ -36,6 +36,7 @@ from tierfs.store.s3_credentials import Credentials
 from tierfs.store.s3_errors import NO_CREDENTIALS, Translated
 from tierfs.store.s3_obstore import ONE_REQUEST, Data, ObstoreData
 from tierfs.store.s3_ranges import Ranges
+from tierfs.store.s3_trust import trusted
 
 COLD_PREFIX = "data/"  # only these keys get the storage class: a journal in Glacier could not restore anything
 _SIGNED = timedelta(minutes=5)  # how long the URL of one request is good for
@@ -304,7 +305,8 @@ class S3Store(ObjectStore):
             max_pool_connections=32,
             s3={"addressing_style": "path" if self.settings.endpoint else "auto"},
         )
-        return session.client("s3", endpoint_url=self.settings.endpoint or None, config=config)
+        endpoint = self.settings.endpoint or None
+        return session.client("s3", endpoint_url=endpoint, config=config, verify=trusted(session))
 
     def _make_data(self, session: Any, admin: Any) -> Data:
         verified = self.capabilities.checks_sha256

@@ -219,6 +219,11 @@ def _of_transport(facts: _Facts, place: str, subject: str) -> StoreError:
         return StoreDeniedError(
             f"{subject}: the server answers a range with status 200: it needs boto3 (probe it)"
         )
+    if facts.name == "SSLError" or "InvalidCertificate" in text:
+        return StoreUnavailableError(
+            f"{place}: the server's certificate is not trusted, or it speaks no TLS: add its authority to the"
+            " system's, or name it by AWS_CA_BUNDLE"
+        )
     if "Timeout" in facts.name or "TimedOut" in text or "kind: Timeout" in text:
         return StoreUnavailableError(f"{subject}: the server did not answer in time")
     if "Connect" in facts.name or "kind: Connect" in text:
