@@ -23,28 +23,32 @@ from tierfs.model import ARCHIVES
 FILE_NAME = "config.toml"
 EMBEDDED_STORE = "embedded"  # a directory in the state directory
 
-# Lock files, caches and build output are cheaper to make again than to fetch; a login that
-# works offline must not wait for the files at the end of the list.
+# Lock files, caches and build output are cheaper to make again than to fetch; keys and passwords, with which the
+# list ends, are for nobody who can read a store.
 NEVER_PATTERNS = (
     "*.lock", ".lock", "lock", "*.pid", "*.swp", ".~lock.*", "*.tmp", "*.part", "*.crdownload",
     ".cache", "__pycache__", "node_modules", ".Trash*", "lost+found",
-    "*-wal", "*-shm", "*-journal",
-    "/.profile", "/.bash*", "/.zsh*", "/.zprofile", "/.login", "/.cshrc", "/.inputrc", "/.ssh", "/.gnupg",
-    "/.Xauthority", "/.xsession*", "/.xinitrc", "/.pam_environment", "/.config", "/.dbus",
-    "/.local/share/keyrings",
+    "*-wal", "*-shm", "*-journal", "/.xsession-errors*", "/.Xauthority", "/.dbus",
+    "/.ssh", "/.gnupg", "/.local/share/keyrings",
+)  # fmt: skip
+# A login that works offline must not wait for these; a lost disk must not take them with it.
+KEEP_PATTERNS = (
+    "/.profile", "/.bash*", "/.zsh*", "/.zprofile", "/.login", "/.cshrc", "/.inputrc",
+    "/.xsession*", "/.xinitrc", "/.pam_environment", "/.config",
 )  # fmt: skip
 
 
-class Never(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What is never demoted. A pattern that starts with `/` is a path from the volume's root, any other one
-    names a file or directory anywhere; what lies in a matching directory is matched too."""
+class _Patterns(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A pattern with a `/` before its end is a path from the volume's root, any other one names a file or
+    directory anywhere; what lies in a matching directory is matched too."""
 
-    patterns: tuple[str, ...] = NEVER_PATTERNS
+    patterns: tuple[str, ...] = ()
 
     def matcher(self) -> Callable[[bytes], bool]:
-        """A function that says whether a path (relative to the volume's root) never leaves."""
-        names = [fnmatch.translate(p) for p in self.patterns if not p.startswith("/")]
-        paths = [fnmatch.translate(p[1:].rstrip("/")) for p in self.patterns if p.startswith("/")]
+        """A function that says whether a path (relative to the volume's root) is meant."""
+        patterns = [pattern.rstrip("/") for pattern in self.patterns]
+        names = [fnmatch.translate(pattern) for pattern in patterns if "/" not in pattern]
+        paths = [fnmatch.translate(pattern.lstrip("/")) for pattern in patterns if "/" in pattern]
         by_name = re.compile("|".join(names) or r"(?!)")
         by_path = re.compile("|".join(paths) or r"(?!)")
 
@@ -55,6 +59,18 @@ class Never(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             return any(by_path.match("/".join(parts[: i + 1])) for i in range(len(parts)))
 
         return matches
+
+
+class Never(_Patterns, frozen=True, forbid_unknown_fields=True):
+    """What is neither demoted nor copied."""
+
+    patterns: tuple[str, ...] = NEVER_PATTERNS
+
+
+class Keep(_Patterns, frozen=True, forbid_unknown_fields=True):
+    """What is copied and never demoted."""
+
+    patterns: tuple[str, ...] = KEEP_PATTERNS
 
 
 class VolumeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -80,6 +96,7 @@ class VolumeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     scrub_every: float | None = None
     scrub_rate: int = 4 << 20
     never: Never = Never()
+    keep: Keep = Keep()
 
     @property
     def kept_seconds(self) -> float:
@@ -120,6 +137,13 @@ def parse_duration(value: object) -> float:
     if seconds > _MOST_SECONDS:
         raise ValueError(f"{value!r} is more than a thousand years")
     return float(seconds)
+
+
+def _parse_timeout(value: object) -> float:
+    seconds = parse_duration(value)
+    if seconds < 1:
+        raise ValueError(f'{value!r} is too short for any store: write "1s" or more')
+    return seconds
 
 
 def _parse_scrub(value: object) -> float | None:
@@ -218,7 +242,7 @@ _KEYS: dict[str, _Key] = {
                   "A changed file is copied after so long without a change."),
     "min_age": _Key("min_age", parse_duration, '"10m"', "A file used more recently stays."),
     "min_size": _Key("min_size", parse_size, '"4K"', "A smaller file stays."),
-    "fetch_timeout": _Key("fetch_timeout", parse_duration, '"60s"', "A read of a stub fails after so long."),
+    "fetch_timeout": _Key("fetch_timeout", _parse_timeout, '"60s"', "A read of a stub fails after so long."),
     "chunk_size": _Key("chunk_size", _parse_chunk, '"4M"', "Larger files are fetched in pieces of this size."),
     "storage_class": _Key("storage_class", _parse_storage_class, '""',
                           "S3 storage class of new objects; empty: the bucket's default. One in the\n"
@@ -236,7 +260,8 @@ _KEYS: dict[str, _Key] = {
                         "# directory, never from S3, where each byte that is read may be paid for."),
     "scrub_rate": _Key("scrub_rate", _parse_scrub_rate, '"4M"', "... at most so much of them a second."),
 }  # fmt: skip
-_NEVER_KEYS = {"patterns": ("patterns", _parse_patterns)}
+_TABLES: dict[str, type[_Patterns]] = {"never": Never, "keep": Keep}
+_TABLE_KEYS = {"patterns": _parse_patterns}
 
 
 def load(path: str) -> VolumeConfig:
@@ -262,14 +287,14 @@ def parse(text: str, path: str = FILE_NAME) -> VolumeConfig:
         if "overwrite a value" in reason:
             raise ConfigError(f"{path}:{line}: a key is given twice: take one of them away") from exc
         raise ConfigError(f"{path}:{line}: is not valid TOML: {reason[:1].lower()}{reason[1:]}") from exc
-    never = raw.pop("never", None)
-    values = {}
+    tables = {name: raw.pop(name) for name in _TABLES if name in raw}
+    values: dict[str, Any] = {}
     for key, value in raw.items():
         if key not in _KEYS:
-            raise _unknown(text, path, "", key, (*_KEYS, "never"))
+            raise _unknown(text, path, "", key, (*_KEYS, *_TABLES))
         values[_KEYS[key].field] = _convert(text, path, "", key, value, _KEYS[key].reader)
-    if never is not None:
-        values["never"] = _parse_never(text, path, never)
+    for name, table in tables.items():
+        values[name] = _parse_table(text, path, name, table)
     config = VolumeConfig(**values)
     if config.low > config.high:
         key, other = ("low", "high") if "low" in raw else ("high", "low")
@@ -278,15 +303,15 @@ def parse(text: str, path: str = FILE_NAME) -> VolumeConfig:
     return config
 
 
-def _parse_never(text: str, path: str, table: object) -> Never:
+def _parse_table(text: str, path: str, name: str, table: object) -> _Patterns:
     if not isinstance(table, dict):
-        raise ConfigError(f"{path}:{_line(text, '', 'never')}: never: write it as a table: [never]")
+        raise ConfigError(f"{path}:{_line(text, '', name)}: {name}: write it as a table: [{name}]")
     values = {}
     for key, value in table.items():
-        if key not in _NEVER_KEYS:
-            raise _unknown(text, path, "never", key, tuple(_NEVER_KEYS))
-        values[key] = _convert(text, path, "never", key, value, _NEVER_KEYS[key][1])
-    return Never(**values)
+        if key not in _TABLE_KEYS:
+            raise _unknown(text, path, name, key, tuple(_TABLE_KEYS))
+        values[key] = _convert(text, path, name, key, value, _TABLE_KEYS[key])
+    return _TABLES[name](**values)
 
 
 def _convert(text: str, path: str, table: str, key: str, value: object, reader: Callable[[object], Any]) -> Any:
@@ -329,14 +354,16 @@ def default_text(**settings: str) -> str:
         assignment = f"{key} = {_quote(given)}" if given is not None else f"# {key} = {entry.default}"
         lines += [f"# {entry.comment}", assignment, ""]
     lines += [
-        "# What is never demoted: a name anywhere, or with a leading / a path from the volume's root.",
-        "[never]",
-        "# patterns = [",
-        *(f"#     {_quote(pattern)}," for pattern in NEVER_PATTERNS),
-        "# ]",
-        "",
+        "# What is neither demoted nor copied: a name anywhere, or with a / a path from the volume's root.",
+        *_table_lines("never", NEVER_PATTERNS),
+        "# What is copied, and never demoted.",
+        *_table_lines("keep", KEEP_PATTERNS),
     ]
     return "\n".join(lines)
+
+
+def _table_lines(name: str, patterns: tuple[str, ...]) -> list[str]:
+    return [f"[{name}]", "# patterns = [", *(f"#     {_quote(pattern)}," for pattern in patterns), "# ]", ""]
 
 
 def write_default(path: str, **settings: str) -> None:

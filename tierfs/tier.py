@@ -78,7 +78,7 @@ class Tier:
         self._puncher = Puncher(self.kit, self.drain, self.places)
         self._settler = Settler(self.kit, self.drain)
         self.filler = Filler(self.kit, self._settler.add, make_room, self._settler.hurry)
-        self._never = config.never.matcher()
+        self._never, self._kept = config.never.matcher(), config.keep.matcher()
         self._batches = ThreadPoolExecutor(_AT_ONCE, "batch")
         self._bringer = Bringer(self.kit, self.filler, self._hint)
         self._settler.start(self.filler)
@@ -88,7 +88,7 @@ class Tier:
         self.kit.config = config
         self.kit.fetches.resize(config.fetches)
         self.kit.uploads.resize(config.uploads)
-        self._never = config.never.matcher()
+        self._never, self._kept = config.never.matcher(), config.keep.matcher()
 
     def close(self) -> None:
         """End in order: what is here is settled, what runs is finished, bits are committed."""
@@ -255,19 +255,33 @@ class Tier:
             item.stay("was moved just now" if os.fstat(item.fd).st_nlink else GONE)
             return
         item.path = place.path
+        if punch:
+            reason = self.stays(place.path, st, place.pinned, item.ordered)
+        else:
+            reason = self._never_leaves(place.path)
+        if reason:
+            item.stay(reason)
+
+    def stays(self, path: bytes, st: os.stat_result, pinned: bool, ordered: bool) -> str:
+        """Why a resident file is not demoted, whatever room there is; "" where it may be. `ordered`: somebody
+        has asked for it, and age and size do not count."""
         config = self.kit.config
-        if self._never(place.path):
-            item.stay("never leaves: its name matches a pattern of [never]")
-        elif not punch:
-            return
-        elif place.pinned:
-            item.stay("is pinned")
-        elif st.st_blocks == 0:
-            item.stay("is empty")
-        elif not item.ordered and st.st_size < config.min_size:
-            item.stay("is smaller than min_size")
-        elif not item.ordered and _is_young(st, config.min_age):
-            item.stay("is younger than min_age")
+        if reason := self._never_leaves(path):
+            return reason
+        if pinned:
+            return "is pinned"
+        if self._kept(path):
+            return "is kept here: its name matches a pattern of [keep]"
+        if st.st_blocks == 0:
+            return "is empty"
+        if ordered:
+            return ""
+        if st.st_size < config.min_size:
+            return "is smaller than min_size"
+        return "is younger than min_age" if _is_young(st, config.min_age) else ""
+
+    def _never_leaves(self, path: bytes) -> str:
+        return "never leaves: its name matches a pattern of [never]" if self._never(path) else ""
 
     def _put_right(self, ino: int) -> Record | None:
         """A file without stub attribute is resident, whatever the index says; nothing of its record is believed

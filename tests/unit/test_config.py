@@ -87,6 +87,8 @@ def test_what_is_no_duration(text):
         ('chunk_size = "3M"\n', r"c\.toml:1: chunk_size: .*power of two"),
         ('storage_class = "DEEP_ARCHIVE"\n', r"c\.toml:1: storage_class: .*cannot be read back"),
         ("uploads = 0\n", r"c\.toml:1: uploads: 0 is not a whole number"),
+        ('fetch_timeout = "0s"\n', r"c\.toml:1: fetch_timeout: '0s' is too short"),
+        ("[keep]\npattern = []\n", r"c\.toml:2: unknown key 'keep\.pattern'.*'patterns'"),
         ("never = 3\n", r"c\.toml:1: never: write it as a table"),
         ("[never]\npatterns = [1]\n", r"c\.toml:2: never\.patterns: "),
         ('high = "50%"\nlow = "60%"\n', r"c\.toml:2: low: low \(60%\) must not be above high \(50%\)"),
@@ -145,11 +147,35 @@ def test_control_characters_cannot_enter_the_file(tmp_path):
     [
         (b"a/b.lock", True), (b"project/node_modules/x/index.js", True), (b"photo.jpg", False),
         (b".ssh/id_ed25519", True), (b"copy/.ssh/id_ed25519", False), (b".local/share/keyrings/login", True),
-        (b".local/share/other", False), (b".bashrc", True), (b"x\xff.lock", True), (b"line\nbreak.txt", False),
+        (b".local/share/other", False), (b"x\xff.lock", True), (b"line\nbreak.txt", False),
+        (b".xsession-errors.old", True),
     ],
 )  # fmt: skip
 def test_what_never_leaves(path, stays):
     assert config.Never().matcher()(path) is stays
+
+
+@pytest.mark.parametrize(
+    ("path", "kept"),
+    [
+        (b".bashrc", True), (b".config/app/settings", True), (b".profile", True), (b"copy/.profile", False),
+        (b"Documents/a", False),
+    ],
+)  # fmt: skip
+def test_what_a_login_needs_is_kept_and_may_be_copied(path, kept):
+    assert config.Keep().matcher()(path) is kept
+    assert not config.Never().matcher()(path)
+
+
+def test_a_pattern_with_a_slash_before_its_end_is_a_path():
+    matches = config.Keep(patterns=("build/", "a/b", "/c/")).matcher()
+    assert matches(b"x/build/y") and matches(b"a/b/c") and matches(b"c")
+    assert not matches(b"x/a/b") and not matches(b"x/c")
+
+
+def test_both_lists_of_patterns_are_read():
+    parsed = config.parse('[keep]\npatterns = ["a"]\n[never]\npatterns = []\n')
+    assert (parsed.keep.patterns, parsed.never.patterns) == (("a",), ())
 
 
 def test_no_patterns_match_nothing():

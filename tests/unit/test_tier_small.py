@@ -14,7 +14,7 @@ from tierfsd.backend import TierBackend
 from tierfsd.reach import Target
 from tiering import Job
 
-from tierfs import failpoints
+from tierfs import config, failpoints
 from tierfs import tier as tier_module
 from tierfs.errors import IndexError_, VolumeError
 from tierfs.kit import GONE
@@ -266,6 +266,18 @@ def test_pins_hold_from_above_and_on_the_file(volume):
 def test_what_never_leaves_is_named(volume):
     volume.server.create(volume.path("a.lock"), b"x" * 10_000)
     assert "never" in reasons(volume.demote("a.lock"))[0]
+
+
+def test_what_is_kept_is_copied_and_not_demoted(volume):
+    volume.server.create(volume.path(".profile"), b"x" * 10_000)
+    assert "[keep]" in reasons(volume.demote(".profile"))[0]
+    (item,) = volume.demote(".profile", punch=False)
+    assert not item.reason and not volume.record(".profile").dirty
+    assert "[keep]" in reasons(volume.demote(".profile"))[0]
+    assert volume.stub(".profile") is None and os.stat(volume.path(".profile")).st_blocks
+    volume.tier.reconfigure(config.VolumeConfig(keep=config.Keep(patterns=())))
+    (item,) = volume.demote(".profile")
+    assert item.demoted
 
 
 def test_writing_to_a_stub_fetches_first(volume):
