@@ -125,7 +125,8 @@ Request = (
 
 
 class Facts(Frame, frozen=True):
-    """What is known of one path; sizes in bytes. `reason`: why the last fetch or copy failed, if it did."""
+    """What is known of one path; sizes in bytes. `reason`: why the last fetch or copy failed, if it did.
+    `stays`: why it is not demoted even where space is short, if it is resident and may not be."""
 
     path: bytes
     tier: str
@@ -137,6 +138,7 @@ class Facts(Frame, frozen=True):
     generation: int = 0
     copy: str = ""
     reason: str = ""
+    stays: str = ""
 
 
 class Version(Frame, frozen=True):

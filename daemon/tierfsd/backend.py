@@ -15,6 +15,7 @@ from tierfs.errors import StoreUnavailableError, TierError
 from tierfs.heat_index import HeatIndex
 from tierfs.kit import GONE
 from tierfs.model import Record, Residency, object_key
+from tierfs.policy.aging import is_young
 from tierfs.store.base import Body
 from tierfs.tier import Tier
 from tierfs.versions import Kept, beneath, content, of_path
@@ -161,7 +162,16 @@ class TierBackend:
             generation=generation,
             copy=key,
             reason=self._kit.troubles.of(status.st_ino),
+            stays=self._stays(path, status, pinned) if stub is None else "",
         )
+
+    def _stays(self, path: bytes, status: os.stat_result, pinned: bool) -> str:
+        """As eviction looks at it."""
+        reason = self._tier.stays(path, status, pinned, ordered=False)
+        last = self._heat.last_use(status.st_ino) or 0.0
+        if not reason and is_young(last, time.time(), self._kit.config.min_age):
+            return "was used within min_age"
+        return reason
 
     def _is_pinned(self, opath: int, path: bytes) -> bool:
         tree = self._kit.tree

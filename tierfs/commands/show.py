@@ -105,6 +105,8 @@ def _print_path(document: dict[str, Any]) -> None:
     terminal.tell(f"  size   {size}, {local} of it local")
     terminal.tell(f"  heat   {document['heat']:.2f}")
     terminal.tell(f"  copy   {document['copy'] or 'none'}")
+    if document["stays"]:
+        terminal.tell(f"  stays  {document['stays']}")
     if document["reason"]:
         terminal.tell(f"  error  {document['reason']}")
 
