@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
 _DRAW_SECONDS = 0.1
 _NAMED = 50  # outcomes shown one by one
+_BAR_WIDTH = 12
+_RATE_WIDTH = 9
+_OTHER_COLUMNS = _BAR_WIDTH + _RATE_WIDTH + 8 + 6  # the time that is left, and a blank between each two
+_LONGEST_NAME, _LEAST_NAME = 30, 5
 
 
 def size(count: int) -> str:
@@ -79,6 +83,13 @@ def complain_all(lines: list[tuple[str, str]]) -> None:
         say(f"… and {len(lines) - _NAMED} more")
 
 
+def _cut(name: str, room: int) -> str:
+    """What there is room for; of too little nothing at all, as it says nothing."""
+    if len(name) <= room:
+        return name
+    return name[: room - 1] + "…" if room >= _LEAST_NAME else ""
+
+
 class Bar:
     """A progress bar on stderr where that is a terminal, nothing elsewhere."""
 
@@ -94,32 +105,44 @@ class Bar:
         if self._progress is None:
             self._begin()
         by_bytes = progress.bytes_total > 0
-        name = shown(os.path.basename(progress.path))
+        files = f"{progress.files_done}/{progress.files_total} files"
+        moved = f"{size(progress.bytes_done)}/{size(progress.bytes_total)}" if by_bytes else ""
+        room = self._progress.console.width - len(self._title) - len(files) - len(moved) - _OTHER_COLUMNS
         self._progress.update(
             self._task,
             total=progress.bytes_total if by_bytes else progress.files_total,
             completed=progress.bytes_done if by_bytes else progress.files_done,
-            files=f"{progress.files_done}/{progress.files_total}",
-            current=name if len(name) <= 30 else name[:29] + "…",
+            files=files,
+            moved=moved,
+            rate=by_bytes,
+            current=_cut(shown(os.path.basename(progress.path)), min(room, _LONGEST_NAME)),
         )
 
     def _begin(self) -> None:
         from rich import progress
         from rich.console import Console
+        from rich.table import Column
+
+        class Rate(progress.ProgressColumn):
+            def render(self, task: progress.Task) -> str:
+                return f"{size(int(task.speed))}/s" if task.speed and task.fields["rate"] else ""
+
+        def text(field: str) -> progress.ProgressColumn:
+            return progress.TextColumn(field, markup=False, table_column=Column(no_wrap=True))
 
         self._progress = progress.Progress(
-            progress.TextColumn("{task.description}"),
-            progress.BarColumn(),
-            progress.TextColumn("{task.fields[files]} files"),
-            progress.DownloadColumn(binary_units=True),
-            progress.TransferSpeedColumn(),
-            progress.TimeRemainingColumn(),
-            progress.TextColumn("{task.fields[current]}", markup=False),
+            text("{task.description}"),
+            progress.BarColumn(bar_width=_BAR_WIDTH),
+            text("{task.fields[files]}"),
+            text("{task.fields[moved]}"),
+            Rate(table_column=Column(no_wrap=True, min_width=_RATE_WIDTH)),
+            progress.TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)),
+            text("{task.fields[current]}"),
             console=Console(stderr=True),
             transient=True,
         )
         self._progress.start()
-        self._task = self._progress.add_task(self._title, files="0/0", current="")
+        self._task = self._progress.add_task(self._title, files="", moved="", rate=False, current="")
 
     def close(self) -> None:
         """Remove the bar."""

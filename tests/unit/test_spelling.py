@@ -7,6 +7,8 @@ import json
 import logging
 import os
 import socket
+import sys
+import time
 
 import pytest
 from tierfsd import logs
@@ -20,6 +22,25 @@ from tierfs.transfer import Troubles
 
 STRANGE = b"a\n\xff \xc3\xa9"
 NEAR = "a\\n\\xff \u00e9"
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_a_progress_bar_stays_on_one_line(monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with terminal.bar("Copying to the store") as bar:
+        for done in range(5):
+            bar.show(control.Progress(done, 12345, done << 30, 5 << 30, "d/" + "long name of a file " * 5))
+            time.sleep(0.12)  # it is drawn ten times a second
+        drawn = sys.stderr.getvalue()
+    assert "/12345" in drawn
+    assert "\x1b[1A" not in drawn, "a second line is what it goes up from"
 
 
 def test_names_and_messages_with_names_are_written_in_one_way():
