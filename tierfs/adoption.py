@@ -39,6 +39,12 @@ def check_directory(directory: str, state: str) -> None:
             raise VolumeError(f"{directory}: {what} a mountpoint ({mount.mountpoint}): unmount that first")
     if locate.is_under(state, directory):
         raise VolumeError(f"{state}: the state directory lies inside the directory: choose another --state")
+    former = os.path.realpath(volume.default_state(directory))
+    if former != state and volume.exists(former):
+        raise VolumeError(
+            f"{directory}: is the mountpoint of the volume in {former}, which is not mounted: move away what is"
+            " in the way, then mount it"
+        )
     if os.stat(_existing_parent(state)).st_dev != status.st_dev:
         raise VolumeError(f"{state}: is on another filesystem than {directory}: choose another --state")
 

@@ -69,7 +69,7 @@ def check(volume: Volume, store: ObjectStore) -> dict[str, Any]:
     if ident != volume.identity.volume:
         raise VolumeError(
             f"{store.describe()}: the store belongs to volume {ident[:8]} of host {claim.get('host')!r}"
-            f" since {_day(created)}: use another prefix"
+            f" since {_day(created)}: use another prefix, or `tierfs restore` to have that volume here"
         )
     return dict(claim)
 

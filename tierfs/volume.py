@@ -146,10 +146,10 @@ def check_mountpoint(mountpoint: str, state: str) -> None:
     except OSError as exc:
         raise VolumeError(f"{mountpoint}: cannot be read: {exc.strerror}") from exc
     if names:
-        raise VolumeError(
-            f"{mountpoint}: is not empty: choose an empty directory, or turn this one into a volume"
-            " with `tierfs adopt`"
-        )
+        remedy = "choose an empty directory, or turn this one into a volume with `tierfs adopt`"
+        if exists(state):
+            remedy = f"its volume is in {state}: move away what is in the way, then mount it again"
+        raise VolumeError(f"{mountpoint}: is not empty: {remedy}")
 
 
 def check_state_place(state: str) -> None:

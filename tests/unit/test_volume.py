@@ -51,7 +51,7 @@ def test_a_store_of_another_volume_is_refused_and_named(tmp_path):
         volume.make_state(str(tmp_path / name))
     complete(volume.create(str(tmp_path / "one")), store)
     second = volume.create(str(tmp_path / "two"))
-    with pytest.raises(VolumeError, match=r"belongs to volume .* of host"):
+    with pytest.raises(VolumeError, match=r"belongs to volume .* of host .*tierfs restore"):
         complete(second, store)
     assert not volume.load(str(tmp_path / "two")).identity.complete
 
@@ -512,6 +512,22 @@ def test_adopting_what_is_no_directory_or_holds_the_state(tmp_path):
         adoption.check_directory(str(tmp_path / "none"), str(tmp_path / "s"))
     with pytest.raises(VolumeError, match="lies inside the directory"):
         adoption.check_directory(str(tmp_path), str(tmp_path / "s"))
+
+
+def test_what_was_written_beneath_a_mount_is_told_from_a_directory_to_adopt(tmp_path, monkeypatch):
+    """While its volume was not mounted: adopted, it would hide that volume."""
+    monkeypatch.setattr(volume, "default_state", lambda mountpoint: str(tmp_path / "state"))
+    mountpoint, state = tmp_path / "mnt", str(tmp_path / "state")
+    mountpoint.mkdir()
+    (mountpoint / "stray").write_text("")
+    with pytest.raises(VolumeError, match="or turn this one into a volume"):
+        volume.check_mountpoint(str(mountpoint), state)
+    volume.make_state(state)
+    volume.create(state)
+    with pytest.raises(VolumeError, match=f"its volume is in {state}: move away"):
+        volume.check_mountpoint(str(mountpoint), state)
+    with pytest.raises(VolumeError, match=f"mountpoint of the volume in {state}"):
+        adoption.check_directory(str(mountpoint), str(tmp_path / ".tierfs-mnt"))
 
 
 def test_leaving_that_is_cut_short_is_done_again(home, monkeypatch, capsys):
