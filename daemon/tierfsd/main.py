@@ -180,6 +180,7 @@ def _precheck(arguments: argparse.Namespace) -> None:
         adoption.check_directory(arguments.mountpoint, arguments.state)
     else:
         volume.check_mountpoint(arguments.mountpoint, arguments.state)
+    mounting.check_device()
 
 
 def _open_volume(arguments: argparse.Namespace) -> volume.Volume:

@@ -121,6 +121,23 @@ def test_where_fusermount3_may_not_enter_its_users_own_mount_that_is_said(monkey
     assert str(caught.value) == refused + (hint if inside else "")
 
 
+def test_only_root_may_mount_with_devices_and_set_id_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    for name in ("suid", "dev"):
+        with pytest.raises(UsageError, match=f"-o {name}: only root"):
+            mounting.parse_options([name])
+    mounting.parse_options(["nosuid", "ro"])
+
+
+def test_a_device_that_is_closed_to_us_is_found_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: str, flags: int) -> int:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(VolumeError, match="does not permit FUSE"):
+        mounting.check_device()
+
+
 def test_missing_device_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(mounting, "_DEVICE", os.devnull)
     mounting.check_device()

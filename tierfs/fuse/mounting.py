@@ -78,6 +78,8 @@ def parse_options(options: Iterable[str]) -> Options:
         else:
             known = ", ".join(sorted({*_SETS, *_CLEARS}))
             raise UsageError(f"-o {name}: unknown mount option: use {known} or allow_other")
+        if name in ("suid", "dev") and os.geteuid() != 0:
+            raise UsageError(f"-o {name}: only root may mount so: leave it out")
         names.append(name)
     return Options(flags, allow_other, tuple(names))
 
@@ -96,9 +98,9 @@ def mount(mountpoint: str, volume: str, options: Iterable[str] = ()) -> int:
 
 
 def check_device() -> None:
-    """Raises VolumeError where Linux has no FUSE device: libfuse would name a number."""
-    if sys.platform == "linux" and not os.path.exists(_DEVICE):
-        raise VolumeError(f"{_DEVICE} is missing: install fuse3, or run `modprobe fuse` as root")
+    """Raises VolumeError where Linux has no FUSE device, or not for us: libfuse would name a number."""
+    if sys.platform == "linux":
+        os.close(_open_device())
 
 
 def _open_device() -> int:
