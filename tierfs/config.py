@@ -23,8 +23,8 @@ from tierfs.model import ARCHIVES
 FILE_NAME = "config.toml"
 EMBEDDED_STORE = "embedded"  # a directory in the state directory
 
-# Lock files, caches and build output are cheaper to make again than to fetch; keys and passwords, with which the
-# list ends, are for nobody who can read a store.
+# Lock files, caches and build output are cheaper to make again than to fetch; keys and passwords, with which
+# the list ends, are for nobody who can read a store.
 NEVER_PATTERNS = (
     "*.lock", ".lock", "lock", "*.pid", "*.swp", ".~lock.*", "*.tmp", "*.part", "*.crdownload",
     ".cache", "__pycache__", "node_modules", ".Trash*", "lost+found",

@@ -97,6 +97,8 @@ def locate(path: str, mounts: list[Mount] | None = None) -> Place:
         if found is not None and found.volume:
             inside = real[len(found.mountpoint.rstrip("/")) :]
             return Place(found, os.fsencode((found.root.rstrip("/") + inside).strip("/")))
+    if not os.path.lexists(path):
+        raise PathError(f"{path}: does not exist, and is not in a mounted TierFS volume")
     raise PathError(f"{path}: is not in a mounted TierFS volume: mount it with `tierfs mount`")
 
 

@@ -61,10 +61,12 @@ class ConfigWatcher(FileSystemEventHandler):
             return
         if self._path in (os.fsdecode(event.src_path), os.fsdecode(event.dest_path)):
             time.sleep(_SETTLE_SECONDS)
+            said = self.problem
             try:
                 self.reload()
             except ConfigError as exc:
-                log.error("%s; the former settings stay in force", exc)
+                if self.problem != said:  # a save makes several events
+                    log.error("%s; the former settings stay in force", exc)
 
     def reload(self) -> None:
         """Read the file now. Raises ConfigError where it is bad."""

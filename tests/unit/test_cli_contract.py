@@ -10,6 +10,7 @@ import threading
 import time
 
 import pytest
+from msgspec import structs
 
 from tierfs import cli, control, launch, locate
 from tierfs.commands import asking, check
@@ -143,6 +144,21 @@ def test_status_of_a_path_has_the_promised_keys(run, daemon):
     assert set(document) >= {"path", "tier", "size", "local_bytes", "dirty", "pinned", "heat", "generation"}
     assert document["path"] == "/vol/d/f"
     assert daemon.requests == [control.GetFacts([b"d/f"])]
+
+
+def test_a_scrub_that_never_is_takes_few_words(run, daemon):
+    daemon.answers[control.GetStatus] = [structs.replace(STATUS, scrub=control.Scrub(every=0.0))]
+    assert "  scrub     never (scrub_every)\n" in run("status", "/vol")[1]
+
+
+def test_of_garbage_that_is_not_there_is_said_so(run, daemon):
+    daemon.answers[control.Collect] = [control.Done()]
+    assert run("gc", "--dry-run", "/vol")[:2] == (0, "Nothing is to be removed.\n")
+
+
+def test_a_path_that_is_not_there_is_said_to_be_missing(run, tmp_path):
+    code, _, err = run("demote", f"{tmp_path}/none")
+    assert (code, err) == (1, f"tierfs: {tmp_path}/none: does not exist, and is not in a mounted TierFS volume\n")
 
 
 def test_status_of_several_is_a_list(run, daemon):

@@ -22,6 +22,7 @@ from tierfsd.children import Child
 from tierfsd.scheduler import Scheduler
 from tierfsd.watcher import ConfigWatcher
 from tiering import Volume
+from watchdog.events import FileModifiedEvent
 
 from tierfs import config, locate, wire
 from tierfs.errors import ConfigError, StoreUnavailableError, VolumeError
@@ -174,6 +175,16 @@ def test_a_bad_configuration_changes_nothing_and_is_told(watched):
     path.write_text('quiet = "3s"\n')
     wait_for(lambda: seen)
     assert watcher.problem == "" and watcher.current.quiet_seconds == 3
+
+
+def test_a_bad_configuration_is_logged_once(watched, caplog):
+    path, watcher, _, _ = watched
+    for _ in range(2):
+        path.write_text('quite = "1s"\n')
+        watcher.on_any_event(FileModifiedEvent(str(path)))
+    assert [record.message for record in caplog.records if "quite" in record.message] == [
+        f"{path}:1: unknown key 'quite': did you mean 'quiet'?; the former settings stay in force"
+    ]
 
 
 def test_a_configuration_that_is_bad_from_the_beginning_gives_the_defaults(tmp_path):

@@ -181,5 +181,8 @@ def gc(dry_run: bool, as_json: bool, mountpoint: str) -> None:
     for entry in listed:
         size = "?" if entry["size"] is None else terminal.size(entry["size"])
         terminal.tell(f"{_day(entry['may_go'])}  {size:>8}  {entry['key']}  {terminal.shown(entry['reason'])}")
+    if not listed:
+        terminal.tell("Nothing is to be removed.")
+        return
     total = terminal.size(sum(entry["size"] or 0 for entry in listed))
     terminal.tell(f"{len(listed)} objects, {total}: none goes before the time that stands before it")

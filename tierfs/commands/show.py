@@ -165,10 +165,9 @@ def _unsaved(file: dict[str, Any]) -> str:
 
 
 def _scrub(scrub: dict[str, Any]) -> str:
-    if scrub["every"]:
-        text = f"every {terminal.age(scrub['every'])}"
-    else:
-        text = "never: see scrub_every in config.toml"
+    if not scrub["every"] and not scrub["began"]:
+        return "never (scrub_every)"
+    text = f"every {terminal.age(scrub['every'])}" if scrub["every"] else "never (scrub_every)"
     if scrub["running"] or not scrub["ended"]:
         read = f"{scrub['files']} copies read, {terminal.size(scrub['bytes'])}"
         text += f"; {read}, since {_day(scrub['began'])}" if scrub["began"] else "; none yet"
