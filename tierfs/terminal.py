@@ -34,6 +34,13 @@ def size(count: int) -> str:
     return f"{value:.1f}P"
 
 
+def count(number: int, noun: str) -> str:
+    """1 file, 2 files, 2 copies."""
+    if number == 1:
+        return f"1 {noun}"
+    return f"{number} {noun[:-1]}ies" if noun.endswith("y") else f"{number} {noun}s"
+
+
 def age(seconds: float) -> str:
     """A duration for people: 45 s, 12 min, 3 h, 5 d."""
     for limit, unit, name in ((120, 1, "s"), (7200, 60, "min"), (172800, 3600, "h")):

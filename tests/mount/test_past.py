@@ -189,7 +189,7 @@ def test_garbage_goes_when_its_time_is_over(volume: Callable[..., Volume]) -> No
     assert len(made.objects()) == 2
     (planned,) = made.json("gc", "--dry-run", "--json", made.mountpoint)
     assert set(planned) == {"key", "size", "reason", "may_go"} and planned["size"] == 15000
-    assert "1 objects" in made.cli("gc", "--dry-run", made.mountpoint).stdout
+    assert "1 object, " in made.cli("gc", "--dry-run", made.mountpoint).stdout
     deadline = time.monotonic() + 60
     while len(made.objects()) == 2 and time.monotonic() < deadline:
         made.cli("gc", made.mountpoint)

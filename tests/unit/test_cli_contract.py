@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,9 +11,10 @@ import threading
 import time
 
 import pytest
+from harness import REPO
 from msgspec import structs
 
-from tierfs import cli, control, launch, locate
+from tierfs import cli, control, launch, locate, terminal
 from tierfs.commands import asking, check
 from tierfs.commands import mount as commands_mount
 from tierfs.errors import PathError, VolumeError
@@ -156,10 +158,52 @@ def test_of_garbage_that_is_not_there_is_said_so(run, daemon):
     assert run("gc", "--dry-run", "/vol")[:2] == (0, "Nothing is to be removed.\n")
 
 
+def test_the_limit_of_what_is_mounted_is_set_in_its_configuration(run, daemon):
+    code, _, err = run("mount", "--local-limit", "20G", "/vol")
+    assert code == 1
+    assert err == "tierfs: /vol: is mounted already: set local_limit in /state/config.toml, that is enough\n"
+
+
+@pytest.mark.parametrize(("number", "said"), [(0, "0 copies"), (1, "1 copy"), (2, "2 copies")])
+def test_what_is_counted(number, said):
+    assert terminal.count(number, "copy") == said
+
+
 def test_a_path_that_is_not_there_is_said_to_be_missing(run, tmp_path):
     code, _, err = run("demote", f"{tmp_path}/none")
     assert code == 1
     assert err == f"tierfs: {tmp_path}/none: does not exist, and is not in a mounted TierFS volume\n"
+
+
+DOCUMENTED = {
+    "status PATH": (["status", "--json", "/vol/f"], set()),
+    "ls": (["ls", "--json", "/vol/d"], {"name"}),
+    "pins": (["pins", "--json", "/vol"], set()),
+    "status MOUNTPOINT": (["status", "--json", "/vol"], set()),
+    "versions": (["versions", "--json", "/vol/f"], set()),
+    "gc --dry-run": (["gc", "--dry-run", "--json", "/vol"], set()),
+    "gc": (["gc", "--json", "/vol"], set()),
+    "check": (["check", "--json", "/vol"], set()),
+}
+
+
+@pytest.mark.parametrize("what", DOCUMENTED)
+def test_json_has_the_keys_of_the_readme(run, daemon, what):
+    command, more = DOCUMENTED[what]
+    daemon.answers |= {
+        control.GetFacts: [facts(b"f"), control.Done()],
+        control.ListNames: [facts(b"d/f"), control.Done()],
+        control.GetPins: [facts(b"f"), control.Done()],
+        control.GetVersions: [control.Version(b"f", 7, 10, 0, "data/x", "current", 0, None), control.Done()],
+        control.Collect: [control.Garbage("data/x", 10, "superseded", 0.0), control.Done()],
+        control.Check: [control.Findings([])],
+    }
+    document = json.loads(run(*command)[1])
+    keys = set(document[0] if isinstance(document, list) else document)
+    rows = [row for row in (REPO / "README.md").read_text().splitlines() if row.startswith("| `")]
+    (row,) = [row for row in rows if f"`{what}`" in row.split("|")[1] and "`" in row.split("|")[2]]
+    told = set(re.findall(r"`(\w+)`", re.sub(r"\([^)]*\)|; with `ls`.*", "", row.split("|")[2])))
+    assert keys == told | more
 
 
 def test_status_of_several_is_a_list(run, daemon):

@@ -58,8 +58,9 @@ def check(
         terminal.tell(f"{where}{finding.what}{' (repaired)' if finding.repaired else ''}")
     if read_data and not findings.renewing:
         size = terminal.size(findings.read_bytes)
-        terminal.tell(f"{findings.read_files} copies read, {size}{_earlier(findings)}")
-    terminal.tell(f"{findings.files} files checked, {len(listed)} findings, {len(left)} left")
+        terminal.tell(f"{terminal.count(findings.read_files, 'copy')} read, {size}{_earlier(findings)}")
+    checked, found = terminal.count(findings.files, "file"), terminal.count(len(listed), "finding")
+    terminal.tell(f"{checked} checked, {found}, {len(left)} left")
     return 1 if left else 0
 
 

@@ -61,6 +61,8 @@ def mount(
         return
     if only:
         raise UsageError("--only goes with --at")
+    if local_limit is not None:
+        _refuse_new_limit(real)
     where = volume.find_state(real, state)
     arguments = daemon_arguments(real, where, store, local_limit, binding, options)
     if force:
@@ -70,6 +72,14 @@ def mount(
     launch.launch(arguments, real)
     if not volume.load(where).identity.conditional_put:
         terminal.complain(mountpoint, "its store cannot refuse a second machine: mount it on one only")
+
+
+def _refuse_new_limit(mountpoint: str) -> None:
+    """Raises VolumeError where a volume is mounted already: its limit stands elsewhere."""
+    found = locate.mount_at(mountpoint, locate.read_mounts())
+    if found is not None and found.volume:
+        settings = os.path.join(_state_of(found), config.FILE_NAME)
+        raise VolumeError(f"{mountpoint}: is mounted already: set local_limit in {settings}, that is enough")
 
 
 def check_limit(local_limit: str | None) -> None:

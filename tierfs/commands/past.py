@@ -176,7 +176,7 @@ def gc(dry_run: bool, as_json: bool, mountpoint: str) -> None:
         terminal.print_json(listed if dry_run else {"removed": removed})
         return
     if not dry_run:
-        terminal.tell(f"{removed} objects removed")
+        terminal.tell(f"{terminal.count(removed, 'object')} removed")
         return
     for entry in listed:
         size = "?" if entry["size"] is None else terminal.size(entry["size"])
@@ -185,4 +185,4 @@ def gc(dry_run: bool, as_json: bool, mountpoint: str) -> None:
         terminal.tell("Nothing is to be removed.")
         return
     total = terminal.size(sum(entry["size"] or 0 for entry in listed))
-    terminal.tell(f"{len(listed)} objects, {total}: none goes before the time that stands before it")
+    terminal.tell(f"{terminal.count(len(listed), 'object')}, {total}: each stays at least until then")

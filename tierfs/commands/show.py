@@ -112,7 +112,7 @@ def _print_path(document: dict[str, Any]) -> None:
 
 
 def _print_volume(document: dict[str, Any]) -> None:
-    size = terminal.size
+    size, dirty = terminal.size, terminal.count(document["dirty_files"], "file")
     limit = document["local_limit"]
     of_limit = f" of {size(limit)}" if limit else ""
     resident = document["files"] - document["stubs"]
@@ -121,7 +121,7 @@ def _print_volume(document: dict[str, Any]) -> None:
         ("state", document["state"]),
         ("local", f"{size(document['local_bytes'])}{of_limit}; all content {size(document['total_bytes'])}"),
         ("files", f"{document['files']}: {resident} local, {document['stubs']} stubs"),
-        ("to copy", f"{document['dirty_files']} files, {size(document['dirty_bytes'])}" + _since(document)),
+        ("to copy", f"{dirty}, {size(document['dirty_bytes'])}" + _since(document)),
         ("queued", f"{document['queued']}"),
         ("rates", f"up {size(int(document['upload_rate']))}/s, down {size(int(document['fetch_rate']))}/s"),
         ("pids", ", ".join(f"{name} {pid}" for name, pid in document["pids"].items())),
