@@ -9,6 +9,7 @@ backing tree and its old place is empty (the mountpoint is made then).
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import os
 import stat
@@ -45,8 +46,24 @@ def check_directory(directory: str, state: str) -> None:
             f"{directory}: is the mountpoint of the volume in {former}, which is not mounted: move away what is"
             " in the way, then mount it"
         )
+    inner = _state_in(directory)
+    if inner:
+        raise VolumeError(
+            f"{directory}: the volume in {inner} keeps its local data there: leave it (`tierfs leave`), or move"
+            " it elsewhere"
+        )
     if os.stat(_existing_parent(state)).st_dev != status.st_dev:
         raise VolumeError(f"{state}: is on another filesystem than {directory}: choose another --state")
+
+
+def _state_in(directory: str) -> str:
+    """Another volume's state directory in it, in a usual place; "" where there is none. Its stubs would be taken
+    for stubs of ours, which nobody can fetch."""
+    usual = (".local/state/tierfs/*", ".tierfs-*", "*/.tierfs-*")
+    for place in usual:
+        for found in glob.iglob(f"{glob.escape(directory)}/{place}/volume.json", include_hidden=True):
+            return os.path.dirname(found)
+    return ""
 
 
 def _existing_parent(path: str) -> str:

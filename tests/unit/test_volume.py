@@ -530,6 +530,17 @@ def test_what_was_written_beneath_a_mount_is_told_from_a_directory_to_adopt(tmp_
         adoption.check_directory(str(mountpoint), str(tmp_path / ".tierfs-mnt"))
 
 
+@pytest.mark.parametrize("place", [".local/state/tierfs/home-ann-files", ".tierfs-x", "archive/.tierfs-x"])
+def test_a_directory_with_a_volume_in_it_is_not_adopted(tmp_path, place):
+    home, inner = tmp_path / "ann", tmp_path / "ann" / place
+    inner.parent.mkdir(parents=True)
+    adoption.check_directory(str(home), str(tmp_path / ".tierfs-ann"))
+    volume.make_state(str(inner))
+    volume.create(str(inner))
+    with pytest.raises(VolumeError, match=f"the volume in {inner} keeps its local data there"):
+        adoption.check_directory(str(home), str(tmp_path / ".tierfs-ann"))
+
+
 def test_leaving_that_is_cut_short_is_done_again(home, monkeypatch, capsys):
     state = volume.adopted_state(home)
     volume.make_state(state)
