@@ -57,8 +57,8 @@ def check_directory(directory: str, state: str) -> None:
 
 
 def _state_in(directory: str) -> str:
-    """Another volume's state directory in it, in a usual place; "" where there is none. Its stubs would be taken
-    for stubs of ours, which nobody can fetch."""
+    """Another volume's state directory in it, in a usual place; "" where there is none. Its stubs would be
+    taken for stubs of ours, which nobody can fetch."""
     usual = (".local/state/tierfs/*", ".tierfs-*", "*/.tierfs-*")
     for place in usual:
         for found in glob.iglob(f"{glob.escape(directory)}/{place}/volume.json", include_hidden=True):

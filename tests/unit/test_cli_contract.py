@@ -148,6 +148,17 @@ def test_status_of_a_path_has_the_promised_keys(run, daemon):
     assert daemon.requests == [control.GetFacts([b"d/f"])]
 
 
+def test_of_many_that_stay_those_that_failed_are_told_first(run, daemon):
+    kept = [control.Outcome(b"d/%d" % number, "is empty") for number in range(60)]
+    failed, named = control.Outcome(b"d/z", "no content", True), control.Outcome(b"e", "is open")
+    daemon.answers[control.Demote] = [control.Done(0, [*kept, named, failed])]
+    code, _, err = run("demote", "--wait", "/vol/d", "/vol/e")
+    lines = err.splitlines()
+    assert code == 1
+    assert lines[:2] == ["tierfs: /vol/d/z: no content", "tierfs: /vol/e: is open"]
+    assert lines[-1] == "tierfs: … and 12 more"
+
+
 def test_a_scrub_that_never_is_takes_few_words(run, daemon):
     daemon.answers[control.GetStatus] = [structs.replace(STATUS, scrub=control.Scrub(every=0.0))]
     assert "  scrub     never (scrub_every)\n" in run("status", "/vol")[1]

@@ -61,9 +61,10 @@ def _order(
         volumes.setdefault(place.mount, {})[place.relative] = path
     for mount, named in volumes.items():
         done = converse_with_bar(mount, request(list(named)), title)
-        terminal.complain_all(
-            [(named.get(item.path) or mount.shown(item.path), item.reason) for item in done.stayed]
-        )
+        # Many are cut short, what failed and what was named last of all.
+        stayed = sorted(done.stayed, key=lambda item: (not item.failed, item.path not in named))
+        lines = [(named.get(item.path) or mount.shown(item.path), item.reason) for item in stayed]
+        terminal.complain_all(lines)
         failed = failed or any(item.failed or (wait and item.path in named) for item in done.stayed)
     return 1 if failed else 0
 
