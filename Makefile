@@ -42,6 +42,7 @@ $(VENV)/.installed: setup.cfg setup.py pyproject.toml Makefile $(COMPILED)
 		sys.exit(not os.path.exists(sysconfig.get_paths()["include"] + "/Python.h"))' || \
 		DEBIAN_FRONTEND=noninteractive $(SUDO) apt-get install -y -qq --no-install-recommends python3-dev >/dev/null || \
 		echo "make setup: python3-dev cannot be installed: the mount is served by pure Python, more slowly" >&2
+	@echo 'installing what setup.cfg lists (minutes, the first time)'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
 	@touch $@
 

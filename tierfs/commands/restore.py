@@ -16,6 +16,7 @@ from tierfs.commands.paths import PATH
 from tierfs.errors import VolumeError
 
 _SHOWN = 20  # lines of each kind; all are in the state directory
+_COUNTED = (("files", "file"), ("directories", "directory"))
 
 
 @click.command()
@@ -94,9 +95,10 @@ def _read_report(state: str) -> dict[str, Any]:
 def _print(report: dict[str, Any], mountpoint: str, where: str) -> None:
     size, shown = terminal.size, terminal.shown
     rescued = report.get("rescued", [])  # of a version that knew none
+    files, directories = (terminal.count(report[key], noun) for key, noun in _COUNTED)
     terminal.tell(
-        f"{shown(mountpoint)}: {report['files']} files ({size(report['bytes'])}) in {report['directories']}"
-        f" directories, as of {_date(report['as_of'])}"
+        f"{shown(mountpoint)}: {files} ({size(report['bytes'])}) in {directories}, as of"
+        f" {_date(report['as_of'])}"
     )
     _list("lost (their content had not reached the store)", report["lost"], _lost)
     _list("older than they last were", report["older"], _older)

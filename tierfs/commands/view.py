@@ -53,8 +53,9 @@ def _make(state: str, url: str, until: int, only: bytes) -> viewing.View:
 
 def _tell(made: viewing.View, until: int, mountpoint: str) -> None:
     outcome = made.outcome
+    files = terminal.count(outcome.files, "file")
     terminal.tell(
-        f"{terminal.shown(mountpoint)}: {outcome.files} files ({terminal.size(outcome.content)}) as of"
+        f"{terminal.shown(mountpoint)}: {files} ({terminal.size(outcome.content)}) as of"
         f" {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(made.at / 1e9))}, read-only"
     )
     if made.at > until:
