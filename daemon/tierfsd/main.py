@@ -213,8 +213,8 @@ def _existing(arguments: argparse.Namespace) -> volume.Volume:
     opened = volume.load(arguments.state)
     if arguments.store is not None and arguments.store != opened.identity.store:
         raise VolumeError(
-            f"{arguments.mountpoint}: the volume's store is {opened.identity.store}: leave out --store,"
-            " or use another --state for another volume"
+            f"{arguments.mountpoint}: the volume's store is {opened.identity.store}: leave out --store;"
+            " to another one it moves by `tierfs leave`, then `tierfs adopt --store`"
         )
     path = opened.path(config.FILE_NAME)
     if arguments.local_limit is not None:
