@@ -283,26 +283,26 @@ def test_a_mapped_write_shows_in_the_attributes(settled: Place, file: Path) -> N
 
 def test_exec(settled: Place) -> None:
     program, script = settled / "program", settled / "script"
-    program.write_bytes(Path("/bin/echo").read_bytes())
+    program.write_bytes(Path("/bin/bash").read_bytes())
     script.write_text("#!/bin/sh\necho from a script\n")
     for path in (program, script):
         path.chmod(0o755)
     settled.settle(program, script)
-    assert subprocess.run([program, "ran"], check=True, capture_output=True).stdout == b"ran\n"
+    assert subprocess.run([program, "-c", "echo ran"], check=True, capture_output=True).stdout == b"ran\n"
     assert subprocess.run([script], check=True, capture_output=True).stdout == b"from a script\n"
 
 
 def test_a_running_program_is_not_written(settled: Place) -> None:
     program = settled / "program"
-    program.write_bytes(Path("/bin/sleep").read_bytes())
+    program.write_bytes(Path("/bin/bash").read_bytes())
     program.chmod(0o755)
     settled.settle(program)
-    running = subprocess.Popen([program, "30"])
+    running = subprocess.Popen([program, "-c", "read line"], stdin=subprocess.PIPE)
     try:
         fails(errno.ETXTBSY, os.open, program, os.O_WRONLY)
     finally:
         running.kill()
-        running.wait()
+        running.communicate()
 
 
 def test_attributes_without_content(settled: Place, file: Path) -> None:

@@ -204,13 +204,13 @@ def test_unlinked_but_open(file: Path, settle: Settle, opened: Callable[..., int
 
 def test_exec(work: Path, settle: Settle) -> None:
     program = work / "program"
-    program.write_bytes(Path("/bin/echo").read_bytes())
+    program.write_bytes(Path("/bin/bash").read_bytes())
     program.chmod(0o755)
     script = work / "script"
     script.write_text("#!/bin/sh\necho from a script\n")
     script.chmod(0o755)
     settle(program, script)
-    assert subprocess.run([program, "ran"], check=True, capture_output=True).stdout == b"ran\n"
+    assert subprocess.run([program, "-c", "echo ran"], check=True, capture_output=True).stdout == b"ran\n"
     assert subprocess.run([script], check=True, capture_output=True).stdout == b"from a script\n"
 
 

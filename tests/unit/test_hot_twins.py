@@ -117,9 +117,9 @@ def test_what_cannot_be_written_at_once_is_left_to_python(both, why, flags, regi
         elif why == "renamed behind":
             os.rename(side.path / "a", side.path / "b")
         else:
-            (side.path / "a").write_bytes(Path("/bin/sleep").read_bytes())
+            (side.path / "a").write_bytes(Path("/bin/sh").read_bytes())
             (side.path / "a").chmod(0o755)
-            running.append(subprocess.Popen([side.path / "a", "60"]))
+            running.append(subprocess.Popen([side.path / "a", "-c", "read line"], stdin=subprocess.PIPE))
     both.opened(node, flags)
     plain = why == "running" or (registered and why in ("set-id", "renamed behind"))
     assert asked == ([] if plain and not flags & os.O_TRUNC else [p.Op.OPEN])
@@ -127,7 +127,7 @@ def test_what_cannot_be_written_at_once_is_left_to_python(both, why, flags, regi
         both.release(-1)
     for each in running:
         each.kill()
-        each.wait()
+        each.communicate()
 
 
 @pytest.mark.parametrize("how", ["stub", "set-id", "guard", "directory", "fifo", "anchored", "unprivileged"])

@@ -169,9 +169,9 @@ def test_a_file_that_goes_while_it_is_looked_at_is_gone(volume, monkeypatch):
 
 
 def test_a_program_that_runs_stays_and_says_so(volume):
-    shutil.copy("/bin/sleep", volume.path("a"))
+    shutil.copy("/bin/sh", volume.path("a"))
     volume.server.create(volume.path("b"), b"b" * 10_000)
-    with subprocess.Popen([volume.path("a"), "60"]) as running:
+    with subprocess.Popen([volume.path("a"), "-c", "read line"], stdin=subprocess.PIPE) as running:
         try:
             items = volume.demote("a", "b")
         finally:
