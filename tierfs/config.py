@@ -90,6 +90,7 @@ class VolumeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     storage_class: str = ""
     uploads: int = 8
     fetches: int = 16
+    prefetch: bool = True
     grace: float = 86400.0
     journal_seconds: float = 20.0
     keep_versions: float = 30 * 86400.0
@@ -212,6 +213,12 @@ def _parse_count(value: object) -> int:
     raise ValueError(f"{value!r} is not a whole number between 1 and 256")
 
 
+def _parse_switch(value: object) -> bool:
+    if isinstance(value, bool):
+        return value
+    raise ValueError(f"{value!r} is not true or false")
+
+
 def _parse_patterns(value: object) -> tuple[str, ...]:
     if isinstance(value, list) and all(isinstance(item, str) and item for item in value):
         return tuple(value)
@@ -249,6 +256,8 @@ _KEYS: dict[str, _Key] = {
                           "# store's URL goes first."),
     "uploads": _Key("uploads", _parse_count, "8", "Uploads at once."),
     "fetches": _Key("fetches", _parse_count, "16", "Requests at once for reading."),
+    "prefetch": _Key("prefetch", _parse_switch, "true",
+                     "Small files come before they are asked for, while others of their directory are read."),
     "keep_versions": _Key("keep_versions", parse_duration, '"30d"',
                           "Overwritten and deleted files can be had back for so long, at least for `grace`."),
     "grace": _Key("grace", parse_duration, '"24h"',

@@ -208,6 +208,15 @@ class Scrub(msgspec.Struct, frozen=True):
     damaged: int = 0
 
 
+class Ahead(msgspec.Struct, frozen=True):
+    """Files that came before they were asked for, since the mover began; what is not used soon was in vain."""
+
+    files: int
+    bytes: int
+    used_files: int
+    used_bytes: int
+
+
 class Status(Frame, frozen=True):
     """Facts of a volume. Sizes in bytes, rates in bytes a second, `oldest_dirty` in seconds of age.
 
@@ -240,6 +249,7 @@ class Status(Frame, frozen=True):
     mover_deaths: int = 0
     restarts: int = 0  # since it was mounted, by `tierfs restart`
     state_bytes: bytes = b""  # of former versions empty
+    ahead: Ahead | None = None
 
     @property
     def where(self) -> str:

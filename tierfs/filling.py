@@ -45,13 +45,16 @@ class Filler:
         settle: Callable[[Arrival], None],
         make_room: Callable[[int, bool], None],
         hurry: Callable[[], None] = lambda: None,
+        asked: Callable[[int], None] = lambda fd: None,
     ) -> None:
         """`settle` takes a file of which every leaf is here; `make_room` frees so many bytes of local disk,
-        where (True) a write has just failed for want of them."""
+        where (True) a write has just failed for want of them. `asked` hears of each small file (by a
+        descriptor) that somebody waits for."""
         self._kit = kit
         self._settle = settle
         self._make_room = make_room
         self._hurry = hurry
+        self._asked = asked
         self._lock = threading.Lock()
         self._arrivals: dict[int, Arrival | None] = {}  # None: being opened
         self._waiting: dict[int, list[Request]] = {}  # for one that is being opened
@@ -161,7 +164,7 @@ class Filler:
 
     def _urgency(self, request: Request) -> Urgency:
         large = request.whole and request.size > 1 << self._kit.chunk_shift
-        return Urgency.AHEAD if request.ahead or large else Urgency.READER
+        return Urgency.AHEAD if request.ahead or request.ordered or large else Urgency.READER
 
     def _most(self, request: Request) -> int:
         """How many ranges of its file may be under way. Who waits for these very bytes waits for no others."""
@@ -267,6 +270,8 @@ class Filler:
 
     def _serve(self, arrival: Arrival, request: Request) -> None:
         """Say what is here, fetch what is not: the first range in this thread, the others in the pool."""
+        if arrival.small and not request.ordered:
+            self._asked(arrival.fd)
         with arrival.lock:
             here = arrival.runs(request)
             ranges = arrival.next_ranges(request, self._most(request))

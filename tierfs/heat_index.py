@@ -17,7 +17,7 @@ import shutil
 import struct
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -27,7 +27,7 @@ import lmdb
 from tierfs.datafile import keep_length
 from tierfs.environment import open_tables
 from tierfs.errors import IndexError_
-from tierfs.policy.heat import Heat, admitted, score, seeded, shown_at, touched
+from tierfs.policy.heat import Heat, admitted, brought, score, seeded, shown_at, touched
 from tierfs.policy.victims import victims
 
 log = logging.getLogger("index")
@@ -145,15 +145,22 @@ class HeatIndex:
         """The file is local now with `size` bytes, `grown` of them new: the clock moves on by that."""
         self.admit_many([(ino, size, grown)], now)
 
-    def admit_many(self, files: Iterable[tuple[int, int, int]], now: float | None = None) -> None:
-        """As `admit`, for many (ino, size, grown) in one transaction."""
+    def admit_many(
+        self, files: Iterable[tuple[int, int, int]], now: float | None = None, unused: Set[int] = frozenset()
+    ) -> None:
+        """As `admit`, for many (ino, size, grown) in one transaction. `unused`: nobody has asked for these."""
         moment = time.time() if now is None else now
         with self._batch() as batch:
             for ino, size, grown in files:
                 batch.volume += max(grown, 0)
                 heat, queued = batch.get(ino)
                 here = heat is not None and bool(queued)
-                new = replace(heat, size=size) if heat and here else admitted(heat, batch.clock, moment, size)
+                if heat is not None and here:
+                    new = replace(heat, size=size)
+                elif ino in unused:
+                    new = brought(heat, size)
+                else:
+                    new = admitted(heat, batch.clock, moment, size)
                 batch.put(ino, new, True)
 
     def seed_many(self, files: Iterable[tuple[int, int, float]], now: float | None = None) -> None:

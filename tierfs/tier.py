@@ -30,6 +30,7 @@ from tierfs.filling import Filler
 from tierfs.index import Index, Writer
 from tierfs.kit import GONE, READ_FLAGS, Kit, unopened
 from tierfs.model import Record, Residency
+from tierfs.neighbours import Neighbours
 from tierfs.places import Places
 from tierfs.policy.aging import is_young
 from tierfs.punching import BATCH, Puncher
@@ -77,7 +78,10 @@ class Tier:
         self._rescuer = Rescuer(self.kit, self.drain)
         self._puncher = Puncher(self.kit, self.drain, self.places)
         self._settler = Settler(self.kit, self.drain)
-        self.filler = Filler(self.kit, self._settler.add, make_room, self._settler.hurry)
+        self.neighbours = Neighbours(self.kit)
+        self.filler = Filler(
+            self.kit, self._settler.add, make_room, self._settler.hurry, self.neighbours.asked
+        )
         self._never, self._kept = config.never.matcher(), config.keep.matcher()
         self._batches = ThreadPoolExecutor(_AT_ONCE, "batch")
         self._bringer = Bringer(self.kit, self.filler, self._hint)
@@ -93,6 +97,7 @@ class Tier:
     def close(self) -> None:
         """End in order: what is here is settled, what runs is finished, bits are committed."""
         self.filler.stop()
+        self.neighbours.close()
         self._bringer.close()
         self._batches.shutdown(cancel_futures=True)
         self.kit.fetches.close()

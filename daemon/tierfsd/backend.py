@@ -110,7 +110,12 @@ class TierBackend:
             server_deaths=runtime.get("server_deaths", 0),
             mover_deaths=runtime.get("mover_deaths", 0),
             restarts=runtime.get("restarts", 0),
+            ahead=self._ahead(),
         )
+
+    def _ahead(self) -> control.Ahead:
+        of = self._tier.neighbours.precision
+        return control.Ahead(of.files, of.bytes, of.used_files, of.used_bytes)
 
     def _problems(self) -> list[control.Problem]:
         troubles = [control.Problem(trouble.at, trouble.what) for trouble in self._kit.troubles.list()]

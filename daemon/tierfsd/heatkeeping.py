@@ -9,6 +9,7 @@ from tierfs import wire
 from tierfs.errors import IndexError_
 from tierfs.heat_index import HeatIndex
 from tierfs.kit import Kit
+from tierfs.policy.ahead import Precision
 
 log = logging.getLogger("scheduler")
 
@@ -16,8 +17,10 @@ log = logging.getLogger("scheduler")
 class HeatKeeper:
     """Used by several threads."""
 
-    def __init__(self, kit: Kit, heat: HeatIndex) -> None:
+    def __init__(self, kit: Kit, heat: HeatIndex, ahead: Precision) -> None:
+        """`ahead` hears which files are used, and knows which have come before that."""
         self._kit = kit
+        self._ahead = ahead
         self._heat = heat
         self._touches: dict[int, tuple[int, int]] = {}
         self._waits = False  # it could not be written, and has been complained of
@@ -25,6 +28,7 @@ class HeatKeeper:
 
     def touches(self, message: wire.Touches) -> None:
         """Uses of files."""
+        self._ahead.used(touch.ino for touch in message.touches)
         with self._lock:
             for touch in message.touches:
                 count, _ = self._touches.get(touch.ino, (0, 0))
@@ -37,7 +41,7 @@ class HeatKeeper:
         here, left, gone = self._kit.movements.take()
         try:
             if here:
-                self._heat.admit_many(here)
+                self._heat.admit_many(here, unused=self._ahead.unused(ino for ino, _, _ in here))
                 here = []
             if left:
                 self._heat.left(left)

@@ -51,7 +51,7 @@ class Scheduler:
         self._stopping = threading.Event()
         self.collector = Collector(tier.kit)
         self._ballast = Ballast(ballast, tier.kit.tree)
-        self.keeper = HeatKeeper(tier.kit, heat)
+        self.keeper = HeatKeeper(tier.kit, heat, tier.neighbours.precision)
         self.space = Space(tier.kit, beside)
         self.trials = Trials(tier.kit)
         self._pace = Pace(tier, self.space)

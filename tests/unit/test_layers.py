@@ -74,6 +74,7 @@ PARTS_OF = {
         "arrivals",
         "breadth",
         "bringing",
+        "neighbours",
         "opening",
         "survey",
         "collecting",

@@ -134,6 +134,8 @@ def _print_volume(document: dict[str, Any]) -> None:
     if document["verifying"]:
         lines.append(("verifying", f"{document['verifying']} files after an unclean stop"))
     lines += [("open", _unsaved(file)) for file in document["waiting"] if file["open"]]
+    if document["ahead"] and document["ahead"]["files"]:
+        lines.append(("ahead", _ahead(document["ahead"])))
     if document["scrub"]:
         lines.append(("scrub", _scrub(document["scrub"])))
     lines += [("note", note) for note in document["notes"]]
@@ -162,6 +164,11 @@ def _unsaved(file: dict[str, Any]) -> str:
     size, age = terminal.size(file["size"]), terminal.age(file["since"])
     rescued = f" (a rescue copy of {terminal.age(file['rescued'])} ago is)" if file["rescued"] else ""
     return f"{terminal.shown(file['path'])}: {size}, open, not in the store for {age}{rescued}"
+
+
+def _ahead(ahead: dict[str, int]) -> str:
+    came = f"{ahead['files']} files, {terminal.size(ahead['bytes'])}, came before they were asked for"
+    return f"{came}; {ahead['used_files']} of them were used"
 
 
 def _scrub(scrub: dict[str, Any]) -> str:

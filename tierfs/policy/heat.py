@@ -66,6 +66,11 @@ def admitted(heat: Heat | None, clock: float, now: float, size: int) -> Heat:
     return touched(heat or Heat(), clock, now, 0, size, local=False)
 
 
+def brought(heat: Heat | None, size: int) -> Heat:
+    """After the file came before anybody had asked for it, which is no use."""
+    return replace(heat or Heat(), size=size, probation=True)
+
+
 def seeded(age: float, clock: float, now: float, size: int) -> Heat:
     """A file that was here before TierFS, last used `age` seconds ago: one use, a turnover a month ago."""
     past = clock - max(age, 0.0) / (30 * 86400.0)
