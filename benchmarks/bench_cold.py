@@ -3,6 +3,9 @@
 Every figure is taken with an empty cache and a connection that has been used (one small file is read first).
 The goals: first 4 KiB <= 2 round trips + 20 ms; random 4 KiB <= 1 round trip + 20 ms; sequential >= 0.7 of the
 bare client's parallel ranges; small files <= 25 ms each; first in every column among the mounts.
+
+Small files are read in two ways: those of one directory in turn, as who goes through a directory does; and one
+in each directory, of which nothing tells that it will be next.
 """
 
 from __future__ import annotations
@@ -33,7 +36,8 @@ from common import (
 
 RTT = 20.0  # ms
 SMALL = 16 << 10
-HEAD = ["", "first 4 KiB", "random 4 KiB", "sequential", "small files, each"]
+APART = 5  # of so many files one more, in a directory of its own
+HEAD = ["", "first 4 KiB", "random 4 KiB", "sequential", "in turn, each", "far apart, each"]
 
 
 class Ours:
@@ -49,7 +53,7 @@ class Ours:
 
     def load(self, files: dict[str, Path]) -> None:
         for name, source in files.items():
-            self.path(name).parent.mkdir(exist_ok=True)
+            self.path(name).parent.mkdir(parents=True, exist_ok=True)
             self.path(name).write_bytes(source.read_bytes())
         self.mounted.demote()
 
@@ -69,6 +73,8 @@ def make_files(place: Path, size: int, count: int) -> dict[str, Path]:
             out.write(os.urandom(MIB))
     for number in range(count):
         files[f"small/{number}"] = place / f"small{number}"
+    for number in range(count // APART):
+        files[f"apart/{number}/file"] = place / f"apart{number}"
     for name, path in files.items():
         if name != "big":
             path.write_bytes(os.urandom(SMALL))
@@ -114,11 +120,20 @@ def random_places(path: Path, size: int, count: int) -> float:
     return median([read_at(path, draw.randrange(size // MIB) * MIB + 8192) for _ in range(count)])
 
 
-def each_small(mount: Any, count: int) -> float:
+def each_small(mount: Any, names: list[str]) -> float:
+    """Milliseconds of reading a small file, on average."""
     began = time.perf_counter()
-    for number in range(count):
-        mount.path(f"small/{number}").read_bytes()
-    return (time.perf_counter() - began) * 1e3 / count
+    for name in names:
+        mount.path(name).read_bytes()
+    return (time.perf_counter() - began) * 1e3 / len(names)
+
+
+def in_turn(count: int) -> list[str]:
+    return [f"small/{number}" for number in range(count)]
+
+
+def far_apart(count: int) -> list[str]:
+    return [f"apart/{number}/file" for number in range(count // APART)]
 
 
 def measure(mount: Any, size: int, count: int, rounds: int) -> list[float]:
@@ -127,7 +142,8 @@ def measure(mount: Any, size: int, count: int, rounds: int) -> list[float]:
         median([cold(mount, lambda: read_at(big, 0)) for _ in range(rounds)]),
         cold(mount, lambda: random_places(big, size, 5)),
         median([cold(mount, lambda: sequential(big, size)) for _ in range(min(rounds, 2))]),
-        cold(mount, lambda: each_small(mount, count)),
+        cold(mount, lambda: each_small(mount, in_turn(count))),
+        cold(mount, lambda: each_small(mount, far_apart(count))),
     ]
 
 
@@ -157,12 +173,17 @@ def bare(server: Any, endpoint: str, size: int, count: int) -> list[float]:
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(lambda start: milliseconds("big", start, piece), range(0, size, piece)))
     speed = size / (time.perf_counter() - began) / 1e6
-    return [first, at_random, speed, sum(milliseconds(f"small/{n}", 0, SMALL) for n in range(count)) / count]
+    small = [
+        sum(milliseconds(name, 0, SMALL) for name in names) / len(names)
+        for names in (in_turn(count), far_apart(count))
+    ]
+    return [first, at_random, speed, *small]
 
 
 def row(name: str, figures: list[float]) -> list[str]:
-    first, at_random, speed, each = figures
-    return [name, f"{first:.0f} ms", f"{at_random:.0f} ms", f"{speed:.0f} MB/s", f"{each:.1f} ms"]
+    first, at_random, speed, *small = figures
+    each = [f"{milliseconds:.1f} ms" for milliseconds in small]
+    return [name, f"{first:.0f} ms", f"{at_random:.0f} ms", f"{speed:.0f} MB/s", *each]
 
 
 def run(area: Any, server: Any, network: Any, form: str, options: Any) -> None:
@@ -195,7 +216,7 @@ def run(area: Any, server: Any, network: Any, form: str, options: Any) -> None:
             rows.append(row(mount.name, figures))
             if isinstance(mount, Ours):
                 ratio = figures[2] / client[2]
-                rows.append(["TierFS to bare client", "", "", f"{ratio:.2f}", ""])
+                rows.append(["TierFS to bare client", "", "", f"{ratio:.2f}", "", ""])
     what = f"{size // MIB} MiB and {count} small files"
     table(f"Cold reads, {what}, {server.name}, {RTT:.0f} ms, {form}", HEAD, rows)
     for line in missing:

@@ -158,7 +158,7 @@ class Juicefs(Peer):
         self._format()
         self.start()
         for name, source in files.items():
-            self.path(name).parent.mkdir(exist_ok=True)
+            self.path(name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, self.path(name))
         self.stop()
 
