@@ -32,8 +32,8 @@ class AgingVolume(Volume):
         self.uptime, self.boot = 100.0, "boot"
         super().__init__(base, DatedStore(), **settings)
 
-    def start(self, boot="boot"):
-        super().start(boot)
+    def start(self, boot="boot", floor=0):
+        super().start(boot, floor)
         self.index.commit(lambda w: w.set_surveyed(True)).result()
         self.collector = Collector(self.tier.kit, lambda: (self.uptime, self.boot))
         self.snapshots = 0

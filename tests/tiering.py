@@ -184,9 +184,9 @@ class Volume:
         self.root = os.path.realpath(self.base / "tree")
         self.start()
 
-    def start(self, boot="boot"):
+    def start(self, boot="boot", floor=0):
         self.index = Index.open(str(self.base / "index"))
-        self.session = self.index.begin_session(boot)
+        self.session = self.index.begin_session(boot, floor)
         self.marks_fd = os.open(self.base / "marks", os.O_RDONLY | os.O_DIRECTORY)
         self.marks = MarkWriter(self.marks_fd)
         ours, theirs = wire.make_pair()
@@ -208,9 +208,13 @@ class Volume:
             self.index.end_session()
         self.index.close()
 
-    def restart(self, clean=True, boot="boot"):
+    def restart(self, clean=True, boot="boot", floor=0):
         self.stop(clean)
-        self.start(boot)
+        self.start(boot, floor)
+
+    def take_back(self):
+        """As `mount --force`, when another machine has had the store."""
+        self.restart(floor=self.session.epoch + 2)
 
     # what the link reports
     def on_fetch(self, message, opath):

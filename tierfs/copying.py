@@ -31,9 +31,11 @@ from tierfs.errors import (
     TierError,
 )
 from tierfs.index import Writer
-from tierfs.kit import TICK, Kit, proven, read_exactly
-from tierfs.model import DOUBTED, LEAF, Copy, Record, Residency, new_fid, new_tag, object_key
+from tierfs.kit import TICK, Kit, may_be_gone, proven, read_exactly
+from tierfs.model import DOUBTED, LEAF, Copy, Record, Residency, Stub, new_fid, new_tag, object_key
 from tierfs.past import Ending
+from tierfs.readback import Ref, presence
+from tierfs.spelling import quoted
 from tierfs.transfer import Urgency
 
 log = logging.getLogger("mover")
@@ -221,7 +223,7 @@ class Copier:
         data = read_exactly(item.fd, 0, size)
         digest = sha256(data)
         known = self._known(item, digest)
-        if known is not None:
+        if known is not None and self._is_there(item):
             return Taken(known, item.key, extents, b"", fresh=False)
         taken = Taken(self._new_copy(item, digest), item.key, extents, b"", fresh=True)
         key = item.key
@@ -237,7 +239,7 @@ class Copier:
         assert item.st is not None
         size = item.st.st_size
         known = self._unchanged(item, cancelled)
-        if known is not None:
+        if known is not None and self._is_there(item):
             return Taken(known[0], item.key, extents, known[1], fresh=False)
         digests: list[bytes] = []
         taken = Taken(self._new_copy(item, b""), item.key, extents, b"", fresh=True)
@@ -326,6 +328,16 @@ class Copier:
         if copy.digest != digest or copy.size != item.st.st_size:
             return None
         return self._refreshed(item, copy) if copy.size <= 1 << copy.chunk_shift else None
+
+    def _is_there(self, item: Item) -> bool:
+        """The store has the present copy, as far as can be told unread, where there is reason to ask."""
+        record = item.record
+        if record is None or record.copy is None or not may_be_gone(self._kit, record.copy):
+            return True
+        problem = presence(self._kit, Ref.of_stub(Stub.of(record.fid, record.copy), record.copy.size))
+        if problem:
+            log.warning("%s is copied out anew: %s", quoted(item.path), problem)
+        return not problem
 
     def _refreshed(self, item: Item, copy: Copy) -> Copy:
         assert item.st is not None

@@ -82,10 +82,14 @@ _LATER = ("rescues",)
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """This mount's epoch (generations begin anew in it) and the custody epoch in which proofs are made."""
+    """This mount's epoch (generations begin anew in it) and the custody epoch in which proofs are made.
+
+    Of copies that were proven before the custody epoch `taken` others may have removed the objects.
+    """
 
     epoch: int
     custody: int
+    taken: int = 0
 
 
 @dataclass(slots=True)
@@ -265,7 +269,7 @@ class Index(PastReader):
     def session(self) -> Session:
         """The present session."""
         meta = self._meta()
-        return Session(meta.epoch, meta.custody)
+        return Session(meta.epoch, meta.custody, meta.taken)
 
     @property
     def last_epoch(self) -> int:
@@ -484,7 +488,8 @@ class Index(PastReader):
         one boot.
 
         Otherwise writes may have been lost with their marks: the custody epoch rises, and every proof of the
-        earlier one needs the local bytes hashed again.
+        earlier one needs the local bytes hashed again. So it does where others have had the store, in which
+        what was proven before is looked for as well.
         """
         with self.write() as writer:
             meta = writer.meta
@@ -493,10 +498,13 @@ class Index(PastReader):
             meta.unclean += not meta.clean or floor > meta.epoch
             if floor > meta.epoch:
                 writer.taken_over()
-            if not meta.clean and meta.boot != boot:
+            others = 0 < meta.epoch < floor
+            if others or (not meta.clean and meta.boot != boot):
                 meta.custody += 1
+            if others:
+                meta.taken = meta.custody
             meta.epoch, meta.boot, meta.clean = max(meta.epoch, floor, epoch_of(meta.newest)) + 1, boot, False
-            return Session(meta.epoch, meta.custody)
+            return Session(meta.epoch, meta.custody, meta.taken)
 
     def end_session(self) -> None:
         """The volume was unmounted in order, with no handle left."""

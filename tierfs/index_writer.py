@@ -57,13 +57,15 @@ class Recount(NamedTuple):
 class Meta(msgspec.Struct):
     """The value `meta` of its table. `clean`: the last session ended in order; `unclean` counts the others.
 
-    `newest`: the largest generation that content was given. `noting`: changes are noted for the journal, the
-    newest under number `noted`, the oldest of those that wait at `noted_since` (ns; 0: none waits).
+    `taken`: the last custody epoch that began since others had had the store; 0: none has. `newest`: the
+    largest generation that content was given. `noting`: changes are noted for the journal, the newest under
+    number `noted`, the oldest of those that wait at `noted_since` (ns; 0: none waits).
     """
 
     format: int = FORMAT
     epoch: int = 0
     custody: int = 0
+    taken: int = 0
     boot: str = ""
     clean: bool = True
     log_position: int | None = None

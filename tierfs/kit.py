@@ -175,7 +175,8 @@ class Movements:
 
 @dataclass
 class Kit:
-    """Held by each part. `custody` is the present custody epoch; `config` is replaced as a whole on reload.
+    """Held by each part. `custody` is the present custody epoch, and no proof from before `taken` says anything
+    of the store (see index.Session); `config` is replaced as a whole on reload.
 
     `withheld` says why nothing may be written to the store or removed from it now, "" where it may;
     `claim_tried` is set once the store has been asked for the first time: an order given right after the mount
@@ -191,6 +192,7 @@ class Kit:
     server: ServerLink
     config: VolumeConfig
     custody: int
+    taken: int
     fetches: Pool
     uploads: Pool
     withheld: str = ""
@@ -278,6 +280,11 @@ def unopened(error: OSError) -> str:
     if error.errno == errno.EPERM:
         return "may not be changed: it is immutable or append-only (`lsattr` shows it)"
     return f"cannot be opened: {error.strerror}"
+
+
+def may_be_gone(kit: Kit, copy: Copy) -> bool:
+    """Others have had the store since this copy was last proven: its object may be missing."""
+    return copy.custody < kit.taken
 
 
 def proven(record: Record | None, st: os.stat_result, custody: int) -> bool:

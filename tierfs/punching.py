@@ -22,7 +22,7 @@ from tierfs.copying import Item
 from tierfs.digests import have_digests, sha256
 from tierfs.errors import BusyError, TierError
 from tierfs.index import Writer
-from tierfs.kit import WRITE_FLAGS, Kit, proven, read_exactly, unopened
+from tierfs.kit import WRITE_FLAGS, Kit, may_be_gone, proven, read_exactly, unopened
 from tierfs.model import DOUBTED, LEAF, Copy, Record, Residency, Stub
 from tierfs.places import Places
 
@@ -144,6 +144,8 @@ class Puncher:
             item.stay("its stub is not that of its record", failed=True)
         elif copy.custody == DOUBTED:
             item.stay("its copy was found bad: what is here of it stays")
+        elif may_be_gone(self._kit, copy):
+            item.stay("the store was another machine's meanwhile: what is here of it stays")
         elif self._pinned(item, fd, record):
             item.stay("is pinned")
         else:

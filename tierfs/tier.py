@@ -67,7 +67,8 @@ class Tier:
         """`make_room(bytes, a write has failed)` is called where a fetch finds no room on the local disk."""
         fetches = Pool(config.fetches, "fetch")
         uploads = Pool(config.uploads, "upload")
-        self.kit = Kit(tree, index, store, server, config, index.session.custody, fetches, uploads)
+        now = index.session
+        self.kit = Kit(tree, index, store, server, config, now.custody, now.taken, fetches, uploads)
         self.places = Places(tree, index)
         index.commit(partial(_begin, tree.root_ino)).result()
         self.drainer = Drain(
