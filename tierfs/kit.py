@@ -82,9 +82,9 @@ class Outcomes:
     def forget(self, ino: int, future: Future[tuple[int, str]]) -> None:
         """Nobody waits for this one any more."""
         with self._lock:
-            listed = self._futures.get(ino, [])
-            if future in listed:
-                listed.remove(future)
+            left = [each for each in self._futures.pop(ino, []) if each is not future]
+            if left:
+                self._futures[ino] = left
 
 
 class InUse:

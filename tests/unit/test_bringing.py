@@ -125,3 +125,15 @@ def test_an_order_that_nobody_waits_for_is_patient(volume):
     stayed = [outcome.path for outcome in done.stayed]
     assert NAMES[0].encode() in stayed and NAMES[-1].encode() not in stayed and not notes
     assert done.files == len(NAMES) - len(stayed)
+
+
+def test_of_those_who_waited_nothing_is_left(volume):
+    outcomes = volume.tier.kit.outcomes
+    one, other = outcomes.expect(7), outcomes.expect(7)
+    outcomes.forget(7, one)
+    outcomes.tell(7, 0, "")
+    assert other.result(0) == (0, "") and not one.done()
+    outcomes.forget(7, other)
+    down(volume)
+    fetch(volume)
+    assert not outcomes._futures
