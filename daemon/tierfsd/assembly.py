@@ -90,6 +90,7 @@ class Mover:
             collector=self._scheduler.collector,
             scrubber=self._scrubber,
             bring_pinned=self._scheduler.bring_pinned,
+            never=self._scheduler.trials.never_leaves,
         )
         listener = socket.socket(fileno=control_fd)
         self._control = ControlServer(listener, self._tree.rootfd, backend, self._priority.hurry)

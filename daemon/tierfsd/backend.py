@@ -41,7 +41,8 @@ class TierBackend:
     `looked` is set when the look through the tree is over, whatever came of it,
     `verifying` says how many copies have yet to be looked at after an unclean stop, `notes` what a person
     should know of the volume besides, `check` carries out a check, `journal` keeps the namespace journal,
-    `scrubber` reads copies back, `bring_pinned` has what is pinned fetched in the background.
+    `scrubber` reads copies back, `bring_pinned` has what is pinned fetched in the background,
+    `never` says whether an inode's file is known never to leave.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class TierBackend:
         collector: Collector,
         scrubber: Scrubber,
         bring_pinned: Callable[[], None],
+        never: Callable[[int], bool],
     ) -> None:
         self._tier = tier
         self._kit = tier.kit
@@ -73,6 +75,7 @@ class TierBackend:
         self._collector = collector
         self._scrubber = scrubber
         self._bring_pinned = bring_pinned
+        self._never = never
         self._drained = 0.0
 
     # --- what is known ------------------------------------------------------------------------------------
@@ -82,7 +85,7 @@ class TierBackend:
         self._tier.drain()
         index, runtime = self._kit.index, volume.read_runtime(self._home.state)
         totals, oldest = index.totals(), index.oldest_dirty()
-        unsaved = [] if self._home.identity.view else waiting(self._kit, self._tier.places)
+        unsaved = [] if self._home.identity.view else waiting(self._kit, self._tier.places, self._never)
         return control.Status(
             volume=self._home.identity.volume,
             state=self._home.state,

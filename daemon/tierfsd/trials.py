@@ -35,6 +35,10 @@ class Stayers:
     def __contains__(self, ino: int) -> bool:
         return any(ino in until for until in self._until.values())
 
+    def has(self, ino: int, seconds: float) -> bool:
+        """One that was to be left alone for just so long."""
+        return ino in self._until.get(seconds, ())
+
     def add(self, ino: int, seconds: float) -> None:
         """For so long from now."""
         with self._lock:
@@ -115,6 +119,10 @@ class Trials:
         self.staying.add(item.ino, seconds)
         if item.failed and self.on_trial:
             tried.add(item.ino)
+
+    def never_leaves(self, ino: int) -> bool:
+        """A pattern of [never] spoke against this file when it was last tried."""
+        return self.staying.has(ino, _NEVER_SECONDS)
 
     def next_of(self, items: list[Item]) -> list[Item]:
         """One that has not been tried, else the first: what is wrong may be wrong with a file alone."""

@@ -17,6 +17,8 @@ from tierfsd import replication as replication_module
 from tierfsd import trials as trials_module
 from tierfsd.journalling import JournalKeeper
 from tierfsd.scheduler import Scheduler
+from tierfsd.waiting import MOST as MOST_NAMED
+from tierfsd.waiting import waiting
 
 from tierfs import draining as draining_module
 from tierfs import index_writer as index_writer_module
@@ -465,6 +467,25 @@ def test_files_that_never_leave_are_not_looked_at_over_and_over(tmp_path, clock,
             day.minute()
             assert not home.volume.record(f"new{number}").dirty
             assert sum(looked) <= 10, "the whole queue was gone through"
+    finally:
+        day.heat.close()
+        home.close()
+
+
+def test_what_is_open_is_named_however_many_files_never_leave(tmp_path, clock):
+    day = Day(tmp_path, clock)
+    home = day.home
+    try:
+        day.faults.put("volume.json", b"{}", 2)
+        for number in range(MOST_NAMED + 50):
+            home.write(f"f{number}.lock", b"never")
+        home.write("database", b"d" * 5000)
+        handle = home.volume.server.open(home.volume.path("database"), os.O_RDWR)
+        day.minute()
+        tier = home.volume.tier
+        named = waiting(tier.kit, tier.places, day.scheduler.trials.never_leaves)
+        assert [(file.path, file.open) for file in named] == [(b"database", True)]
+        home.volume.server.release(handle)
     finally:
         day.heat.close()
         home.close()
