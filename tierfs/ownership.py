@@ -9,6 +9,7 @@ Where the store cannot swap conditionally this is advice, not a lock.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -157,8 +158,11 @@ def verify(volume: Volume, store: ObjectStore) -> None:
 
 def note_heard(volume: Volume) -> None:
     """Remember that the store has said just now that it is ours, for `silence`. Raises OSError."""
-    if silence(volume) > _HEARD_SECONDS:
-        os.utime(volume.path(_NOTE))
+    path = volume.path(_NOTE)
+    with contextlib.suppress(FileNotFoundError):  # never claimed
+        # Also where it lies ahead: a date from before the clock was set back would stand for as long.
+        if abs(time.time() - os.stat(path).st_mtime) > _HEARD_SECONDS:
+            os.utime(path)
 
 
 def silence(volume: Volume) -> float:
