@@ -8,6 +8,7 @@ import msgspec
 from tiering import Volume
 
 from tierfs.collecting import Collector
+from tierfs.errors import StoreFullError
 from tierfs.model import object_key
 from tierfs.store.memory import MemoryStore
 
@@ -15,11 +16,20 @@ DAY = 86400.0
 
 
 class DatedStore(MemoryStore):
-    """Its clock shows `date`."""
+    """Its clock shows `date`; it takes `room` bytes in all."""
 
     def __init__(self):
         super().__init__()
-        self.date = 1_000_000.0
+        self.date, self.room = 1_000_000.0, 1 << 60
+
+    @property
+    def used(self):
+        return sum(info.size for info in self.list(""))
+
+    def put(self, key, body, size):
+        if self.used + size > self.room:  # also in place of another: a quota does not know of that yet
+            raise StoreFullError(f"{key}: the store is full")
+        return super().put(key, body, size)
 
     def head(self, key):
         return replace(super().head(key), modified=self.date)

@@ -28,7 +28,7 @@ from functools import partial
 
 from tierfs import failpoints
 from tierfs.digests import SIDE_SUFFIX
-from tierfs.errors import BusyError, ObjectMissingError, StoreError, TierError
+from tierfs.errors import BusyError, ObjectMissingError, StoreError, StoreFullError, TierError
 from tierfs.index import Writer
 from tierfs.kit import Kit
 from tierfs.model import Record, epoch_of, object_key
@@ -43,6 +43,8 @@ _BATCH = 500  # with the side objects one request of S3's bulk delete
 _PART = 50_000  # keys in one object of a list
 _PREFIX = "gc/"
 _CLOCK_KEY = _PREFIX + "clock"
+_CLOCK = b"The date of this object tells how late it is by the store's clock.\n"
+_ROOM = b"It is larger than need be, to leave room for one in a store that is full.\n" * 222
 _INTERVAL = 3600.0  # seconds between beats
 _ABORT_INTERVAL = 6 * 3600.0
 _EVER = (1 << 63) - 1
@@ -109,9 +111,14 @@ class Collector:
 
     def _beat(self) -> None:
         """Learn the store's date, by writing something and looking when it says that was."""
-        body = b"The date of this object tells how late it is by the store's clock.\n"
-        self._kit.store.put(_CLOCK_KEY, body, len(body))
-        server = self._kit.store.head(_CLOCK_KEY).modified
+        store = self._kit.store
+        try:
+            store.put(_CLOCK_KEY, _CLOCK + _ROOM, len(_CLOCK + _ROOM))
+        except StoreFullError:
+            # Nothing that makes room in the end could be done without it.
+            store.delete([_CLOCK_KEY])
+            store.put(_CLOCK_KEY, _CLOCK, len(_CLOCK))
+        server = store.head(_CLOCK_KEY).modified
         failpoints.hit(failpoints.GC_BEAT)
         clock = self._kit.index.past.clock.advanced(server, *self._since_boot())
         self._kit.index.commit(lambda w: w.beat(clock)).result()

@@ -53,6 +53,16 @@ def test_a_superseded_version_is_kept_for_its_time_and_then_goes(volume):
     assert days(volume, 40) == 0 and volume.objects() == {second}
 
 
+def test_a_store_that_is_full_to_the_last_byte_gets_room_by_what_may_go(volume):
+    first = volume.write("a", b"one" * 10_000)
+    second = volume.write("a", b"two" * 10_000)
+    assert days(volume, 29.5, 0.1) == 0 and first in lists(volume)
+    volume.store.room = volume.store.used
+    assert days(volume, 1, 0.1) == 1
+    assert volume.objects() == {second} and volume.store.used < volume.store.room - 29_000
+    assert volume.write("b", b"new" * 9_000) in volume.objects()
+
+
 def test_a_session_that_has_run_on_into_the_next_epoch_removes_what_it_made(volume):
     gate = volume.server.gate
     gate.ledger.generation = (volume.session.epoch + 1 << EPOCH_SHIFT) - 1
