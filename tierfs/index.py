@@ -510,9 +510,3 @@ class Index(PastReader):
         """The volume was unmounted in order, with no handle left."""
         with self.write() as writer:
             writer.meta.clean = True
-
-    def break_custody(self) -> int:
-        """Trust no earlier proof (the index was rebuilt, the tree restored). Returns the new custody epoch."""
-        with self.write() as writer:
-            writer.meta.custody += 1
-            return writer.meta.custody

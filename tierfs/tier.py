@@ -39,7 +39,7 @@ from tierfs.serverlink import ServerLink
 from tierfs.settling import Settler
 from tierfs.spelling import quoted
 from tierfs.store.base import ObjectStore
-from tierfs.transfer import Pool, Urgency
+from tierfs.transfer import Pool
 from tierfs.tree import Tree
 
 log = logging.getLogger("mover")
@@ -363,12 +363,6 @@ class Tier:
     def _pinned_at(self, directory: int) -> bool:
         place = self.places.directory(directory)
         return place is not None and place.pinned
-
-    # --- objects ------------------------------------------------------------------------------------------
-
-    def in_background(self, run: Callable[[], None]) -> None:
-        """Run this when no upload waits. Raises BusyError once closed."""
-        self.kit.uploads.post(Urgency.GARBAGE, run)
 
 
 def _begin(root_ino: int, w: Writer) -> None:
