@@ -24,7 +24,7 @@ from tierfs.tier import Tier
 from tierfs.tree import open_tree
 from tierfsd import checking
 from tierfsd.backend import TierBackend
-from tierfsd.claiming import Fence
+from tierfsd.claiming import Fence, patience
 from tierfsd.control_server import ControlServer, Job
 from tierfsd.indexcare import INDEX_DAMAGED
 from tierfsd.journalling import JournalKeeper
@@ -71,7 +71,7 @@ class Mover:
         self._tier.kit.withheld = _WAITING
         self._tier.kit.still_ours = self._verify_claim
         self._tier.kit.fence = Fence(
-            self._verify_claim, lambda: self._tier.kit.config.kept_seconds, ownership.silence(home)
+            self._verify_claim, lambda: patience(self._tier.kit.config), ownership.silence(home)
         ).check
         self._journal = JournalKeeper(self._tier, home.identity.volume, self._show_life)
         self._scheduler = Scheduler(self._tier, self._heat, _is_beside(home), home.path("ballast"))

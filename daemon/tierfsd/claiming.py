@@ -20,6 +20,7 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 
 from tierfs import ownership, volume
+from tierfs.config import VolumeConfig
 from tierfs.errors import StoreError, StoreStaleError, VolumeError
 from tierfs.spelling import shown
 
@@ -34,6 +35,12 @@ _FORCE_SECONDS = 30.0
 def _since_boot() -> float:
     """Seconds, those of suspends included."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def patience(config: VolumeConfig) -> float:
+    """For how many seconds a silent store is taken to have what it had. Whoever has taken it meanwhile removes
+    by settings of its own: after a restore by the defaults."""
+    return min(config.kept_seconds, VolumeConfig().kept_seconds)
 
 
 class Fence:

@@ -13,7 +13,7 @@ import pytest
 from tierfsd import assembly, claiming
 from tierfsd.claiming import Fence, refuse_if_taken
 
-from tierfs import ownership, volume
+from tierfs import config, ownership, volume
 from tierfs.errors import StoreUnavailableError, VolumeError
 from tierfs.store.directory import DirectoryStore
 
@@ -77,6 +77,11 @@ def test_silence_of_days_ends_it_until_the_store_is_heard_again():
     down[0] = False
     now[0] += 60
     fence.check()
+
+
+@pytest.mark.parametrize(("kept", "days"), [("1d", 1), ("30d", 30), ("365d", 30)])
+def test_silence_is_borne_no_longer_than_a_restored_machine_keeps_versions(kept, days):
+    assert claiming.patience(config.parse(f'keep_versions = "{kept}"')) == days * 86400
 
 
 @pytest.fixture
