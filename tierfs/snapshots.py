@@ -19,7 +19,7 @@ from typing import NamedTuple
 import msgspec
 
 from tierfs import failpoints, manifest
-from tierfs.errors import ObjectCorruptError, ObjectMissingError
+from tierfs.errors import ObjectArchivedError, ObjectCorruptError, ObjectMissingError
 from tierfs.index import Chain, Writer
 from tierfs.journal import Journal, new_chain
 from tierfs.kit import Kit
@@ -209,10 +209,9 @@ class Snapshots:
         is what the store's clock and this machine's both say to be: one alone may have jumped.
 
         Returns how many objects went. Raises StoreError."""
-        store, config = self._kit.store, self._kit.config
+        store, keep = self._kit.store, self._kit.config.kept_seconds
         if self._kit.withheld:
             return 0
-        keep = max(config.keep_versions, config.grace)
         infos = [(key, info) for info in store.list(manifest.PREFIX) if (key := manifest.Key.parse(info.key))]
         now = max((info.modified for _, info in infos), default=0.0)  # by the store's own clock
         lasts = {
@@ -239,8 +238,8 @@ class Snapshots:
         """The last line of a whole snapshot, if this is its last part."""
         try:
             end = manifest.unpack(key, self._kit.store.get(str(key))).end
-        except (ObjectMissingError, ObjectCorruptError):
-            return None
+        except (ObjectMissingError, ObjectCorruptError, ObjectArchivedError):
+            return None  # also one that a rule of the bucket has put where nothing can read it
         return end if end.last else None
 
 

@@ -20,7 +20,7 @@ from tierfsd.journalling import JournalKeeper
 from tierfs import journal as journal_module
 from tierfs import manifest, namespace
 from tierfs import snapshots as snapshots_module
-from tierfs.errors import ObjectCorruptError, StoreUnavailableError, VolumeError
+from tierfs.errors import ObjectArchivedError, ObjectCorruptError, StoreUnavailableError, VolumeError
 from tierfs.namespace import Chronicle
 from tierfs.store.faults import Fault, FaultyStore, Kind
 from tierfs.store.memory import MemoryStore
@@ -519,6 +519,32 @@ def test_one_clock_that_jumps_makes_no_snapshot_old(begun, monkeypatch, whose):
     assert begun.snapshots.prune() == 0
     monkeypatch.undo()
     assert {info.key for info in store.list("meta/")} == before
+
+
+def test_a_journal_in_an_archive_is_begun_anew_and_is_in_nobodys_way(begun, monkeypatch):
+    """A rule of the bucket moves all that is old, and not only content."""
+    store, get = begun.volume.store, begun.volume.store.get
+    many_segments(begun, 1)
+    begun.snapshots.take()
+    archived = {info.key for info in store.list("meta/")}
+    assert not begun.snapshots.is_lost()
+
+    def read(key, start=0, length=None):
+        if key in archived:
+            raise ObjectArchivedError(f"{key}: the provider has archived it")
+        return get(key, start, length)
+
+    monkeypatch.setattr(store, "get", read)
+    assert begun.snapshots.is_lost()
+    for _ in range(3):
+        begun.run("unlink", *begun.above("f0"))
+        many_segments(begun, 1)
+        begun.snapshots.take()
+    kit = begun.volume.tier.kit
+    kit.config = msgspec.structs.replace(kit.config, keep_versions=0.0, grace=0.0)
+    assert begun.snapshots.prune() > 0
+    assert not archived & {info.key for info in store.list("meta/")}
+    assert begun.told() == begun.there()
 
 
 def test_old_snapshots_go(begun):
