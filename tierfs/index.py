@@ -499,10 +499,11 @@ class Index(PastReader):
             if floor > meta.epoch:
                 writer.taken_over()
             others = 0 < meta.epoch < floor
-            if others or (not meta.clean and meta.boot != boot):
-                meta.custody += 1
-            if others:
-                meta.taken = meta.custody
+            lost = not meta.clean and meta.boot != boot
+            looked = not lost and meta.swept == meta.custody  # the tree is as it was, whoever had the store
+            meta.custody += lost or others
+            meta.swept = meta.custody if looked else meta.swept
+            meta.taken = meta.custody if others else meta.taken
             meta.epoch, meta.boot, meta.clean = max(meta.epoch, floor, epoch_of(meta.newest)) + 1, boot, False
             return Session(meta.epoch, meta.custody, meta.taken)
 

@@ -97,6 +97,7 @@ def test_only_who_finds_a_later_epoch_than_its_own_doubts_what_the_store_has(tmp
     first = index.begin_session("boot", 7)
     assert first.taken == 0, "a new index has no copies"
     index.end_session()
+    index.commit(lambda w: w.set_surveyed(True)).result()
     again = index.begin_session("boot", first.epoch)
     assert (again.custody, again.taken) == (first.custody, 0)
     index.end_session()
@@ -105,4 +106,7 @@ def test_only_who_finds_a_later_epoch_than_its_own_doubts_what_the_store_has(tmp
     index.end_session()
     last = index.begin_session("boot", later.epoch)
     assert last.taken == later.taken and index.session == last
+    assert index.surveyed, "the tree need not be looked through for that"
+    crashed = index.begin_session("another boot", last.epoch + 1)
+    assert crashed.taken == last.custody + 1 and not index.surveyed
     index.close()
