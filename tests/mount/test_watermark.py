@@ -18,7 +18,9 @@ from tierfs.commands import mount as command
 from tierfs.commands.late import refuse_what_came_late
 from tierfs.errors import VolumeError
 
-pytestmark = pytest.mark.usefixtures("tiers")
+# They take a tenth of it where the mover has a processor when it wants one.
+SECONDS = 300
+pytestmark = [pytest.mark.usefixtures("tiers"), pytest.mark.timeout(SECONDS)]
 MIB = 1 << 20
 LIMIT = 32 * MIB
 Make = Callable[..., Volume]
@@ -32,15 +34,20 @@ def tree_bytes(mounted: Volume) -> int:
 
 
 def settled(mounted: Volume, most: int, seconds: float = 40) -> int:
-    """Wait until the backing tree holds at most so many bytes; what it holds."""
-    deadline = time.monotonic() + seconds
+    """Wait until the backing tree holds at most so many bytes, or nothing has left for so long; what it holds.
+
+    A mover has next to no share of a processor that others want: how long all of it takes says nothing.
+    """
+    least, deadline = tree_bytes(mounted), time.monotonic() + seconds
     while (held := tree_bytes(mounted)) > most and time.monotonic() < deadline:
+        if held < least:
+            least, deadline = held, time.monotonic() + seconds
         time.sleep(0.1)
     return held
 
 
 def limited(volume: Make, **more: str) -> Volume:
-    mounted = volume(options=("--local-limit", str(LIMIT)))
+    mounted = volume(options=("--local-limit", str(LIMIT)), limit=SECONDS)
     mounted.configure(min_age="0s", quiet="0s", high="95%", low="90%", **more)
     return mounted
 
@@ -132,12 +139,10 @@ def test_an_open_file_is_never_a_victim(volume: Make) -> None:
 
 def test_replicated_files_leave_without_an_upload(volume: Make, tmp_path: Path) -> None:
     """`replicate = "all"`: quiet files have copies long before the space is needed."""
-    mounted = volume()
+    mounted = volume(limit=SECONDS)
     mounted.configure(replicate="all", quiet="0s", min_age="0s")
     contents = fill(mounted, [f"f{number}" for number in range(8)])
-    deadline = time.monotonic() + 30
-    while mounted.status()["dirty_files"] and time.monotonic() < deadline:
-        time.sleep(0.1)
+    assert until(lambda: not mounted.status()["dirty_files"], SECONDS / 2)
     facts = mounted.status()
     assert (facts["dirty_files"], facts["dirty_bytes"], facts["stubs"]) == (0, 0, 0)
     before = mounted.objects()
