@@ -14,7 +14,8 @@ from tierfs.waits import Blocked, Wait
 
 SHARE = 16  # the low reserve: this part of the filesystem ...
 MOST = 256 << 20  # ... and no more bytes than this
-WAIT_SECONDS = 10.0  # for an eviction; then the write goes on and meets what there is
+WAIT_SECONDS = 10.0  # for the next step of an eviction; then the write goes on and meets what there is
+STEPS = 64  # of an eviction, from nothing to the low reserve
 LOADING_SECONDS = 60.0  # before that for a mover that is still being loaded: a busy machine takes half of it
 HOPELESS_SECONDS = 30.0  # after waiting in vain nobody waits for so long
 
@@ -30,6 +31,7 @@ class Room:
         self.low = min(MOST, tree.space().total // SHARE)
         self._wait: Wait | None = None
         self._latest = 0.0  # the end of this wait, whatever is still being loaded
+        self._reached = 0  # the most steps since it began
         self._hopeless_until = 0.0
 
     @property
@@ -48,6 +50,7 @@ class Room:
         if self._wait is None:
             self._wait = Wait(now + WAIT_SECONDS)
             self._latest = now + LOADING_SECONDS + WAIT_SECONDS
+            self._reached = self._steps()
         raise Blocked(self._wait)
 
     def look(self, now: float) -> None:
@@ -57,6 +60,8 @@ class Room:
             return
         if self._loading():
             wait.deadline = min(now + WAIT_SECONDS, self._latest)
+        if (reached := self._steps()) > self._reached:
+            self._reached, wait.deadline = reached, now + WAIT_SECONDS
         ample = self._ample()
         if not ample and wait.deadline is not None and now < wait.deadline:
             self._ask()
@@ -65,6 +70,10 @@ class Room:
             self._hopeless_until = now + HOPELESS_SECONDS
         self._wait = None
         wait.fire()
+
+    def _steps(self) -> int:
+        """How far it is from nothing to the low reserve."""
+        return self._tree.space().available * STEPS // self.low
 
     def _ample(self) -> bool:
         return self._tree.space().available >= self.low

@@ -76,6 +76,24 @@ def test_who_has_waited_in_vain_goes_on_and_waits_no_more_for_a_while(room, disk
     blocked(room)
 
 
+def test_who_waits_goes_on_waiting_while_something_leaves(room, disk):
+    """However slow the disk, the store or the machine: ENOSPC is for what is full of what cannot leave."""
+    disk.available = 40
+    now = time.monotonic()
+    wait = blocked(room)
+    for available in (42, 30, 60, 98):  # others write meanwhile
+        now += WAIT_SECONDS / 2 - 1
+        disk.available = available
+        room.look(now)
+        assert not wait.done
+    disk.available = 97
+    room.look(now + WAIT_SECONDS - 1)
+    assert not wait.done
+    room.look(now + WAIT_SECONDS + 1)
+    assert wait.done and wait.errno == 0
+    room.need()
+
+
 def test_the_time_to_make_room_begins_when_the_mover_is_loaded(room, disk, loading):
     disk.available = 0
     loading.append("a busy machine")
