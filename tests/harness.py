@@ -151,6 +151,10 @@ def detach(mountpoint: str, device: int, connections: Path) -> None:
     subprocess.run(["umount", "-l", mountpoint], capture_output=True, timeout=20)
 
 
+# For a shell in a new mount namespace: what others have mounted would not end before that does.
+LET_GO = "grep ' - fuse.tierfs ' /proc/self/mountinfo | cut -d' ' -f5 | xargs -rn1 umount -l || true\n"
+
+
 def pids_with(variable: str, value: str) -> list[int]:
     """Processes, other than this one, that have the variable with that value in their environment.
 
@@ -310,12 +314,13 @@ class Volume:
 
     def close(self) -> None:
         """Unmount whatever the state; AssertionError where that needed force."""
-        forced = ""
+        forced = said = ""
         device = connection_of(self.mountpoint)
         try:
             if device is not None:
                 done = self.cli("umount", self.mountpoint, check=False, timeout=75)
-                forced = done.stderr if done.returncode else ""
+                said = done.stderr  # also without an error: who has the mount in another namespace
+                forced = said if done.returncode else ""
         except subprocess.TimeoutExpired:
             forced = "umount hung"
         if (forced or connection_of(self.mountpoint) is not None) and device is not None:
@@ -323,7 +328,7 @@ class Volume:
             detach(str(self.mountpoint), device, self.connections)
         self._unwatch()
         for pid in wait_gone(self.pids(), 1 if forced else 15):
-            forced = forced or f"{command(pid)} ran on after umount"
+            forced = forced or f"{command(pid)} ran on after umount. {said}"
             kill(pid)
         assert not forced, f"{self.base}: {forced}\n{self.log()[-4000:]}"
 

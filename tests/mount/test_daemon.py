@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from harness import LET_GO
 
 from tierfs.fuse import compiled
 from tierfs.volume import read_runtime
@@ -312,3 +313,11 @@ def test_a_copy_of_the_mount_in_another_namespace_keeps_the_daemon(volume, needs
             other.kill()
     until(lambda: not os.path.exists(f"/proc/{supervisor}"), 60)
     made.mount()
+
+
+def test_a_namespace_of_a_test_holds_no_mount_of_another(volume, needs_root):
+    made = volume()
+    argv = ["unshare", "-m", "--propagation", "private", "sh", "-c", f"{LET_GO}cat /proc/self/mountinfo"]
+    done = subprocess.run(argv, capture_output=True, text=True, check=True, timeout=30)
+    assert done.stdout and str(made.mountpoint) not in done.stdout
+    assert os.path.ismount(made.mountpoint)

@@ -17,14 +17,15 @@ from typing import NamedTuple
 
 import pytest
 import s3servers
-from harness import TIERFS, Scratch, Volume
+from harness import LET_GO, TIERFS, Scratch, Volume
 
 pytestmark = pytest.mark.usefixtures("tiers", "needs_root")
 S3, SOAK = pytest.mark.s3, pytest.mark.soak
 MOTO, RCLONE = pytest.param("moto", marks=S3), pytest.param("rclone", marks=[S3, SOAK])
 RGW = pytest.param("rgw", marks=[S3, SOAK, pytest.mark.rgw])
 Store = tuple[Callable[[], str], dict[str, str], bool]
-OTHER = """set -e
+OTHER = f"""set -e
+{LET_GO}
 mkdir -p /run/tierfs
 mount -t tmpfs -o mode=755 none /run/tierfs
 hostname other-machine

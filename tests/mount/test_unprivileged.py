@@ -10,13 +10,14 @@ import sys
 from collections.abc import Callable, Iterator
 
 import pytest
-from harness import REPO, Scratch, Volume
+from harness import LET_GO, REPO, Scratch, Volume
 from users import program_for
 
 pytestmark = pytest.mark.usefixtures("tiers")
 OPEN_TO_USERS = os.path.exists("/dev/fuse") and os.stat("/dev/fuse").st_mode & 0o006 == 0o006
 # What a distribution's udev does, for the processes of a namespace alone.
-OPEN_DEVICE = """set -e
+OPEN_DEVICE = f"""set -e
+{LET_GO}
 mount -t tmpfs -o mode=755 none "$1"
 mknod "$1/fuse" c 10 229
 chmod 666 "$1/fuse"
