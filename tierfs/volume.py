@@ -228,6 +228,8 @@ def make_state(state: str) -> None:
             raise VolumeError(f"{state}: the state directory belongs to another user: choose another --state")
         if status.st_mode & 0o077:
             os.chmod(state, 0o700)
+    except PermissionError as exc:
+        raise VolumeError(f"{state}: only root may make the state directory there: act as root") from exc
     except OSError as exc:
         raise VolumeError(f"{state}: the state directory cannot be made: {exc.strerror}") from exc
 

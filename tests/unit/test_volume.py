@@ -514,6 +514,13 @@ def test_adopting_what_is_no_directory_or_holds_the_state(tmp_path):
         adoption.check_directory(str(tmp_path), str(tmp_path / "s"))
 
 
+def test_a_state_directory_that_only_root_may_make(tmp_path, monkeypatch):
+    """As beside a user's own home, which only root can adopt."""
+    monkeypatch.setattr(os, "mkdir", lambda *_: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+    with pytest.raises(VolumeError, match="only root may make the state directory there: act as root"):
+        volume.make_state(str(tmp_path / ".tierfs-home-ann"))
+
+
 def test_what_was_written_beneath_a_mount_is_told_from_a_directory_to_adopt(tmp_path, monkeypatch):
     """While its volume was not mounted: adopted, it would hide that volume."""
     monkeypatch.setattr(volume, "default_state", lambda mountpoint: str(tmp_path / "state"))
