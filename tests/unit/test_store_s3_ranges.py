@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -179,6 +180,33 @@ def test_a_server_that_took_none_for_a_while_is_asked_again(
     assert sum(map(signed, server.requests)) == 7
 
 
+def test_a_place_is_taken_when_a_piece_has_come_and_is_that_of_the_one_before(
+    server: FakeS3, store: S3Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that it stays in the processor's cache."""
+    made: list[int] = []
+    pages, await_piece = s3_ranges._pages, s3_ranges._Connection.await_piece
+    monkeypatch.setattr(s3_ranges, "_pages", lambda size: made.append(size) or pages(size))
+    first, second = (store.pieces("key", start, 2 << 20) for start in (START, START + (4 << 20)))
+    pieces = [next(first), next(second)]
+    assert [bytes(piece[:9]) for piece in pieces] == [BODY[at : at + 9] for at in (START, START + (4 << 20))]
+    assert len(made) == 2  # both are looked at
+
+    def waits(connection: s3_ranges._Connection, size: int) -> None:
+        """While one range waits for its next piece, another one comes, as a whole."""
+        monkeypatch.setattr(s3_ranges._Connection, "await_piece", await_piece)
+        assert {place_of(piece) for piece in store.pieces("key", START, LENGTH)} == {place_of(pieces[1])}
+        connection.await_piece(size)
+
+    monkeypatch.setattr(s3_ranges._Connection, "await_piece", waits)
+    assert place_of(next(second)) == place_of(pieces[1])
+    assert len(made) == 2
+
+
+def place_of(piece: Any) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(piece))
+
+
 def test_the_client_says_what_is_wrong(server: FakeS3, store: S3Store, get: Get) -> None:
     server.answer = lambda request: error(404, "NoSuchKey")
     with pytest.raises(ObjectMissingError):
@@ -298,8 +326,8 @@ def test_large_pieces_lie_in_large_pages(
     flags = []
     for piece in store.pieces("key", 0, len(BODY)):
         assert isinstance(piece, memoryview)
-        flags.append("hg" in flags_of(ctypes.addressof(ctypes.c_char.from_buffer(piece))))
-    assert flags == [False, True, True, True]
+        flags.append("hg" in flags_of(place_of(piece)))
+    assert flags == [True] * 4
 
 
 def flags_of(address: int) -> list[str]:
