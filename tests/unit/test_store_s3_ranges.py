@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import obstore
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -178,6 +179,44 @@ def test_a_server_that_took_none_for_a_while_is_asked_again(
     for _ in range(3):
         assert get(store, "key") == RANGE
     assert sum(map(signed, server.requests)) == 7
+
+
+@pytest.fixture
+def signs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The keys of which a URL has been signed."""
+    signs: list[str] = []
+    sign = obstore.sign
+
+    def noted(store: Any, method: Any, key: str, expires_in: Any) -> str:
+        signs.append(key)
+        return sign(store, method, key, expires_in=expires_in)
+
+    monkeypatch.setattr(obstore, "sign", noted)
+    return signs
+
+
+def test_a_url_is_signed_once_for_the_ranges_of_an_object(
+    server: FakeS3, store: S3Store, get: Get, signs: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, later = time.monotonic, 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now() + later)
+    for key, gone_by in (("one", 0.0), ("one", 0.0), ("other", 0.0), ("other", 0.0), ("other", 60.0)):
+        later += gone_by
+        assert get(store, key) == RANGE
+    assert signs == ["a prefix/one", "a prefix/other", "a prefix/other"]
+    assert all(map(signed, server.requests))
+
+
+def test_a_url_whose_time_is_over_says_nothing_about_the_server(
+    server: FakeS3, store: S3Store, get: Get, signs: list[str]
+) -> None:
+    """What it was signed with may have run out since. Another is signed."""
+    for _ in range(s3_ranges._REFUSALS + 1):
+        server.answer = lambda request: content(BODY, request)
+        assert get(store, "key") == RANGE
+        server.answer = only_signed(lambda request: error(403, "ExpiredToken"))
+        assert get(store, "key") == RANGE
+    assert len(signs) == s3_ranges._REFUSALS + 1
 
 
 def test_a_place_is_taken_when_a_piece_has_come_and_is_that_of_the_one_before(

@@ -26,6 +26,7 @@ PIECE = 1 << 20  # bytes
 # With larger ones, or whole ranges, the first of a file come noticeably later: ranges arrive side by side.
 _LARGE_PIECE = 4 * PIECE
 _QUICK_SECONDS = 0.03  # for a MiB
+_SIGNED_SECONDS = 30.0  # a signed URL is used for so long: to sign one takes half as long as to ask for a range
 _KEPT_SECONDS = 20.0  # a connection that was idle for longer may have been closed by the server
 _REFUSALS = 3  # in a row: this server does not take such requests ...
 _AGAIN_SECONDS = 600.0  # ... for so long: it may have been credentials that had run out
@@ -179,13 +180,15 @@ class Ranges:
     """Gets ranges by signed URLs. Thread-safe."""
 
     def __init__(self, sign: Callable[[str], str], connect_timeout: float, read_timeout: float) -> None:
-        """`sign` gives the URL with which a key may be read now. Seconds; `read_timeout` of silence."""
+        """`sign` gives the URL with which a key may be read for some minutes. Seconds; `read_timeout` of
+        silence."""
         self._sign = sign
         self._connect_timeout = connect_timeout
         self._read_timeout = read_timeout
         self._lock = threading.Lock()
         self._places = _Places()
         self._idle: list[_Connection] = []  # the last used is the last
+        self._signed: dict[str, tuple[float, SplitResult]] = {}  # until when, of the key that was read last
         self._refused = 0
         self._again = 0.0  # when it is tried once more
 
@@ -206,12 +209,12 @@ class Ranges:
         """`into`: where all of it goes, as one piece."""
         if self._refused >= _REFUSALS and time.monotonic() < self._again:
             return
-        url = urlsplit(self._sign(key))
+        fresh, url = self._url(key)
         connection, left, lasting = None, length, False
         try:
             connection = self._kept() or _Connection(url, self._connect_timeout, self._read_timeout)
             answer = connection.ask(url, start, length)
-            if not self._is_taken(answer, start, length):
+            if not self._is_taken(answer, start, length, fresh):
                 return
             parts = self._body(connection, length) if into is None else _whole_body(connection, into)
             with contextlib.closing(parts):
@@ -242,13 +245,27 @@ class Ranges:
                 self._places.give(place)
             length -= size
 
-    def _is_taken(self, answer: _Answer, start: int, length: int) -> bool:
+    def _url(self, key: str) -> tuple[bool, SplitResult]:
+        """Whether it has been signed just now, and the URL."""
+        now = time.monotonic()
+        until, url = self._signed.get(key, (0.0, None))
+        if url is not None and now < until:
+            return False, url
+        url = urlsplit(self._sign(key))
+        self._signed = {key: (now + _SIGNED_SECONDS, url)}
+        return True, url
+
+    def _is_taken(self, answer: _Answer, start: int, length: int, fresh: bool) -> bool:
+        """`fresh`: the URL was. Another one may have been signed by what has run out since: no word against the
+        server."""
         if answer.is_range(start, length):
             self._refused = 0
             return True
         if answer.status < _SERVER_TROUBLE and answer.status not in _OF_THE_OBJECT:
-            self._refused += 1
-            self._again = time.monotonic() + _AGAIN_SECONDS
+            self._signed = {}
+            if fresh:
+                self._refused += 1
+                self._again = time.monotonic() + _AGAIN_SECONDS
         return False
 
     def _leave(self, connection: _Connection, lasting: bool) -> None:
