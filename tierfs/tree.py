@@ -177,15 +177,15 @@ class Tree:
 
     def _xattr(self, fd: int, name: str) -> bytes | None:
         try:
-            return self._present(fd, name)
+            return self._present(fd_path(fd), name)
         except PermissionError:
             # user.* asks for the right to read, which even the owner may lack.
             with self._readable(fd):
-                return self._present(fd, name)
+                return self._present(fd_path(fd), name)
 
-    def _present(self, fd: int, name: str) -> bytes | None:
+    def _present(self, place: str | int, name: str) -> bytes | None:
         try:
-            return os.getxattr(fd_path(fd), name)
+            return os.getxattr(place, name)
         except OSError as error:
             # user.* on a special file is refused altogether.
             if error.errno in _ABSENT or error.errno == errno.EPERM:
@@ -237,7 +237,8 @@ class Tree:
         For our own writes of content that the file already had. Raises OSError.
         """
         mode = os.fstat(fd).st_mode
-        capability = self._xattr(fd, _CAPABILITY)
+        # By the descriptor: to look its name up in /proc would take as long as all else around the write.
+        capability = self._present(fd, _CAPABILITY)
         try:
             yield
         finally:
@@ -245,7 +246,7 @@ class Tree:
             lost = mode & ~now & (stat.S_ISUID | stat.S_ISGID)
             if lost:  # and nothing else: its owner may have changed the mode meanwhile
                 os.chmod(fd_path(fd), stat.S_IMODE(now) | lost)
-            if capability is not None and self._xattr(fd, _CAPABILITY) is None:
+            if capability is not None and self._present(fd, _CAPABILITY) is None:
                 os.setxattr(fd_path(fd), _CAPABILITY, capability)
 
     def set_mtime(self, fd: int, mtime_ns: int) -> None:
