@@ -21,7 +21,9 @@ from tierfs.tree import Tree, pwrite_all
 _PAGE = 4096
 _ZEROS = bytes(_PAGE)
 FIRST_RANGE = 128 * 1024
-MOST_RANGE = 8 << 20
+# To ask for a range is as much work as to write 2 MiB: few large ones are less.
+MOST_RANGE = 16 << 20
+_MOST_COMING = 128 << 20  # bytes in all ranges under way: what is on its way may fill memory
 _LEAST_SPLIT = 1 << 20
 
 MISSING, COMING, HERE = 0, 1, 2
@@ -146,7 +148,8 @@ class Arrival:
         low, high = request.start // LEAF, leaf_count(request.end)
         split = MOST_RANGE
         if not self.small:
-            split = max(_LEAST_SPLIT, min(MOST_RANGE, (request.end - request.start) // most // LEAF * LEAF))
+            share = min(request.end - request.start, _MOST_COMING) // most // LEAF * LEAF
+            split = max(_LEAST_SPLIT, min(MOST_RANGE, share))
             if not request.served and not request.whole:
                 high = max(high, min(low + FIRST_RANGE // LEAF, len(self.leaves)))
         request.served = True

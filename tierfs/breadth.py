@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 
-FEW, MANY = 8, 16
+FEW, MANY = 4, 16
 AMPLE = 1e9  # bytes a second: what a processor takes in, about
 _BETTER = 1.2  # times as quick as few, for many to be worth it
 _BEFORE = 32 << 20  # bytes that were on their way before it was so many

@@ -5,9 +5,12 @@ import threading
 import pytest
 from tiering import MIB, Volume
 
+from tierfs.arrivals import MOST_RANGE, Arrival, Request, Shown
 from tierfs.breadth import AMPLE, FEW, MANY, Breadth
+from tierfs.model import Stub, leaf_count
 from tierfs.store.memory import MemoryStore
 
+STUB = Stub(b"f" * 16, 7, b"t" * 8, b"d" * 32)
 QUICK, SLOW = AMPLE * 1.5, AMPLE / 10  # bytes a second
 
 
@@ -58,6 +61,16 @@ def test_a_reader_that_takes_its_time_says_nothing_of_the_link():
     for _ in range(100):  # pauses between what is quick
         now = run(breadth, {FEW: SLOW, MANY: SLOW}, 64 * MIB, now + 5)
     assert breadth.count == FEW
+
+
+@pytest.mark.parametrize(("count", "size"), [(FEW, MOST_RANGE), (MANY, 8 * MIB)])
+def test_few_ranges_are_large_and_many_are_no_more_in_all_than_memory_is_for(count, size):
+    length = 1024 * MIB
+    shown, leaves = Shown(0, 0, 0, 0), bytearray(leaf_count(length))
+    arrival = Arrival(1, STUB, length, -1, None, shown, b"digests", None, [], leaves, fresh=True)
+    request = Request(1, 1, STUB.pack(), length, 0, length, whole=True, ahead=False, deadline=0.0)
+    ranges = arrival.next_ranges(request, count)
+    assert [each.end - each.start for each in ranges] == [size] * count
 
 
 class Held(MemoryStore):
