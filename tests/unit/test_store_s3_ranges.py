@@ -27,7 +27,7 @@ from tierfs.store import s3_ranges
 from tierfs.store.base import Capabilities
 from tierfs.store.s3 import S3Settings, S3Store, Timeouts
 
-BODY = os.urandom(10 << 20)
+BODY = os.urandom(20 << 20)
 START, LENGTH = 100_000, 2 << 20
 RANGE = BODY[START : START + LENGTH]
 
@@ -344,15 +344,15 @@ def test_pieces_that_come_quickly_are_larger(
 ) -> None:
     piece = s3_ranges.PIECE
     monkeypatch.setattr(s3_ranges, "_QUICK_SECONDS", 100.0)
-    assert sizes(store) == [piece, 4 * piece, 4 * piece, piece]
-    assert sizes(store) == [4 * piece, 4 * piece, 2 * piece]  # the network is as it was a moment ago
+    assert sizes(store) == [piece, 8 * piece, 8 * piece, 3 * piece]
+    assert sizes(store) == [8 * piece, 8 * piece, 4 * piece]  # the network is as it was a moment ago
     # Who waits for a small range gets half of it sooner. Each piece can be checked: it is one of whole leaves.
     assert sizes(store, 6 * piece) == [3 * piece] * 2
     assert sizes(store, 5 * piece + 3 * LEAF) == [2 * piece, 2 * piece, piece + 3 * LEAF]
     assert sizes(store, piece + 1) == [piece, 1]
     monkeypatch.setattr(s3_ranges, "_QUICK_SECONDS", 0.0)
-    assert sizes(store) == [4 * piece, *[piece] * 6]
-    assert sizes(store) == [piece] * 10
+    assert sizes(store) == [8 * piece, *[piece] * 12]
+    assert sizes(store) == [piece] * 20
     assert server.connections == 1
 
 

@@ -23,8 +23,9 @@ log = logging.getLogger("store")
 LEAST = 1 << 20  # bytes; of a smaller range all this is nothing
 PIECE = 1 << 20  # bytes
 # Each piece has its own way to the disk and to who waits: fewer are less work, where none has to wait for more.
-# With larger ones, or whole ranges, the first of a file come noticeably later: ranges arrive side by side.
-_LARGE_PIECE = 4 * PIECE
+# But ranges arrive side by side: the first piece of one comes when as much of all the others has. So a piece is
+# at most half of its range, and the ranges of who has just begun to read a file are small.
+_LARGE_PIECE = 8 * PIECE
 _QUICK_SECONDS = 0.03  # for a MiB
 _SIGNED_SECONDS = 30.0  # a signed URL is used for so long: to sign one takes half as long as to ask for a range
 _KEPT_SECONDS = 20.0  # a connection that was idle for longer may have been closed by the server
