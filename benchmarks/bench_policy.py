@@ -15,11 +15,13 @@ import math
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import zstandard
 
-from tierfs.policy.heat import Heat, admitted, score, touched
+from tierfs.policy.heat import Heat, admitted, lent, score, touched
+from tierfs.policy.scans import Scans
 from tierfs.policy.victims import victims
 
 TRACES = Path(__file__).resolve().parent.parent.parent / "shared" / "traces"
@@ -60,14 +62,17 @@ def lru(accesses: list[Access], capacity: int) -> tuple[int, int]:
 
 
 class Local:
-    """A local tier in memory: the queues that the mover keeps in LMDB."""
+    """A local tier in memory: the queues that the mover keeps in LMDB. `knows_scans`: scans are told apart."""
 
-    def __init__(self, capacity: int, by_bytes: bool) -> None:
+    def __init__(self, capacity: int, by_bytes: bool, knows_scans: bool = True) -> None:
         self.capacity, self.by_bytes = capacity, by_bytes
+        self.scans = Scans() if knows_scans else None
         self.used = self.volume = 0
         self.heat: dict[int, Heat] = {}
         self.waiting: OrderedDict[int, int] = OrderedDict()  # on probation, oldest first
         self.waiting_bytes = 0
+        self.lent: OrderedDict[int, int] = OrderedDict()  # brought by scans, oldest first
+        self.lent_total = 0
         self.scores: dict[int, float] = {}  # of those past it
         self.heap: list[tuple[float, int]] = []
 
@@ -85,33 +90,82 @@ class Local:
                 continue
             yield file, self.heat[file].size
 
+    def by_lending(self) -> Iterator[tuple[int, int, float]]:
+        """Oldest first, in the same way."""
+        while self.lent:
+            file, size = next(iter(self.lent.items()))
+            yield file, size, self.heat[file].last
+
     def probation_bytes(self) -> int:
         """What the files on probation hold together."""
         return self.waiting_bytes
 
-    def use(self, file: int, size: int, now: float) -> bool:
-        """One access; whether it was a hit."""
-        clock = self.volume / self.capacity
-        if file in self.waiting or file in self.scores:
-            self.place(file, touched(self.heat[file], clock, now, 1, size))
+    def lent_bytes(self) -> int:
+        """What those hold that are lent."""
+        return self.lent_total
+
+    def is_local(self, file: int) -> bool:
+        """Whether it is here."""
+        return file in self.waiting or file in self.scores or file in self.lent
+
+    @property
+    def clock(self) -> float:
+        """V, in turnovers."""
+        return self.volume / self.capacity
+
+    def use(self, file: int, size: int, now: float, who: int = 0) -> bool:
+        """One access; whether it was a hit. `who`: a program, 0 where each access is another's."""
+        if self.is_local(file):
+            self.touch(file, size, now, who)
             return True
         if size > self.capacity:
             return False
-        for victim in victims(self, self.used):
+        self.make_room(size, now)
+        self.used += size
+        if self.brings(file, size, now, who):
+            self.place(file, lent(self.heat.get(file), now, size))
+        else:
+            self.volume += size
+            self.place(file, admitted(self.heat.get(file), self.clock, now, size))
+        self.touch(file, size, now, who)
+        return False
+
+    def make_room(self, size: int, now: float) -> None:
+        """Have the coldest leave."""
+        for victim in victims(self, self.used, now):
             if self.used + size <= self.capacity:
                 break
             self.remove(victim)
-        self.volume += size
-        self.used += size
-        heat = admitted(self.heat.get(file), self.volume / self.capacity, now, size)
-        self.place(file, touched(heat, self.volume / self.capacity, now, 1, size))
-        return False
+
+    def brings(self, file: int, size: int, now: float, who: int) -> bool:
+        """Whether a file comes for a scan."""
+        if self.scans is None or not who:
+            return False
+        scans, known = self.scans.brings(who, file, size, self.capacity, now)
+        for each, brought in known:
+            if self.is_local(each) and self.heat[each].last <= brought:
+                self.place(each, lent(self.heat[each], now, self.heat[each].size))
+        return scans
+
+    def touch(self, file: int, size: int, now: float, who: int) -> None:
+        """A use of what is local, if it is one."""
+        if self.scans is not None and who and not self.scans.counts(who, file, self.capacity, now):
+            return
+        self.volume += self.heat[file].size if self.heat[file].lent else 0
+        self.place(file, touched(self.heat[file], self.clock, now, 1, size))
 
     def place(self, file: int, heat: Heat) -> None:
         """Set heat and queue of a local file."""
         self.heat[file] = heat
+        if not heat.lent:
+            self.lent_total -= self.lent.pop(file, 0)
+        elif file not in self.lent:
+            self.waiting_bytes -= self.waiting.pop(file, 0)
+            self.scores.pop(file, None)
+            self.lent[file] = heat.size
+            self.lent_total += heat.size
         if heat.probation:
-            if file not in self.waiting:
+            if not heat.lent and file not in self.waiting:
                 self.waiting[file] = heat.size
                 self.waiting_bytes += heat.size
             return
@@ -124,6 +178,8 @@ class Local:
     def remove(self, file: int) -> None:
         """Demote it."""
         self.used -= self.heat[file].size
+        self.heat[file] = replace(self.heat[file], lent=False)
+        self.lent_total -= self.lent.pop(file, 0)
         self.waiting_bytes -= self.waiting.pop(file, 0)
         self.scores.pop(file, None)
 

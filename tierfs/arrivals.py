@@ -46,6 +46,8 @@ class Request:
     passable: bool = False
     shown: tuple[int, int] = (0, 0)  # mtime and ctime that the server shows
     ordered: bool = False  # nobody but an order waits
+    lent: bool = False  # a scan asks
+    pid: int = 0
     cancelled: bool = False
     passing: bool = False  # it is being served past the disk, and ends with that
     served: bool = False  # its first range has been asked for
@@ -92,6 +94,7 @@ class Arrival:
     unsynced: int = 0
     settling: bool = False
     awaited: bool = False  # somebody waits until it is resident for good
+    lent: bool = True  # nobody but scans has asked
     closed: bool = False
     used: float = field(default_factory=time.monotonic)
     noted: Future[None] | None = None  # the index knows that pages may have been written

@@ -236,6 +236,7 @@ class Status(Frame, frozen=True):
     queued: int
     pids: dict[str, int]
     errors: list[Problem]
+    lent_bytes: int = 0  # local for scans alone
     oldest_dirty: float = 0.0
     upload_rate: float = 0.0
     fetch_rate: float = 0.0

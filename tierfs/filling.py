@@ -45,11 +45,11 @@ class Filler:
         settle: Callable[[Arrival], None],
         make_room: Callable[[int, bool], None],
         hurry: Callable[[], None] = lambda: None,
-        asked: Callable[[int], None] = lambda fd: None,
+        asked: Callable[[int, int], None] = lambda fd, pid: None,
     ) -> None:
         """`settle` takes a file of which every leaf is here; `make_room` frees so many bytes of local disk,
         where (True) a write has just failed for want of them. `asked` hears of each small file (by a
-        descriptor) that somebody waits for."""
+        descriptor) that somebody waits for, and whose thread that is."""
         self._kit = kit
         self._settle = settle
         self._make_room = make_room
@@ -65,13 +65,13 @@ class Filler:
 
     # --- the server's messages, in the link's thread ------------------------------------------------------
 
-    def on_fetch(self, message: wire.Fetch, opath: int) -> None:
-        """Take a request; the descriptor is ours."""
+    def on_fetch(self, message: wire.Fetch, opath: int, lent: bool = False) -> None:
+        """Take a request; the descriptor is ours. `lent`: it comes for a scan."""
         request = Request(
             message.id, message.ino, message.stub, message.size, message.start,
             min(message.start + message.length, message.size), message.whole, message.ahead,
             time.monotonic() + self._kit.config.fetch_timeout, message.passable,
-            (message.mtime, message.ctime), message.ordered,
+            (message.mtime, message.ctime), message.ordered, lent, message.pid,
         )  # fmt: skip
         with self._lock:
             self._requests[request.id] = request
@@ -164,7 +164,8 @@ class Filler:
 
     def _urgency(self, request: Request) -> Urgency:
         large = request.whole and request.size > 1 << self._kit.chunk_shift
-        return Urgency.AHEAD if request.ahead or request.ordered or large else Urgency.READER
+        behind = request.ahead or request.ordered or request.lent or large
+        return Urgency.AHEAD if behind else Urgency.READER
 
     def _most(self, request: Request) -> int:
         """How many ranges of its file may be under way. Who waits for these very bytes waits for no others."""
@@ -222,6 +223,7 @@ class Filler:
             if request.cancelled:
                 return True
             arrival.requests.append(request)
+            arrival.lent &= request.lent
             arrival.awaited |= request.whole and not request.passable
         self._serve(arrival, request)
         return True
@@ -271,7 +273,7 @@ class Filler:
     def _serve(self, arrival: Arrival, request: Request) -> None:
         """Say what is here, fetch what is not: the first range in this thread, the others in the pool."""
         if arrival.small and not request.ordered:
-            self._asked(arrival.fd)
+            self._asked(arrival.fd, request.pid)
         with arrival.lock:
             here = arrival.runs(request)
             ranges = arrival.next_ranges(request, self._most(request))

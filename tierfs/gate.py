@@ -107,6 +107,7 @@ class Gate:
             if flags & os.O_TRUNC and writable:
                 self.contents.cut(inode, opath)
             elif inode.content is not None:
+                inode.content.opened_by(pid)
                 if inode.content.small:
                     self._inflow.need(inode.ino, 0, inode.content.size, passable=True)
                 if writable and inode.content.missing == 0:
@@ -118,10 +119,10 @@ class Gate:
         if inode.opath != opath:
             os.close(opath)
         inode.size = st.st_size
-        self.heat.touch(inode, st.st_size)
+        self.heat.touch(inode, st.st_size, pid)
         return handle
 
-    def reopen(self, ino: int, flags: int) -> Handle | None:
+    def reopen(self, ino: int, flags: int, pid: int = 0) -> Handle | None:
         """Open a file that the kernel has registered already: it is resident, and of this very number. None
         where it is not, or something is to be done to it: `open` does that. Raises as `open`."""
         inode = self.states.inodes.get(ino)
@@ -138,7 +139,7 @@ class Gate:
         handle = Handle(inode, -1, flags, inode.backing_id)
         inode.opens += 1
         inode.writers += writable
-        self.heat.touch(inode, inode.size)
+        self.heat.touch(inode, inode.size, pid)
         return handle
 
     def need_room(self) -> None:

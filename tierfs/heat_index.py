@@ -3,10 +3,11 @@
     table  key                     value
     heat   ino                     level, clock, last, shown, size, flags, order key
     score  order key, ino          size        (local files past probation; order key sorts as the score)
-    queue  admission number, ino   size        (local files on probation)
+    queue  admission number, ino   size        (local files on probation; with _LENDING those that are lent)
     meta   "state"                 clock's bytes admitted, next admission number, bytes on probation
 
-One thread of the mover writes, in batches; the mount server reads single entries.
+One thread of the mover writes, in batches; the mount server reads single entries. A former version takes what
+is lent for what has come last on probation.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ import lmdb
 from tierfs.datafile import keep_length
 from tierfs.environment import open_tables
 from tierfs.errors import IndexError_
-from tierfs.policy.heat import Heat, admitted, brought, score, seeded, shown_at, touched
-from tierfs.policy.victims import victims
+from tierfs.policy.heat import Heat, admitted, brought, lent, score, seeded, shown_at, touched
+from tierfs.policy.victims import overdue, victims
 
 log = logging.getLogger("index")
 
@@ -38,7 +39,9 @@ _STATE = struct.Struct("<QQQ")
 _KEY = struct.Struct(">8sQ")
 _U64 = struct.Struct(">Q")
 _PROBATION, _LISTED = 1, 2
+_LENDING = 1 << 63  # in admission numbers: of what is lent, which is how it is known, behind all others
 _PAGE = 256  # victims looked at in one transaction
+_REPORTED = 15.0  # seconds: a use is known by then
 _TOUCHES = 128  # files in one: pages that it changes are copied, and the file grows by the copies
 _LAST = 0xFFFFFFFF
 
@@ -58,6 +61,7 @@ class HeatIndex:
         self.capacity = max(capacity, 1)
         self.by_bytes = by_bytes
         self._lock = threading.Lock()
+        self._lent = 0  # bytes; counted at the beginning, since a former version does not keep count
         try:
             self._open(path, readonly)
         except (lmdb.Error, IndexError_) as error:
@@ -67,6 +71,8 @@ class HeatIndex:
             shutil.rmtree(path, ignore_errors=True)
             os.makedirs(path, 0o700)
             self._open(path, readonly)
+        if not readonly:
+            self._lent = sum(size for _, size in self._walk("queue", _U64.pack(_LENDING)))
 
     def _open(self, path: str, readonly: bool) -> None:
         self._env, self._db = open_tables(path, _TABLES, readonly=readonly, durable=False)
@@ -85,13 +91,22 @@ class HeatIndex:
 
     def last_use(self, ino: int) -> float | None:
         """Wall seconds of the last use; None of an unknown file."""
+        heat = self.of(ino)
+        return heat.last if heat is not None else None
+
+    def of(self, ino: int) -> Heat | None:
+        """All that is known of a file; None of an unknown one."""
         with self._env.begin() as txn:
             found = _unpack(txn.get(_U64.pack(ino), db=self._db["heat"]))
-        return found[0].last if found else None
+        return found[0] if found else None
 
-    def victims(self, local_bytes: int) -> Iterator[int]:
+    def victims(self, local_bytes: int, now: float | None = None) -> Iterator[int]:
         """Files in the order in which they should leave; the caller skips those that may not."""
-        return victims(self, local_bytes)
+        return victims(self, local_bytes, time.time() if now is None else now)
+
+    def overdue(self, now: float | None = None) -> Iterator[int]:
+        """Those that leave although there is room."""
+        return overdue(self, self.capacity, time.time() if now is None else now)
 
     def by_score(self) -> Iterator[tuple[int, int]]:
         """(ino, size) of local files past probation, coldest first."""
@@ -99,21 +114,33 @@ class HeatIndex:
 
     def by_admission(self) -> Iterator[tuple[int, int]]:
         """(ino, size) of local files on probation, oldest first."""
-        return self._walk("queue")
+        return self._walk("queue", end=_U64.pack(_LENDING))
+
+    def by_lending(self) -> Iterator[tuple[int, int, float]]:
+        """(ino, size, wall seconds) of local files that are lent, oldest first."""
+        for ino, size in self._walk("queue", _U64.pack(_LENDING)):
+            heat = self.of(ino)
+            yield ino, size, heat.last if heat is not None else 0.0
+
+    def lent_bytes(self) -> int:
+        """What those hold together that are lent."""
+        return self._lent
 
     def probation_bytes(self) -> int:
         """What the files on probation hold together."""
         with self._env.begin() as txn:
             return int(self._state(txn)[2])
 
-    def _walk(self, table: str) -> Iterator[tuple[int, int]]:
-        """In pages, each a short transaction: one held open would keep old pages alive."""
-        start = b""
+    def _walk(self, table: str, start: bytes = b"", end: bytes = b"\xff" * 17) -> Iterator[tuple[int, int]]:
+        """From key `start` to `end`, in pages, each a short transaction: one held open would keep old pages
+        alive."""
         while True:
             with self._env.begin() as txn, txn.cursor(db=self._db[table]) as cursor:
                 rows = []
                 if cursor.set_range(start):
                     for key, value in cursor:
+                        if key >= end:
+                            break
                         rows.append((bytes(key), bytes(value)))
                         if len(rows) >= _PAGE:
                             break
@@ -139,6 +166,8 @@ class HeatIndex:
                 for ino, count, size in ordered[start : start + _TOUCHES]:
                     heat, queued = batch.get(ino)
                     here = bool(queued)
+                    if heat and heat.lent and here:
+                        batch.volume += heat.size  # this is when it is admitted
                     batch.put(ino, touched(heat or Heat(), batch.clock, moment, count, size, here), here)
 
     def admit(self, ino: int, size: int, grown: int, now: float | None = None) -> None:
@@ -154,14 +183,36 @@ class HeatIndex:
             for ino, size, grown in files:
                 batch.volume += max(grown, 0)
                 heat, queued = batch.get(ino)
-                here = heat is not None and bool(queued)
-                if heat is not None and here:
+                known = heat is not None and bool(queued) and not heat.lent
+                if heat is not None and known:
                     new = replace(heat, size=size)
                 elif ino in unused:
                     new = brought(heat, size)
                 else:
                     new = admitted(heat, batch.clock, moment, size)
                 batch.put(ino, new, True)
+
+    def lend_many(self, files: Iterable[tuple[int, int]], now: float | None = None) -> None:
+        """(ino, size) of files that a scan has brought in. The clock stands still, and what was here stays what
+        it was."""
+        moment = time.time() if now is None else now
+        with self._batch() as batch:
+            for ino, size in files:
+                heat, queued = batch.get(ino)
+                if heat is None or not queued or heat.lent:
+                    batch.put(ino, lent(heat, moment, size), True)
+                else:
+                    batch.put(ino, replace(heat, size=size), True)
+
+    def lend_known(self, files: Iterable[tuple[int, float]], now: float | None = None) -> None:
+        """(ino, seconds ago) of files that have turned out to have been brought in by a scan then: those that
+        nobody has used since are lent."""
+        moment = time.time() if now is None else now
+        with self._batch() as batch:
+            for ino, age in files:
+                heat, queued = batch.get(ino)
+                if heat is not None and queued and heat.last <= moment - age + _REPORTED:
+                    batch.put(ino, lent(heat, moment, heat.size), True)
 
     def seed_many(self, files: Iterable[tuple[int, int, float]], now: float | None = None) -> None:
         """(ino, size, seconds since last use) of files found in an adopted tree; known ones are left alone."""
@@ -189,10 +240,12 @@ class HeatIndex:
     @contextmanager
     def _batch(self) -> Iterator[_Batch]:
         try:
-            with self._lock, self._env.begin(write=True) as txn:
-                batch = _Batch(self, txn)
-                yield batch
-                batch.finish()
+            with self._lock:
+                with self._env.begin(write=True) as txn:
+                    batch = _Batch(self, txn)
+                    yield batch
+                    batch.finish()
+                self._lent = batch.lent
         except lmdb.Error as error:
             raise IndexError_(f"heat cannot be written: {error}") from error
         keep_length(self._env, self.path)
@@ -206,6 +259,7 @@ class _Batch:
         self._txn = txn
         self._db = index._db
         self.volume, self._number, self._probation = index._state(txn)
+        self.lent = index._lent
 
     @property
     def clock(self) -> float:
@@ -222,14 +276,15 @@ class _Batch:
         before, queued = self.get(ino)
         key = b""
         if local and heat.probation:
-            key = queued if queued and before and before.probation else self._next_number()
+            same = before is not None and before.probation and before.lent == heat.lent
+            key = queued if queued and same else self._next_number(_LENDING if heat.lent else 0)
         elif local:
             key = order_key(score(heat, self._index.by_bytes))
         self._unqueue(ino, before, queued)
         if key:
             table = "queue" if heat.probation else "score"
             self._txn.put(_KEY.pack(key, ino), _U64.pack(heat.size), db=self._db[table])
-            self._probation += heat.size if heat.probation else 0
+            self._count(heat, heat.size)
         self._txn.put(_U64.pack(ino), _pack(heat, key), db=self._db["heat"])
 
     def drop(self, ino: int) -> None:
@@ -238,16 +293,22 @@ class _Batch:
         self._unqueue(ino, before, queued)
         self._txn.delete(_U64.pack(ino), db=self._db["heat"])
 
-    def _next_number(self) -> bytes:
+    def _next_number(self, kind: int) -> bytes:
         self._number += 1
-        return _U64.pack(self._number)
+        return _U64.pack(kind | self._number)
+
+    def _count(self, heat: Heat, size: int) -> None:
+        if heat.lent:
+            self.lent = max(0, self.lent + size)
+        elif heat.probation:
+            self._probation = max(0, self._probation + size)
 
     def _unqueue(self, ino: int, before: Heat | None, queued: bytes) -> None:
         if before is None or not queued:
             return
         table = "queue" if before.probation else "score"
-        if self._txn.delete(_KEY.pack(queued, ino), db=self._db[table]) and before.probation:
-            self._probation = max(0, self._probation - before.size)
+        if self._txn.delete(_KEY.pack(queued, ino), db=self._db[table]):
+            self._count(before, -before.size)
 
     def finish(self) -> None:
         """Write the state behind the tables."""
@@ -264,4 +325,6 @@ def _unpack(raw: bytes | None) -> tuple[Heat, bytes] | None:
     if raw is None or len(raw) != _ENTRY.size:
         return None
     level, clock, last, shown, size, flags, key = _ENTRY.unpack(raw)
-    return Heat(level, clock, last, shown, size, bool(flags & _PROBATION)), key if flags & _LISTED else b""
+    waits, listed = bool(flags & _PROBATION), bool(flags & _LISTED)
+    lent = waits and listed and _U64.unpack(key)[0] >= _LENDING
+    return Heat(level, clock, last, shown, size, waits, lent), key if listed else b""

@@ -43,6 +43,7 @@ class Flight:
     ahead: bool
     passable: bool  # only readers wait for it: content may be handed past a full disk
     ordered: bool = False  # for an order: who waits here asks for himself
+    pid: int = 0  # as in wire.Fetch: nobody else waits behind a scan
 
 
 class Waiting(NamedTuple):
@@ -61,8 +62,8 @@ class Content:
     """
 
     __slots__ = (
-        "closing", "flights", "idle", "missing", "passages", "present", "settled", "shown", "size", "stub",
-        "timed", "waits", "whole_asked",
+        "closing", "flights", "idle", "missing", "opener", "passages", "present", "settled", "shown", "size",
+        "stub", "timed", "waits", "whole_asked",
     )  # fmt: skip
 
     def __init__(self, stub: Stub, size: int, bits: bytes | None) -> None:
@@ -70,6 +71,7 @@ class Content:
         self.stub = stub
         self.size = size
         self.shown = (0, 0)  # mtime and ctime (ns) that the file showed when it was opened
+        self.opener: int | None = None  # the thread that has opened it; 0: several, or not known which
         self.believe(bits)
         self.flights: list[Flight] = []
         self.waits: list[Waiting] = []
@@ -89,6 +91,10 @@ class Content:
                 if bits[leaf >> 3] >> (leaf & 7) & 1:
                     self.present[leaf] = 1
         self.missing = self.present.count(0)
+
+    def opened_by(self, pid: int) -> None:
+        """A thread opens the file, perhaps for the second time for having had to wait."""
+        self.opener = pid if self.opener in (None, pid) else 0
 
     @property
     def settling(self) -> bool:
@@ -210,7 +216,8 @@ class Inflow:
             return
         wait = self._timed_wait(content)
         content.waits.append(Waiting(*gap, wait, passable))
-        asked = any(_brings(f, *gap, passable) and not (f.ahead or f.ordered) for f in content.flights)
+        coming = [f for f in content.flights if _brings(f, *gap, passable) and not (f.ahead or f.ordered)]
+        asked = any(flight.pid in (0, content.opener or 0) for flight in coming)
         if not asked and not (passable and content.comes_next(*gap)):
             self._ask(ino, *gap, whole=content.small, ahead=False, passable=passable)
         raise Blocked(wait)
@@ -291,7 +298,8 @@ class Inflow:
     ) -> None:
         self._next += 1
         content, _ = self._contents[ino]
-        flight = Flight(self._next, start, end, whole, ahead, passable, ordered)
+        pid = 0 if ordered else content.opener or 0
+        flight = Flight(self._next, start, end, whole, ahead, passable, ordered, pid)
         content.flights.append(flight)
         try:
             self._send(ino, flight)
@@ -314,6 +322,7 @@ class Inflow:
             ordered=flight.ordered,
             mtime=content.shown[0],
             ctime=content.shown[1],
+            pid=flight.pid,
         )
         self._post(message, (opath,))
 

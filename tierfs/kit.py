@@ -120,19 +120,20 @@ class Movements:
     def __init__(self) -> None:
         self.told: Callable[[], None] = lambda: None
         self._lock = threading.Lock()
-        self._here: dict[int, tuple[int, int]] = {}
+        self._here: dict[int, tuple[int, int, bool]] = {}
         self._left: set[int] = set()
         self._gone: set[int] = set()
 
-    def here(self, ino: int, size: int, grown: int) -> None:
-        """The file is local with `size` bytes, `grown` of them new."""
-        self.many({ino: (size, grown)}, ())
+    def here(self, ino: int, size: int, grown: int, lent: bool = False) -> None:
+        """The file is local with `size` bytes, `grown` of them new; `lent`: for a scan alone."""
+        self.many({ino: (size, grown)}, (), lent)
 
-    def many(self, here: Mapping[int, tuple[int, int]], gone: Iterable[int]) -> None:
+    def many(self, here: Mapping[int, tuple[int, int]], gone: Iterable[int], lent: bool = False) -> None:
         """Files that are local (inode -> size, grown), and others that are no more."""
         with self._lock:
             for ino, (size, grown) in here.items():
-                self._here[ino] = size, self._here.get(ino, (0, 0))[1] + grown
+                _, more, before = self._here.get(ino, (0, 0, True))
+                self._here[ino] = size, grown + more, lent and before
                 self._left.discard(ino)
                 self._gone.discard(ino)
             for ino in gone:
@@ -152,23 +153,23 @@ class Movements:
         """The file is no more."""
         self.many({}, (ino,))
 
-    def take(self) -> tuple[list[tuple[int, int, int]], set[int], set[int]]:
-        """(ino, size, grown) of what is here, what left, what is gone; and begin anew."""
+    def take(self) -> tuple[list[tuple[int, int, int, bool]], set[int], set[int]]:
+        """(ino, size, grown, lent) of what is here, what left, what is gone; and begin anew."""
         with self._lock:
-            here = [(ino, size, grown) for ino, (size, grown) in self._here.items()]
+            here = [(ino, *what) for ino, what in self._here.items()]
             taken = here, self._left, self._gone
             self._here, self._left, self._gone = {}, set(), set()
             return taken
 
-    def give_back(self, here: list[tuple[int, int, int]], left: set[int], gone: set[int]) -> None:
+    def give_back(self, here: list[tuple[int, int, int, bool]], left: set[int], gone: set[int]) -> None:
         """What was taken, and has come to nothing; what has happened since counts more."""
         with self._lock:
-            for ino, size, grown in here:
+            for ino, size, grown, lent in here:
                 if ino in self._here:
-                    newer, more = self._here[ino]
-                    self._here[ino] = newer, more + grown
+                    newer, more, still = self._here[ino]
+                    self._here[ino] = newer, more + grown, lent and still
                 elif ino not in self._left and ino not in self._gone:
-                    self._here[ino] = size, grown
+                    self._here[ino] = size, grown, lent
             self._left |= {ino for ino in left if ino not in self._here and ino not in self._gone}
             self._gone |= {ino for ino in gone if ino not in self._here}
 

@@ -48,33 +48,40 @@ class _Ahead:
     ino: int
     size: int
     fd: int
+    pid: int  # for which thread
 
 
 @dataclass(slots=True)
 class _Asked:
     size: int
+    pid: int
     since: float
     future: Future[tuple[int, str]] = field(repr=False)
 
 
 class Neighbours:
-    """In a thread of its own; `asked` and `precision` may be used from any."""
+    """In a thread of its own; `asked`, `pid_of` and `precision` may be used from any."""
 
     def __init__(self, kit: Kit) -> None:
         self._kit = kit
         self.precision = Precision()
-        self._jobs: queue.SimpleQueue[bytes | tuple[int, int] | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[tuple[bytes, int] | tuple[int, int] | None] = queue.SimpleQueue()
         self._runs: OrderedDict[bytes, Run] = OrderedDict()
         self._waiting: deque[_Ahead] = deque()
         self._asked: dict[int, _Asked] = {}
         self._thread = threading.Thread(target=self._work, name="neighbours", daemon=True)
         self._thread.start()
 
-    def asked(self, fd: int) -> None:
-        """Somebody waits for this small file."""
+    def asked(self, fd: int, pid: int = 0) -> None:
+        """Somebody waits for this small file; `pid` is his thread, where that is known."""
         if self._kit.config.prefetch:
             with suppress(OSError):  # no descriptor left, perhaps: he gets his file all the same
-                self._jobs.put(os.readlink(os.fsencode(fd_path(fd))))
+                self._jobs.put((os.readlink(os.fsencode(fd_path(fd))), pid))
+
+    def pid_of(self, ino: int) -> int:
+        """The thread for which this file is being brought ahead; 0: for none that is known."""
+        asked = self._asked.get(ino)
+        return asked.pid if asked is not None else 0
 
     def close(self) -> None:
         """End; what has been asked for comes, or not, without us."""
@@ -86,10 +93,11 @@ class Neighbours:
     def _work(self) -> None:
         while (job := self._next_job()) is not None:
             try:
-                if isinstance(job, bytes):
-                    self._missed(*os.path.split(job), time.monotonic())
+                about, number = job
+                if isinstance(about, bytes):
+                    self._missed(*os.path.split(about), number, time.monotonic())
                 else:
-                    self._came(*job)
+                    self._came(about, number)
                 self._pump()
             except (TierError, OSError) as error:
                 log.debug("nothing is brought ahead: %s", error)
@@ -99,7 +107,7 @@ class Neighbours:
                 self._forget()
         self._forget()
 
-    def _next_job(self) -> bytes | tuple[int, int] | None:
+    def _next_job(self) -> tuple[bytes, int] | tuple[int, int] | None:
         if self._runs:
             try:
                 return self._jobs.get(timeout=_IDLE_SECONDS)
@@ -112,12 +120,12 @@ class Neighbours:
         while self._waiting:
             os.close(self._waiting.popleft().fd)
 
-    def _missed(self, directory: bytes, name: bytes, now: float) -> None:
+    def _missed(self, directory: bytes, name: bytes, pid: int, now: float) -> None:
         run = self._runs.pop(directory, None)
         if run is None or now > run.until:
             run = Run(name, now + SECONDS)
         elif self._may_bring(now):
-            self._go_on(run, directory, name, now)
+            self._go_on(run, directory, name, pid, now)
         self._runs[directory] = run
         if len(self._runs) > _RUNS:
             self._runs.popitem(last=False)
@@ -131,7 +139,7 @@ class Neighbours:
             return False  # the store does not answer, perhaps: who waits for it needs the threads
         return kit.index.totals().local_bytes < limit
 
-    def _go_on(self, run: Run, directory: bytes, name: bytes, now: float) -> None:
+    def _go_on(self, run: Run, directory: bytes, name: bytes, pid: int, now: float) -> None:
         top = os.fsencode(os.path.realpath(self._kit.tree.path))
         if directory != top and not directory.startswith(top + b"/"):
             return
@@ -143,18 +151,18 @@ class Neighbours:
                 if len(names) > _MOST_LISTED:
                     return
                 run.listing, run.listed, run.order = Listing(names), now, -1
-            self._choose(run, run.next(name, now), dirfd)
+            self._choose(run, run.next(name, now), dirfd, pid)
         finally:
             os.close(dirfd)
 
-    def _choose(self, run: Run, places: range, dirfd: int) -> None:
-        """The next stubs in the order of the run."""
+    def _choose(self, run: Run, places: range, dirfd: int, pid: int) -> None:
+        """The next stubs in the order of the run, for this thread."""
         assert run.listing is not None
         limit = self._kit.config.local_limit
         room = min(MOST_BYTES, limit // _SHARE) if limit else MOST_BYTES
         count = 0
         for place in places:
-            found = self._stub_at(dirfd, run.listing.orders[run.order][place])
+            found = self._stub_at(dirfd, run.listing.orders[run.order][place], pid)
             if found is not None and found.size > room:
                 os.close(found.fd)
                 break
@@ -167,7 +175,7 @@ class Neighbours:
                     break
         run.until += count * SECONDS
 
-    def _stub_at(self, dirfd: int, name: bytes) -> _Ahead | None:
+    def _stub_at(self, dirfd: int, name: bytes, pid: int) -> _Ahead | None:
         """A small stub of which nothing is here, and that is not on its way."""
         try:
             st = os.stat(name, dir_fd=dirfd, follow_symlinks=False)
@@ -182,7 +190,7 @@ class Neighbours:
             asked = st.st_ino in self._asked or any(st.st_ino == each.ino for each in self._waiting)
             if not asked and st.st_dev == self._kit.tree.device and self._kit.tree.read_stub(fd) is not None:
                 own, fd = fd, -1
-                return _Ahead(st.st_ino, st.st_size, own)
+                return _Ahead(st.st_ino, st.st_size, own, pid)
         finally:
             if fd >= 0:
                 os.close(fd)
@@ -210,7 +218,7 @@ class Neighbours:
 
     def _expect(self, ahead: _Ahead, now: float) -> None:
         future = self._kit.outcomes.expect(ahead.ino)
-        self._asked[ahead.ino] = _Asked(ahead.size, now, future)
+        self._asked[ahead.ino] = _Asked(ahead.size, ahead.pid, now, future)
         self.precision.asked(ahead.ino, ahead.size, now)
         future.add_done_callback(partial(self._told, ahead.ino))
 

@@ -14,6 +14,7 @@ from tierfs.handles import Inode
 log = logging.getLogger("gate")
 
 TOUCH_BATCH = 300  # uses in one message: with names of 255 bytes it has to fit wire.MAX_MESSAGE
+MOST_BESIDES = 4096  # more are left out: they only tell who else has used what somebody has
 _GONE = frozenset({errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN, errno.EBADF})
 # No room now: in the socket, in memory, or among the descriptors that one user may have on their way.
 _FULL = frozenset({errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM, errno.ETOOMANYREFS})
@@ -80,27 +81,36 @@ class Outbox:
                 os.close(fd)
 
 
+Use = tuple[int, float, int, int, bytes, int]  # count, last, size, parent, name, pid
+
+
 class HeatReport:
     """Uses of files since the last report."""
 
     def __init__(self, outbox: Outbox) -> None:
         self._outbox = outbox
-        # ino -> count, last, size, parent, name
-        self.touched: dict[int, tuple[int, float, int, int, bytes]] = {}
+        self.touched: dict[int, Use] = {}  # by ino
+        self.besides: dict[tuple[int, int], Use] = {}  # by ino and pid: those of others than the first
 
     def __bool__(self) -> bool:
         return bool(self.touched)
 
-    def touch(self, inode: Inode, size: int) -> None:
-        """The file was opened."""
+    def touch(self, inode: Inode, size: int, pid: int = 0) -> None:
+        """The file was opened by this thread; 0: it is not known by which."""
         before = self.touched.get(inode.ino)
-        count = before[0] + 1 if before is not None else 1
-        self.touched[inode.ino] = count, time.monotonic(), size, inode.parent, inode.name
+        if before is None or before[5] == pid:
+            count = before[0] if before is not None else 0
+            self.touched[inode.ino] = count + 1, time.monotonic(), size, inode.parent, inode.name, pid
+        elif (inode.ino, pid) in self.besides or len(self.besides) < MOST_BESIDES:
+            count = self.besides.get((inode.ino, pid), (0,))[0]
+            use = count + 1, time.monotonic(), size, inode.parent, inode.name, pid
+            self.besides[inode.ino, pid] = use
 
     def count(self, ino: int) -> int:
         """Uses that have not been reported yet."""
         entry = self.touched.get(ino)
-        return entry[0] if entry is not None else 0
+        besides = sum(use[0] for (each, _), use in self.besides.items() if each == ino)
+        return (entry[0] if entry is not None else 0) + besides
 
     def flush(self) -> None:
         """Hand all to the mover. Not while it takes nothing: what has been counted here takes no more room for
@@ -108,8 +118,10 @@ class HeatReport:
         if self._outbox:
             return
         batch: list[wire.Touch] = []
-        for ino, (count, last, size, parent, name) in self.touched.items():
-            batch.append(wire.Touch(ino, count, 0, last, size, parent, name))
+        uses = [*self.touched.items(), *((ino, use) for (ino, _), use in self.besides.items())]
+        for ino, (count, last, size, parent, name, pid) in uses:
+            batch.append(wire.Touch(ino, count, 0, last, size, parent, name, pid))
         self.touched.clear()
+        self.besides.clear()
         for start in range(0, len(batch), TOUCH_BATCH):
             self._outbox.post(wire.Touches(batch[start : start + TOUCH_BATCH]))

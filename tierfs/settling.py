@@ -189,7 +189,7 @@ class Settler:
             w.put_bits(arrival.ino, bits)
 
         self._kit.index.commit(commit).result()
-        self._kit.movements.here(arrival.ino, local, grown)
+        self._kit.movements.here(arrival.ino, local, grown, arrival.lent)
         failpoints.hit(failpoints.FILL_BITS)
 
     # --- settling -----------------------------------------------------------------------------------------
@@ -300,7 +300,7 @@ class Settler:
             log.debug("the server is gone; a new one reads the attribute")
         self._kit.outcomes.tell(arrival.ino, number, reason)
         if not number:
-            self._kit.movements.here(arrival.ino, arrival.size, arrival.size)
+            self._kit.movements.here(arrival.ino, arrival.size, arrival.size, arrival.lent)
             self._kit.troubles.solved(arrival.ino)
 
 

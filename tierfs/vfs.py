@@ -483,7 +483,8 @@ class Vfs:
         """Open a regular file: number and handle. Raises Blocked, OSError, TierError."""
         node = self.nodes.get(nodeid)
         # The node of a removed file stays while somebody has a descriptor; its number may be another file's.
-        known = self.gate.reopen(node.ino, flags) if self.nodes.known(node.ino) is node else None
+        own = self.nodes.known(node.ino) is node
+        known = self.gate.reopen(node.ino, flags, caller.pid) if own else None
         if known is not None:
             known.uid = caller.uid
             return self.files.add(node, known), known

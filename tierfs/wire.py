@@ -34,7 +34,8 @@ class Fetch(Message, frozen=True):
     that Passing may serve them where the local disk is full. Readers are woken by Filled; whenever the last
     missing leaf has arrived the mover settles the file and says Settled, which is what writers wait for.
     FetchEnd ends the request, always, also a cancelled one, and only when no write of it to the file is under
-    way any more. `mtime` and `ctime` (ns): what the file shows.
+    way any more. `mtime` and `ctime` (ns): what the file shows. `pid`: the thread that has it open, 0 where
+    that is not known or there are several.
     """
 
     id: int
@@ -49,6 +50,7 @@ class Fetch(Message, frozen=True):
     mtime: int = 0
     ctime: int = 0
     ordered: bool = False
+    pid: int = 0
 
 
 class CancelFetch(Message, frozen=True):
@@ -84,7 +86,7 @@ class GuardBreak(Message, frozen=True):
 
 
 class Touch(Message, frozen=True):
-    """Uses of one file since the last report. `last` is seconds of CLOCK_MONOTONIC."""
+    """Uses of one file since the last report. `last` is seconds of CLOCK_MONOTONIC; `pid` is as in Fetch."""
 
     ino: int
     count: int
@@ -93,6 +95,7 @@ class Touch(Message, frozen=True):
     size: int
     parent: int
     name: bytes
+    pid: int = 0
 
 
 class Touches(Message, frozen=True):

@@ -250,7 +250,7 @@ class Mover:
         """Content is asked for."""
         if not message.ordered:
             self._priority.hurry()
-        self._tier.filler.on_fetch(message, opath)
+        self._tier.filler.on_fetch(message, opath, self._scheduler.scanners.brings(message))
 
     def on_cancel(self, message: wire.CancelFetch) -> None:
         """Nobody waits for that any more."""

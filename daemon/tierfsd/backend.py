@@ -96,6 +96,7 @@ class TierBackend:
             total_bytes=totals.total_bytes,
             files=totals.files,
             stubs=totals.stubs,
+            lent_bytes=self._heat.lent_bytes(),
             dirty_files=totals.dirty_files,
             dirty_bytes=max(0, totals.dirty_bytes + sum(file.grown for file in unsaved)),
             queued=self._kit.uploads.queued + self._kit.fetches.queued,

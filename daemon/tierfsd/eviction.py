@@ -25,6 +25,7 @@ _LEAST_ROOM = 4 << 20  # bytes; eviction for one small read after the other woul
 _BATCH = 64
 _ROOM_ATTEMPTS = 5
 _ROOM_SECONDS = 0.1
+_OVERDUE_SECONDS = 60.0  # between two looks for what scans have left behind
 _IN_VAIN_SECONDS = 2.0  # after nothing was found that may leave; and so many times what looking took
 _IN_VAIN_PART = 20
 _ENOUGH_TRIES = 20
@@ -58,6 +59,7 @@ class Eviction:
         self._making = threading.Lock()  # room for fetches, one attempt at a time
         self._in_vain = 0.0  # when the last one ended that made none
         self._next_look = 0.0
+        self._next_overdue = 0.0
 
     @property
     def is_waited_for(self) -> bool:
@@ -81,9 +83,14 @@ class Eviction:
         if time.monotonic() < self._next_look:
             return
         excess, begun = self._space.excess(), time.thread_time()
-        if excess > 0 and not self.evict(excess, urgent=False):
-            spent = time.thread_time() - begun
-            self._next_look = time.monotonic() + max(_IN_VAIN_SECONDS, _IN_VAIN_PART * spent)
+        if excess > 0:
+            if not self.evict(excess, urgent=False):
+                spent = time.thread_time() - begun
+                self._next_look = time.monotonic() + max(_IN_VAIN_SECONDS, _IN_VAIN_PART * spent)
+        elif time.monotonic() >= self._next_overdue:
+            self._next_overdue = time.monotonic() + _OVERDUE_SECONDS
+            if self._heat.lent_bytes() and (self._space.elsewhere or self._kit.config.local_limit):
+                self.evict(self._heat.lent_bytes(), urgent=False, overdue=True)
 
     def make_room(self, count: int, failed: bool) -> None:
         """Free so many bytes of local disk now, for a fetch; `failed`: a write found none, whatever the
@@ -102,13 +109,14 @@ class Eviction:
                 self._stopping.wait(_ROOM_SECONDS)
             self._in_vain = time.monotonic()
 
-    def evict(self, wanted: int, *, urgent: bool) -> int:
-        """Demote the coldest files until so many bytes are free; how many became so."""
+    def evict(self, wanted: int, *, urgent: bool, overdue: bool = False) -> int:
+        """Demote the coldest files until so many bytes are free; how many became so. `overdue`: only what
+        scans brought long ago."""
         trials = self._trials
         with self._waited_for(urgent), self._evicting:
             self._keeper.flush()
             freed = tried = failed = 0
-            for batch in self._batches(wanted, urgent):
+            for batch in self._batches(wanted, urgent, overdue):
                 gained, bad = self._demote(batch)
                 freed, tried, failed = freed + gained, tried + len(batch), failed + bad
                 enough = tried >= _ENOUGH_TRIES or (trials.on_trial and not urgent)
@@ -133,12 +141,13 @@ class Eviction:
             with self._count:
                 self._freeing -= urgent
 
-    def _batches(self, wanted: int, urgent: bool) -> Iterator[list[Item]]:
+    def _batches(self, wanted: int, urgent: bool, overdue: bool) -> Iterator[list[Item]]:
         """Victims, in batches that free what is wanted or are full."""
         batch: list[Item] = []
         size = 0
-        for record in self.victims(urgent):
-            batch.append(Item.of(record, ordered=urgent))
+        for record in self._overdue() if overdue else self.victims(urgent):
+            # Of what is lent no minimums count either.
+            batch.append(Item.of(record, ordered=urgent or self._is_lent(record)))
             size += record.local
             if len(batch) >= _BATCH or size >= wanted or (self._trials.on_trial and not urgent):
                 yield batch
@@ -148,12 +157,19 @@ class Eviction:
 
     def victims(self, urgent: bool) -> Iterator[Record]:
         """Records of files that may go, coldest first."""
-        config, now, trials = self._kit.config, time.time(), self._trials
+        return self._that_may(self._heat.victims(self._kit.index.totals().local_bytes), urgent)
+
+    def _overdue(self) -> Iterator[Record]:
+        """Records of files that may go, and should although there is room."""
+        return self._that_may(self._heat.overdue(), urgent=False)
+
+    def _that_may(self, candidates: Iterator[int], urgent: bool) -> Iterator[Record]:
+        now, trials = time.time(), self._trials
         trials.staying.forget()
         seen: set[int] = set()
         tried = trials.tried_victims if trials.on_trial and not urgent else set()
         passed_over = others = False
-        for ino in self._heat.victims(self._kit.index.totals().local_bytes):
+        for ino in candidates:
             if ino in seen or (ino in trials.staying and not urgent) or self._tier.filler.is_wanted(ino):
                 continue
             seen.add(ino)
@@ -162,8 +178,7 @@ class Eviction:
                 continue
             if record.dirty and trials.doubtful and not urgent:
                 continue
-            last = self._heat.last_use(ino) or 0.0
-            if not urgent and (record.size < config.min_size or is_young(last, now, config.min_age)):
+            if not urgent and self._is_kept(record, now):
                 continue
             if ino in tried:
                 passed_over = True
@@ -172,6 +187,18 @@ class Eviction:
             yield record
         if passed_over and not others:
             trials.tried_victims.clear()  # each has had its trial: next time the first has another
+
+    def _is_kept(self, record: Record, now: float) -> bool:
+        """It is too small or was used too lately to leave while nobody waits for its room."""
+        config, last = self._kit.config, self._heat.last_use(record.ino) or 0.0
+        if self._is_lent(record):
+            return False
+        return record.size < config.min_size or is_young(last, now, config.min_age)
+
+    def _is_lent(self, record: Record) -> bool:
+        """It is here for a scan alone, and nobody has just changed it."""
+        heat = self._heat.of(record.ino)
+        return heat is not None and heat.lent and not record.dirty
 
     def _demote(self, batch: list[Item]) -> tuple[int, int]:
         """(bytes freed, failures) of a batch."""

@@ -10,6 +10,7 @@ from tierfs.errors import IndexError_
 from tierfs.heat_index import HeatIndex
 from tierfs.kit import Kit
 from tierfs.policy.ahead import Precision
+from tierfsd.scanning import Scanners
 
 log = logging.getLogger("scheduler")
 
@@ -17,11 +18,12 @@ log = logging.getLogger("scheduler")
 class HeatKeeper:
     """Used by several threads."""
 
-    def __init__(self, kit: Kit, heat: HeatIndex, ahead: Precision) -> None:
+    def __init__(self, kit: Kit, heat: HeatIndex, ahead: Precision, scanners: Scanners) -> None:
         """`ahead` hears which files are used, and knows which have come before that."""
         self._kit = kit
         self._ahead = ahead
         self._heat = heat
+        self._scanners = scanners
         self._touches: dict[int, tuple[int, int]] = {}
         self._waits = False  # it could not be written, and has been complained of
         self._lock = threading.Lock()
@@ -30,7 +32,7 @@ class HeatKeeper:
         """Uses of files."""
         self._ahead.used(touch.ino for touch in message.touches)
         with self._lock:
-            for touch in message.touches:
+            for touch in filter(self._scanners.counts, message.touches):
                 count, _ = self._touches.get(touch.ino, (0, 0))
                 self._touches[touch.ino] = count + touch.count, touch.size
 
@@ -41,8 +43,15 @@ class HeatKeeper:
         here, left, gone = self._kit.movements.take()
         try:
             if here:
-                self._heat.admit_many(here, unused=self._ahead.unused(ino for ino, _, _ in here))
+                unused = self._ahead.unused(ino for ino, *_ in here)
+                admitted = [(ino, size, grown) for ino, size, grown, lent in here if not lent]
+                self._heat.admit_many(admitted, unused=unused)
+                here = [each for each in here if each[3]]
+            if here:
+                self._heat.lend_many((ino, size) for ino, size, *_ in here)
                 here = []
+            if found := self._scanners.found():
+                self._heat.lend_known(found)
             if left:
                 self._heat.left(left)
                 left = set()

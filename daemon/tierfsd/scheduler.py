@@ -23,6 +23,7 @@ from tierfsd.heatkeeping import HeatKeeper
 from tierfsd.pace import Pace
 from tierfsd.pinned import Pinned
 from tierfsd.replication import Replication
+from tierfsd.scanning import Scanners
 from tierfsd.space import Space
 from tierfsd.trials import Trials
 
@@ -51,7 +52,8 @@ class Scheduler:
         self._stopping = threading.Event()
         self.collector = Collector(tier.kit)
         self._ballast = Ballast(ballast, tier.kit.tree)
-        self.keeper = HeatKeeper(tier.kit, heat, tier.neighbours.precision)
+        self.scanners = Scanners(heat, tier.neighbours.pid_of)
+        self.keeper = HeatKeeper(tier.kit, heat, tier.neighbours.precision, self.scanners)
         self.space = Space(tier.kit, beside)
         self.trials = Trials(tier.kit)
         self._pace = Pace(tier, self.space)

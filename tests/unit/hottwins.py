@@ -163,8 +163,10 @@ class Twin(Side):
             ],
             "inodes": [self.inode(each) for each in gate.states.inodes.values()],
             "idle": [Ino(ino) for ino in gate.states.idle.inodes],
-            "heat": [(Ino(ino), n, size, Ino(above), name)
-                     for ino, (n, _, size, above, name) in gate.heat.touched.items()],
+            "heat": [(Ino(ino), n, size, Ino(above), name, pid)
+                     for ino, (n, _, size, above, name, pid) in gate.heat.touched.items()],
+            "besides": [(Ino(ino), n, size, Ino(above), name, pid)
+                        for (ino, _), (n, _, size, above, name, pid) in gate.heat.besides.items()],
             "marks": self.marks(),
             "intent": self.intent(),
             "late": [Ino(ino) for ino in gate.appearance.late],

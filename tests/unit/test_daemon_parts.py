@@ -289,7 +289,7 @@ def test_heat_that_finds_no_room_fails_nothing_and_is_written_later(tmp_path, mo
         with monkeypatch.context() as patch:
             patch.setattr(heat, "_env", SimpleNamespace(begin=full))
             scheduler.keeper.flush()
-        monkeypatch.setattr(heat, "admit_many", lambda files: written.extend(files))
+        monkeypatch.setattr(heat, "admit_many", lambda files, unused: written.extend(files))
         monkeypatch.setattr(heat, "left", lambda inos: written.append(("left", *inos)))
         monkeypatch.setattr(heat, "forget", lambda inos: written.append(("gone", *inos)))
         scheduler.keeper.flush()

@@ -299,3 +299,25 @@ def test_a_fetch_that_could_not_be_sent_is_not_taken_for_one_under_way():
         with pytest.raises(OSError, match="Too many"):
             call()
     assert not content.flights and not content.whole_asked
+
+
+def test_who_opens_what_comes_for_another_program_asks_for_himself():
+    """A scan's content comes behind that for which somebody waits."""
+    peer, inflow, content = start(MIB)
+    content.opened_by(10)
+    blocked(inflow.need, 5, 0, MIB)
+    content.opened_by(10)
+    blocked(inflow.need, 5, 0, MIB)
+    assert [fetch.pid for fetch in peer.take(wire.Fetch)] == [10]
+    content.opened_by(20)
+    blocked(inflow.need, 5, 0, MIB)
+    content.opened_by(10)
+    blocked(inflow.need, 5, 0, MIB)
+    assert [fetch.pid for fetch in peer.take(wire.Fetch)] == [0], "of several it is not known who waits most"
+
+
+def test_an_order_is_nobodys_opening():
+    peer, inflow, content = start()
+    content.opened_by(10)
+    inflow.bring(5)
+    assert [(fetch.pid, fetch.ordered) for fetch in peer.take(wire.Fetch)] == [(0, True)]

@@ -7,6 +7,7 @@ import time
 
 import pytest
 from tierfsd.heatkeeping import HeatKeeper
+from tierfsd.scanning import Scanners
 from tiering import Volume
 
 from tierfs.heat_index import HeatIndex
@@ -140,7 +141,7 @@ def test_of_a_store_that_does_not_answer_nothing_is_asked_ahead(tmp_path):
 def test_what_comes_ahead_is_no_use_until_it_is_opened(volume, tmp_path):
     os.mkdir(tmp_path / "heat")
     heat = HeatIndex(str(tmp_path / "heat"), 1 << 30)
-    keeper = HeatKeeper(volume.tier.kit, heat, volume.tier.neighbours.precision)
+    keeper = HeatKeeper(volume.tier.kit, heat, volume.tier.neighbours.precision, Scanners(heat))
     read(volume, "d/f3", "d/f4")
     becomes(volume, list(range(3, 5 + FIRST)))
     keeper.flush()

@@ -115,11 +115,13 @@ def _print_volume(document: dict[str, Any]) -> None:
     size, dirty = terminal.size, terminal.count(document["dirty_files"], "file")
     limit = document["local_limit"]
     of_limit = f" of {size(limit)}" if limit else ""
+    lent = f", {size(document['lent_bytes'])} for scans alone" if document["lent_bytes"] else ""
+    whole = f"all content {size(document['total_bytes'])}"
     resident = document["files"] - document["stubs"]
     lines = [
         ("store", document["store"]),
         ("state", document["state"]),
-        ("local", f"{size(document['local_bytes'])}{of_limit}; all content {size(document['total_bytes'])}"),
+        ("local", f"{size(document['local_bytes'])}{of_limit}{lent}; {whole}"),
         ("files", f"{document['files']}: {resident} local, {document['stubs']} stubs"),
         ("to copy", f"{dirty}, {size(document['dirty_bytes'])}" + _since(document)),
         ("queued", f"{document['queued']}"),

@@ -108,7 +108,7 @@ enum outcome { PYTHONS, ABSENT, NO_DATA, NO_TERMINAL, FOUND, FAILED };
     X(by_slot, &PyList_Type) X(by_ino, &PyDict_Type) X(dirs, &PyODict_Type) X(root, NULL) X(node, NULL) \
     X(plain, &PySet_Type) X(inodes, &PyDict_Type) X(holds, NULL) X(forget, NULL) X(listed, NULL) \
     X(long_of, &PyDict_Type) X(former, &PyDict_Type) X(left, NULL) X(states, NULL) X(kernel_backing, &PyType_Type) X(idle, NULL) \
-    X(idle_inodes, &PyODict_Type) X(touched, &PyDict_Type) \
+    X(idle_inodes, &PyODict_Type) X(touched, &PyDict_Type) X(besides, &PyDict_Type) \
     X(files, &PyDict_Type) X(opens, &PyDict_Type) X(inode, NULL) X(handle, NULL) X(stub_name, &PyBytes_Type) \
     X(marks, NULL) X(recent, &PyDict_Type) X(seals, &PySet_Type) X(late, &PyDict_Type) X(changed, NULL) X(gone_stat, NULL) \
     X(nodes, NULL) X(privileged, &PyBool_Type) X(refused, NULL) X(failed, NULL) X(unproven, &PySet_Type) \
@@ -277,7 +277,7 @@ int forget(Hot *hot, uint64_t nodeid, uint64_t count);
 /* --- open files (_hot_open.c) --- */
 enum outcome open_file(Hot *hot, const struct in_header *in, uint32_t flags, struct open_out *out);
 PyObject *backing_id_of(Hot *hot, PyObject *backing, PyObject *opath);
-int touch(Hot *hot, PyObject *inode, PyObject *ino);
+int touch(Hot *hot, PyObject *inode, PyObject *ino, uint32_t pid);
 int is_ample(Hot *hot);
 int reopened(Hot *hot, int opath, int flags);
 PyObject *noted_inode(Hot *hot, uint64_t ino, PyObject *backing_id);

@@ -245,7 +245,7 @@ static enum outcome taken_in(Hot *hot, const struct in_header *in, const struct 
     uint64_t backing_id = PyLong_AsUnsignedLongLong(made->number), nodeid = 0;
     if (ino && !write_marked(hot, place, ino, made))
         inode = new_inode(hot, place, ino, made);
-    if (inode && !PyDict_SetItem(hot->inodes, ino, inode) && !touch(hot, inode, ino))
+    if (inode && !PyDict_SetItem(hot->inodes, ino, inode) && !touch(hot, inode, ino, 0))
         handle = new_handle(hot, inode, in->uid, flags, backing_id);
     if (handle)
         nodeid = enter(hot, ino, place->parent, place->name, place->length);

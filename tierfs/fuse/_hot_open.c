@@ -13,6 +13,7 @@
 #endif
 #define CAPABILITY "security.capability"
 #define BACKING_OPEN 0x4010E501
+#define MOST_BESIDES 4096 /* report.MOST_BESIDES */
 
 /* Whether these flags of open(2) ask for writing. */
 static int is_writing(uint32_t flags)
@@ -21,19 +22,29 @@ static int is_writing(uint32_t flags)
 }
 
 /* report.HeatReport.touch. 0, or -1 with an exception. */
-int touch(Hot *hot, PyObject *inode, PyObject *ino)
+int touch(Hot *hot, PyObject *inode, PyObject *ino, uint32_t pid)
 {
-    PyObject *before = PyDict_GetItemWithError(hot->touched, ino);
+    PyObject *where = hot->touched, *key = Py_NewRef(ino), *before = PyDict_GetItemWithError(where, key);
+    if (before && PyLong_AsUnsignedLong(PyTuple_GET_ITEM(before, 5)) != pid) {
+        where = hot->besides;
+        Py_SETREF(key, Py_BuildValue("(OI)", ino, pid));
+        before = key ? PyDict_GetItemWithError(where, key) : NULL;
+        if (key && !before && PyDict_GET_SIZE(where) >= MOST_BESIDES) {
+            Py_DECREF(key);
+            return PyErr_Occurred() ? -1 : 0;
+        }
+    }
     long count = before ? PyLong_AsLong(PyTuple_GET_ITEM(before, 0)) : 0;
     PyObject *of[] = {
         PyLong_FromLong(count + 1), PyFloat_FromDouble(monotonic()), get_of(inode, s_size), get_of(inode, s_parent),
-        get_of(inode, s_name),
+        get_of(inode, s_name), PyLong_FromUnsignedLong(pid),
     };
-    PyObject *entry = PyErr_Occurred() ? NULL : PyTuple_Pack(5, of[0], of[1], of[2], of[3], of[4]);
-    for (int each = 0; each < 5; each++)
+    PyObject *entry = PyErr_Occurred() ? NULL : PyTuple_Pack(6, of[0], of[1], of[2], of[3], of[4], of[5]);
+    for (int each = 0; each < 6; each++)
         Py_XDECREF(of[each]);
-    int failed = entry ? PyDict_SetItem(hot->touched, ino, entry) : -1;
+    int failed = entry ? PyDict_SetItem(where, key, entry) : -1;
     Py_XDECREF(entry);
+    Py_XDECREF(key);
     return failed;
 }
 
@@ -177,7 +188,7 @@ static enum outcome admitted(Hot *hot, const struct in_header *in, PyObject *nod
     uint64_t writers = number_of(inode, s_writers) + is_writing(flags);
     PyObject *handle = PyErr_Occurred() ? NULL : new_handle(hot, inode, in->uid, flags, backing_id);
     int failed = !handle || set_number(inode, s_opens, opens + 1) || set_number(inode, s_writers, writers)
-                 || touch(hot, inode, ino);
+                 || touch(hot, inode, ino, in->pid);
     if (!failed && PyDict_Contains(hot->idle_inodes, ino) == 1)
         failed = PyODict_DelItem(hot->idle_inodes, ino);
     if (!failed) {

@@ -197,6 +197,7 @@ def _objects(vfs: Vfs) -> dict[str, object]:
         "idle": gate.states.idle,
         "idle_inodes": gate.states.idle.inodes,
         "touched": gate.heat.touched,
+        "besides": gate.heat.besides,
         "files": vfs.files.handles,
         "inode": Inode(0, 0, b""),
         "handle": Handle(Inode(0, 0, b""), -1, 0, 0),

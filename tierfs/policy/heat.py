@@ -27,7 +27,9 @@ NEVER = -(2.0**100)  # exact in single precision, as which clocks are kept
 class Heat:
     """What is kept of one file. `level` is L, `clock` V at the last counted use, `last` wall seconds of any.
 
-    `shown` is the decayed number of uses at `last`. On `probation`: used once since it was admitted.
+    `shown` is the decayed number of uses at `last`. On `probation`: used once since it was admitted. `lent`:
+    here only because a scan (scans.py) read it, at `last`; that is no use, and the first by anybody else admits
+    it.
     """
 
     level: float = NEVER
@@ -36,6 +38,7 @@ class Heat:
     shown: float = 0.0
     size: int = 0
     probation: bool = True
+    lent: bool = False
 
 
 def add_use(level: float, clock: float) -> float:
@@ -49,9 +52,11 @@ def add_use(level: float, clock: float) -> float:
 def touched(heat: Heat, clock: float, now: float, count: int, size: int, local: bool = True) -> Heat:
     """After `count` uses around wall time `now` (seconds). A clock jump backwards decays nothing.
 
-    A `local` file leaves probation with its second use; one that is not will be on probation when it comes,
-    unless it was used less than a turnover ago.
+    A `local` file leaves probation with its second use; one that is not, or is only lent, will be on probation
+    when it comes, unless it was used less than a turnover ago.
     """
+    if heat.lent:
+        heat, local = replace(heat, lent=False), False
     shown = heat.shown * decay(now - heat.last) + count
     again = heat.clock > NEVER and clock - heat.clock < BURST and now - heat.last < BURST_SECONDS
     if again:
@@ -69,6 +74,13 @@ def admitted(heat: Heat | None, clock: float, now: float, size: int) -> Heat:
 def brought(heat: Heat | None, size: int) -> Heat:
     """After the file came before anybody had asked for it, which is no use."""
     return replace(heat or Heat(), size=size, probation=True)
+
+
+def lent(heat: Heat | None, now: float, size: int) -> Heat:
+    """After a scan has brought the file to the local disk: what is known of its uses stays as it is."""
+    before = heat or Heat()
+    shown = before.shown * decay(now - before.last)
+    return replace(before, last=max(now, before.last), shown=shown, size=size, probation=True, lent=True)
 
 
 def seeded(age: float, clock: float, now: float, size: int) -> Heat:
