@@ -18,8 +18,9 @@ from tierfs.commands import mount as command
 from tierfs.commands.late import refuse_what_came_late
 from tierfs.errors import VolumeError
 
-# They take a tenth of it where the mover has a processor when it wants one.
-SECONDS = 300
+# Where the mover has a processor when it wants one they take a fraction of this.
+SECONDS = 600
+PATIENCE = 150  # seconds without any progress
 pytestmark = [pytest.mark.usefixtures("tiers"), pytest.mark.timeout(SECONDS)]
 MIB = 1 << 20
 LIMIT = 32 * MIB
@@ -33,7 +34,7 @@ def tree_bytes(mounted: Volume) -> int:
     )
 
 
-def settled(mounted: Volume, most: int, seconds: float = 40) -> int:
+def settled(mounted: Volume, most: int, seconds: float = PATIENCE) -> int:
     """Wait until the backing tree holds at most so many bytes, or nothing has left for so long; what it holds.
 
     A mover has next to no share of a processor that others want: how long all of it takes says nothing.
@@ -142,7 +143,7 @@ def test_replicated_files_leave_without_an_upload(volume: Make, tmp_path: Path) 
     mounted = volume(limit=SECONDS)
     mounted.configure(replicate="all", quiet="0s", min_age="0s")
     contents = fill(mounted, [f"f{number}" for number in range(8)])
-    assert until(lambda: not mounted.status()["dirty_files"], SECONDS / 2)
+    assert until(lambda: not mounted.status()["dirty_files"], PATIENCE)
     facts = mounted.status()
     assert (facts["dirty_files"], facts["dirty_bytes"], facts["stubs"]) == (0, 0, 0)
     before = mounted.objects()
