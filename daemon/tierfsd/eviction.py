@@ -116,7 +116,8 @@ class Eviction:
         with self._waited_for(urgent), self._evicting:
             self._keeper.flush()
             freed = tried = failed = 0
-            for batch in self._batches(wanted, urgent, overdue):
+            records = self._overdue() if overdue else self.victims(urgent)
+            while batch := self._batch(records, wanted - freed, urgent):
                 gained, bad = self._demote(batch)
                 freed, tried, failed = freed + gained, tried + len(batch), failed + bad
                 enough = tried >= _ENOUGH_TRIES or (trials.on_trial and not urgent)
@@ -141,19 +142,16 @@ class Eviction:
             with self._count:
                 self._freeing -= urgent
 
-    def _batches(self, wanted: int, urgent: bool, overdue: bool) -> Iterator[list[Item]]:
-        """Victims, in batches that free what is wanted or are full."""
+    def _batch(self, records: Iterator[Record], lacking: int, urgent: bool) -> list[Item]:
+        """The next victims: as many as free what is lacking yet, or a full batch; none: none is left."""
         batch: list[Item] = []
-        size = 0
-        for record in self._overdue() if overdue else self.victims(urgent):
+        for record in records:
             # Of what is lent no minimums count either.
             batch.append(Item.of(record, ordered=urgent or self._is_lent(record)))
-            size += record.local
-            if len(batch) >= _BATCH or size >= wanted or (self._trials.on_trial and not urgent):
-                yield batch
-                batch, size = [], 0
-        if batch:
-            yield batch
+            lacking -= record.local
+            if len(batch) >= _BATCH or lacking <= 0 or (self._trials.on_trial and not urgent):
+                break
+        return batch
 
     def victims(self, urgent: bool) -> Iterator[Record]:
         """Records of files that may go, coldest first."""

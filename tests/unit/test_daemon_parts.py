@@ -410,3 +410,28 @@ def test_only_a_request_that_ends_a_sleep_is_one_that_spinning_would_have_caught
         for pipe in pipes.values():
             os.close(pipe[0])
             os.close(pipe[1])
+
+
+@pytest.mark.parametrize("failing", [0, 3])
+def test_no_more_leaves_than_what_is_to_be_freed(tmp_path, monkeypatch, failing):
+    """Also where several batches are needed, or some of the first stay."""
+    made = Volume(tmp_path)
+    heat = HeatIndex(str(tmp_path / "heat"), 1 << 30)
+    names = [f"f{number:02}" for number in range(40)]
+    try:
+        scheduler = Scheduler(made.tier, heat, False, str(tmp_path / "ballast"))
+        monkeypatch.setattr("tierfsd.eviction._BATCH", 16)
+        for name in names:
+            made.server.create(made.path(name), name.encode() * 4000)
+        made.tier.drain()
+        scheduler.keeper.flush()
+        for name in names[:failing]:
+            opath = os.open(made.path(name), os.O_PATH)
+            made.tier.set_pin(opath, made.record(name).parent, name.encode(), True)
+            os.close(opath)
+        each = made.record(names[-1]).local
+        assert scheduler.eviction.evict(20 * each, urgent=True) == 20 * each
+        assert [name for name in names if made.stub(name) is not None] == names[failing : failing + 20]
+    finally:
+        heat.close()
+        made.stop()
