@@ -46,15 +46,18 @@ class Filler:
         make_room: Callable[[int, bool], None],
         hurry: Callable[[], None] = lambda: None,
         asked: Callable[[int, int], None] = lambda fd, pid: None,
+        ended: Callable[[int, int], None] = lambda ino, number: None,
     ) -> None:
         """`settle` takes a file of which every leaf is here; `make_room` frees so many bytes of local disk,
         where (True) a write has just failed for want of them. `asked` hears of each small file (by a
-        descriptor) that somebody waits for, and whose thread that is."""
+        descriptor) that somebody waits for, and whose thread that is; `ended` of each that was asked for as a
+        whole how that ended (errno)."""
         self._kit = kit
         self._settle = settle
         self._make_room = make_room
         self._hurry = hurry
         self._asked = asked
+        self._ended = ended
         self._lock = threading.Lock()
         self._arrivals: dict[int, Arrival | None] = {}  # None: being opened
         self._waiting: dict[int, list[Request]] = {}  # for one that is being opened
@@ -505,6 +508,8 @@ class Filler:
             self._kit.server.send(wire.FetchEnd(request.id, request.ino, number, reason))
         except BusyError:
             log.debug("the server is gone; a new one asks a new mover")
+        if request.whole:
+            self._ended(request.ino, number)
 
 
 def _defect(error: Exception) -> OSError:

@@ -10,6 +10,7 @@ anybody waits for. What is not used was in vain; where most is, nothing is broug
 
 from __future__ import annotations
 
+import errno
 import itertools
 import logging
 import os
@@ -18,10 +19,8 @@ import stat
 import threading
 import time
 from collections import OrderedDict, deque
-from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 
 from tierfs import wire
 from tierfs.errors import TierError
@@ -56,11 +55,10 @@ class _Asked:
     size: int
     pid: int
     since: float
-    future: Future[tuple[int, str]] = field(repr=False)
 
 
 class Neighbours:
-    """In a thread of its own; `asked`, `pid_of` and `precision` may be used from any."""
+    """In a thread of its own; `asked`, `ended`, `pid_of` and `precision` may be used from any."""
 
     def __init__(self, kit: Kit) -> None:
         self._kit = kit
@@ -77,6 +75,11 @@ class Neighbours:
         if self._kit.config.prefetch:
             with suppress(OSError):  # no descriptor left, perhaps: he gets his file all the same
                 self._jobs.put((os.readlink(os.fsencode(fd_path(fd))), pid))
+
+    def ended(self, ino: int, number: int) -> None:
+        """The content of a file has come, or (errno) has not."""
+        if ino in self._asked:
+            self._jobs.put((ino, number))
 
     def pid_of(self, ino: int) -> int:
         """The thread for which this file is being brought ahead; 0: for none that is known."""
@@ -200,7 +203,7 @@ class Neighbours:
         """Ask for as many as may be under way at once: who waits for another file finds a free thread."""
         now = time.monotonic()
         for ino in [ino for ino, asked in self._asked.items() if now - asked.since > _LOST_SECONDS]:
-            self._kit.outcomes.forget(ino, self._asked.pop(ino).future)
+            del self._asked[ino]
             self.precision.failed(ino)
         most = min(max(1, self._kit.config.fetches * 3 // 4), wire.MAX_FDS)
         inos, fds = [], []
@@ -209,26 +212,21 @@ class Neighbours:
                 ahead = self._waiting.popleft()
                 inos.append(ahead.ino)
                 fds.append(ahead.fd)
-                self._expect(ahead, now)
+                self._asked[ahead.ino] = _Asked(ahead.size, ahead.pid, now)
+                self.precision.asked(ahead.ino, ahead.size, now)
             if inos:
                 self._kit.server.send(wire.Bring(inos), fds)
         finally:
             for fd in fds:
                 os.close(fd)
 
-    def _expect(self, ahead: _Ahead, now: float) -> None:
-        future = self._kit.outcomes.expect(ahead.ino)
-        self._asked[ahead.ino] = _Asked(ahead.size, ahead.pid, now, future)
-        self.precision.asked(ahead.ino, ahead.size, now)
-        future.add_done_callback(partial(self._told, ahead.ino))
-
-    def _told(self, ino: int, future: Future[tuple[int, str]]) -> None:
-        self._jobs.put((ino, future.result()[0]))
-
     def _came(self, ino: int, number: int) -> None:
         asked = self._asked.pop(ino, None)
-        if number:
-            self.precision.failed(ino)
-            self._forget()  # the store does not answer, or the disk is full: nobody waits for these
-        elif asked is not None:
+        if asked is None:
+            return
+        if not number:
             self.precision.came(asked.size)
+            return
+        self.precision.failed(ino)
+        if number != errno.ECANCELED:  # by somebody who had asked for the same
+            self._forget()  # the store does not answer, or the disk is full: nobody waits for these

@@ -81,8 +81,9 @@ class Tier:
         self._settler = Settler(self.kit, self.drain)
         self.neighbours = Neighbours(self.kit)
         self.filler = Filler(
-            self.kit, self._settler.add, make_room, self._settler.hurry, self.neighbours.asked
-        )
+            self.kit, self._settler.add, make_room, self._settler.hurry,
+            self.neighbours.asked, self.neighbours.ended,
+        )  # fmt: skip
         self._never, self._kept = config.never.matcher(), config.keep.matcher()
         self._batches = ThreadPoolExecutor(_AT_ONCE, "batch")
         self._bringer = Bringer(self.kit, self.filler, self._hint)
