@@ -73,9 +73,17 @@ def test_who_goes_backwards_or_elsewhere_gets_nothing_or_little():
     run = reader(NUMBERED, NUMBERED[0])
     brought(run, run.next(NUMBERED[1], 0.0))
     brought(run, run.next(NUMBERED[2 + FIRST], 0.0))
-    run.next(NUMBERED[150], 0.0)
-    assert run.window == FIRST, "it has jumped"
+    assert not run.next(NUMBERED[150], 0.0), "it has jumped"
+    assert brought(run, run.next(NUMBERED[151], 0.0)) == NUMBERED[152 : 152 + FIRST], "and goes on from there"
     assert not run.next(b"not listed", 0.0)
+
+
+def test_who_reads_here_and_there_gets_next_to_nothing():
+    names, draw = [b"f%d" % number for number in range(5000)], random.Random(2)
+    run, came = reader(names, names[0]), 0
+    for _ in range(200):
+        came += len(brought(run, run.next(draw.choice(names), 0.0)))
+    assert came <= 5 * FIRST
 
 
 @given(st.lists(st.integers(0, 60), min_size=2), st.integers(1, 61))

@@ -1,7 +1,8 @@
 """Which files of a directory come next, and whether what is brought before it is asked for is used.
 
 Programs go through a directory in one of three orders: as a person counts, by bytes, or as the directory lists
-its names. Which it is two files show that were asked for one after another: they lie closest in it.
+its names. Which it is two files show that were asked for one after another: they lie closest in it. Where they
+lie close in none somebody reads here and there, and what would be brought were in vain.
 
 Pure: times are arguments, seconds of CLOCK_MONOTONIC.
 """
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 FIRST, MOST = 16, 64  # files ahead
 SECONDS = 2.0  # between two files that are asked for; more where some were at hand meanwhile
 LOOKED_AT = 4  # names for each file that is to be brought: others lie in between that are here already
-_BEHIND = 2  # names: so near to the end of what was brought a reader is going on
+_NEAR = 8  # names: who goes on asks for one that is no further on; others read here and there
 _DIGITS = re.compile(rb"(\d+)")
 
 
@@ -34,11 +35,11 @@ class Listing:
         self._places = [{name: place for place, name in enumerate(order)} for order in self.orders]
 
     def order_of(self, before: bytes, name: bytes) -> int | None:
-        """The order in which `name` comes most closely after `before`; None where it does in none."""
+        """The order in which `name` comes most closely after `before`; None where it is near in none."""
         found = [
             (places[name] - places[before], number)
             for number, places in enumerate(self._places)
-            if before in places and name in places and places[name] > places[before]
+            if before in places and name in places and 0 < places[name] - places[before] <= _NEAR
         ]
         return min(found)[1] if found else None
 
@@ -64,7 +65,7 @@ class Run:
         assert self.listing is not None
         if self.order < 0:
             return False
-        return self.ahead - self.window < self.listing.place(self.order, name) <= self.ahead + _BEHIND
+        return self.ahead - self.window < self.listing.place(self.order, name) <= self.ahead + _NEAR
 
     def next(self, name: bytes, now: float) -> range:
         """The places in the order at which to look for files, now that this one is asked for."""
@@ -73,13 +74,13 @@ class Run:
         self.until = now + SECONDS
         order = self.order if self._is_foreseen(name) else self.listing.order_of(before, name)
         if order is None:
-            self.order = -1
+            self.order, self.window = -1, FIRST
             return range(0)
         place = self.listing.place(order, name)
         ahead = self.ahead if order == self.order else -1
         if ahead >= 0 and place < ahead - self.window // 2:
             return range(0)  # among what is on its way, and most of that is still to be read
-        if ahead >= 0 and place <= ahead + _BEHIND:
+        if ahead >= 0 and place <= ahead + _NEAR:
             self.window = min(2 * self.window, MOST)
         else:
             self.window = FIRST
