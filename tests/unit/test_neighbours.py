@@ -125,6 +125,27 @@ def test_a_file_that_does_not_come_keeps_no_other_away(tmp_path):
         volume.stop()
 
 
+def test_a_mover_that_ends_while_files_come_ahead_leaves_stubs(tmp_path):
+    """The next one knows nothing of them, and each comes when it is read."""
+    volume = made(tmp_path, fetch_timeout=5.0)
+    try:
+        keys = [volume.stub(f"d/f{number}").key for number in (9, 10)]
+        volume.store.arm(*(Fault(Kind.ERROR, "get", key, float("inf")) for key in keys))
+        read(volume, "d/f3", "d/f4")
+        until = time.monotonic() + 20
+        while len(volume.tier.neighbours._asked) < len(keys):
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        volume.restart(clean=False)
+        assert {9, 10}.isdisjoint(here(volume))
+        volume.store.disarm()
+        read(volume, *(f"d/f{number}" for number in range(COUNT)))
+        becomes(volume, list(range(COUNT)))
+    finally:
+        volume.store.disarm()
+        volume.stop()
+
+
 def test_of_a_store_that_does_not_answer_nothing_is_asked_ahead(tmp_path):
     volume = made(tmp_path, fetch_timeout=1.0)
     try:
