@@ -348,11 +348,14 @@ def test_what_stays_is_named_and_a_named_file_that_stays_fails(run, daemon, stay
         assert daemon.requests[-1] == request([b"f", b"d"], bool(arguments))
 
 
-def test_paths_outside_fail_but_the_others_are_done(run, daemon):
+@pytest.mark.parametrize("there", [True, False])
+def test_paths_outside_fail_but_the_others_are_done(run, daemon, tmp_path, there):
     daemon.answers[control.SetPin] = [control.Done(1)]
-    code, _, err = run("pin", "/tmp/x", "/vol/f")
+    path = str(tmp_path if there else tmp_path / "x")
+    code, _, err = run("pin", path, "/vol/f")
     assert code == 1
-    assert err.startswith("tierfs: /tmp/x: is not in a mounted TierFS volume")
+    why = "is not in a mounted TierFS volume"
+    assert err.startswith(f"tierfs: {path}: {why if there else f'does not exist, and {why}'}")
     assert daemon.requests == [control.SetPin([b"f"], True)]
 
 
