@@ -245,18 +245,28 @@ class Arrival:
         return [(low, high) for low, high in clipped if low < high]
 
     def _to_write(self, start: int, data: Body) -> Extents:
-        if self.extents is not None:
-            return self._data_within(start, start + len(data))
-        found: Extents = []
-        for at in range(0, len(data), _PAGE):
-            page = data[at : at + _PAGE]
-            if page == _ZEROS[: len(page)]:
-                continue
-            if found and found[-1][1] == start + at:
-                found[-1] = found[-1][0], start + at + len(page)
-            else:
-                found.append((start + at, start + at + len(page)))
+        """What is known to be data, and whatever is not zeros besides: a list of extents is no proof."""
+        end = start + len(data)
+        known = self._data_within(start, end) if self.extents is not None else []
+        found, at = list(known), start
+        for low, high in [*sorted(known), (end, end)]:
+            found += [(start + a, start + b) for a, b in _not_zeros(data, at - start, low - start)]
+            at = max(at, high)
         return found
+
+
+def _not_zeros(data: Body, start: int, end: int) -> Extents:
+    """The pages of data[start:end] with anything else in them, in runs."""
+    found: Extents = []
+    for at in range(start, end, _PAGE):
+        page = data[at : min(at + _PAGE, end)]
+        if page == _ZEROS[: len(page)]:
+            continue
+        if found and found[-1][1] == at:
+            found[-1] = found[-1][0], at + len(page)
+        else:
+            found.append((at, at + len(page)))
+    return found
 
 
 def leaves_from_bits(size: int, bits: bytes | None) -> bytearray:

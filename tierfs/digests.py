@@ -23,7 +23,9 @@ SIDE_SUFFIX = ".leaves"
 _FORMAT = 2
 _READABLE = (1, _FORMAT)
 _DIGEST = 32
-_MOST_SIDE = 1 << 30  # decompressed bytes of a side object; 2 TB of content
+_BLOCK = 4096  # bytes; extents are made of such
+_EXTENT_TEXT = 48  # bytes, at most, that one takes in JSON
+_HEAD_TEXT = 4096
 
 Extents = list[tuple[int, int]]
 
@@ -50,13 +52,18 @@ def have_digests(data: bytes | memoryview, wanted: bytes | memoryview) -> bool:
 def pack_side(size: int, extents: Extents, digests: bytes) -> bytes:
     """The bytes of a side object. `digests` is empty for a file of one chunk."""
     head = json.dumps({"format": _FORMAT, "size": size, "leaf": LEAF, "extents": extents})
-    return zstandard.ZstdCompressor(level=3).compress(head.encode() + b"\n" + digests)
+    compressor = zstandard.ZstdCompressor(level=3, write_checksum=True)
+    return compressor.compress(head.encode() + b"\n" + digests)
 
 
 def unpack_side(raw: bytes | memoryview, size: int, digest: bytes) -> tuple[bytes, Extents]:
     """(digests, extents) of a large file's side object. Raises ObjectCorruptError unless they are its."""
+    most = leaf_count(size) * _DIGEST + (size // _BLOCK + 2) * _EXTENT_TEXT + _HEAD_TEXT
     try:
-        data = zstandard.ZstdDecompressor().decompress(raw, max_output_size=_MOST_SIDE)
+        # What it says of its own length is believed before anything of it is checked.
+        if zstandard.frame_content_size(raw) > most:
+            raise ValueError("it is longer than that of any file of this size")
+        data = zstandard.ZstdDecompressor().decompress(raw, max_output_size=most)
         head, _, digests = data.partition(b"\n")
         fields = json.loads(head)
         extents = [(int(start), int(end)) for start, end in fields["extents"]]
@@ -67,7 +74,31 @@ def unpack_side(raw: bytes | memoryview, size: int, digest: bytes) -> tuple[byte
         raise ObjectCorruptError("the list of digests is not that of this file")
     if any(not 0 <= start < end <= size for start, end in extents):
         raise ObjectCorruptError("the list of extents lies outside of the file")
+    if any(not _are_zeros(digests, low, high, size) for low, high in _holes(size, extents)):
+        raise ObjectCorruptError("the list of extents has holes where the digests have content")
     return digests, extents
+
+
+def _holes(size: int, extents: Extents) -> Extents:
+    """What lies between the extents, in whatever order they are."""
+    holes, at = [], 0
+    for start, end in [*sorted(extents), (size, size)]:
+        if start > at:
+            holes.append((at, start))
+        at = max(at, end)
+    return holes
+
+
+def _are_zeros(digests: bytes, start: int, end: int, size: int) -> bool:
+    """Whether the leaves that lie in bytes [start, end) as a whole have the digest of zeros. The digests are
+    proven by the file's own; what is said of its extents is proven by nothing else."""
+    low, high = leaf_count(start), leaf_count(end) if end == size else end // LEAF
+    last = size // LEAF  # the leaf that is shorter, if there is one
+    count = min(high, last) - low
+    whole = digests[low * _DIGEST : (low + count) * _DIGEST]
+    if count > 0 and not any(whole.count(digest(bytes(LEAF))) == count for digest in (leaf_digests, sha256)):
+        return False
+    return not low <= last < high or have_digests(bytes(size % LEAF), digests[last * _DIGEST :])
 
 
 def is_sparse(size: int, extents: Extents) -> bool:

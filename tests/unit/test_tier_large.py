@@ -16,7 +16,7 @@ from tiering import MIB, Volume
 from tierfs import copying, digests, versions, wire
 from tierfs.copying import PIECE
 from tierfs.digests import sha256
-from tierfs.errors import BucketMissingError, StoreDeniedError, StoreUnavailableError
+from tierfs.errors import BucketMissingError, ObjectCorruptError, StoreDeniedError, StoreUnavailableError
 from tierfs.model import LEAF, Residency
 from tierfs.readback import Pace, Ref, examine
 from tierfs.store.memory import MemoryStore
@@ -346,6 +346,66 @@ def test_a_lost_index_fetches_by_the_side_object(volume, cold):
     assert volume.server.read(volume.path("big")) == cold
     volume.settle("big")
     assert not volume.record("big").dirty
+
+
+def rewrite_extents(volume, extents):
+    """The list in the store, as a bit that flipped there may leave it, and the only one."""
+    stub, record = volume.stub("big"), volume.record("big")
+    listed, _ = digests.unpack_side(volume.store.get(stub.key + digests.SIDE_SUFFIX), SIZE, stub.digest)
+    side = digests.pack_side(SIZE, extents, listed)
+    volume.store.put(stub.key + digests.SIDE_SUFFIX, side, len(side))
+    volume.index.commit(lambda w: w.drop_leaves(record.fid, record.generation)).result()
+
+
+@pytest.mark.parametrize("extents", [[(0, 3 * MIB)], [(0, MIB), (2 * MIB, SIZE)], [(0, SIZE - SIZE % LEAF)]])
+def test_holes_that_only_the_list_in_the_store_knows_of_are_not_read_as_zeros(volume, cold, extents):
+    rewrite_extents(volume, extents)
+    with pytest.raises(OSError, match=r"holes where the digests have content"):
+        volume.server.read(volume.path("big"))
+    assert volume.stub("big") is not None
+
+
+@pytest.mark.parametrize("low", [100, LEAF - 1])
+def test_what_the_list_of_extents_leaves_out_is_written_all_the_same(volume, cold, low):
+    """Of a hole that is no whole leaf the digests say nothing, but its content comes with the leaf."""
+    rewrite_extents(volume, [(0, low), (LEAF + 50, SIZE)])
+    assert volume.server.read(volume.path("big")) == cold
+    volume.settle("big")
+    with open(volume.path("big"), "rb") as file:
+        assert file.read() == cold
+
+
+def test_a_flipped_bit_of_the_list_is_noticed(volume, cold):
+    """Wherever it is: what the digests do not prove the list's own sum does."""
+    key = volume.stub("big").key + digests.SIDE_SUFFIX
+    whole = bytes(volume.store.get(key))
+    for at in range(len(whole) * 8):
+        flipped = bytearray(whole)
+        flipped[at // 8] ^= 1 << at % 8
+        try:
+            found = digests.unpack_side(bytes(flipped), SIZE, volume.stub("big").digest)
+        except ObjectCorruptError:
+            continue
+        assert found == digests.unpack_side(whole, SIZE, volume.stub("big").digest), at
+
+
+def test_a_sparse_file_is_told_from_its_list_in_the_store(volume):
+    """Holes before, within and behind the data, some of them no whole leaves."""
+    data = bytes(MIB) + os.urandom(MIB + 4096) + bytes(2 * MIB) + os.urandom(5000) + bytes(MIB)
+    with open(volume.path("a"), "wb") as file:
+        file.truncate(len(data))
+        for start, end in ((MIB, 2 * MIB + 4096), (4 * MIB + 4096, 4 * MIB + 9096)):
+            file.seek(start)
+            file.write(data[start:end])
+    time.sleep(0.03)
+    blocks = os.stat(volume.path("a")).st_blocks
+    (item,) = volume.demote("a")
+    assert item.demoted, item.reason
+    record = volume.record("a")
+    volume.index.commit(lambda w: w.drop_leaves(record.fid, record.generation)).result()
+    assert volume.server.read(volume.path("a")) == data
+    volume.settle("a")
+    assert os.stat(volume.path("a")).st_blocks <= blocks + 8
 
 
 def test_a_large_file_opened_and_not_changed_is_not_uploaded_again(volume, cold):
