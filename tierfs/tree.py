@@ -77,9 +77,9 @@ class Tree:
         self.privileged = self._is_privileged()
         self._allocates = True
         # Unprivileged, only user.* can be set; a longer name would spill the stub out of its inode.
-        prefix = "trusted" if self.privileged else "user"
-        self.stub_name = f"{prefix}.tierfs"
-        self.pin_name = f"{prefix}.tierfs_pin"
+        self.namespace = "trusted" if self.privileged else "user"
+        self.stub_name = f"{self.namespace}.tierfs"
+        self.pin_name = f"{self.namespace}.tierfs_pin"
 
     def close(self) -> None:
         """Close the root."""

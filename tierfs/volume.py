@@ -32,6 +32,10 @@ GIVEN = "given"  # the number of the backing tree that is about to be given back
 _PLAIN = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789:_.")
 _NAME_LIMIT = 200
 _SECTOR = 512  # bytes that a disk writes all or none of
+_OTHERWISE = {
+    "trusted": "was mounted with all of root's privileges, in the first user namespace: use it with them again",
+    "user": "was mounted without root's privileges: use it without them again",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +53,7 @@ class Identity:
     checks_sha256: bool = False
     client: str = ""
     view: bool = False  # read-only, of another volume's store, and removed when it is unmounted
+    attributes: str = ""  # the namespace that its stubs' attributes are in; "": not known as yet
 
     @property
     def capabilities(self) -> Capabilities:
@@ -332,6 +337,21 @@ def make_tree(volume: Volume, like: os.stat_result) -> None:
     os.chmod(new, stat.S_IMODE(like.st_mode) | stat.S_IRWXU)
     os.rename(new, path)
     sync_directory(volume.state)
+
+
+def keep_attributes(volume: Volume, namespace: str) -> Volume:
+    """Note in which namespace of extended attributes this process keeps what makes a file a stub, or compare:
+    in the other one it would see no stubs, and read their holes as content. Raises VolumeError, OSError."""
+    known = volume.identity.attributes
+    if known == namespace:
+        return volume
+    if known:
+        raise VolumeError(
+            f"{volume.state}: {_OTHERWISE[known]}: demoted files would be taken for files of zeros"
+        )
+    identity = replace(volume.identity, attributes=namespace)
+    write_json(volume.path("volume.json"), asdict(identity), in_place=True)
+    return Volume(volume.state, identity)
 
 
 def complete(volume: Volume, abilities: Capabilities, *, view: bool = False) -> Volume:

@@ -20,6 +20,7 @@ from tierfs import __version__, adoption, config, control, launch, ownership, vo
 from tierfs.errors import TierError, UsageError, VolumeError
 from tierfs.fuse import choice, mounting
 from tierfs.spelling import shown
+from tierfs.tree import open_tree
 from tierfsd import handover, logs
 from tierfsd.apart import apart
 from tierfsd.claiming import refuse_if_taken
@@ -201,7 +202,8 @@ def _open_volume(arguments: argparse.Namespace) -> volume.Volume:
     if not os.path.isdir(opened.path("tree")):
         tree = opened.path("tree")
         raise VolumeError(f"{tree}: the backing tree is missing: put it back, or use another --state")
-    return opened
+    with contextlib.closing(open_tree(opened.path("tree"))) as backing:
+        return volume.keep_attributes(opened, backing.namespace)
 
 
 def _is_complete(state: str) -> bool:

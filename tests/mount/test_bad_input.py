@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import socket
@@ -308,3 +309,21 @@ def test_json_is_one_document(shared: Volume, work: Path) -> None:
         "dirty_files", "dirty_bytes", "queued", "errors", "pids",
     }  # fmt: skip
     assert volume_facts["pids"].keys() >= {"supervisor", "server", "mover"}
+
+
+@pytest.mark.usefixtures("needs_root")
+def test_what_root_has_demoted_is_not_read_as_zeros_without_the_privileges(volume: Make) -> None:
+    """The attribute of a stub is in a namespace that only they make visible."""
+    made = volume()
+    content = os.urandom(50_000)
+    (made.mountpoint / "a").write_bytes(content)
+    made.demote(made.mountpoint / "a")
+    made.umount()
+    apart = ("unshare", "--user", "--map-root-user", "--mount", "--propagation", "private", *made.program)
+    other = dataclasses.replace(made, program=apart)
+    for verb in ("mount", "leave"):
+        done = other.cli(verb, "--state", made.state, made.mountpoint, check=False)
+        refused(done, "root's privileges", "files of zeros")
+    assert (made.state / "tree" / "a").stat().st_blocks == 0
+    made.mount()
+    assert (made.mountpoint / "a").read_bytes() == content

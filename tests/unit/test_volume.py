@@ -249,6 +249,17 @@ def test_a_store_is_not_taken_for_a_damaged_state_directory(tmp_path, state):
     )
 
 
+def test_stubs_that_this_process_would_not_see_are_refused(state):
+    made = complete(volume.create(state), MemoryStore())
+    assert made.identity.attributes == ""  # of a version that did not note it
+    kept = volume.keep_attributes(made, "user")
+    assert volume.load(state).identity == kept.identity and kept.identity.attributes == "user"
+    assert volume.keep_attributes(volume.load(state), "user") == kept
+    with pytest.raises(VolumeError, match="without root's privileges"):
+        volume.keep_attributes(kept, "trusted")
+    assert volume.load(state).identity == kept.identity
+
+
 def test_the_lock_is_held_once_and_names_the_user(state):
     first = volume.lock(state)
     volume.write_runtime(state, {"mountpoint": "/home/ann"})

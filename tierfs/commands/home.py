@@ -13,6 +13,7 @@ from tierfs.commands.mount import clear_dead_mount, daemon_arguments, mounted_at
 from tierfs.commands.orders import converse_with_bar
 from tierfs.commands.paths import PATH
 from tierfs.errors import TierError, VolumeError
+from tierfs.tree import open_tree
 
 
 @click.command()
@@ -165,6 +166,8 @@ def _give_back(directory: str, state: str) -> None:
         tree = home.path("tree")
         adoption.finish(directory, state)
         if os.path.isdir(tree):
+            with contextlib.closing(open_tree(tree)) as backing:
+                volume.keep_attributes(home, backing.namespace)
             stubs = adoption.find_stubs(tree)
             if stubs:
                 raise VolumeError(
