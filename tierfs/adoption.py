@@ -38,6 +38,9 @@ def check_directory(directory: str, state: str) -> None:
         if locate.is_under(mount.mountpoint, directory):
             what = "is" if mount.mountpoint == directory else "contains"
             raise VolumeError(f"{directory}: {what} a mountpoint ({mount.mountpoint}): unmount that first")
+    other = _subvolume_in(directory, status.st_dev)
+    if other:
+        raise VolumeError(f"{directory}: contains a subvolume of its own ({other}): move that elsewhere first")
     if locate.is_under(state, directory):
         raise VolumeError(f"{state}: the state directory lies inside the directory: choose another --state")
     former = os.path.realpath(volume.default_state(directory))
@@ -54,6 +57,22 @@ def check_directory(directory: str, state: str) -> None:
         )
     if os.stat(_existing_parent(state)).st_dev != status.st_dev:
         raise VolumeError(f"{state}: is on another filesystem than {directory}: choose another --state")
+
+
+def _subvolume_in(directory: str, device: int) -> str:
+    """A directory in it with inode numbers of its own, which is no mountpoint; "" where there is none.
+
+    There are such where a filesystem has a device number that no disk has (btrfs).
+    """
+    if os.major(device):
+        return ""
+    for path, names, _ in os.walk(directory):
+        for name in names:
+            inner = os.path.join(path, name)
+            with contextlib.suppress(OSError):  # gone meanwhile
+                if os.lstat(inner).st_dev != device:
+                    return inner
+    return ""
 
 
 def _state_in(directory: str) -> str:

@@ -102,7 +102,10 @@ class Survey:
                 name = os.fsencode(text)
                 try:
                     st = os.stat(name, dir_fd=fd, follow_symlinks=False)
-                    if stat.S_ISDIR(st.st_mode):
+                    if st.st_dev != self._kit.tree.device:
+                        # Its inode numbers mean others here.
+                        log.warning("%s is on another filesystem: left out", quoted(join(path, name)))
+                    elif stat.S_ISDIR(st.st_mode):
                         if self._kit.index.get_dir(st.st_ino) != (parent, name):
                             self._commit(partial(_put_dir, st.st_ino, parent, name))
                         below.append(join(path, name))

@@ -145,7 +145,8 @@ def _cases(
                 try:
                     st = os.fstat(opath)
                     if stat.S_ISDIR(st.st_mode):
-                        pending.append(path)
+                        if st.st_dev == kit.tree.device:
+                            pending.append(path)
                     elif stat.S_ISREG(st.st_mode) and st.st_ino not in seen:
                         seen.add(st.st_ino)
                         yield _case(tier, path, opath, st, repair, read_data)

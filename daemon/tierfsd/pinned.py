@@ -62,7 +62,10 @@ def _stubs_beneath(tier: Tier, path: bytes) -> Iterator[Item]:
     if not os.path.isdir(top):
         yield from _stub_at(tier, top, path)
         return
-    for directory, _, names in os.walk(top, followlinks=False):
+    for directory, below, names in os.walk(top, followlinks=False):
+        if os.stat(directory).st_dev != tier.kit.tree.device:
+            below.clear()  # a subvolume: what is in it is not the volume's
+            continue
         for name in names:
             full = os.path.join(directory, name)
             yield from _stub_at(tier, full, os.path.relpath(full, root))

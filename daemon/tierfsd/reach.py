@@ -47,6 +47,7 @@ class Reach:
 
     def __init__(self, rootfd: int, handle_of: Callable[[int], bytes]) -> None:
         self._rootfd = rootfd
+        self._device = os.fstat(rootfd).st_dev
         self._handle_of = handle_of
 
     @contextlib.contextmanager
@@ -85,6 +86,8 @@ class Reach:
                 below = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=opath)
                 os.close(opath)
                 opath = below
+                if os.fstat(opath).st_dev != self._device:  # its inode numbers mean others here
+                    raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), name)
             return Found(opath, os.fstat(opath), parent, name)
         except BaseException:
             os.close(opath)
@@ -175,6 +178,8 @@ class Reach:
         opath = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=directory)
         try:
             found = Found(opath, os.fstat(opath), parent, name)
+            if found.status.st_dev != self._device:
+                return None
             if stat.S_ISDIR(found.status.st_mode):
                 return path
             if not stat.S_ISREG(found.status.st_mode):
