@@ -30,7 +30,7 @@ from tierfs import failpoints
 from tierfs.digests import SIDE_SUFFIX
 from tierfs.errors import BusyError, ObjectMissingError, StoreError, StoreFullError, TierError
 from tierfs.index import Writer
-from tierfs.kit import Kit
+from tierfs.kit import Kit, is_gone
 from tierfs.model import Record, epoch_of, object_key
 from tierfs.past import Buried, Listed, Version
 from tierfs.spelling import quoted
@@ -288,8 +288,8 @@ class Collector:
             return True
         try:
             fd = tree.open_handle(handle, os.O_PATH) if tree.privileged else self._at_old_place(key)
-        except OSError:
-            return True  # the inode is gone
+        except OSError as error:
+            return True if is_gone(error) else None  # too many files are open, perhaps: that says nothing of it
         try:
             stub = tree.read_stub(fd)
             if stub is None or stub.key != key:
@@ -309,7 +309,9 @@ class Collector:
                 return True  # nothing is opened by handle
             try:
                 fd = tree.open_handle(handle, os.O_PATH)
-            except OSError:
+            except OSError as error:
+                if not is_gone(error):
+                    return True
                 index.post(partial(_drop_twin, key, handle))
                 continue
             try:

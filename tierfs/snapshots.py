@@ -8,6 +8,7 @@ its last part makes it one: whatever a crash leaves of it is passed over by read
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import stat
@@ -22,7 +23,7 @@ from tierfs import failpoints, manifest
 from tierfs.errors import ObjectArchivedError, ObjectCorruptError, ObjectMissingError
 from tierfs.index import Chain, Writer
 from tierfs.journal import Journal, new_chain
-from tierfs.kit import Kit
+from tierfs.kit import Kit, is_gone
 from tierfs.looking import is_settled, line
 from tierfs.places import Places, join
 
@@ -168,22 +169,37 @@ class Snapshots:
                 os.close(fd)
 
     def _open(self, directory: _Directory) -> int:
-        """A descriptor of a directory, wherever it is by now; -1 where it is gone."""
+        """A descriptor of a directory, wherever it is by now; -1 where it is gone.
+
+        Raises OSError where it cannot be opened: a snapshot without what is in it would be believed.
+        """
+        tree = self._kit.tree
+        if tree.privileged:
+            try:
+                return tree.open_handle(directory.handle, _LIST)
+            except OSError as error:
+                if error.errno != errno.ESTALE:
+                    raise
+        # By its handle whatever cannot be read is gone to the kernel; its name tells more.
+        fd = self._open_at(directory, directory.path)
+        if fd < 0 and not tree.privileged:
+            place = self._places.directory(directory.ino)
+            fd = self._open_at(directory, place.path) if place is not None else -1
+        return fd
+
+    def _open_at(self, directory: _Directory, path: bytes) -> int:
         tree = self._kit.tree
         try:
-            if tree.privileged:
-                return tree.open_handle(directory.handle, _LIST)
-            fd = os.open(directory.path or b".", _LIST, dir_fd=tree.rootfd)
-            if tree.handle_of(fd) == directory.handle:
-                return fd
-            os.close(fd)
+            fd = os.open(path or b".", _LIST, dir_fd=tree.rootfd)
         except OSError as error:
-            log.debug("directory %d is not where it was: %s", directory.ino, error)
-        place = None if tree.privileged else self._places.directory(directory.ino)
-        try:
-            return os.open(place.path or b".", _LIST, dir_fd=tree.rootfd) if place is not None else -1
-        except OSError:
-            return -1
+            if is_gone(error) or error.errno in (errno.ELOOP, errno.EACCES):
+                log.debug("directory %d is not where it was: %s", directory.ino, error)
+                return -1
+            raise
+        if tree.handle_of(fd) == directory.handle:
+            return fd
+        os.close(fd)
+        return -1
 
     def _child(self, dirfd: int, ident: str, name: bytes) -> tuple[manifest.AnyInode, int, bytes] | None:
         try:

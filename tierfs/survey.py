@@ -25,7 +25,7 @@ from tierfs.copying import Item
 from tierfs.draining import forget
 from tierfs.errors import ForeignStubError, TierError
 from tierfs.index import Writer
-from tierfs.kit import Kit, same_tuple
+from tierfs.kit import Kit, is_gone, same_tuple
 from tierfs.model import Copy, Record, Residency, new_fid
 from tierfs.past import Ending
 from tierfs.places import join
@@ -57,6 +57,7 @@ class Survey:
         self._guesses: list[tuple[int, int, float]] = []
         self._doubtful: list[Item] = []
         self._seen: set[int] = set()
+        self._unread = 0  # directories that are there and could not be read
         self._known = 0
         self._first = False
 
@@ -67,7 +68,8 @@ class Survey:
         return max(0, unseen) + len(self._doubtful)
 
     def run(self) -> bool:
-        """Look at everything; False if it was stopped. Raises IndexError_, OSError."""
+        """Look at everything; False if it was stopped, or could not be read in full: then nothing is taken for
+        gone, and the next mover looks again. Raises IndexError_, OSError."""
         self._tier.drain()
         self._first = self._kit.index.never_surveyed
         self._known = self._kit.index.totals().files
@@ -79,8 +81,9 @@ class Survey:
             pending.extend(self._directory(pending.pop()))
         self._flush()
         self._verify()
-        self._forget_unseen()
-        if self._stopping.is_set():
+        if not self._unread:
+            self._forget_unseen()
+        if self._unread or self._stopping.is_set():
             return False
         self._kit.index.commit(lambda w: w.set_surveyed(True)).result()
         log.info("looked through %d files in %.1f s", len(self._seen), time.monotonic() - begun)
@@ -94,11 +97,14 @@ class Survey:
                 path or b".", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=self._kit.tree.rootfd
             )
         except OSError as error:
-            log.debug("directory %s is left out: %s", quoted(path), error)
+            if is_gone(error) or error.errno in (errno.ELOOP, errno.EACCES):
+                log.debug("directory %s is left out: %s", quoted(path), error)
+            else:
+                self._cannot_read(path, error)
             return below
         try:
             parent = os.fstat(fd).st_ino
-            for text in os.listdir(fd):
+            for text in self._names(fd, path):
                 name = os.fsencode(text)
                 try:
                     st = os.stat(name, dir_fd=fd, follow_symlinks=False)
@@ -116,6 +122,19 @@ class Survey:
         finally:
             os.close(fd)
         return below
+
+    def _names(self, fd: int, path: bytes) -> list[str]:
+        try:
+            return os.listdir(fd)
+        except FileNotFoundError:
+            return []  # removed meanwhile
+        except OSError as error:
+            self._cannot_read(path, error)
+            return []
+
+    def _cannot_read(self, path: bytes, error: OSError) -> None:
+        self._unread += 1
+        self._kit.troubles.note(f"directory {quoted(path)} cannot be looked through: {error.strerror}")
 
     def _file(self, dirfd: int, parent: int, name: bytes, st: os.stat_result, path: bytes) -> None:
         if st.st_ino in self._seen:

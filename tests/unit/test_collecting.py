@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
@@ -259,6 +260,33 @@ def test_a_stub_whose_unlink_was_undone_keeps_its_object(volume):
     volume.collect()
     assert days(volume, 40) == 0
     assert volume.objects() == {key} and volume.index.tombstones(1 << 62) == []
+
+
+@pytest.mark.parametrize("twin", [False, True])
+def test_a_file_that_cannot_be_asked_for_is_not_taken_for_gone(volume, monkeypatch, twin):
+    """There may be too many files open just now: that says nothing of whether it is back."""
+    volume.write("a", b"one" * 1000)
+    volume.demote("a")
+    stub = volume.stub("a")
+    if twin:
+        with open(volume.path("twin"), "wb") as file:
+            file.truncate(3000)
+            volume.tree.write_stub(file.fileno(), stub)
+            handle = volume.tree.handle_of(file.fileno())
+        volume.index.commit(lambda w: w.note_twin(stub.key, handle)).result()
+    else:
+        os.link(volume.path("a"), volume.path("twin"))
+    volume.server.unlink(volume.path("a"))
+    volume.collect()
+
+    def refuse(handle, flags):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(volume.tree, "open_handle", refuse)
+        assert days(volume, 40) == 0 and volume.objects() == {stub.key}
+    assert days(volume, 2) == 0 and volume.objects() == {stub.key}
+    assert volume.server.read(volume.path("twin")) == b"one" * 1000
 
 
 def test_the_tree_is_synced_before_anything_is_looked_at_and_removed(volume, monkeypatch):

@@ -6,6 +6,7 @@ shows nothing of a missing sync.
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 import time
@@ -387,6 +388,37 @@ def test_a_file_that_moves_behind_the_look_is_not_taken_for_gone(volume, monkeyp
     volume.tier.drain()
     assert volume.index.get(record.ino).fid == record.fid and volume.index.tombstones(1 << 62) == []
     assert volume.server.read(volume.path("one/a")) == content
+
+
+@pytest.mark.parametrize("call", ["open", "listdir"])
+def test_a_look_that_cannot_read_a_directory_is_none(volume, monkeypatch, call):
+    """What is in it would never be copied, and is not gone: the next mover looks again."""
+    for name in ("one", "two"):
+        volume.server.mkdir(volume.path(name))
+        with open(volume.path(f"{name}/a"), "wb") as file:
+            file.write(os.urandom(5000))
+    volume.server.create(volume.path("two/known"), b"x" * 5000)
+    volume.demote("two/known", punch=False)
+    volume.server.create(volume.path("gone"), b"x" * 5000)
+    gone = volume.record("gone")
+    os.unlink(volume.path("gone"))
+    place, usual = os.stat(volume.path("two")).st_ino, getattr(os, call)
+
+    def fail(which, *more, **named):
+        here = os.stat(which, dir_fd=named.get("dir_fd")).st_ino if isinstance(which, bytes) else None
+        if place in (here, isinstance(which, int) and os.fstat(which).st_ino):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return usual(which, *more, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, fail)
+        assert not Survey(volume.tier, lambda guesses: None, threading.Event()).run()
+    assert volume.record("one/a") is not None and volume.record("two/a") is None
+    assert volume.index.get(gone.ino) == gone and not volume.index.surveyed
+    assert "'two' cannot be looked through" in volume.tier.kit.troubles.list()[-1].what
+    assert Survey(volume.tier, lambda guesses: None, threading.Event()).run()
+    assert volume.record("two/a") is not None and volume.index.surveyed
+    assert volume.index.get(gone.ino) is None
 
 
 def test_the_look_finds_what_has_changed_without_a_mark(volume):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 import tempfile
@@ -54,6 +55,36 @@ def test_every_kind_of_thing_is_told(begun):
     begun.journal.flush()
     assert begun.told() == begun.there()
     assert begun.read_journal().find(b"device").rdev == os.makedev(1, 3)
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ESTALE])
+def test_a_snapshot_without_a_directory_that_cannot_be_opened_is_none(begun, monkeypatch, number):
+    """By its handle what cannot be read is gone to the kernel; a restore would lack what is in it."""
+    begun.mkdir("dir")
+    begun.write("dir/file", b"some bytes")
+    begun.journal.flush()
+    tree, before = begun.volume.tree, begun.there()
+    usual, by_handle = os.open, tree.open_handle
+
+    def refuse_handle(handle, flags):
+        if handle == tree.handle_at(tree.rootfd, b"dir"):
+            raise OSError(number, os.strerror(number))
+        return by_handle(handle, flags)
+
+    def refuse(path, flags, *more, **named):
+        if path == b"dir" and flags & os.O_DIRECTORY:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return usual(path, flags, *more, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tree, "open_handle", refuse_handle)
+        patch.setattr(os, "open", refuse)
+        with pytest.raises(OSError):
+            begun.snapshots.take()
+        patch.setattr(os, "open", usual)
+        if number == errno.ESTALE:
+            assert begun.snapshots.take()  # by its name it is there
+    assert begun.snapshots.take() and begun.told() == before
 
 
 def test_a_snapshot_tells_the_same_as_the_segments(begun):
