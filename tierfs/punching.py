@@ -13,6 +13,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import stat
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -118,14 +119,17 @@ class Puncher:
         before, st = item.st, os.fstat(fd)
         assert before is not None
         record = self._kit.index.get(item.ino)
-        # Without privileges opening may have moved ctime (Kit.writable); everything else must be as before.
+        # Where mtime is put back after a change between that look and the lease, only ctime tells. But without
+        # privileges opening may have moved it (Kit.writable); then everything else must be as before.
+        opening_moved = not self._kit.tree.privileged and not before.st_mode & stat.S_IWUSR
+        now = before if opening_moved else st
         if (before.st_mtime_ns, before.st_size) != (st.st_mtime_ns, st.st_size):
             item.stay("is changing right now")
         elif record is None or record.copy is None or record.handle != item.handle:
             item.stay("has no copy")
         elif max(st.st_mtime_ns, st.st_ctime_ns) >= 1 << 63:  # more than a record holds: no copy is bound to it
             item.stay("has a time after the year 2262")
-        elif not proven(record, before, self._kit.custody) or record.residency is not Residency.RESIDENT:
+        elif not proven(record, now, self._kit.custody) or record.residency is not Residency.RESIDENT:
             item.stay("was changed after it was copied")
         elif self._pinned(item, fd, record):
             item.stay("is pinned")

@@ -208,6 +208,51 @@ def test_a_lease_that_breaks_before_the_punch_keeps_all_blocks(volume, at, monke
     check_whole(volume, "a", content)
 
 
+@pytest.mark.parametrize("privileged", [True, False])
+@pytest.mark.parametrize("size", [20_000, 19_999])
+def test_what_changes_before_the_lease_is_taken_stays(volume, monkeypatch, privileged, size):
+    """Behind the gate, in the moment after the last look: also where mtime is put back (but without privileges,
+    where our own opening moves ctime)."""
+    volume.server.create(volume.path("a"), os.urandom(20_000))
+    os.chmod(volume.path("a"), 0o444)
+    volume.demote("a", punch=False)
+    monkeypatch.setattr(volume.tree, "privileged", privileged)
+    st, take, content = os.stat(volume.path("a")), volume.tree.try_lease, os.urandom(size)
+
+    def write_first(fd, kind):
+        monkeypatch.setattr(volume.tree, "try_lease", take)
+        with open(volume.path("a"), "r+b") as file:
+            file.write(content)
+            file.truncate()
+        if privileged:
+            os.utime(volume.path("a"), ns=(st.st_atime_ns, st.st_mtime_ns))
+        return take(fd, kind)
+
+    monkeypatch.setattr(volume.tree, "try_lease", write_first)
+    item = volume.item("a")
+    item.record = volume.record("a")
+    volume.tier._puncher.punch([item])
+    assert item.reason in ("is changing right now", "was changed after it was copied") and not item.demoted
+    monkeypatch.setattr(volume.tree, "privileged", True)
+    check_whole(volume, "a", content)
+
+
+@pytest.mark.parametrize("what", ["handle", "residency", "copy"])
+def test_a_record_that_is_not_of_a_resident_file_of_this_handle_proves_nothing(volume, what):
+    """Though its tuple is the file's: a number that is used again, or an index that was put back."""
+    content = os.urandom(20_000)
+    volume.server.create(volume.path("a"), content)
+    volume.demote("a", punch=False)
+    record, item = volume.record("a"), volume.item("a")
+    other = {"handle": b"another's", "residency": Residency.STUB, "copy": None}[what]
+    volume.index.commit(lambda w: w.put(replace(record, **{what: other}))).result()
+    volume.tier._puncher.punch([item])
+    assert item.reason and not item.demoted
+    assert volume.stub("a") is None
+    with open(volume.path("a"), "rb") as file:
+        assert file.read() == content
+
+
 def test_who_waits_at_the_guard_before_the_stub_is_committed_wins(volume, at):
     content = os.urandom(20_000)
     volume.server.create(volume.path("a"), content)
