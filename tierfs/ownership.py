@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import time
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ ALIVE_KEY = "alive.json"  # renewed every ALIVE_SECONDS by who has the store mou
 ALIVE_SECONDS = 300.0
 _NOTE = "claim.json"
 _HEARD_SECONDS = 3600.0
+_SET_BACK_SECONDS = 86400.0
 
 
 def create(volume: Volume, store: ObjectStore) -> None:
@@ -166,11 +168,13 @@ def note_heard(volume: Volume) -> None:
 
 
 def silence(volume: Volume) -> float:
-    """For how many seconds the store has said nothing, about, by this machine's clock: also before a reboot."""
+    """For how many seconds the store has said nothing, about, by this machine's clock: also before a reboot.
+    For ever, where the clock has been set back since by more than a day: nobody knows."""
     try:
-        return max(0.0, time.time() - os.stat(volume.path(_NOTE)).st_mtime)
+        silent = time.time() - os.stat(volume.path(_NOTE)).st_mtime
     except FileNotFoundError:
         return 0.0  # never claimed: there is no copy yet
+    return max(0.0, silent) if silent > -_SET_BACK_SECONDS else math.inf
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import select
 import signal
@@ -85,9 +86,10 @@ class Fence:
             raise VolumeError(str(self._stale))
         silent, patience = self._clock() - self._heard, self._patience()
         if silent > patience:
+            since = f"for {silent / 3600:.0f} hours" if silent < math.inf else "since the clock was set back"
             raise VolumeError(
-                f"the store has not answered for {silent / 3600:.0f} hours: what is here stays here, since"
-                " another machine may have taken it over and removed copies"
+                f"the store has not answered {since}: what is here stays here, since another machine may have"
+                " taken it over and removed copies"
             )
 
     def _ask(self, asking: Future[None]) -> None:

@@ -79,6 +79,29 @@ def test_silence_of_days_ends_it_until_the_store_is_heard_again():
     fence.check()
 
 
+@pytest.mark.parametrize(("ahead", "known"), [(3600, True), (2 * 86400, False), (400 * 86400, False)])
+def test_how_long_a_silence_lasts_is_not_known_once_the_clock_was_set_back(home, ahead, known):
+    """As by a battery that has run out: the machine may have been off for months."""
+    made, _, store = home
+    os.utime(made.path("claim.json"), (0, time.time() + ahead))
+    down = [True]
+
+    def verify():
+        if down[0]:
+            raise StoreUnavailableError("down")
+        ownership.verify(made, store)
+
+    now = [1000.0]
+    fence = Fence(verify, lambda: DAYS, ownership.silence(made), clock=lambda: now[0])
+    if known:
+        fence.check()
+        return
+    with pytest.raises(VolumeError, match="has not answered since the clock was set back"):
+        fence.check()
+    down[0], now[0] = False, 1010.0
+    fence.check()
+
+
 @pytest.mark.parametrize(("kept", "days"), [("1d", 1), ("30d", 30), ("365d", 30)])
 def test_silence_is_borne_no_longer_than_a_restored_machine_keeps_versions(kept, days):
     assert claiming.patience(config.parse(f'keep_versions = "{kept}"')) == days * 86400
