@@ -52,13 +52,16 @@ class Identity:
     partial_content: bool = False
     checks_sha256: bool = False
     client: str = ""
+    bulk_delete: bool = True
     view: bool = False  # read-only, of another volume's store, and removed when it is unmounted
     attributes: str = ""  # the namespace that its stubs' attributes are in; "": not known as yet
 
     @property
     def capabilities(self) -> Capabilities:
         """What the store's server was seen to do when the volume was created."""
-        return Capabilities(self.conditional_put, self.partial_content, self.checks_sha256, self.client)
+        return Capabilities(
+            self.conditional_put, self.partial_content, self.checks_sha256, self.client, self.bulk_delete
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -363,6 +366,7 @@ def complete(volume: Volume, abilities: Capabilities, *, view: bool = False) -> 
         partial_content=abilities.partial_content,
         checks_sha256=abilities.checks_sha256,
         client=abilities.client,
+        bulk_delete=abilities.bulk_delete,
         view=view,
     )
     write_json(volume.path("volume.json"), asdict(identity))

@@ -66,10 +66,11 @@ def _carry_out(url: str, state: str, force: bool, no_special: bool) -> dict[str,
     from tierfs.store.probe import probe
     from tierfs.store.urls import open_store
 
+    restoring.check_state(state)
     with contextlib.closing(open_store(url)) as unknown:
-        restoring.check_state(state)
-        owner = restoring.check_owner(unknown, state, force)
         capabilities = probe(unknown)
+    with contextlib.closing(open_store(url, capabilities=capabilities)) as known:
+        owner = restoring.check_owner(known, state, force)
     volume.make_state(state)
     lock = volume.lock(state)
     try:

@@ -17,6 +17,7 @@ class Capabilities:
     partial_content: bool = False
     checks_sha256: bool = False
     client: str = ""
+    bulk_delete: bool = True
 
 
 @dataclass(frozen=True, slots=True)

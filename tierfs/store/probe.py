@@ -7,12 +7,16 @@ documentation does not tell, only trying does.
 from __future__ import annotations
 
 import secrets
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from tierfs.errors import (
     ObjectCorruptError,
+    ObjectMissingError,
     PreconditionError,
     StoreDeniedError,
+    StoreError,
     StoreUnavailableError,
     UsageError,
 )
@@ -24,6 +28,8 @@ if TYPE_CHECKING:
     from tierfs.store.s3 import S3Store
 
 _BODY = bytes(range(256)) * 16
+_RACES = ("race-1", "race-2")
+_RACERS = 4
 
 
 def probe(store: ObjectStore) -> Capabilities:
@@ -70,16 +76,18 @@ def _probe_s3(store: S3Store) -> Capabilities:
     key = f"probe/{secrets.token_hex(8)}"
     client = _client_that_reads_ranges(store, key)
     conditional = store.with_capabilities(Capabilities(conditional_put=True, client=client))
-    plain = store.with_capabilities(Capabilities(client=client))
+    seen = Capabilities(partial_content=client == "obstore", client=client)
     try:
-        return Capabilities(
-            conditional_put=_keeps_conditions(conditional, f"{key}-condition"),
-            partial_content=client == "obstore",
+        seen = replace(
+            seen,
+            conditional_put=_keeps_conditions(conditional, key),
             checks_sha256=_checks_sha256(store, key),
-            client=client,
         )
     finally:
-        plain.delete([key, f"{key}-condition", f"{key}-sum", f"{key}-part"])
+        bulk_delete = _deletes_many(
+            store, seen, [key, *(f"{key}-{name}" for name in ("condition", "sum", "part", *_RACES))]
+        )
+    return replace(seen, bulk_delete=bulk_delete)
 
 
 def _client_that_reads_ranges(store: S3Store, key: str) -> str:
@@ -98,16 +106,51 @@ def _client_that_reads_ranges(store: S3Store, key: str) -> str:
     raise StoreUnavailableError(f"{store.describe()}: the server does not give back what it got: use another")
 
 
-def _keeps_conditions(store: S3Store, key: str) -> bool:
+def _deletes_many(store: S3Store, seen: Capabilities, keys: list[str]) -> bool:
+    """Whether one request removes all of these; they are gone afterwards."""
+    for bulk_delete in (True, False):
+        trial = store.with_capabilities(replace(seen, bulk_delete=bulk_delete))
+        try:
+            trial.delete(keys)
+            if not _is_there(trial, keys[0]):
+                return bulk_delete
+        except StoreError:  # 501, an answer that names nothing, and whatever else servers make of it
+            if not bulk_delete:
+                raise
+        finally:
+            trial.close()
+    raise StoreUnavailableError(f"{store.describe()}: the server does not remove what it is told: use another")
+
+
+def _is_there(store: S3Store, key: str) -> bool:
+    try:
+        store.head(key)
+    except ObjectMissingError:
+        return False
+    return True
+
+
+def _keeps_conditions(store: S3Store, probed: str) -> bool:
     """Whether a write on a false condition is refused, and one on a true condition is not."""
+    key = f"{probed}-condition"
     try:
         first = store.put_if(key, b"first", None)
         if not (_refused(store, key, None) and _refused(store, key, '"0123456789abcdef0123456789abcdef"')):
             return False
         store.put_if(key, b"second", first.etag)
-        return store.get(key) == b"second"
+        return store.get(key) == b"second" and all(_one_wins(store, probed, race) for race in _RACES)
     except (StoreDeniedError, PreconditionError):  # 501, or a condition that is never true
         return False
+
+
+def _one_wins(store: S3Store, key: str, race: str) -> bool:
+    """Whether of several that write at once, each on the condition that nothing is there, at most one does.
+
+    s3proxy on a directory looks first and writes then: of six, five have been told that they were alone.
+    """
+    with ThreadPoolExecutor(_RACERS) as pool:
+        refusals = pool.map(lambda _: _refused(store, f"{key}-{race}", None), range(_RACERS))
+    return sum(refusals) >= _RACERS - 1
 
 
 def _refused(store: S3Store, key: str, etag: str | None) -> bool:

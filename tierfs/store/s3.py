@@ -311,7 +311,9 @@ class S3Store(ObjectStore):
     def _make_data(self, session: Any, admin: Any) -> Data:
         verified = self.capabilities.checks_sha256
         if self.capabilities.client == "boto3":
-            return BotoData(admin, self._make_admin(session, _PART_TRIES), self.settings.bucket, verified)
+            dogged = self._make_admin(session, _PART_TRIES)
+            bulk_delete = self.capabilities.bulk_delete
+            return BotoData(admin, dogged, self.settings.bucket, verified, bulk_delete)
         quick = self._make_obstore(admin, self.timeouts.read)
         patient = self._make_obstore(admin, self.timeouts.upload)
         dogged = self._make_obstore(admin, self.timeouts.upload, _PART_TRIES)
@@ -333,6 +335,8 @@ class S3Store(ObjectStore):
         }
         if own_server:
             config["endpoint"] = endpoint
+        if not self.capabilities.bulk_delete:
+            config["disable_bulk_delete"] = True
         if self.capabilities.checks_sha256:
             config["checksum_algorithm"] = "sha256"
         return obstore.store.S3Store(

@@ -23,9 +23,14 @@ _DELETES_A_REQUEST = 1000  # the limit of S3
 
 
 class BotoData:
-    """`dogged`: a client that tries again. `verified`: the server checks SHA-256 sums: each request has one."""
+    """`dogged`: a client that tries again. `verified`: the server checks SHA-256 sums: each request has one.
+    `bulk_delete`: one request may remove many objects.
+    """
 
-    def __init__(self, client: Any, dogged: Any, bucket: str, verified: bool) -> None:
+    def __init__(
+        self, client: Any, dogged: Any, bucket: str, verified: bool, bulk_delete: bool = True
+    ) -> None:
+        self._bulk_delete = bulk_delete
         self._client = client
         self._dogged = dogged
         self._bucket = bucket
@@ -110,6 +115,13 @@ class BotoData:
         return ObjectInfo(key, _field(answer, "ContentLength"), _field(answer, "ETag"), modified.timestamp())
 
     def delete(self, keys: Sequence[str]) -> None:
+        if self._bulk_delete:
+            self._delete_many(keys)
+            return
+        for key in keys:
+            self._client.delete_object(Bucket=self._bucket, Key=key)
+
+    def _delete_many(self, keys: Sequence[str]) -> None:
         for first in range(0, len(keys), _DELETES_A_REQUEST):
             batch = [{"Key": key} for key in keys[first : first + _DELETES_A_REQUEST]]
             answer = self._client.delete_objects(Bucket=self._bucket, Delete={"Objects": batch, "Quiet": True})
