@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import os
 import shutil
 import signal
@@ -170,6 +171,17 @@ def _tool(name: str) -> str:
 
 
 @contextlib.contextmanager
+def named(workdir: Path | str) -> Iterator[Server]:
+    """One that runs already: its endpoint in TIERFS_TEST_S3, where the tests' account may make buckets."""
+    endpoint = os.environ.get("TIERFS_TEST_S3")
+    if not endpoint:
+        raise Unavailable("TIERFS_TEST_S3 names no endpoint of a server")
+    server = Server("named", endpoint.rstrip("/"), f"tierfs-tests-{uuid.uuid4().hex[:8]}")
+    make_bucket(server)
+    yield server
+
+
+@contextlib.contextmanager
 def rclone(workdir: Path | str) -> Iterator[Server]:
     """`rclone serve s3`: ranges answered with 200, conditions ignored, a bucket is a directory."""
     workdir = Path(workdir)
@@ -222,6 +234,40 @@ def _versitygw_binary() -> str:
     except (subprocess.SubprocessError, OSError) as exc:
         raise Unavailable(f"versitygw could not be built: {exc}") from exc
     return str(built)
+
+
+@contextlib.contextmanager
+def seaweedfs(workdir: Path | str) -> Iterator[Server]:
+    """SeaweedFS, all its parts in one process: what many have on a NAS."""
+    workdir = Path(workdir)
+    root = workdir / "seaweedfs"
+    root.mkdir(parents=True, exist_ok=True)
+    account = {"credentials": [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}], "name": "tests"}
+    (workdir / "s3.json").write_text(json.dumps({"identities": [account | {"actions": ["Admin"]}]}))
+    port = free_port()
+    argv = [_tool("weed"), "server", f"-dir={root}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-s3"]
+    argv += [f"-s3.port={port}", f"-s3.config={workdir / 's3.json'}", "-s3.autoCreateBucket=false"]
+    argv += ["-s3.port.iceberg=0", "-s3.port.lance=0"]
+    argv += ["-master.volumeSizeLimitMB=1024", "-volume.max=20", "-master.telemetry=false"]
+    for part in ("master", "volume", "filer", "s3"):
+        argv += [f"-{part}.port.grpc={free_port()}"]
+        argv += [f"-{part}.port={free_port()}"] if part != "s3" else []
+    with _running("seaweedfs", argv, workdir, port, {}) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def minio(workdir: Path | str) -> Iterator[Server]:
+    """MinIO on one directory."""
+    workdir = Path(workdir)
+    root = workdir / "minio"
+    root.mkdir(parents=True, exist_ok=True)
+    port = free_port()
+    argv = [_tool("minio"), "server", "--quiet", "--address", f"127.0.0.1:{port}"]
+    argv += ["--console-address", f"127.0.0.1:{free_port()}", str(root)]
+    env = {"MINIO_ROOT_USER": ACCESS_KEY, "MINIO_ROOT_PASSWORD": SECRET_KEY}
+    with _running("minio", argv, workdir, port, env) as server:
+        yield server
 
 
 _CEPH_CONF = """
@@ -317,4 +363,12 @@ def _start_ceph(root: Path, server: Server) -> None:
     wait_for(lambda: answers_http(server.endpoint), gateway, log, 60)
 
 
-SERVERS = {"rclone": rclone, "moto": moto, "versitygw": versitygw, "rgw": rgw}
+SERVERS = {
+    "rclone": rclone,
+    "moto": moto,
+    "versitygw": versitygw,
+    "rgw": rgw,
+    "seaweedfs": seaweedfs,
+    "minio": minio,
+    "named": named,
+}

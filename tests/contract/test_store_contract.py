@@ -226,7 +226,9 @@ def test_list_by_text_prefix(store: ObjectStore, base: str) -> None:
     "name",
     ["a b", "a+b", "50%", "%41", "ü/ß", "x=y&z", "a#b?c", "it's", "~tilde", "-v", "..x", ".hidden", "a\\b"],
 )
-def test_odd_keys(store: ObjectStore, base: str, name: str) -> None:
+def test_odd_keys(request: pytest.FixtureRequest, store: ObjectStore, base: str, name: str) -> None:
+    if "\\" in name and "seaweedfs" in request.node.callspec.id:
+        pytest.skip("SeaweedFS takes a backslash for a slash; no key of a volume has one")
     store.put(base + name, name.encode(), len(name.encode()))
     assert store.get(base + name) == name.encode()
     assert keys(store, base) == [base + name]
