@@ -281,11 +281,21 @@ def test_a_server_that_keeps_no_connection(server: FakeS3, store: S3Store, get: 
 
 
 def test_by_way_of_a_proxy_it_is_the_clients(
-    server: FakeS3, store: S3Store, get: Get, monkeypatch: pytest.MonkeyPatch
+    server: FakeS3, get: Get, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("http_proxy", server.endpoint)
-    get(store, "key")
-    assert not any(map(signed, server.requests))
+    settings = S3Settings("bucket", "a prefix", "http://store.invalid:9000")
+    with contextlib.closing(S3Store(settings, Capabilities(client="obstore"))) as store:
+        assert get(store, "key") == RANGE
+    assert server.requests and not any(map(signed, server.requests))
+
+
+def test_past_a_proxy_it_is_not(
+    server: FakeS3, store: S3Store, get: Get, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", "http://proxy.invalid:3128")
+    assert get(store, "key") == RANGE
+    assert server.requests and all(map(signed, server.requests))
 
 
 def test_the_rest_of_a_range_that_breaks_off_is_the_clients(server: FakeS3, store: S3Store) -> None:

@@ -42,6 +42,9 @@ def test_s3() -> None:
     assert store.capabilities.client == "boto3"
     assert store.describe() == "s3://bucket/a/b?endpoint=http://host:9000"
     assert open_store("s3://bucket").describe() == "s3://bucket"
+    assert open_store("s3://bucket?endpoint=http://[::1]:9000/").describe() == (
+        "s3://bucket?endpoint=http://[::1]:9000"
+    )
     assert open_store("s3://bucket/p/").describe() == "s3://bucket/p"
 
 

@@ -14,10 +14,10 @@ from datetime import timedelta
 from functools import cache, partial
 from typing import Any
 from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 import boto3
 import botocore.config
+import botocore.exceptions
 import botocore.session
 import obstore
 import obstore.store
@@ -35,6 +35,7 @@ from tierfs.store.s3_boto import BotoData, sha256_base64
 from tierfs.store.s3_credentials import Credentials
 from tierfs.store.s3_errors import NO_CREDENTIALS, Translated
 from tierfs.store.s3_obstore import ONE_REQUEST, Data, ObstoreData
+from tierfs.store.s3_proxy import options_of_boto, options_of_obstore, proxy_of
 from tierfs.store.s3_ranges import Ranges
 from tierfs.store.s3_trust import trusted
 
@@ -305,8 +306,21 @@ class S3Store(ObjectStore):
             max_pool_connections=32,
             s3={"addressing_style": "path" if self.settings.endpoint else "auto"},
         )
-        endpoint = self.settings.endpoint or None
-        return session.client("s3", endpoint_url=endpoint, config=config, verify=trusted(session))
+        def client(config: Any) -> Any:
+            endpoint = self.settings.endpoint or None
+            return session.client("s3", endpoint_url=endpoint, config=config, verify=trusted(session))
+
+        try:
+            made = client(config)
+        except botocore.exceptions.BotoCoreError:
+            raise
+        except ValueError as exc:
+            raise StoreDeniedError(
+                f"{self._place}: AWS_ENDPOINT_URL, or endpoint_url in the AWS configuration, is no endpoint:"
+                " write https://host or http://host:port"
+            ) from exc
+        proxies = options_of_boto(made.meta.endpoint_url)
+        return client(config.merge(botocore.config.Config(**proxies))) if proxies else made
 
     def _make_data(self, session: Any, admin: Any) -> Data:
         verified = self.capabilities.checks_sha256
@@ -321,7 +335,8 @@ class S3Store(ObjectStore):
 
     def _make_ranges(self, admin: Any, store: Any) -> Ranges | None:
         """Over TLS, and by way of a proxy, obstore serves as well."""
-        if not admin.meta.endpoint_url.startswith("http://") or getproxies():
+        endpoint: str = admin.meta.endpoint_url
+        if not endpoint.startswith("http://") or proxy_of(endpoint):
             return None
         sign = partial(obstore.sign, store, "GET", expires_in=_SIGNED)
         return Ranges(sign, self.timeouts.connect, self.timeouts.read)
@@ -342,7 +357,8 @@ class S3Store(ObjectStore):
         return obstore.store.S3Store(
             self.settings.bucket,
             config=config,  # type: ignore[arg-type]
-            client_options={
+            client_options={  # type: ignore[arg-type]
+                **options_of_obstore(endpoint),
                 "allow_http": endpoint.startswith("http://"),
                 "connect_timeout": timedelta(seconds=self.timeouts.connect),
                 "read_timeout": timedelta(seconds=read_timeout),
@@ -373,5 +389,4 @@ def describe(settings: S3Settings) -> str:
     if not settings.endpoint:
         return f"s3://{settings.bucket}{path}"
     parts = urlsplit(settings.endpoint)
-    host = (parts.hostname or "") + (f":{parts.port}" if parts.port else "")
-    return f"s3://{settings.bucket}{path}?endpoint={parts.scheme}://{host}"
+    return f"s3://{settings.bucket}{path}?endpoint={parts.scheme}://{parts.netloc.rpartition('@')[2]}"

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
+from urllib.request import getproxies
 
 from tierfs.errors import (
     BucketMissingError,
@@ -224,8 +225,11 @@ def _of_transport(facts: _Facts, place: str, subject: str) -> StoreError:
             f"{place}: the server's certificate is not trusted, or it speaks no TLS: add its authority to the"
             " system's, or name it by AWS_CA_BUNDLE"
         )
+    if facts.name == "InvalidRegionError":
+        return StoreDeniedError(f"{place}: that is the name of no region: correct region=... in the URL")
     if "Timeout" in facts.name or "TimedOut" in text or "kind: Timeout" in text:
         return StoreUnavailableError(f"{subject}: the server did not answer in time")
     if "Connect" in facts.name or "kind: Connect" in text:
-        return StoreUnavailableError(f"{place}: cannot connect to the server: check endpoint and network")
+        via = " and the proxy that the environment names" if getproxies() else ""
+        return StoreUnavailableError(f"{place}: cannot connect to the server: check endpoint and network{via}")
     return StoreUnavailableError(f"{subject}: the connection broke or the answer makes no sense ({facts.name})")
