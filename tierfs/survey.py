@@ -14,7 +14,7 @@ import resource
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import replace
@@ -25,6 +25,7 @@ from tierfs.copying import Item
 from tierfs.draining import forget
 from tierfs.errors import ForeignStubError, TierError
 from tierfs.index import Writer
+from tierfs.inodes import InodeSet
 from tierfs.kit import Kit, is_gone, same_tuple
 from tierfs.model import Copy, Record, Residency, new_fid
 from tierfs.past import Ending
@@ -56,7 +57,7 @@ class Survey:
         self._most = max(1, min(_COMMITS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
         self._guesses: list[tuple[int, int, float]] = []
         self._doubtful: list[Item] = []
-        self._seen: set[int] = set()
+        self._seen = InodeSet()
         self._unread = 0  # directories that are there and could not be read
         self._known = 0
         self._first = False
@@ -137,9 +138,8 @@ class Survey:
         self._kit.troubles.note(f"directory {quoted(path)} cannot be looked through: {error.strerror}")
 
     def _file(self, dirfd: int, parent: int, name: bytes, st: os.stat_result, path: bytes) -> None:
-        if st.st_ino in self._seen:
+        if not self._seen.add(st.st_ino):
             return  # another name of the same inode
-        self._seen.add(st.st_ino)
         handle = self._kit.tree.handle_at(dirfd, name)
         record = self._kit.index.get(st.st_ino)
         if record is None or record.handle != handle:
@@ -244,7 +244,7 @@ class Survey:
         self._flush()
 
 
-def gone(kit: Kit, seen: Set[int]) -> Iterator[Record]:
+def gone(kit: Kit, seen: InodeSet) -> Iterator[Record]:
     """Records of files that are not there any more, among those that were not seen: their marks were lost.
 
     None where the tree cannot be asked for a file by its handle. Raises IndexError_, OSError.

@@ -14,7 +14,8 @@ from tierfs import control
 from tierfs.digests import SIDE_SUFFIX
 from tierfs.errors import ForeignStubError, IndexDamagedError, IndexError_
 from tierfs.index import Writer
-from tierfs.model import object_key
+from tierfs.inodes import InodeSet
+from tierfs.model import Record, object_key
 from tierfs.past import is_object
 from tierfs.places import join
 from tierfs.readback import Pace, Pass, Place, load_place
@@ -48,9 +49,9 @@ def check(tier: Tier, repair: bool, reading: Reading | None, job: Job) -> contro
     finish_pending(tier)
     total = tier.kit.index.totals().files
     findings: list[control.Finding] = []
-    referred: set[str] = set()
+    strange: set[str] = set()  # objects of stubs that are not what the index says
     bad: set[str] = set()
-    seen: set[int] = set()
+    seen = InodeSet()
     for case in _cases(tier, repair, reading is not None, findings, seen):
         if job.cancelled.is_set():
             break
@@ -60,16 +61,13 @@ def check(tier: Tier, repair: bool, reading: Reading | None, job: Job) -> contro
             findings += found
             if found and each is check_object:
                 bad.add(found[0].what.rpartition(" ")[2])
-        if case.stub is not None:
-            referred.add(case.stub.key)
-        if case.record is not None and case.record.copy is not None:
-            last = case.record.copy
-            referred.add(object_key(case.record.fid, last.generation, last.tag))
+        if case.stub is not None and case.stub.key != _key_of(case.record):
+            strange.add(case.stub.key)
     files = len(seen)
     if not job.cancelled.is_set():
         findings += [_finding(found) for found in _gone(tier, repair, seen)]
         findings += [_finding(found) for found in _totals(tier, repair)]
-        findings += [_finding(found) for found in _orphans(tier, repair, referred)]
+        findings += [_finding(found) for found in _orphans(tier, repair, strange)]
     resumed, place = Place(), Place()
     if reading is not None and not job.cancelled.is_set():
         resumed, place = _read_all(tier, repair, reading, frozenset(bad), findings, job)
@@ -127,7 +125,7 @@ def _finding(found: Found) -> control.Finding:
 
 
 def _cases(
-    tier: Tier, repair: bool, read_data: bool, findings: list[control.Finding], seen: set[int]
+    tier: Tier, repair: bool, read_data: bool, findings: list[control.Finding], seen: InodeSet
 ) -> Iterator[Case]:
     """Every regular file of the tree, once for each inode, which is then `seen`."""
     kit = tier.kit
@@ -147,8 +145,7 @@ def _cases(
                     if stat.S_ISDIR(st.st_mode):
                         if st.st_dev == kit.tree.device:
                             pending.append(path)
-                    elif stat.S_ISREG(st.st_mode) and st.st_ino not in seen:
-                        seen.add(st.st_ino)
+                    elif stat.S_ISREG(st.st_mode) and seen.add(st.st_ino):
                         yield _case(tier, path, opath, st, repair, read_data)
                 except ForeignStubError as error:
                     findings.append(control.Finding(str(error), path))
@@ -166,7 +163,7 @@ def _case(tier: Tier, path: bytes, opath: int, st: os.stat_result, repair: bool,
     return Case(tier.kit, path, opath, st, tier.kit.tree.read_stub(opath), record, repair, read_data)
 
 
-def _gone(tier: Tier, repair: bool, seen: set[int]) -> Iterator[Found]:
+def _gone(tier: Tier, repair: bool, seen: InodeSet) -> Iterator[Found]:
     """Records of files that are not there any more: each is counted for ever, and keeps its objects."""
     found = list(gone(tier.kit, seen))
     if found:
@@ -194,13 +191,18 @@ def _totals(tier: Tier, repair: bool) -> Iterator[Found]:
         yield Found(f"the index's sums are {kept}, its records make {counted}", b"", repair)
 
 
-def _orphans(tier: Tier, repair: bool, referred: set[str]) -> Iterator[Found]:
-    """Objects that neither a file nor a tombstone refers to: those of a former index, or of a fenced owner."""
+def _orphans(tier: Tier, repair: bool, strange: set[str]) -> Iterator[Found]:
+    """Objects that neither a file nor a tombstone refers to: those of a former index, or of a fenced owner.
+
+    What the index refers to is looked up in it, object by object: a list of it would be as long as the store.
+    """
     kit = tier.kit
     unknown = [
         (info.key, key)
         for info in kit.store.list("data/")
-        if (key := info.key.removesuffix(SIDE_SUFFIX)) not in referred and is_object(key)
+        if is_object(key := info.key.removesuffix(SIDE_SUFFIX))
+        and key not in strange
+        and not _is_referred(tier, key)
     ]
     # Not before: what was put while the store was listed is intended by now, or something refers to it.
     expected = _expected(tier) if unknown else set[str]()
@@ -233,6 +235,10 @@ def _is_referred(tier: Tier, key: str) -> bool:
         record = tier.kit.index.get_by_fid(bytes.fromhex(key.split("/")[2]))
     except IndexError_:
         return True  # a damaged record says nothing: its object is no orphan as yet
+    return _key_of(record) == key
+
+
+def _key_of(record: Record | None) -> str:
     if record is None or record.copy is None:
-        return False
-    return object_key(record.fid, record.copy.generation, record.copy.tag) == key
+        return ""
+    return object_key(record.fid, record.copy.generation, record.copy.tag)

@@ -17,6 +17,7 @@ from tierfs import recovery, survey
 from tierfs.codec import pack_record, unpack_record
 from tierfs.digests import SIDE_SUFFIX
 from tierfs.errors import IndexError_
+from tierfs.inodes import InodeSet
 from tierfs.model import Residency, Stub, object_key
 from tierfs.past import U64
 
@@ -82,6 +83,20 @@ def test_a_damaged_record_is_made_anew(filled, name):
     if before is not None:
         assert (record.fid, record.copy.generation) == (before.fid, before.generation)
     assert filled.server.read(filled.path(name)) == SMALL
+
+
+def test_of_files_that_are_as_the_index_says_no_list_is_kept(filled, monkeypatch):
+    kept, real = [], checking._orphans
+
+    def orphans(tier, repair, strange):
+        kept.append(set(strange))
+        return real(tier, repair, strange)
+
+    monkeypatch.setattr(checking, "_orphans", orphans)
+    assert run(filled) == []
+    spoil(filled, "stub")
+    run(filled)
+    assert kept == [set(), {filled.stub("stub").key}]
 
 
 def test_the_object_of_a_stub_with_a_damaged_record_is_no_orphan(filled):
@@ -288,7 +303,7 @@ DEFECTS = {
 
 
 def found_alone(volume, check, repair=False):
-    found = [f for case in checking._cases(volume.tier, repair, False, [], set()) for f in check(case)]
+    found = [f for case in checking._cases(volume.tier, repair, False, [], InodeSet()) for f in check(case)]
     return [(f.path, f.repaired) for f in found]
 
 
@@ -302,7 +317,8 @@ def test_what_is_just_being_made_to_agree_is_no_finding(filled):
     assert found_alone(filled, recovery.check_record) == []
     filled.index.commit(lambda w: w.drop_pending(ino)).result()
     assert found_alone(filled, recovery.check_record) == [(b"clean", False)]
-    (case,) = [case for case in checking._cases(filled.tier, False, False, [], set()) if case.path == b"clean"]
+    cases = checking._cases(filled.tier, False, False, [], InodeSet())
+    (case,) = [case for case in cases if case.path == b"clean"]
     filled.index.commit(lambda w: w.put(before)).result()
     assert list(recovery.check_record(case)) == []
     # Moved and moved back since the look: its record is as it was.

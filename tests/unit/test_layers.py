@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LAYERS = [
     {"errors", "model", "marks", "failpoints", "spelling", "tierfs"},
     {"config", "locate", "transitions", "policy", "wire", "channel", "codec", "datafile", "manifest"}
-    | {"moments", "pages", "unawaited"},
+    | {"inodes", "moments", "pages", "unawaited"},
     {"index", "heat_index", "tree", "syscalls", "store", "waits"},
     {"transfer", "volume", "ownership", "namespace", "ledger"},
     {"tier", "recovery", "gate"},
