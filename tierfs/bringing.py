@@ -11,20 +11,23 @@ import errno
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
+from functools import partial
 
 from tierfs import wire
 from tierfs.copying import Item
 from tierfs.errors import FetchTimeoutError, TierError
 from tierfs.filling import Filler
 from tierfs.kit import GONE, Kit, is_gone
+from tierfs.transfer import flow
 
 Report = Callable[[Item], None]
 Tell = Callable[[str], None]
 
 _AT_ONCE = 16  # files being fetched on order
+_IN_HAND = 4 * _AT_ONCE  # and with those that wait for a thread
 _ASK_AGAIN_SECONDS = 2.0
 _LOOK_SECONDS = 0.2
 _SILENT_SECONDS = 5.0  # before who waits is told
@@ -61,28 +64,28 @@ class Bringer:
 
     def fetch(
         self, items: Iterable[Item], cancelled: threading.Event, report: Report | None, tell: Tell | None
-    ) -> list[Item]:
-        """Bring files back as a whole; the items with what became of them.
+    ) -> Iterator[Item]:
+        """Bring files back as a whole; each item, with what became of it, when it is done with.
 
         `tell` is given where somebody waits: it hears, again and again, that nothing comes, and the order ends
         when the store has kept one file waiting for too long, and has sent nothing else meanwhile.
         """
-        order, listed = _Order(cancelled, report, tell), list(items)
-        futures = [self._threads.submit(self._one, item, order) for item in listed]
-        for future in futures:
-            self._await(future, order)
-        return listed
+        order = _Order(cancelled, report, tell)
 
-    def _await(self, future: Future[None], order: _Order) -> None:
-        while True:
-            try:
-                return future.result(_LOOK_SECONDS)
-            except FutureTimeout:
-                if order.tell is not None and time.monotonic() - order.came > _SILENT_SECONDS:
-                    order.tell(
-                        f"nothing has come from the store for {_SILENT_SECONDS:g} s:"
-                        f" it is waited for, {self._kit.config.fetch_timeout:g} s in all"
-                    )
+        def submit(item: Item) -> Future[None]:
+            return self._threads.submit(self._one, item, order)
+
+        for item, future in flow(items, submit, _IN_HAND, partial(self._idle, order), _LOOK_SECONDS):
+            future.result()
+            yield item
+
+    def _idle(self, order: _Order) -> None:
+        """Nothing has been done for a moment."""
+        if order.tell is not None and time.monotonic() - order.came > _SILENT_SECONDS:
+            order.tell(
+                f"nothing has come from the store for {_SILENT_SECONDS:g} s:"
+                f" it is waited for, {self._kit.config.fetch_timeout:g} s in all"
+            )
 
     def _one(self, item: Item, order: _Order) -> None:
         opath = -1

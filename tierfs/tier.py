@@ -39,12 +39,13 @@ from tierfs.serverlink import ServerLink
 from tierfs.settling import Settler
 from tierfs.spelling import quoted
 from tierfs.store.base import ObjectStore
-from tierfs.transfer import Pool
+from tierfs.transfer import Pool, flow
 from tierfs.tree import Tree
 
 log = logging.getLogger("mover")
 
 _AT_ONCE = 4  # batches under way
+_IN_HAND = 2 * _AT_ONCE  # and with those that wait for a thread
 _BATCH_BYTES = 256 << 20
 _CLAIM_SECONDS = (0.05, 0.2, 0.5)
 _PATIENCE = 60.0  # seconds that an order waits for files that others work on, all in all
@@ -121,33 +122,50 @@ class Tier:
         punch: bool = True,
     ) -> list[Item]:
         """Copy out what is dirty and (`punch`) free its blocks. The items come back, with reasons."""
+        listed = list(items)
+        for _ in self.demoted(listed, cancelled, report, punch=punch):
+            pass
+        return listed
+
+    def demoted(
+        self,
+        items: Iterable[Item],
+        cancelled: threading.Event | None = None,
+        report: Report | None = None,
+        *,
+        punch: bool = True,
+    ) -> Iterator[Item]:
+        """As `demote`, each item when it is done with: there may be as many as a volume has files."""
         stop = cancelled if cancelled is not None else threading.Event()
-        done = self._in_batches(items, stop, punch, report)
+        held_up: list[Item] = []
+        for item in self._in_batches(items, stop, punch, report):
+            if _is_held_up(item):
+                held_up.append(item)
+            else:
+                yield item
         until = time.monotonic() + _PATIENCE
-        for item in [item for item in done if _is_held_up(item)]:
+        for item in held_up:
             while _is_held_up(item) and self._comes_free(item.ino, until, stop):
                 item.reason = ""
-                self._in_batches([item], stop, punch, report)
+                list(self._in_batches([item], stop, punch, report))
             if _is_held_up(item):
                 self._tell([item], report)
-        return done
+            yield item
 
     def _in_batches(
         self, items: Iterable[Item], stop: threading.Event, punch: bool, report: Report | None
-    ) -> list[Item]:
-        futures: list[tuple[list[Item], Future[None]]] = [
-            (batch, self._batches.submit(self._batch, batch, stop, punch, report)) for batch in _batched(items)
-        ]
-        done: list[Item] = []
-        for batch, future in futures:
+    ) -> Iterator[Item]:
+        def submit(batch: list[Item]) -> Future[None]:
+            return self._batches.submit(self._batch, batch, stop, punch, report)
+
+        for batch, future in flow(_batched(items), submit, _IN_HAND):
             try:
                 future.result()
             except (TierError, OSError) as error:
                 for item in batch:
                     if item.going and not item.demoted:
                         item.stay(str(error), failed=True)
-            done += batch
-        return done
+            yield from batch
 
     def _batch(self, batch: list[Item], cancelled: threading.Event, punch: bool, report: Report | None) -> None:
         claimed: list[int] = []
@@ -326,6 +344,19 @@ class Tier:
         tell: Tell | None = None,
     ) -> list[Item]:
         """Bring files back as a whole; the items with what became of them. `tell`: see bringing.py."""
+        listed = list(items)
+        for _ in self.fetched(listed, cancelled, report, tell):
+            pass
+        return listed
+
+    def fetched(
+        self,
+        items: Iterable[Item],
+        cancelled: threading.Event | None = None,
+        report: Report | None = None,
+        tell: Tell | None = None,
+    ) -> Iterator[Item]:
+        """As `fetch`, each item when it is done with: there may be as many as a volume has files."""
         return self._bringer.fetch(items, cancelled or threading.Event(), report, tell)
 
     # --- pins ---------------------------------------------------------------------------------------------

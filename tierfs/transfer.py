@@ -10,9 +10,10 @@ import collections
 import heapq
 import itertools
 import logging
+import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from enum import IntEnum
@@ -35,6 +36,40 @@ class Urgency(IntEnum):
     AHEAD = 1  # somebody will soon
     UPLOAD = 2
     GARBAGE = 3
+
+
+def flow(
+    items: Iterable[T],
+    submit: Callable[[T], Future[None]],
+    most: int,
+    idle: Callable[[], None] = lambda: None,
+    look_seconds: float | None = None,
+) -> Iterator[tuple[T, Future[None]]]:
+    """Submit them, `most` at a time, and give back each when it has ended, in the order in which they do.
+
+    Of a million items no more than those are there at once. `idle` is called where none ends for a look's time.
+    """
+    ended: queue.SimpleQueue[tuple[T, Future[None]]] = queue.SimpleQueue()
+
+    def begin(item: T) -> None:
+        submit(item).add_done_callback(lambda future: ended.put((item, future)))
+
+    def next_end() -> tuple[T, Future[None]]:
+        while True:
+            try:
+                return ended.get(timeout=look_seconds)
+            except queue.Empty:
+                idle()
+
+    under_way = 0
+    for item in items:
+        if under_way == most:
+            yield next_end()
+            under_way -= 1
+        begin(item)
+        under_way += 1
+    for _ in range(under_way):
+        yield next_end()
 
 
 class Pool:

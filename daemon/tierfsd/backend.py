@@ -19,9 +19,9 @@ from tierfs.policy.aging import is_young
 from tierfs.store.base import Body
 from tierfs.tier import Tier
 from tierfs.versions import Kept, beneath, content, of_path
-from tierfsd.control_server import Job
+from tierfsd.control_server import LIST_LIMIT, Job
 from tierfsd.journalling import JournalKeeper
-from tierfsd.reach import Target
+from tierfsd.reach import Target, Targets
 from tierfsd.scrubbing import Scrubber
 from tierfsd.waiting import waiting
 from tierfsd.watcher import ConfigWatcher
@@ -207,18 +207,17 @@ class TierBackend:
 
     # --- orders -------------------------------------------------------------------------------------------
 
-    def demote(self, targets: list[Target], job: Job) -> control.Done:
+    def demote(self, targets: Targets, job: Job) -> control.Done:
         """Carry out an order to demote."""
-        items = [_item(target) for target in targets]
-        with _Count(items, job) as count:
-            return _done(self._tier.demote(items, job.cancelled, count), targets)
+        with _Count(len(targets), _size(targets), job) as count:
+            items = count.watched(map(_item, targets))
+            return _done(self._tier.demoted(items, job.cancelled, count), targets)
 
-    def fetch(self, targets: list[Target], job: Job) -> control.Done:
+    def fetch(self, targets: Targets, job: Job) -> control.Done:
         """Carry out an order to fetch."""
-        items = [_item(target) for target in targets]
-        with _Count(items, job) as count:
-            tell = count.tell if job.awaited else None
-            return _done(self._tier.fetch(items, job.cancelled, count, tell), targets)
+        with _Count(len(targets), _size(targets), job) as count:
+            items, tell = count.watched(map(_item, targets)), count.tell if job.awaited else None
+            return _done(self._tier.fetched(items, job.cancelled, count, tell), targets)
 
     def set_pin(self, opath: int, status: os.stat_result, parent: int, name: bytes, on: bool) -> None:
         """Pin or unpin one file or directory."""
@@ -242,20 +241,30 @@ class TierBackend:
         deadline = time.monotonic() + _OPEN_SECONDS
         while True:
             position = self._tier.drain()
-            items = self._dirty()
-            with _Count(items, job) as count:
-                done = self._tier.demote(items, job.cancelled, count, punch=False)
-            copied += sum(not item.reason for item in done)
-            staying = [item for item in done if item.reason and not item.reason.startswith("never leaves")]
-            failed = any(item.failed for item in staying)
-            if not staying or failed or time.monotonic() > deadline or job.cancelled.is_set():
-                stayed = [self._unsaved(item) for item in staying]
+            totals = self._kit.index.totals()
+            with _Count(totals.dirty_files, totals.dirty_bytes, job) as count:
+                items = count.watched(self._dirty(totals.dirty_files + _ROUND))
+                done = self._copied_out(self._tier.demoted(items, job.cancelled, count, punch=False))
+            copied += done.files
+            failed = any(outcome.failed for outcome in done.stayed)
+            if not done.stayed or failed or time.monotonic() > deadline or job.cancelled.is_set():
+                stayed = done.stayed
                 problem = self._journal.catch_up(job.cancelled)
                 if problem:
                     reason = f"names and attributes are not all in the store: {problem}"
                     stayed.append(control.Outcome(b"", reason, failed=True))  # of the volume as a whole
                 return control.Done(copied, stayed, position)
             job.cancelled.wait(0.2)
+
+    def _copied_out(self, items: Iterable[Item]) -> control.Done:
+        """How many have been copied, and what stays although it may leave."""
+        copied, stayed = 0, _Stayed()
+        for item in items:
+            if not item.reason:
+                copied += 1
+            elif not item.reason.startswith("never leaves"):
+                stayed.add(self._unsaved(item))
+        return control.Done(copied, stayed.named)
 
     def _unsaved(self, item: Item) -> control.Outcome:
         """With how long it has been so."""
@@ -265,15 +274,19 @@ class TierBackend:
         age = terminal.age(max(0.0, time.time() - since / 1e9))
         return control.Outcome(outcome.path, f"{outcome.reason}: not in the store for {age}")
 
-    def _dirty(self) -> list[Item]:
-        """All dirty files that the index knows of."""
-        inos = self._kit.index.quiet(1 << 63, limit=self._kit.index.totals().dirty_files + _ROUND)
-        records = [self._kit.index.get(ino) for ino in inos]
-        return [
-            Item(record.ino, record.handle, b"", record.parent, record.name, record.size, ordered=True)
-            for record in records
-            if record is not None and record.dirty
-        ]
+    def _dirty(self, most: int) -> Iterator[Item]:
+        """The dirty files that the index knows of, longest waiting first."""
+        at = 0, 0
+        while most > 0:
+            rows = self._kit.index.queued(at, 1 << 63, min(_ROUND, most))
+            for _, ino in rows:
+                record = self._kit.index.get(ino)
+                if record is not None and record.dirty:
+                    yield Item.of(record, ordered=True)
+            if len(rows) < _ROUND:
+                return
+            most -= len(rows)
+            at = rows[-1][0], rows[-1][1] + 1
 
     # --- the past -----------------------------------------------------------------------------------------
 
@@ -324,27 +337,38 @@ class TierBackend:
 
 
 class _Count:
-    """Turns finished items into progress, and while it is entered also what has come of large ones."""
+    """Turns finished items into progress, and while it is entered also what has come of large ones.
 
-    def __init__(self, items: list[Item], job: Job) -> None:
+    It is told how many there are, and then knows only those that are `watched` and not yet finished.
+    """
+
+    def __init__(self, files: int, size: int, job: Job) -> None:
         self._job = job
         self._lock = threading.Lock()
-        self._files_total, self._bytes_total = len(items), sum(item.size for item in items)
+        self._files_total, self._bytes_total = files, size
         self._files = self._bytes = 0
-        self._large = {item.ino: item for item in items if item.size > PIECE}
+        self._large: dict[int, Item] = {}
         self._over = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="progress", daemon=True)
         job.report(control.Progress(0, self._files_total, 0, self._bytes_total))
 
     def __enter__(self) -> _Count:
-        if self._large:
-            self._watcher.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._over.set()
         if self._watcher.ident is not None:
             self._watcher.join()
+
+    def watched(self, items: Iterable[Item]) -> Iterator[Item]:
+        """They are being worked on from now on."""
+        for item in items:
+            if item.size > PIECE:
+                with self._lock:
+                    self._large[item.ino] = item
+                if self._watcher.ident is None:
+                    self._watcher.start()
+            yield item
 
     def __call__(self, item: Item) -> None:
         with self._lock:
@@ -380,21 +404,48 @@ def _item(target: Target) -> Item:
     return Item(target.ino, target.handle, target.path, target.parent, target.name, target.size, ordered=True)
 
 
+def _size(targets: Targets) -> int:
+    return sum(target.size for target in targets)
+
+
 def _outcome(item: Item) -> control.Outcome:
     return control.Outcome(item.path or item.name, item.reason, item.failed)
 
 
-def _done(items: list[Item], targets: list[Target]) -> control.Done:
+class _Stayed:
+    """What stays, as far as one answer names it: those that have failed before all."""
+
+    def __init__(self) -> None:
+        self._failed: list[control.Outcome] = []
+        self._others: list[control.Outcome] = []
+
+    def add(self, outcome: control.Outcome) -> None:
+        """One more."""
+        named = self._failed if outcome.failed else self._others
+        if len(named) < LIST_LIMIT:
+            named.append(outcome)
+
+    @property
+    def named(self) -> list[control.Outcome]:
+        """Those to name."""
+        return (self._failed + self._others)[:LIST_LIMIT]
+
+
+def _done(items: Iterable[Item], targets: Targets) -> control.Done:
     """Of what was found in a directory and has gone since nobody wants to hear; of a store that does not answer
     once, not for each file."""
     named = {target.ino for target in targets if target.named}
-    there = [item for item in items if item.reason != GONE or item.ino in named]
-    staying = [item for item in there if item.reason]
-    away = [item for item in staying if item.away]
-    stayed = [_outcome(item) for item in staying if len(away) < 2 or not item.away]
-    if len(away) > 1:
-        reason = (
-            f"{len(away)} files were not fetched, the store does not answer ({away[0].reason}): try again later"
-        )
-        stayed.insert(0, control.Outcome(b"", reason, failed=True))
-    return control.Done(len(there) - len(staying), stayed)
+    files = away = 0
+    stayed, first_away = _Stayed(), control.Outcome(b"", "")
+    for item in items:
+        if item.away:
+            away += 1
+            first_away = first_away if first_away.reason else _outcome(item)
+        elif not item.reason:
+            files += 1
+        elif item.reason != GONE or item.ino in named:
+            stayed.add(_outcome(item))
+    if away > 1:
+        why = f"the store does not answer ({first_away.reason}): try again later"
+        first_away = control.Outcome(b"", f"{away} files were not fetched, {why}", failed=True)
+    return control.Done(files, [*([first_away] if away else []), *stayed.named])

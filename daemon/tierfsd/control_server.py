@@ -20,7 +20,7 @@ from tierfs import control
 from tierfs.errors import BusyError, NotPermittedError, TierError, UsageError
 from tierfs.spelling import quoted
 from tierfsd.credentials import Peer, peer_of
-from tierfsd.reach import Reach, Target, join, outcome_of
+from tierfsd.reach import Reach, Targets, join, outcome_of
 from tierfsd.versions_server import VersionBackend, VersionRequests
 
 log = logging.getLogger("control")
@@ -29,7 +29,7 @@ _STOPPING = "the daemon is stopping: try again"
 _MAX_CONNECTIONS = 64
 _IDLE_SECONDS = 30.0
 _PROGRESS_SECONDS = 0.1
-_LIST_LIMIT = 100_000  # outcomes named in one answer
+LIST_LIMIT = 100_000  # outcomes named in one answer
 _OF_A_PATH = (control.ListNames, control.GetVersions, control.ReadVersion)
 # What may take hours; all else is answered as soon as it can be.
 _ORDERS = (control.Demote, control.Fetch, control.SetPin, control.Drain, control.Check, control.Collect)
@@ -62,10 +62,10 @@ class Backend(VersionBackend, Protocol):
     def handle_of(self, opath: int) -> bytes:
         """The kernel file handle."""
 
-    def demote(self, targets: list[Target], job: Job) -> control.Done:
+    def demote(self, targets: Targets, job: Job) -> control.Done:
         """Carry out an order to demote."""
 
-    def fetch(self, targets: list[Target], job: Job) -> control.Done:
+    def fetch(self, targets: Targets, job: Job) -> control.Done:
         """Carry out an order to fetch."""
 
     def set_pin(self, opath: int, status: os.stat_result, parent: int, name: bytes, on: bool) -> None:
@@ -309,7 +309,7 @@ class ControlServer:
         paths: list[bytes],
         wait: bool,
         access: int,
-        carry_out: Callable[[list[Target], Job], control.Done],
+        carry_out: Callable[[Targets, Job], control.Done],
     ) -> control.Done:
         """Find the files that an order is about and carry it out, now or (not `wait`) in the background."""
         if not wait:
@@ -322,10 +322,10 @@ class ControlServer:
         with self._job(sock) as waiting:
             targets, stayed = self._reach.targets(peer, paths, access, waiting.cancelled)
             done = carry_out(targets, waiting)
-        return control.Done(done.files, (stayed + done.stayed)[:_LIST_LIMIT])
+        return control.Done(done.files, (stayed + done.stayed)[:LIST_LIMIT])
 
     def _in_background(
-        self, carry_out: Callable[[list[Target], Job], control.Done], targets: list[Target], job: Job
+        self, carry_out: Callable[[Targets, Job], control.Done], targets: Targets, job: Job
     ) -> None:
         try:
             done = carry_out(targets, job)

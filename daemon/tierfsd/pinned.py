@@ -47,8 +47,7 @@ class Pinned:
     def _fetch_beneath(self, path: bytes) -> None:
         troubles = self._tier.kit.troubles
         try:
-            items = list(_stubs_beneath(self._tier, path))
-            for item in self._tier.fetch(items, self._stopping):
+            for item in self._tier.fetched(_stubs_beneath(self._tier, path), self._stopping):
                 if item.failed:
                     troubles.note(f"{quoted(item.path)} is pinned and cannot be fetched: {item.reason}")
         except (TierError, OSError) as error:

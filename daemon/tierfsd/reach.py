@@ -11,14 +11,18 @@ import contextlib
 import errno
 import os
 import stat
+import struct
 import threading
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from tierfs import control
 from tierfs.errors import NotPermittedError, PathError, TierError
+from tierfs.inodes import InodeSet
 from tierfs.kit import is_gone
 from tierfsd.credentials import Peer, acting_as
+
+_PACKED = struct.Struct("<QqHH")  # inode number, size, and the lengths of handle and name
 
 
 class Target(NamedTuple):
@@ -31,6 +35,57 @@ class Target(NamedTuple):
     name: bytes
     size: int
     named: bool
+
+
+class Targets(Protocol):
+    """The files of an order, each once. They may be looked at several times."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+
+    def __iter__(self) -> Iterator[Target]:
+        """One after another."""
+
+
+class Gathered:
+    """Targets as they are found. Those in directories are kept packed, in about sixty bytes each."""
+
+    def __init__(self) -> None:
+        self._named: dict[int, Target] = {}
+        self._beneath: list[tuple[bytes, int, bytearray]] = []  # path and number of a directory, what is in it
+        self._inos = InodeSet()
+
+    def __len__(self) -> int:
+        return len(self._inos)
+
+    def __iter__(self) -> Iterator[Target]:
+        yield from self._named.values()
+        for directory, parent, packed in self._beneath:
+            at = 0
+            while at < len(packed):
+                ino, size, handle_size, name_size = _PACKED.unpack_from(packed, at)
+                middle = at + _PACKED.size + handle_size
+                handle = bytes(packed[at + _PACKED.size : middle])
+                at = middle + name_size
+                name = bytes(packed[middle:at])
+                if ino not in self._named:
+                    yield Target(join(directory, name), ino, handle, parent, name, size, named=False)
+
+    def add_named(self, target: Target) -> None:
+        """One that was given itself: of two links to a file that one counts, as its user is told of it."""
+        self._named[target.ino] = target
+        self._inos.add(target.ino)
+
+    def enter(self, directory: bytes, parent: int) -> None:
+        """What is found next is in this directory."""
+        if self._beneath and not self._beneath[-1][2]:
+            self._beneath.pop()  # it had no files
+        self._beneath.append((directory, parent, bytearray()))
+
+    def add(self, ino: int, size: int, handle: bytes, name: bytes) -> None:
+        """A file in the directory that was entered last."""
+        if self._inos.add(ino):
+            self._beneath[-1][2].extend(_PACKED.pack(ino, size, len(handle), len(name)) + handle + name)
 
 
 class Found(NamedTuple):
@@ -95,10 +150,10 @@ class Reach:
 
     def targets(
         self, peer: Peer, paths: list[bytes], access: int, cancelled: threading.Event
-    ) -> tuple[list[Target], list[control.Outcome]]:
+    ) -> tuple[Gathered, list[control.Outcome]]:
         """All regular files that the paths name or contain, each once whatever its links, and what could not be
         reached."""
-        targets: dict[int, Target] = {}
+        targets = Gathered()
         stayed: list[control.Outcome] = []
         for path in paths:
             try:
@@ -106,23 +161,16 @@ class Reach:
                     if stat.S_ISDIR(found.status.st_mode):
                         self._gather(peer, found.opath, path, access, targets, stayed, cancelled)
                     elif stat.S_ISREG(found.status.st_mode):
-                        _add(targets, self._target(found, path, named=True))
+                        targets.add_named(self._target(found, path))
                     else:
                         stayed.append(control.Outcome(path, "is not a regular file: it always stays local"))
             except (TierError, OSError) as exc:
                 stayed.append(outcome_of(path, exc))
-        return list(targets.values()), stayed
+        return targets, stayed
 
-    def _target(self, found: Found, path: bytes, *, named: bool) -> Target:
-        return Target(
-            path,
-            found.status.st_ino,
-            self._handle_of(found.opath),
-            found.parent,
-            found.name,
-            found.status.st_size,
-            named,
-        )
+    def _target(self, found: Found, path: bytes) -> Target:
+        status, handle = found.status, self._handle_of(found.opath)
+        return Target(path, status.st_ino, handle, found.parent, found.name, status.st_size, named=True)
 
     def _gather(
         self,
@@ -130,7 +178,7 @@ class Reach:
         top: int,
         path: bytes,
         access: int,
-        targets: dict[int, Target],
+        targets: Gathered,
         stayed: list[control.Outcome],
         cancelled: threading.Event,
     ) -> None:
@@ -146,14 +194,12 @@ class Reach:
                 continue
             try:
                 parent = os.fstat(directory).st_ino
+                targets.enter(here, parent)
                 for text in _listed(directory):
                     name = os.fsencode(text)
                     with contextlib.suppress(FileNotFoundError, PermissionError, NotPermittedError):
-                        child = self._child(peer, directory, parent, name, join(here, name), access)
-                        if isinstance(child, Target):
-                            _add(targets, child)
-                        elif child is not None:
-                            pending.append(child)
+                        if self._child(peer, directory, parent, name, access, targets):
+                            pending.append(join(here, name))
             finally:
                 os.close(directory)
 
@@ -172,20 +218,20 @@ class Reach:
             os.close(fd)
 
     def _child(
-        self, peer: Peer, directory: int, parent: int, name: bytes, path: bytes, access: int
-    ) -> Target | bytes | None:
-        """One entry: a target, the path of a directory to look into, or nothing."""
+        self, peer: Peer, directory: int, parent: int, name: bytes, access: int, targets: Gathered
+    ) -> bool:
+        """One entry, which may be a target; whether it is a directory to look into."""
         opath = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=directory)
         try:
             found = Found(opath, os.fstat(opath), parent, name)
             if found.status.st_dev != self._device:
-                return None
+                return False
             if stat.S_ISDIR(found.status.st_mode):
-                return path
-            if not stat.S_ISREG(found.status.st_mode):
-                return None
-            _permit(peer, found, access)
-            return self._target(found, path, named=False)
+                return True
+            if stat.S_ISREG(found.status.st_mode):
+                _permit(peer, found, access)
+                targets.add(found.status.st_ino, found.status.st_size, self._handle_of(opath), name)
+            return False
         finally:
             os.close(opath)
 
@@ -196,12 +242,6 @@ def _listed(directory: int) -> list[str]:
         return os.listdir(directory)
     except FileNotFoundError:
         return []
-
-
-def _add(targets: dict[int, Target], target: Target) -> None:
-    """Two links to a file are one target; the one that was given itself counts, as its user is told of it."""
-    if target.named or target.ino not in targets:
-        targets[target.ino] = target
 
 
 def _permit(peer: Peer, found: Found, access: int) -> None:

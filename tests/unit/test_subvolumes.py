@@ -63,7 +63,7 @@ def test_an_order_leaves_it_out(volume):
     assert [target.path for target in targets] == [b"own"] and stayed == []
     for path in (b"sub", b"sub/a", b"sub/dir/b"):
         targets, stayed = reach.targets(me, [path], os.O_WRONLY, threading.Event())
-        assert targets == [] and stayed[0].reason == os.strerror(errno.EXDEV)
+        assert not len(targets) and stayed[0].reason == os.strerror(errno.EXDEV)
 
 
 def test_a_check_leaves_it_out(volume):

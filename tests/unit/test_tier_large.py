@@ -527,8 +527,8 @@ def test_how_far_a_large_file_has_come_is_told_meanwhile(tmp_path, how):
         store.left, item = 2 * PIECE, made.item("big")
 
         def run():
-            with _Count([item], job) as count:
-                getattr(made.tier, how)([item], None, count)
+            with _Count(1, size, job) as count:
+                getattr(made.tier, how)(count.watched([item]), None, count)
 
         thread = threading.Thread(target=run)
         thread.start()
