@@ -269,6 +269,10 @@ class Writer(PastWriter):
         if record.residency is not Residency.PARTIAL and before and before.residency is Residency.PARTIAL:
             self._txn.delete(key, db=self._db["bits"])
 
+    def has_file(self, fid: bytes) -> bool:
+        """Some inode has this file id."""
+        return self._txn.get(fid, db=self._db["fids"]) is not None
+
     def _drop_fid(self, record: Record) -> None:
         """Unless another inode has the file id by now: a copy of a stub made behind the mount's back."""
         if self._txn.get(record.fid, db=self._db["fids"]) == U64.pack(record.ino):

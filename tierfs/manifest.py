@@ -20,8 +20,10 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 import re
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Annotated, NamedTuple
 
 import msgspec
@@ -37,6 +39,8 @@ MOST_EXTENTS = 2000  # in one line; a file in more pieces is shown without holes
 
 _LEVEL = 3
 _MOST_BYTES = 1 << 30  # of one object, decompressed
+_MOST_IN_LINE = 1 << 24
+_READ_AT_ONCE = 1 << 16
 _KEY = re.compile(r"meta/([0-9a-f]{8})-([0-9a-f]{8})-([0-9a-f]{16})\.(segment|snapshot-([0-9]{6}))\.jsonl\.zst")
 
 U31 = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
@@ -267,8 +271,9 @@ class Opened(NamedTuple):
     def lines(self) -> Iterator[Change]:
         """The lines between head and end, in order. Raises ObjectCorruptError for what is no line."""
         try:
-            for line in _body(self.data)[1].split(b"\n") if self.end.lines else ():
-                yield _lines.decode(line)
+            with _rows(self.data) as rows:
+                for line in islice(rows, 1, 1 + self.end.lines):  # behind the head
+                    yield _lines.decode(line)
         except msgspec.MsgspecError as exc:
             raise ObjectCorruptError(f"{self.key}: holds what is no line of a journal: {exc}") from exc
 
@@ -282,7 +287,7 @@ def unpack(key: Key, data: bytes | memoryview) -> Opened:
     """Open an object; its lines are not decoded yet. Raises ObjectCorruptError unless it is whole and what its
     key says."""
     try:
-        first, body, final = _body(data)
+        first, lines, final = _frame(data)
         head, end = _heads.decode(first), _ends.decode(final)
     except (zstandard.ZstdError, msgspec.MsgspecError, EOFError) as exc:
         raise ObjectCorruptError(f"{key}: is damaged: {exc}") from exc
@@ -291,28 +296,28 @@ def unpack(key: Key, data: bytes | memoryview) -> Opened:
     said = (head.epoch, head.sequence, head.kind, head.part)
     if said != (key.epoch, key.sequence, SNAPSHOT if key.part >= 0 else SEGMENT, max(key.part, 0)):
         raise ObjectCorruptError(f"{key}: is another object than its name says")
-    if (body.count(b"\n") + 1 if body else 0) != end.lines:
+    if lines != end.lines:
         raise ObjectCorruptError(f"{key}: does not have the {end.lines} lines that it should")
     return Opened(key, head, end, digest_of(data), data)
 
 
-def _body(data: bytes | memoryview) -> tuple[bytes, bytes, bytes]:
-    """(first line, those between, last line). Raises as `_inflate`."""
-    first, _, rest = _inflate(data).rstrip(b"\n").partition(b"\n")
-    body, _, final = rest.rpartition(b"\n")
-    return first, body, final
+def _frame(data: bytes | memoryview) -> tuple[bytes, int, bytes]:
+    """First line, how many lines there are between, last line; nothing else is kept.
 
-
-def _inflate(data: bytes | memoryview) -> bytes:
-    """In pieces, since a few bytes may unpack to any number. Raises EOFError where they are too many."""
-    parts, size = [], 0
-    with zstandard.ZstdDecompressor(max_window_size=1 << 27).stream_reader(data) as reader:
-        while piece := reader.read(1 << 20):
-            size += len(piece)
-            if size > _MOST_BYTES:
+    Raises EOFError where it is too much: a few bytes may unpack to any number."""
+    size, count, first, last = 0, 0, b"", b""
+    with _rows(data) as rows:
+        while line := rows.readline(_MOST_IN_LINE):
+            size += len(line)
+            if len(line) == _MOST_IN_LINE or size > _MOST_BYTES:
                 raise EOFError("it unpacks to more than any object of a journal")
-            parts.append(piece)
-    return b"".join(parts)
+            count, first, last = count + 1, first or line, line
+    return first, count - 2, last
+
+
+def _rows(data: bytes | memoryview) -> io.BufferedReader:
+    reader = zstandard.ZstdDecompressor(max_window_size=1 << 27).stream_reader(data)
+    return io.BufferedReader(reader, _READ_AT_ONCE)
 
 
 def changes(opened: Iterable[Opened]) -> Iterator[Change]:

@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
+
+import msgspec
 
 from tierfs import manifest
 from tierfs.errors import ObjectCorruptError, ObjectMissingError, PathError, VolumeError
@@ -26,15 +28,50 @@ from tierfs.store.base import ObjectStore
 log = logging.getLogger("journal")
 
 _AT_ONCE = 16
-_PARTS_AT_ONCE = 4  # each is some 30 MiB while it is looked at
+_PARTS_AT_ONCE = 4  # each takes a processor while it is looked at
 MOST_DEPTH = 2000  # directories below each other
+_ID = "-"  # in place of a packed line's own
+_encoder = msgspec.msgpack.Encoder()
+_unpack = msgspec.msgpack.Decoder(AnyInode).decode
+
+
+class Inodes(MutableMapping[str, AnyInode]):
+    """Lines by the ids of what they describe. What they say of a name is left out: the name says that.
+
+    Kept packed: of a tree's million files lines as they are used would take two gigabytes.
+    """
+
+    def __init__(self) -> None:
+        self._packed: dict[str, bytes] = {}
+        self._buffer = bytearray()
+
+    def __getitem__(self, ident: str) -> AnyInode:
+        inode: AnyInode = _unpack(self._packed[ident])
+        return msgspec.structs.replace(inode, id=ident)
+
+    def __setitem__(self, ident: str, inode: AnyInode) -> None:
+        # What is encoded at once stays in the kilobyte that was there for the longest.
+        _encoder.encode_into(msgspec.structs.replace(inode, id=_ID, dir="", name=""), self._buffer)
+        self._packed[ident] = bytes(self._buffer)
+
+    def __delitem__(self, ident: str) -> None:
+        del self._packed[ident]
+
+    def __contains__(self, ident: object) -> bool:
+        return ident in self._packed
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._packed)
+
+    def __len__(self) -> int:
+        return len(self._packed)
 
 
 class Tree:
     """Inodes by id, and names by directory. Lines are applied in order."""
 
     def __init__(self) -> None:
-        self.inodes: dict[str, AnyInode] = {}
+        self.inodes = Inodes()
         self.names: dict[str, dict[str, str]] = {}
         self.root = ""
 

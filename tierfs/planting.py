@@ -185,6 +185,8 @@ class Planter:
 
     def link(self, places: list[Place], keep: Callable[[Planted], None]) -> None:
         """Make what has several names: once, and then links to it."""
+        if not self._several:
+            return
         names: dict[str, list[tuple[Place, bytes]]] = {}
         for place in places:
             for name, inode in self._names.children(place.line.id):

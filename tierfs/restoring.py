@@ -183,7 +183,6 @@ class _Keeper:
         self._home = home
         self._batch: list[Planted] = []
         self._pins: list[tuple[int, int, bytes, bytes]] = []
-        self._fids: set[bytes] = set()
 
     def places(self, places: list[Place]) -> None:
         """Where directories are."""
@@ -195,23 +194,22 @@ class _Keeper:
         self._pins += [(p.ino, p.parent, p.name, b"") for p in places if p.line.pinned]
 
     def keep(self, planted: Planted) -> None:
-        """One file. Of two that say to be one and the same the first is known, the other is a copied stub."""
-        if planted.record.fid in self._fids:
-            return
-        self._fids.add(planted.record.fid)
+        """One file."""
         self._batch.append(planted)
-        if planted.pinned:
-            record = planted.record
-            self._pins.append((record.ino, record.parent, record.name, record.handle))
         if len(self._batch) >= _BATCH:
             self._write()
 
     def _write(self) -> None:
+        """Of two files that say to be one and the same the first is known, the other is a copied stub."""
         batch, self._batch = self._batch, []
         with self._index.write() as w:
             for planted in batch:
                 record: Record = planted.record
+                if w.has_file(record.fid):
+                    continue
                 w.put(record)
+                if planted.pinned:
+                    self._pins.append((record.ino, record.parent, record.name, record.handle))
                 if planted.extents is not None:
                     w.put_leaves(record.fid, record.generation, b"", planted.extents)
 

@@ -6,14 +6,18 @@ import base64
 import os
 import stat
 import tempfile
+import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tierfs import manifest
+from tierfs import manifest, restoring
 from tierfs.errors import PathError, VolumeError
+from tierfs.index import Index
 from tierfs.namespace import Tree as Namespace
 from tierfs.planting import Planter, run_on
 from tierfs.tree import open_tree
@@ -98,6 +102,41 @@ def test_of_a_part_nothing_else_is_made_not_even_of_a_journal_that_lies(tmp_path
     assert (outcome.files, outcome.directories) == (2, 2)
     assert [path for path, _ in outcome.refused] == [b"below/itself"]
     assert stat.S_IMODE(os.stat(tmp_path / "tree").st_mode) == 0o750
+
+
+@pytest.mark.parametrize("batch", [1, 10])
+def test_of_two_files_that_say_to_be_one_the_first_is_known(tmp_path, monkeypatch, batch):
+    monkeypatch.setattr(restoring, "_BATCH", batch)
+    lines = [root(), *(file(name, name, pinned=True) for name in "ab"), file("c", "c", fid="aa" * 16)]
+    _, kept = plant(tmp_path, lines)
+    index = Index.open(str(tmp_path / "index"))
+    (tmp_path / "marks").mkdir()
+    try:
+        keeper = restoring._Keeper(index, SimpleNamespace(path=lambda name: str(tmp_path / name)))
+        for planted in kept:
+            keeper.keep(planted)
+        keeper.close()
+        assert [record.name for record in index.records()] == [b"a", b"c"]
+        assert [name for _, _, name, _ in keeper._pins] == [b"a"]
+    finally:
+        index.close()
+
+
+def test_a_tree_keeps_few_bytes_of_each_file():
+    """Lines as they are used would take two kilobytes."""
+    names, copies = Namespace(), [msgspec.structs.replace(COPY, tag=f"{number:016}") for number in range(2000)]
+    tracemalloc.start()
+    names.apply(root())
+    for number, copy in enumerate(copies):
+        names.apply(file(f"{number:024}", f"a file, the {number}th", fid=f"{number:032}", copy=copy))
+    taken, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert taken < 700 * len(copies)
+    found = names.find(b"a file, the 7th")
+    assert found == file(f"{7:024}", "", "", fid=f"{7:032}", copy=copies[7])
+    assert names.inodes["root"] == root() and len(names.inodes) == len(list(names.walk())) == 1 + len(copies)
+    del names.inodes["root"]
+    assert "root" not in names.inodes and names.find(b"nothing") is None
 
 
 def test_generations_that_have_run_on_into_later_epochs_are_restored(tmp_path):
