@@ -400,6 +400,31 @@ def test_refused_credentials_are_named_with_what_is_to_be_done(
         assert "a secret" not in said and s3servers.SECRET_KEY not in said
 
 
+@pytest.mark.parametrize(
+    ("code", "expected", "said"),
+    [
+        (
+            "AccessDenied",
+            StoreDeniedError,
+            "they need .* s3:DeleteObject, and a bucket whose objects are not locked",
+        ),
+        ("SlowDown", StoreThrottledError, "asks for fewer requests"),
+        ("InternalError", StoreUnavailableError, "the server cannot now"),
+        ("MethodNotAllowed", StoreDeniedError, "refuses the request .*MethodNotAllowed"),
+    ],
+)
+def test_one_of_many_that_is_not_deleted(
+    server: FakeS3, open_s3: Opener, code: str, expected: type, said: str
+) -> None:
+    """S3 answers with status 200 all the same."""
+    left = f"<Error><Key>prefix/b</Key><Code>{code}</Code><Message>leaked</Message></Error>"
+    result = f"<DeleteResult><Deleted><Key>prefix/a</Key></Deleted>{left}</DeleteResult>"
+    server.answer = lambda request: Answer(200, result.encode())
+    with pytest.raises(expected, match=said) as caught:
+        open_s3().delete(["a", "b"])
+    assert type(caught.value) is expected and "leaked" not in str(caught.value)
+
+
 def test_a_false_condition_writes_nothing(server: FakeS3, open_s3: Opener) -> None:
     server.answer = lambda request: error(412, "PreconditionFailed")
     store = open_s3(conditional_put=True)

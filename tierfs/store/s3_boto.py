@@ -13,9 +13,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from tierfs.errors import StoreDeniedError, StoreUnavailableError
+from tierfs.errors import StoreUnavailableError
 from tierfs.store.base import Body, ObjectInfo, Put
 from tierfs.store.keys import exactly, too_short, whole
+from tierfs.store.s3_errors import UndeletedError
 from tierfs.store.s3_obstore import ONE_REQUEST, PIECE, part_size
 
 _PARTS_AT_ONCE = 4
@@ -127,7 +128,7 @@ class BotoData:
             answer = self._client.delete_objects(Bucket=self._bucket, Delete={"Objects": batch, "Quiet": True})
             for error in answer.get("Errors", ()):
                 if error.get("Code") != "NoSuchKey":
-                    raise StoreDeniedError(f"{error.get('Key')} cannot be deleted ({error.get('Code')})")
+                    raise UndeletedError(error.get("Code", "Unknown"))
 
 
 def _field(answer: dict[str, Any], name: str) -> Any:

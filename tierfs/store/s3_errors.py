@@ -32,6 +32,7 @@ NO_CREDENTIALS = (
 )
 _STATUS = re.compile(r"status code: (\d{3})|status: (\d{3})")
 _CODE = re.compile(r"<Code>(\w+)</Code>")
+_UNDELETED = re.compile(r"DeleteObjects request failed for key .*\(code: (\w+)\)")
 _REGION = re.compile(r"<Region>([\w-]+)</Region>")
 
 _THROTTLES = frozenset(
@@ -57,6 +58,13 @@ _CREDENTIAL_TROUBLE = frozenset(
     | {"ProfileNotFound", "SSOError", "UnauthenticatedError", "LoginRefreshRequired", "ConfigParseError"}
 )
 _MODULES = ("obstore", "botocore", "boto3", "urllib3")
+
+
+class UndeletedError(Exception):
+    """Of several objects one was not deleted: S3 says so with status 200, and boto3 takes that for success."""
+
+    def __init__(self, code: str) -> None:
+        super().__init__(f"DeleteObjects request failed for key (code: {code})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +106,7 @@ def _from_client(exc: Exception) -> bool:
     A body may be read from the local disk while it goes up: an OSError with an errno is the disk's.
     """
     # botocore 1.4x recurses without end on a redirect of a HEAD that names no region, as a login page's.
-    if isinstance(exc, (ConnectionError, TimeoutError, RecursionError)):
+    if isinstance(exc, (ConnectionError, TimeoutError, RecursionError, UndeletedError)):
         return True
     if type(exc).__module__.split(".")[0] in _MODULES:
         return True
@@ -129,6 +137,9 @@ def _facts(exc: Exception) -> _Facts:
             code = ""
         return _Facts(int(status), code, name, f"<Region>{error.get('Region', '')}</Region>")
     text = str(exc)
+    undeleted = _UNDELETED.search(text)
+    if undeleted:
+        return _Facts(403 if undeleted[1] == "AccessDenied" else 400, undeleted[1], name, "")
     status_found, code_found = _STATUS.search(text), _CODE.search(text)
     status = (status_found[1] or status_found[2]) if status_found else 0
     return _Facts(int(status), code_found[1] if code_found else "", name, text)
@@ -183,7 +194,10 @@ def _of_refusal(facts: _Facts, place: str, origin: Callable[[], str]) -> StoreEr
     unknown = f"the server does not accept {credentials} ({named}): correct them, or set AWS_PROFILE to others"
     if facts.status == 401 or facts.code in _UNKNOWN:
         return StoreDeniedError(f"{place}: {unknown}")
-    needed = "they need s3:ListBucket, s3:GetObject, s3:PutObject and s3:DeleteObject"
+    needed = (
+        "they need s3:ListBucket, s3:GetObject, s3:PutObject and s3:DeleteObject, and a bucket whose objects"
+        " are not locked"
+    )
     if facts.code:
         return StoreDeniedError(f"{place}: {credentials} may not do this in the bucket ({named}): {needed}")
     return StoreDeniedError(f"{place}: {unknown}; or they may not do this in the bucket: {needed}")
