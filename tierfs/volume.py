@@ -53,6 +53,7 @@ class Identity:
     checks_sha256: bool = False
     client: str = ""
     bulk_delete: bool = True
+    needs_sums: bool = False
     view: bool = False  # read-only, of another volume's store, and removed when it is unmounted
     attributes: str = ""  # the namespace that its stubs' attributes are in; "": not known as yet
 
@@ -60,7 +61,12 @@ class Identity:
     def capabilities(self) -> Capabilities:
         """What the store's server was seen to do when the volume was created."""
         return Capabilities(
-            self.conditional_put, self.partial_content, self.checks_sha256, self.client, self.bulk_delete
+            self.conditional_put,
+            self.partial_content,
+            self.checks_sha256,
+            self.client,
+            self.bulk_delete,
+            self.needs_sums,
         )
 
 
@@ -367,6 +373,7 @@ def complete(volume: Volume, abilities: Capabilities, *, view: bool = False) -> 
         checks_sha256=abilities.checks_sha256,
         client=abilities.client,
         bulk_delete=abilities.bulk_delete,
+        needs_sums=abilities.needs_sums,
         view=view,
     )
     write_json(volume.path("volume.json"), asdict(identity))

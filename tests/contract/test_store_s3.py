@@ -213,3 +213,40 @@ def test_what_can_be_told_of_a_store_without_writing(kind: str, stores) -> None:
     assert bytes(reading.get("told")) == b"something to read"
     assert {info.key: info.etag for info in store.list("")} == before
     store.delete(["told"])
+
+
+@pytest.mark.s3
+def test_a_bucket_that_retains_what_is_in_it_gets_sums(s3_server) -> None:
+    """As AWS, moto takes nothing without a sum into such a bucket, though it looks at none."""
+    server = s3_server("moto")
+    bucket = "retaining"
+    admin = S3Store(S3Settings(bucket, "", server.endpoint)).admin()
+    admin.create_bucket(Bucket=bucket, ObjectLockEnabledForBucket=True)
+    rule = {"DefaultRetention": {"Mode": "COMPLIANCE", "Days": 1}}
+    admin.put_object_lock_configuration(
+        Bucket=bucket, ObjectLockConfiguration={"ObjectLockEnabled": "Enabled", "Rule": rule}
+    )
+    url = f"s3://{bucket}/x?endpoint={server.endpoint}"
+    seen = probe(open_store(url))
+    assert seen.needs_sums and seen.conditional_put and not seen.checks_sha256
+    store = open_store(url, capabilities=seen)
+    large = os.urandom(1024 * 1024) * 17
+    assert not store.put("data/large", iter([large]), len(large)).verified
+    assert store.get("data/large") == large
+    written = store.put_if("volume", b"1", None)
+    store.put_if("volume", b"2", written.etag)
+    store.delete(["data/large"])
+    assert [(info.key, info.size) for info in store.list("")] == [("volume", 1)]
+    store.close()
+
+
+@pytest.mark.s3
+@pytest.mark.rgw
+def test_a_versioned_bucket_of_a_rados_gateway_keeps_no_conditions(s3_server) -> None:
+    """Of many writers at once each is told that it was alone."""
+    server = s3_server("rgw")
+    admin = S3Store(S3Settings("versioned", "", server.endpoint)).admin()
+    admin.create_bucket(Bucket="versioned")
+    admin.put_bucket_versioning(Bucket="versioned", VersioningConfiguration={"Status": "Enabled"})
+    seen = probe(open_store(f"s3://versioned/x?endpoint={server.endpoint}"))
+    assert (seen.client, seen.conditional_put) == ("obstore", False)

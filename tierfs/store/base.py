@@ -18,6 +18,7 @@ class Capabilities:
     checks_sha256: bool = False
     client: str = ""
     bulk_delete: bool = True
+    needs_sums: bool = False  # nothing is taken without one: of objects that are to be retained
 
 
 @dataclass(frozen=True, slots=True)

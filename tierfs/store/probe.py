@@ -6,6 +6,7 @@ documentation does not tell, only trying does.
 
 from __future__ import annotations
 
+import itertools
 import secrets
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -18,6 +19,7 @@ from tierfs.errors import (
     StoreDeniedError,
     StoreError,
     StoreUnavailableError,
+    TierError,
     UsageError,
 )
 from tierfs.model import ARCHIVES
@@ -74,9 +76,8 @@ def _probe_s3(store: S3Store) -> Capabilities:
             " URL, or write GLACIER_IR"
         )
     key = f"probe/{secrets.token_hex(8)}"
-    client = _client_that_reads_ranges(store, key)
-    conditional = store.with_capabilities(Capabilities(conditional_put=True, client=client))
-    seen = Capabilities(partial_content=client == "obstore", client=client)
+    seen = _what_reads_ranges(store, key)
+    conditional = store.with_capabilities(replace(seen, conditional_put=True))
     try:
         seen = replace(
             seen,
@@ -90,20 +91,24 @@ def _probe_s3(store: S3Store) -> Capabilities:
     return replace(seen, bulk_delete=bulk_delete)
 
 
-def _client_that_reads_ranges(store: S3Store, key: str) -> str:
-    """The cheaper client that gets the right bytes."""
-    for client in ("obstore", "boto3"):
-        trial = store.with_capabilities(Capabilities(client=client))
+def _what_reads_ranges(store: S3Store, key: str) -> Capabilities:
+    """The cheaper client that gets the right bytes; with a sum in each request only where no other is taken."""
+    refusal: TierError | None = None
+    for needs_sums, client in itertools.product((False, True), ("obstore", "boto3")):
+        partial = client == "obstore"
+        seen = Capabilities(partial_content=partial, client=client, needs_sums=needs_sums)
+        trial = store.with_capabilities(seen)
         try:
             trial.put(key, _BODY, len(_BODY))
             if trial.get(key, 300, 100) == _BODY[300:400] and trial.get(key) == _BODY:
-                return client
-        except (StoreDeniedError, ObjectCorruptError):
-            if client == "boto3":
-                raise
+                return seen
+        except (StoreDeniedError, ObjectCorruptError) as exc:
+            refusal = refusal if needs_sums else exc
         finally:
             trial.close()
-    raise StoreUnavailableError(f"{store.describe()}: the server does not give back what it got: use another")
+    raise refusal or StoreUnavailableError(
+        f"{store.describe()}: the server does not give back what it got: use another"
+    )
 
 
 def _deletes_many(store: S3Store, seen: Capabilities, keys: list[str]) -> bool:

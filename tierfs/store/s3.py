@@ -323,14 +323,13 @@ class S3Store(ObjectStore):
         return client(config.merge(botocore.config.Config(**proxies))) if proxies else made
 
     def _make_data(self, session: Any, admin: Any) -> Data:
-        verified = self.capabilities.checks_sha256
         if self.capabilities.client == "boto3":
             dogged = self._make_admin(session, _PART_TRIES)
-            bulk_delete = self.capabilities.bulk_delete
-            return BotoData(admin, dogged, self.settings.bucket, verified, bulk_delete)
+            return BotoData(admin, dogged, self.settings.bucket, self.capabilities)
         quick = self._make_obstore(admin, self.timeouts.read)
         patient = self._make_obstore(admin, self.timeouts.upload)
         dogged = self._make_obstore(admin, self.timeouts.upload, _PART_TRIES)
+        verified = self.capabilities.checks_sha256
         return ObstoreData(quick, patient, dogged, verified, self._make_ranges(admin, quick))
 
     def _make_ranges(self, admin: Any, store: Any) -> Ranges | None:
@@ -352,7 +351,7 @@ class S3Store(ObjectStore):
             config["endpoint"] = endpoint
         if not self.capabilities.bulk_delete:
             config["disable_bulk_delete"] = True
-        if self.capabilities.checks_sha256:
+        if self.capabilities.checks_sha256 or self.capabilities.needs_sums:
             config["checksum_algorithm"] = "sha256"
         return obstore.store.S3Store(
             self.settings.bucket,

@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from tierfs.errors import StoreUnavailableError
-from tierfs.store.base import Body, ObjectInfo, Put
+from tierfs.store.base import Body, Capabilities, ObjectInfo, Put
 from tierfs.store.keys import exactly, too_short, whole
 from tierfs.store.s3_errors import UndeletedError
 from tierfs.store.s3_obstore import ONE_REQUEST, PIECE, part_size
@@ -24,18 +24,15 @@ _DELETES_A_REQUEST = 1000  # the limit of S3
 
 
 class BotoData:
-    """`dogged`: a client that tries again. `verified`: the server checks SHA-256 sums: each request has one.
-    `bulk_delete`: one request may remove many objects.
-    """
+    """`dogged`: a client that tries again."""
 
-    def __init__(
-        self, client: Any, dogged: Any, bucket: str, verified: bool, bulk_delete: bool = True
-    ) -> None:
-        self._bulk_delete = bulk_delete
+    def __init__(self, client: Any, dogged: Any, bucket: str, capabilities: Capabilities) -> None:
         self._client = client
         self._dogged = dogged
         self._bucket = bucket
-        self._verified = verified
+        self._bulk_delete = capabilities.bulk_delete
+        self._verified = capabilities.checks_sha256
+        self._sums = capabilities.checks_sha256 or capabilities.needs_sums
 
     def put(self, key: str, body: bytes | Iterable[bytes], size: int, storage_class: str) -> Put:
         extra = {"StorageClass": storage_class} if storage_class else {}
@@ -47,16 +44,18 @@ class BotoData:
         return self._put_one(key, body, {"IfNoneMatch": "*"} if etag is None else {"IfMatch": etag})
 
     def _put_one(self, key: str, body: bytes, extra: dict[str, str]) -> Put:
+        if self._sums:
+            extra = {**extra, "ChecksumAlgorithm": "SHA256"}
         answer = self._client.put_object(
             Bucket=self._bucket, Key=key, Body=body, **extra, **self._checksum(body)
         )
         return Put(_field(answer, "ETag"), self._verified)
 
     def _checksum(self, body: bytes) -> dict[str, str]:
-        return {"ChecksumSHA256": sha256_base64(body)} if self._verified else {}
+        return {"ChecksumSHA256": sha256_base64(body)} if self._sums else {}
 
     def _put_parts(self, key: str, pieces: Iterator[bytes], size: int, extra: dict[str, str]) -> Put:
-        if self._verified:
+        if self._sums:
             extra = {**extra, "ChecksumAlgorithm": "SHA256"}
         upload = self._dogged.create_multipart_upload(Bucket=self._bucket, Key=key, **extra)
         target = {"Bucket": self._bucket, "Key": key, "UploadId": upload["UploadId"]}
