@@ -267,6 +267,11 @@ class Kit:
             os.chmod(fd_path(fd), mode)
 
 
+def is_passing(error: OSError) -> bool:
+    """It is of this process or machine just now, and says nothing of the file."""
+    return error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EINTR)
+
+
 def is_gone(error: Exception) -> bool:
     """It says that there is no such file any more."""
     return isinstance(error, OSError) and error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)

@@ -23,9 +23,10 @@ from tierfs import failpoints, manifest
 from tierfs.errors import ObjectArchivedError, ObjectCorruptError, ObjectMissingError
 from tierfs.index import Chain, Writer
 from tierfs.journal import Journal, new_chain
-from tierfs.kit import Kit, is_gone
+from tierfs.kit import Kit, is_gone, is_passing
 from tierfs.looking import is_settled, line
 from tierfs.places import Places, join
+from tierfs.spelling import quoted
 
 log = logging.getLogger("journal")
 
@@ -171,14 +172,14 @@ class Snapshots:
     def _open(self, directory: _Directory) -> int:
         """A descriptor of a directory, wherever it is by now; -1 where it is gone.
 
-        Raises OSError where it cannot be opened: a snapshot without what is in it would be believed.
+        Raises OSError where it cannot be opened just now: a snapshot without what is in it would be believed.
         """
         tree = self._kit.tree
         if tree.privileged:
             try:
                 return tree.open_handle(directory.handle, _LIST)
             except OSError as error:
-                if error.errno != errno.ESTALE:
+                if is_passing(error):
                     raise
         # By its handle whatever cannot be read is gone to the kernel; its name tells more.
         fd = self._open_at(directory, directory.path)
@@ -192,10 +193,13 @@ class Snapshots:
         try:
             fd = os.open(path or b".", _LIST, dir_fd=tree.rootfd)
         except OSError as error:
-            if is_gone(error) or error.errno in (errno.ELOOP, errno.EACCES):
-                log.debug("directory %d is not where it was: %s", directory.ino, error)
-                return -1
-            raise
+            if is_passing(error):
+                raise
+            log.debug("directory %d is not where it was: %s", directory.ino, error)
+            if not is_gone(error) and error.errno not in (errno.ELOOP, errno.EACCES):
+                what = f"directory {quoted(path)} cannot be read: no new name in it is in the store"
+                self._kit.troubles.note(f"{what}: {error.strerror}", directory.ino)
+            return -1
         if tree.handle_of(fd) == directory.handle:
             return fd
         os.close(fd)

@@ -26,7 +26,7 @@ from tierfs.draining import forget
 from tierfs.errors import ForeignStubError, TierError
 from tierfs.index import Writer
 from tierfs.inodes import InodeSet
-from tierfs.kit import Kit, is_gone, same_tuple
+from tierfs.kit import Kit, is_gone, is_passing, same_tuple
 from tierfs.model import Copy, Record, Residency, new_fid
 from tierfs.past import Ending
 from tierfs.places import join
@@ -69,8 +69,8 @@ class Survey:
         return max(0, unseen) + len(self._doubtful)
 
     def run(self) -> bool:
-        """Look at everything; False if it was stopped, or could not be read in full: then nothing is taken for
-        gone, and the next mover looks again. Raises IndexError_, OSError."""
+        """Look at everything; False if it was stopped. Where a directory cannot be read nothing is taken for
+        gone. Raises IndexError_, OSError."""
         self._tier.drain()
         self._first = self._kit.index.never_surveyed
         self._known = self._kit.index.totals().files
@@ -84,7 +84,7 @@ class Survey:
         self._verify()
         if not self._unread:
             self._forget_unseen()
-        if self._unread or self._stopping.is_set():
+        if self._stopping.is_set():
             return False
         self._kit.index.commit(lambda w: w.set_surveyed(True)).result()
         log.info("looked through %d files in %.1f s", len(self._seen), time.monotonic() - begun)
@@ -98,10 +98,7 @@ class Survey:
                 path or b".", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=self._kit.tree.rootfd
             )
         except OSError as error:
-            if is_gone(error) or error.errno in (errno.ELOOP, errno.EACCES):
-                log.debug("directory %s is left out: %s", quoted(path), error)
-            else:
-                self._cannot_read(path, error)
+            self._leave_out(path, error)
             return below
         try:
             parent = os.fstat(fd).st_ino
@@ -127,15 +124,19 @@ class Survey:
     def _names(self, fd: int, path: bytes) -> list[str]:
         try:
             return os.listdir(fd)
-        except FileNotFoundError:
-            return []  # removed meanwhile
         except OSError as error:
-            self._cannot_read(path, error)
+            self._leave_out(path, error)
             return []
 
-    def _cannot_read(self, path: bytes, error: OSError) -> None:
-        self._unread += 1
-        self._kit.troubles.note(f"directory {quoted(path)} cannot be looked through: {error.strerror}")
+    def _leave_out(self, path: bytes, error: OSError) -> None:
+        """A directory that cannot be looked into. Raises the error where that is so just now only."""
+        if is_passing(error):
+            raise error
+        log.debug("directory %s is left out: %s", quoted(path), error)
+        if not is_gone(error) and error.errno not in (errno.ELOOP, errno.EACCES):
+            self._unread += 1
+            what = f"directory {quoted(path)} cannot be read: nothing new in it is copied out"
+            self._kit.troubles.note(f"{what}: {error.strerror}")
 
     def _file(self, dirfd: int, parent: int, name: bytes, st: os.stat_result, path: bytes) -> None:
         if not self._seen.add(st.st_ino):

@@ -436,14 +436,13 @@ def test_a_file_that_moves_behind_the_look_is_not_taken_for_gone(volume, monkeyp
 
 
 @pytest.mark.parametrize("call", ["open", "listdir"])
-def test_a_look_that_cannot_read_a_directory_is_none(volume, monkeypatch, call):
-    """What is in it would never be copied, and is not gone: the next mover looks again."""
+@pytest.mark.parametrize("number", [errno.EIO, errno.EMFILE])
+def test_what_is_in_a_directory_that_cannot_be_read_is_not_gone(volume, monkeypatch, call, number):
+    """One that is damaged is named, and the rest looked at; where it is just now only, the look is none."""
     for name in ("one", "two"):
         volume.server.mkdir(volume.path(name))
         with open(volume.path(f"{name}/a"), "wb") as file:
             file.write(os.urandom(5000))
-    volume.server.create(volume.path("two/known"), b"x" * 5000)
-    volume.demote("two/known", punch=False)
     volume.server.create(volume.path("gone"), b"x" * 5000)
     gone = volume.record("gone")
     os.unlink(volume.path("gone"))
@@ -452,18 +451,23 @@ def test_a_look_that_cannot_read_a_directory_is_none(volume, monkeypatch, call):
     def fail(which, *more, **named):
         here = os.stat(which, dir_fd=named.get("dir_fd")).st_ino if isinstance(which, bytes) else None
         if place in (here, isinstance(which, int) and os.fstat(which).st_ino):
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
+            raise OSError(number, os.strerror(number))
         return usual(which, *more, **named)
 
+    look = Survey(volume.tier, lambda guesses: None, threading.Event())
     with monkeypatch.context() as patch:
         patch.setattr(os, call, fail)
-        assert not Survey(volume.tier, lambda guesses: None, threading.Event()).run()
-    assert volume.record("one/a") is not None and volume.record("two/a") is None
-    assert volume.index.get(gone.ino) == gone and not volume.index.surveyed
-    assert "'two' cannot be looked through" in volume.tier.kit.troubles.list()[-1].what
+        if number == errno.EIO:
+            assert look.run()
+            assert "'two' cannot be read" in volume.tier.kit.troubles.list()[-1].what
+            assert volume.record("one/a") is not None
+        else:
+            with pytest.raises(OSError, match=os.strerror(number)):
+                look.run()
+    assert volume.record("two/a") is None and volume.index.surveyed == (number == errno.EIO)
+    assert volume.index.get(gone.ino) == gone
     assert Survey(volume.tier, lambda guesses: None, threading.Event()).run()
-    assert volume.record("two/a") is not None and volume.index.surveyed
-    assert volume.index.get(gone.ino) is None
+    assert volume.record("two/a") is not None and volume.index.get(gone.ino) is None
 
 
 def test_the_look_finds_what_has_changed_without_a_mark(volume):

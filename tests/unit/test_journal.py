@@ -57,33 +57,37 @@ def test_every_kind_of_thing_is_told(begun):
     assert begun.read_journal().find(b"device").rdev == os.makedev(1, 3)
 
 
-@pytest.mark.parametrize("number", [errno.EMFILE, errno.ESTALE])
-def test_a_snapshot_without_a_directory_that_cannot_be_opened_is_none(begun, monkeypatch, number):
+@pytest.mark.parametrize("by_handle", [errno.EMFILE, errno.ESTALE])
+@pytest.mark.parametrize("by_name", [0, errno.ENFILE, errno.EIO])
+def test_no_directory_is_left_out_of_a_snapshot_unnoticed(begun, monkeypatch, by_handle, by_name):
     """By its handle what cannot be read is gone to the kernel; a restore would lack what is in it."""
     begun.mkdir("dir")
     begun.write("dir/file", b"some bytes")
     begun.journal.flush()
     tree, before = begun.volume.tree, begun.there()
-    usual, by_handle = os.open, tree.open_handle
+    usual, opened = os.open, tree.open_handle
 
     def refuse_handle(handle, flags):
         if handle == tree.handle_at(tree.rootfd, b"dir"):
-            raise OSError(number, os.strerror(number))
-        return by_handle(handle, flags)
+            raise OSError(by_handle, os.strerror(by_handle))
+        return opened(handle, flags)
 
     def refuse(path, flags, *more, **named):
-        if path == b"dir" and flags & os.O_DIRECTORY:
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        if by_name and path == b"dir" and flags & os.O_DIRECTORY:
+            raise OSError(by_name, os.strerror(by_name))
         return usual(path, flags, *more, **named)
 
     with monkeypatch.context() as patch:
         patch.setattr(tree, "open_handle", refuse_handle)
         patch.setattr(os, "open", refuse)
-        with pytest.raises(OSError):
-            begun.snapshots.take()
-        patch.setattr(os, "open", usual)
-        if number == errno.ESTALE:
-            assert begun.snapshots.take()  # by its name it is there
+        if errno.EMFILE in (by_handle, by_name) or by_name == errno.ENFILE:
+            with pytest.raises(OSError, match=r"[Tt]oo many open files"):
+                begun.snapshots.take()
+        else:
+            assert begun.snapshots.take()
+    told = [trouble.what for trouble in begun.volume.tier.kit.troubles.list()]
+    noticed = (by_handle, by_name) == (errno.ESTALE, errno.EIO)
+    assert any("'dir' cannot be read" in what for what in told) == noticed
     assert begun.snapshots.take() and begun.told() == before
 
 
