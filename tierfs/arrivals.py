@@ -10,11 +10,11 @@ import os
 import threading
 import time
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tierfs.digests import Extents
 from tierfs.errors import ForeignStubError
-from tierfs.model import LEAF, Copy, Record, Stub, leaf_count
+from tierfs.model import LEAF, UNPROVEN, Copy, Record, Stub, leaf_count
 from tierfs.store.base import Body
 from tierfs.tree import Tree, pwrite_all
 
@@ -88,6 +88,7 @@ class Arrival:
     suspect: Extents  # data of which it is not known who wrote it
     leaves: bytearray
     fresh: bool  # every leaf came from the store while this object lived
+    touched: bool = False  # somebody else has changed its attributes, or what had come of its content
     lock: threading.Lock = field(default_factory=threading.Lock)
     requests: list[Request] = field(default_factory=list)
     ranges: list[Range] = field(default_factory=list)
@@ -212,9 +213,16 @@ class Arrival:
     def notice(self, st: os.stat_result) -> None:
         """If somebody else has changed the inode's attributes since our last change, those times are shown."""
         if st.st_ctime_ns != self.shown.own_ctime:
+            self.touched = True
             self.shown.ctime = st.st_ctime_ns
             if st.st_mtime_ns != self.shown.own_mtime:
                 self.shown.mtime = st.st_mtime_ns
+
+    def as_here(self, copy: Copy) -> Copy:
+        """The copy with the times that the file shows. Where somebody else has touched it, what is local has to
+        be compared before any of it is given up: a change of content looks as one of attributes does."""
+        custody = copy.custody | (UNPROVEN if self.touched else 0)
+        return replace(copy, mtime=self.shown.mtime, ctime=self.shown.ctime, custody=custody)
 
     @property
     def times_right(self) -> bool:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from tierfs.config import VolumeConfig
 from tierfs.errors import BusyError, IndexError_
 from tierfs.index import Index
-from tierfs.model import Copy, Record
+from tierfs.model import UNPROVEN, Copy, Record
 from tierfs.restless import Restless
 from tierfs.serverlink import ServerLink
 from tierfs.spelling import quoted
@@ -290,7 +290,7 @@ def unopened(error: OSError) -> str:
 
 def may_be_gone(kit: Kit, copy: Copy) -> bool:
     """Others have had the store since this copy was last proven: its object may be missing."""
-    return copy.custody < kit.taken
+    return copy.custody & ~UNPROVEN < kit.taken
 
 
 def proven(record: Record | None, st: os.stat_result, custody: int) -> bool:

@@ -30,6 +30,7 @@ class Residency(enum.IntEnum):
 
 
 DOUBTED = (1 << 32) - 1  # no custody epoch comes so far
+UNPROVEN = 1 << 31  # beside a custody epoch; nor so far
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,7 @@ class Copy:
 
     `mtime` and `ctime` are also what a stub shows. `custody` is the custody epoch in which the proof was made,
     or DOUBTED: the object was found missing or damaged, and comparing it with the file proves nothing any more.
+    With UNPROVEN the object was there in that epoch, but what is local has to be compared with it.
     `digest` is SHA-256 of the content, or of the list of leaf digests for a file larger than one chunk.
     """
 
@@ -49,6 +51,11 @@ class Copy:
     ctime: int
     custody: int
     chunk_shift: int = CHUNK_SHIFT
+
+    @property
+    def unproven(self) -> bool:
+        """The object is as good as ever, but what is local may be something else."""
+        return self.custody != DOUBTED and bool(self.custody & UNPROVEN)
 
 
 @dataclass(frozen=True, slots=True)

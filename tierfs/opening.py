@@ -102,6 +102,8 @@ class Opener:
         arrival = Arrival(
             ino, stub, st.st_size, fd, record, shown, digests, extents, suspect, leaves, fresh=bits is None
         )
+        # Leaves that are believed to be here may have been written over since.
+        arrival.touched = bits is not None and record is not None and record.left_ctime != st.st_ctime_ns
         self._recognise(arrival)
         if data == [(0, st.st_size)] and not bits and not arrival.complete:
             self._take_over(arrival)
@@ -227,12 +229,5 @@ def note_pending(arrival: Arrival, w: Writer) -> None:
     attribute under a record that says STUB: recovery puts both right."""
     record = current(w, arrival)
     if record is not None and record.copy is not None:
-        shown = arrival.shown
-        w.put(
-            replace(
-                record,
-                copy=replace(record.copy, mtime=shown.mtime, ctime=shown.ctime),
-                left_ctime=shown.own_ctime,
-            )
-        )
+        w.put(replace(record, copy=arrival.as_here(record.copy), left_ctime=arrival.shown.own_ctime))
         w.put_pending(arrival.ino)

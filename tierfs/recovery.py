@@ -20,7 +20,7 @@ from tierfs.digests import leaf_digests, sha256
 from tierfs.errors import TierError
 from tierfs.index import Writer
 from tierfs.kit import WRITE_FLAGS, Kit, read_exactly
-from tierfs.model import Copy, Record, Residency, Stub
+from tierfs.model import UNPROVEN, Copy, Record, Residency, Stub
 from tierfs.readback import Pace, Ref, doubt_copy, drop_copy, examine, presence
 from tierfs.spelling import quoted
 from tierfs.survey import fresh_record, put_instead, put_new
@@ -93,7 +93,7 @@ def _finish_open(kit: Kit, fd: int, record: Record, copy: Copy) -> None:
     st, stub = os.fstat(fd), kit.tree.read_stub(fd)
     if stub is None:
         os.fsync(fd)
-        _commit(kit, record, st, Residency.RESIDENT)
+        _commit(kit, record, st, Residency.RESIDENT, proven=False)
     elif stub != Stub.of(record.fid, copy):
         log.warning("inode %d: its stub is not that of its record; the stub counts", record.ino)
         kit.index.commit(lambda w: w.drop_pending(record.ino)).result()
@@ -109,7 +109,7 @@ def _finish_open(kit: Kit, fd: int, record: Record, copy: Copy) -> None:
     else:
         if st.st_size == copy.size:
             _put_times_back(kit, fd, st, copy)
-        _commit(kit, record, os.fstat(fd), record.residency)
+        _commit(kit, record, os.fstat(fd), record.residency, proven=False)
 
 
 def _put_times_back(kit: Kit, fd: int, st: os.stat_result, copy: Copy) -> None:
@@ -118,14 +118,19 @@ def _put_times_back(kit: Kit, fd: int, st: os.stat_result, copy: Copy) -> None:
         kit.tree.set_times(fd, st.st_atime_ns, copy.mtime)
 
 
-def _commit(kit: Kit, before: Record, st: os.stat_result, residency: Residency) -> None:
+def _commit(
+    kit: Kit, before: Record, st: os.stat_result, residency: Residency, *, proven: bool = True
+) -> None:
+    """`proven`: what is local was compared just now, or is nothing."""
+
     def commit(w: Writer) -> None:
         record = w.get(before.ino)
         if record is not None and record.handle == before.handle and record.generation == before.generation:
             assert record.copy is not None
             # Restored times mean that the last change of ctime was ours as well.
             left = st.st_ctime_ns if st.st_mtime_ns == record.copy.mtime else record.left_ctime
-            w.put(replace(record, residency=residency, local=st.st_blocks * 512, left_ctime=left))
+            copy = replace(record.copy, custody=record.copy.custody | (0 if proven else UNPROVEN))
+            w.put(replace(record, residency=residency, local=st.st_blocks * 512, left_ctime=left, copy=copy))
         w.drop_pending(before.ino)
 
     failpoints.hit(failpoints.RECOVER_MENDED)

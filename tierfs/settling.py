@@ -181,11 +181,9 @@ class Settler:
             record = current(w, arrival)
             if record is None or record.copy is None:
                 return
-            with arrival.lock:
-                shown = replace(arrival.shown)  # here, where no mark of other times can come in between
-            copy = replace(record.copy, mtime=shown.mtime, ctime=shown.ctime)
-            partly = replace(record, residency=Residency.PARTIAL, local=local)
-            w.put(replace(partly, copy=copy, left_ctime=shown.own_ctime))
+            with arrival.lock:  # here, where no mark of other times can come in between
+                copy, left_ctime = arrival.as_here(record.copy), arrival.shown.own_ctime
+            w.put(replace(record, residency=Residency.PARTIAL, local=local, copy=copy, left_ctime=left_ctime))
             w.put_bits(arrival.ino, bits)
 
         self._kit.index.commit(commit).result()
@@ -228,19 +226,21 @@ class Settler:
         done: list[Arrival] = []
         for arrival in batch:
             try:
-                with arrival.lock, self._kit.writable(arrival.fd):
-                    st = os.fstat(arrival.fd)
-                    arrival.notice(st)
-                    if st.st_mtime_ns != arrival.shown.mtime:
-                        self._kit.tree.set_mtime(arrival.fd, arrival.shown.mtime)
-                    self._kit.tree.clear_stub(arrival.fd)
+                with arrival.lock:
+                    with self._kit.writable(arrival.fd):
+                        st = os.fstat(arrival.fd)
+                        arrival.notice(st)
+                        if st.st_mtime_ns != arrival.shown.mtime:
+                            self._kit.tree.set_mtime(arrival.fd, arrival.shown.mtime)
+                        self._kit.tree.clear_stub(arrival.fd)
+                    arrival.keep_times()
                 done.append(arrival)
             except OSError as error:
                 self._give_up(arrival, error)
         for arrival in list(done):
             try:
                 os.fsync(arrival.fd)
-                arrival.keep_times()
+                arrival.notice(os.fstat(arrival.fd))
             except OSError as error:
                 done.remove(arrival)
                 self._give_up(arrival, error)
@@ -266,7 +266,7 @@ class Settler:
                 return  # truncated: the mark is newer than what was fetched
             proven = arrival.fresh and copy.custody != DOUBTED  # found bad since it was read, perhaps
             custody = self._kit.custody if proven else copy.custody
-            copy = replace(copy, mtime=shown.mtime, ctime=shown.ctime, custody=custody)
+            copy = arrival.as_here(replace(copy, custody=custody))
             w.put(_resident(record, st, copy, shown.own_ctime))
             return
         if not st.st_nlink:
@@ -281,7 +281,7 @@ class Settler:
             self._kit.custody, stub.chunk_shift,
         )  # fmt: skip
         new = Record(arrival.ino, handle, stub.fid, stub.generation)
-        w.put(_resident(new, st, copy, shown.own_ctime))
+        w.put(_resident(new, st, arrival.as_here(copy), shown.own_ctime))
 
     def _give_up(self, arrival: Arrival, error: Exception, lost: bool = False) -> None:
         """`lost`: the disk has not taken what was written. The kernel says so once: pages stay in memory for

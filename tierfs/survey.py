@@ -27,7 +27,7 @@ from tierfs.errors import ForeignStubError, TierError
 from tierfs.index import Writer
 from tierfs.inodes import InodeSet
 from tierfs.kit import Kit, is_gone, is_passing, same_tuple
-from tierfs.model import Copy, Record, Residency, new_fid
+from tierfs.model import UNPROVEN, Copy, Record, Residency, new_fid
 from tierfs.past import Ending
 from tierfs.places import join
 from tierfs.spelling import quoted
@@ -38,7 +38,6 @@ log = logging.getLogger("survey")
 
 _COMMITS = 512  # under way at once; fewer where few descriptors may be open, of which a new record holds one
 _VERIFY = 64  # files compared in one batch
-_NO_CUSTODY = 0xFFFFFFFF
 _FIRST_GENERATION = 1  # below all that a mount hands out; 0 means refused
 
 
@@ -162,7 +161,9 @@ class Survey:
     def _is_doubtful(self, dirfd: int, name: bytes, record: Record, st: os.stat_result) -> bool:
         """Something has touched it since its copy was proven. A stub that was emptied and written, and has no
         attribute any more, is a file like others, whatever became of the marks."""
-        if record.copy is None or record.dirty or same_tuple(record, record.copy, st):
+        if record.copy is None or record.dirty:
+            return False
+        if same_tuple(record, record.copy, st) and not record.copy.unproven:
             return False
         return record.residency is Residency.RESIDENT or not self._is_stub(dirfd, name, st.st_ino)
 
@@ -275,10 +276,10 @@ def fresh_record(kit: Kit, opath: int, st: os.stat_result, handle: bytes, parent
         local=st.st_blocks * 512, parent=parent, name=name,
     )  # fmt: skip
     if stub is not None:
-        # No custody: nothing is known of what happened since this copy was proven.
+        # Nothing is known of what happened since this copy was proven.
         copy = Copy(
             stub.generation, stub.tag, stub.digest, st.st_size, st.st_mtime_ns, st.st_ctime_ns,
-            _NO_CUSTODY, stub.chunk_shift,
+            UNPROVEN, stub.chunk_shift,
         )  # fmt: skip
         full = max(st.st_blocks, -(-st.st_size // 4096) * 8)
         record = replace(record, fid=stub.fid, generation=stub.generation, copy=copy)

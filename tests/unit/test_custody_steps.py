@@ -19,12 +19,14 @@ from tiering import MIB, Volume
 
 from tierfs import failpoints
 from tierfs import survey as survey_module
+from tierfs.arrivals import Request
 from tierfs.copying import CHANGED, _put_copy
 from tierfs.digests import SIDE_SUFFIX, leaf_digests, unpack_side
-from tierfs.errors import BusyError, StoreUnavailableError
+from tierfs.errors import BusyError, ForeignStubError, StoreUnavailableError
 from tierfs.kit import same_tuple
 from tierfs.marks import Mark
-from tierfs.model import Residency, Stub
+from tierfs.model import DOUBTED, Residency, Stub
+from tierfs.readback import doubt_copy
 from tierfs.recovery import finish_pending
 from tierfs.store.memory import MemoryStore
 from tierfs.survey import Survey
@@ -320,6 +322,37 @@ def test_a_stub_is_fetched_whatever_the_index_says_of_it(volume, size):
     assert item.demoted and before.residency is Residency.RESIDENT
     volume.index.commit(lambda w: w.put(before)).result()
     assert volume.server.read(volume.path("a")) == content
+
+
+def test_a_copy_that_is_found_bad_while_the_file_comes_back_stays_so(volume, at):
+    """What came of it was good, or is not known to be otherwise: it is copied out anew before it leaves."""
+    content = os.urandom(20_000)
+    volume.server.create(volume.path("a"), content)
+    volume.demote("a")
+    at(failpoints.FILL_SYNCED, lambda: doubt_copy(volume.tier.kit, volume.index.get(ino)))
+    ino = os.stat(volume.path("a")).st_ino
+    assert volume.server.read(volume.path("a")) == content
+    volume.settle("a")
+    assert volume.record("a").copy.custody == DOUBTED
+    (item,) = volume.demote("a")
+    assert item.demoted and item.uploaded == 20_000
+
+
+@pytest.mark.parametrize("other", ["stub", "size"])
+def test_content_of_another_stub_than_was_asked_for_is_not_given(volume, other):
+    """As where a file is cut, written and demoted between the server's look and the mover's."""
+    volume.server.create(volume.path("a"), b"x" * 20_000)
+    volume.demote("a")
+    stub, opath = volume.stub("a"), os.open(volume.path("a"), os.O_PATH)
+    asked = replace(stub, tag=bytes(8)) if other == "stub" else stub
+    size = 20_000 - (other == "size")
+    ino = os.fstat(opath).st_ino
+    request = Request(1, ino, asked.pack(), size, 0, size, True, False, time.monotonic() + 5)
+    with pytest.raises(ForeignStubError, match="not the one that was opened"):
+        volume.tier.filler._opener.open(request, opath)
+    assert volume.tier.kit.claims.take(ino)
+    volume.tier.kit.claims.give(ino)
+    os.close(opath)
 
 
 def test_a_crash_left_a_stub_that_is_not_that_of_its_record(volume):

@@ -6,6 +6,7 @@ import errno
 import os
 import threading
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -19,7 +20,9 @@ from tierfs.digests import sha256
 from tierfs.errors import BucketMissingError, ObjectCorruptError, StoreDeniedError, StoreUnavailableError
 from tierfs.model import LEAF, Residency
 from tierfs.readback import Pace, Ref, examine
+from tierfs.recovery import finish_pending
 from tierfs.store.memory import MemoryStore
+from tierfs.survey import Survey
 from tierfs.waits import Blocked
 
 SIZE = 5 * MIB + 12_345
@@ -346,6 +349,154 @@ def test_a_lost_index_fetches_by_the_side_object(volume, cold):
     assert volume.server.read(volume.path("big")) == cold
     volume.settle("big")
     assert not volume.record("big").dirty
+
+
+def leave_alone(volume):
+    """Until what has come of the file has its bits, and the mover has let go of it."""
+    ino = os.stat(volume.path("big")).st_ino
+    until(lambda: volume.index.get_bits(ino) is not None and volume.tier.filler.arrival(ino) is None)
+
+
+def edit(volume, content=b"edited"):
+    """Behind the mount, at the beginning of the file, with its time put back."""
+    before = os.stat(volume.path("big"))
+    with open(volume.path("big"), "r+b") as file:
+        file.write(content)
+    os.utime(volume.path("big"), ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def check_edited(volume, cold):
+    """What somebody has written there has not left for the copy of something else."""
+    content = b"edited" + cold[6:]
+    volume.settle("big")
+    assert volume.server.read(volume.path("big")) == content
+    (item,) = volume.demote("big")
+    assert item.demoted and item.uploaded == SIZE
+    assert volume.server.read(volume.path("big")) == content
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_an_edit_behind_the_mount_of_what_has_come_of_a_file_is_kept(volume, cold, restart):
+    volume.server.read(volume.path("big"), 0, 4096)
+    leave_alone(volume)
+    edit(volume)
+    if restart:
+        volume.restart()
+    volume.server.read(volume.path("big"))
+    check_edited(volume, cold)
+
+
+def test_an_edit_behind_the_mount_while_the_rest_comes_is_kept(volume, cold):
+    handle = volume.server.open(volume.path("big"))
+    volume.server.run(lambda: volume.server.gate.contents.read(handle, 0, 4096))
+    edit(volume)
+    volume.server.read(volume.path("big"))
+    volume.server.release(handle)
+    check_edited(volume, cold)
+
+
+def test_an_edit_behind_the_mount_while_the_end_of_the_attribute_is_synced_is_kept(volume, cold, monkeypatch):
+    sync = os.fsync
+
+    def edit_then_sync(fd):
+        if os.fstat(fd).st_ino == os.stat(volume.path("big")).st_ino:
+            monkeypatch.setattr(os, "fsync", sync)
+            edit(volume)
+        sync(fd)
+
+    monkeypatch.setattr(os, "fsync", edit_then_sync)
+    volume.server.read(volume.path("big"))
+    check_edited(volume, cold)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_an_edit_behind_the_mount_of_a_part_keeps_it_from_being_punched(volume, cold, again):
+    """Also where more has come since, or has only been asked for: our own work has moved the times then."""
+    volume.server.read(volume.path("big"), 0, 4096)
+    if again:
+        leave_alone(volume)
+    edit(volume)
+    volume.server.read(volume.path("big"), 3 * MIB, 4096)
+    (item,) = volume.demote("big")
+    assert item.failed and "holds data that is not its copy's" in item.reason
+    assert volume.server.read(volume.path("big"), 0, 6) == b"edited"
+
+
+@pytest.mark.parametrize("residency", [Residency.PARTIAL, Residency.STUB])
+def test_after_a_crash_what_is_here_of_a_part_is_compared(volume, cold, residency):
+    """Though nothing seems to have touched it since: what was written may be on the disk, and its time not.
+    Of what has no bits nothing was ever compared."""
+    volume.server.read(volume.path("big"), 0, 4096)
+    leave_alone(volume)
+    edit(volume)
+    st = os.stat(volume.path("big"))
+
+    def as_the_inode_is(w):
+        record = w.get(st.st_ino)
+        copy = replace(record.copy, mtime=st.st_mtime_ns)
+        w.put(replace(record, residency=residency, left_ctime=st.st_ctime_ns, copy=copy))
+
+    volume.index.commit(as_the_inode_is).result()
+    volume.restart(clean=residency is Residency.STUB, boot="another")
+    (item,) = volume.demote("big")
+    assert item.failed and "holds data that is not its copy's" in item.reason
+    if residency is Residency.PARTIAL:
+        volume.server.read(volume.path("big"))
+        check_edited(volume, cold)
+
+
+@pytest.mark.parametrize("other", ["stub", "size"])
+def test_a_part_of_what_is_not_its_records_stays(volume, cold, other):
+    """The blocks are the copy's that the record knows; what would be left to read is another one's."""
+    volume.server.read(volume.path("big"), 0, 4096)
+    leave_alone(volume)
+    with open(volume.path("big"), "r+b") as file:
+        if other == "stub":
+            volume.tree.write_stub(file.fileno(), replace(volume.stub("big"), tag=bytes(8)))
+        else:
+            file.truncate(SIZE - LEAF)
+    (item,) = volume.demote("big")
+    assert item.failed and "its stub is not that of its record" in item.reason
+    assert partial_blocks(volume) > 0
+
+
+def test_attributes_that_somebody_sets_meanwhile_cost_no_upload(volume, cold):
+    volume.server.read(volume.path("big"), 0, 4096)
+    leave_alone(volume)
+    volume.server.chmod(volume.path("big"), 0o600)
+    volume.server.read(volume.path("big"))
+    volume.settle("big")
+    before = times(volume)
+    (item,) = volume.demote("big")
+    assert item.demoted and item.uploaded == 0 and times(volume) == before
+    assert volume.server.read(volume.path("big")) == cold
+
+
+def test_what_a_mover_that_died_left_is_compared_before_it_leaves(volume, cold):
+    """Between the end of the attribute and the record's, or in the midst of a range."""
+    volume.server.read(volume.path("big"))
+    volume.settle("big")
+    record = volume.record("big")
+    stub = replace(record, residency=Residency.STUB)
+    volume.index.commit(lambda w: (w.put(stub), w.put_pending(record.ino))).result()
+    edit(volume)
+    assert finish_pending(volume.tier) == 0
+    assert volume.record("big").residency is Residency.RESIDENT
+    check_edited(volume, cold)
+
+
+def test_with_a_lost_index_a_part_can_leave_again_and_the_whole_costs_no_upload(volume, cold):
+    record = volume.record("big")
+    volume.index.commit(lambda w: (w.drop_leaves(record.fid, record.generation), w.delete(record.ino))).result()
+    assert Survey(volume.tier, lambda guesses: None, threading.Event()).run()
+    assert volume.server.read(volume.path("big"), 0, 4096) == cold[:4096]
+    leave_alone(volume)
+    (item,) = volume.demote("big")
+    assert item.demoted, item.reason
+    assert volume.server.read(volume.path("big")) == cold
+    volume.settle("big")
+    (item,) = volume.demote("big")
+    assert item.demoted and item.uploaded == 0
 
 
 def rewrite_extents(volume, extents):
