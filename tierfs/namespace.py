@@ -16,6 +16,7 @@ import logging
 import os
 from collections.abc import Iterator, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
 from typing import NamedTuple
 
 import msgspec
@@ -216,21 +217,21 @@ class Chronicle:
     def _snapshot(self, until: int | None) -> _Snapshot:
         """The newest whole one; that was whole at the moment."""
         oldest: _Snapshot | None = None
-        for group in self._newest_first():
-            snapshot = self._open_snapshot(self._parts[group])
-            if snapshot is None:
-                continue
-            if until is None or snapshot.at <= until:
-                return snapshot
-            oldest = snapshot
+        for _, attempts in groupby(self._newest_first(), key=lambda group: group[:2]):
+            opened = [self._open_snapshot(self._parts[group]) for group in attempts]
+            whole = [snapshot for snapshot in opened if snapshot is not None]
+            for snapshot in sorted(whole, key=lambda one: one.at, reverse=True):
+                if until is None or snapshot.at <= until:
+                    return snapshot
+                oldest = snapshot
         if oldest is not None:
             return oldest  # the moment lies before the first: this is the nearest there is
         what = "; ".join(self.troubles[:3]) or "it has not been written yet"
         raise VolumeError(f"{self._store.describe()}: holds no whole snapshot of a namespace: {what}")
 
     def _newest_first(self) -> list[tuple[int, int, str]]:
-        """Of several attempts from the same place the longest one, which alone is whole, comes first."""
-        return sorted(self._parts, key=lambda group: (*group[:2], len(self._parts[group])), reverse=True)
+        """Attempts from the same place are together."""
+        return sorted(self._parts, reverse=True)
 
     def _open_snapshot(self, keys: list[Key]) -> _Snapshot | None:
         last = self._open(keys[-1])

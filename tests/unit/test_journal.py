@@ -497,6 +497,28 @@ def test_two_attempts_at_one_segment(begun):
     assert begun.told() == begun.there()
 
 
+@pytest.mark.parametrize("first", [0, 255])
+def test_of_two_snapshots_from_one_place_the_later_one_counts(begun, monkeypatch, first):
+    """The first lacks what could not be read just then; their names tell nothing of which it is."""
+    begun.mkdir("dir")
+    begun.write("dir/file", b"x")
+    begun.journal.flush()
+    for number in (first, 255 - first):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "urandom", lambda count, number=number: bytes([number]) * count)
+            if number == first:
+                patch.setattr(snapshots_module.Snapshots, "_child", without(b"dir"))
+            assert begun.snapshots.take()
+    assert begun.told() == begun.there()
+
+
+def without(left_out, usual=snapshots_module.Snapshots._child):
+    def child(self, dirfd, ident, name):
+        return None if name == left_out else usual(self, dirfd, ident, name)
+
+    return child
+
+
 def test_no_journal_is_said_clearly():
     with pytest.raises(VolumeError, match="no whole snapshot"):
         Chronicle(MemoryStore()).read()
