@@ -28,7 +28,14 @@ from functools import partial
 
 from tierfs import failpoints
 from tierfs.digests import SIDE_SUFFIX
-from tierfs.errors import BusyError, ObjectMissingError, StoreError, StoreFullError, TierError
+from tierfs.errors import (
+    BusyError,
+    ObjectMissingError,
+    StoreDeniedError,
+    StoreError,
+    StoreFullError,
+    TierError,
+)
 from tierfs.index import Writer
 from tierfs.kit import Kit, is_gone
 from tierfs.model import Record, epoch_of, object_key
@@ -45,6 +52,7 @@ _PREFIX = "gc/"
 _CLOCK_KEY = _PREFIX + "clock"
 _CLOCK = b"The date of this object tells how late it is by the store's clock.\n"
 _ROOM = b"It is larger than need be, to leave room for one in a store that is full.\n" * 222
+_REFUSALS = 10  # in a row: the store lets us remove nothing
 _INTERVAL = 3600.0  # seconds between beats
 _ABORT_INTERVAL = 6 * 3600.0
 _EVER = (1 << 63) - 1
@@ -256,7 +264,7 @@ class Collector:
             if verdict is not None:
                 (gone if verdict else back).append((beat, key))
         if gone:
-            kit.store.delete([key for _, key in gone] + [key + SIDE_SUFFIX for _, key in gone])
+            gone = self._delete(gone)
             failpoints.hit(failpoints.GC_DELETED)
 
         def commit(w: Writer) -> None:
@@ -268,6 +276,33 @@ class Collector:
         if gone or back:
             kit.index.commit(commit).result()
         return len(gone)
+
+    def _delete(self, rows: list[Buried]) -> list[Buried]:
+        """Those that are gone. One that is locked in the store holds up none of the others.
+
+        Raises StoreDeniedError where one after another is refused: it would be asked in vain for each.
+        """
+        store = self._kit.store
+        try:
+            store.delete(_objects(rows))
+            return rows
+        except StoreDeniedError:
+            log.debug("not all at once: one by one", exc_info=True)
+        gone: list[Buried] = []
+        refused = in_a_row = 0
+        for row in rows:
+            try:
+                store.delete(_objects([row]))
+            except StoreDeniedError as exc:
+                refused, in_a_row, why = refused + 1, in_a_row + 1, f"{row[1]}: {exc}"
+                if in_a_row >= _REFUSALS:
+                    raise
+                continue
+            in_a_row = 0
+            gone.append(row)
+        if refused:
+            self._kit.troubles.note(f"{refused} objects cannot be removed from the store, the last {why}")
+        return gone
 
     def _is_ours(self, key: str) -> bool:
         """No later owner has made it."""
@@ -416,3 +451,7 @@ def _parse(key: str) -> tuple[bytes, int]:
 
 def _key_of(record: Record) -> str:
     return object_key(record.fid, record.copy.generation, record.copy.tag) if record.copy is not None else ""
+
+
+def _objects(rows: list[Buried]) -> list[str]:
+    return [key for _, key in rows] + [key + SIDE_SUFFIX for _, key in rows]

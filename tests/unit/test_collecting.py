@@ -10,7 +10,7 @@ import time
 import pytest
 from dating import DAY, AgingVolume
 
-from tierfs.errors import StoreUnavailableError, VolumeError
+from tierfs.errors import StoreDeniedError, StoreUnavailableError, VolumeError
 from tierfs.looking import line
 from tierfs.model import EPOCH_SHIFT
 from tierfs.past import Ending
@@ -492,3 +492,48 @@ def test_the_plan_names_all_with_their_time(volume):
     days(volume, 20)
     (candidate,) = volume.collector.plan()
     assert abs(candidate.may_go - now - 10 * DAY) < 60
+
+
+def lock(volume, monkeypatch, is_locked):
+    """The store refuses to remove these, alone or among others; what it was asked is in the list returned."""
+    delete, asked = volume.store.delete, []
+
+    def refuse(keys):
+        asked.append(list(keys))
+        delete([key for key in keys if not is_locked(key)])
+        if any(map(is_locked, keys)):
+            raise StoreDeniedError("it is locked")
+
+    monkeypatch.setattr(volume.store, "delete", refuse)
+    return asked
+
+
+def test_an_object_that_is_locked_in_the_store_holds_up_no_other(volume, monkeypatch):
+    volume.configure(keep_versions=0.0)
+    names = [f"n{number}" for number in range(12)]
+    old = [volume.write(name, b"one" * 1000) for name in names]
+    new = {volume.write(name, b"two" * 1000) for name in names}
+    locked = set(old[3:7])
+    with monkeypatch.context() as patch:
+        lock(volume, patch, locked.__contains__)
+        assert days(volume, 3, 0.5) == len(names) - len(locked)
+        assert volume.objects() == new | locked
+        (trouble,) = {each.what for each in volume.tier.kit.troubles.list()}
+        assert trouble.startswith("4 objects cannot be removed from the store, the last data/")
+        assert trouble.endswith(": it is locked")
+    assert days(volume, 1, 0.5) == len(locked)
+    assert volume.objects() == new and volume.index.lists() == []
+
+
+def test_a_store_that_lets_nothing_be_removed_is_not_asked_for_each_object(volume, monkeypatch):
+    volume.configure(keep_versions=0.0)
+    names = [f"n{number}" for number in range(30)]
+    old = {volume.write(name, b"one" * 1000) for name in names}
+    for name in names:
+        volume.write(name, b"two" * 1000)
+    with monkeypatch.context() as patch:
+        asked = lock(volume, patch, old.__contains__)
+        with pytest.raises(StoreDeniedError, match="it is locked"):
+            days(volume, 5, 0.5)
+        assert sum(bool(old.intersection(keys)) for keys in asked) == 11
+    assert days(volume, 1, 0.5) == len(names)
