@@ -41,6 +41,8 @@ from tierfs.transfer import Urgency
 log = logging.getLogger("mover")
 
 PIECE = 8 << 20
+# Of S3. A sparse file may be larger on any disk: its zeros would be sent for days, in parts that fill memory.
+MOST = 5 << 40
 CHANGED = "was changed while it was copied"
 _readers = ThreadPoolExecutor(4, "read")  # one piece ahead of each upload
 _CLAIM_SECONDS = 10.0  # for the store's first answer after a mount
@@ -207,6 +209,8 @@ class Copier:
         assert item.st is not None
         self._check(item, cancelled)
         size = item.st.st_size
+        if size > MOST:
+            raise BusyError(f"is larger than {MOST >> 40} TiB, which is the most that an object has")
         extents = self._kit.tree.extents(item.fd, size)
         large = size > 1 << self._kit.chunk_shift
         return self._take_large(item, extents, cancelled) if large else self._take_small(item, extents)

@@ -499,6 +499,17 @@ def test_with_a_lost_index_a_part_can_leave_again_and_the_whole_costs_no_upload(
     assert item.demoted and item.uploaded == 0
 
 
+@pytest.mark.parametrize("punch", [False, True])
+def test_a_sparse_file_larger_than_an_object_may_be_stays(volume, punch):
+    with open(volume.path("vast"), "wb") as file:
+        file.write(b"a little")
+        file.truncate(copying.MOST + 1)
+    time.sleep(0.03)
+    (item,) = volume.demote("vast", punch=punch)
+    assert item.reason.startswith("is larger than 5 TiB") and not item.failed
+    assert volume.store.ranges == [] and list(volume.store.list("data/")) == []
+
+
 def rewrite_extents(volume, extents):
     """The list in the store, as a bit that flipped there may leave it, and the only one."""
     stub, record = volume.stub("big"), volume.record("big")
