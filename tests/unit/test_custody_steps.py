@@ -26,6 +26,7 @@ from tierfs.errors import BusyError, ForeignStubError, StoreUnavailableError
 from tierfs.kit import same_tuple
 from tierfs.marks import Mark
 from tierfs.model import DOUBTED, Residency, Stub
+from tierfs.opening import AlreadyResident
 from tierfs.readback import doubt_copy
 from tierfs.recovery import finish_pending
 from tierfs.store.memory import MemoryStore
@@ -353,6 +354,31 @@ def test_content_of_another_stub_than_was_asked_for_is_not_given(volume, other):
     assert volume.tier.kit.claims.take(ino)
     volume.tier.kit.claims.give(ino)
     os.close(opath)
+
+
+@pytest.mark.parametrize("kind", ["found without its attribute", "written over"])
+def test_what_is_no_stub_any_more_is_so_on_the_disk_before_the_index_says_it(volume, monkeypatch, kind):
+    """Else a power cut could bring the attribute back under a record that says resident."""
+    volume.server.create(volume.path("a"), b"x" * 20_000)
+    volume.demote("a")
+    stub, opath, story = volume.stub("a"), os.open(volume.path("a"), os.O_PATH), []
+    with open(volume.path("a"), "r+b") as file:
+        file.write(b"y" * 20_000)
+        if kind == "found without its attribute":
+            volume.tree.clear_stub(file.fileno())
+    sync, commit, ino = os.fsync, volume.index.commit, os.fstat(opath).st_ino
+
+    def note_sync(fd):
+        story.append("sync" if os.fstat(fd).st_ino == ino and volume.stub("a") is None else "another")
+        sync(fd)
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(volume.index, "commit", lambda run: story.append("commit") or commit(run))
+    request = Request(1, ino, stub.pack(), 20_000, 0, 20_000, True, False, time.monotonic() + 5)
+    with pytest.raises(AlreadyResident):
+        volume.tier.filler._opener.open(request, opath)
+    os.close(opath)
+    assert story == ["sync", "commit"] and volume.record("a").residency is Residency.RESIDENT
 
 
 def test_a_crash_left_a_stub_that_is_not_that_of_its_record(volume):

@@ -460,6 +460,14 @@ def test_a_part_of_what_is_not_its_records_stays(volume, cold, other):
     assert partial_blocks(volume) > 0
 
 
+def test_a_stub_that_was_cut_behind_the_mount_is_not_taken_for_whole(volume, cold):
+    """At the end of a leaf, where the digests of all that is left match."""
+    os.truncate(volume.path("big"), SIZE - SIZE % LEAF - LEAF)
+    with pytest.raises(OSError):
+        volume.server.read(volume.path("big"))
+    assert volume.stub("big") is not None and partial_blocks(volume) == 0
+
+
 def test_attributes_that_somebody_sets_meanwhile_cost_no_upload(volume, cold):
     volume.server.read(volume.path("big"), 0, 4096)
     leave_alone(volume)
