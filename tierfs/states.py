@@ -91,7 +91,7 @@ class States:
     def _take_in(self, inode: Inode, stub: Stub, opath: int, st: os.stat_result) -> None:
         """Begin to keep the state of a stub's content."""
         self._appearance.moving(st.st_ino)
-        bits = self._bits_of(stub, st.st_ino)
+        bits = self._bits_of(stub, st.st_ino, opath)
         if inode.opath < 0:
             inode.opath = os.dup(opath)  # its owner may close `opath` while flights go on
         if inode.shown is None:
@@ -102,20 +102,23 @@ class States:
         self.note(inode)
         self._inflow.track(inode.ino, inode.content, inode.opath)
 
-    def _bits_of(self, stub: Stub, ino: int) -> bytes | None:
-        """The leaves of this content that the index knows to be local; None: none."""
+    def _bits_of(self, stub: Stub, ino: int, opath: int) -> bytes | None:
+        """The leaves of this content that the index knows to be local; None: none, or those of a former file of
+        that number, whose stub somebody has put back behind the mount."""
         record, index = self._appearance.record(ino), self._appearance.index
         if record is None or index is None or record.residency is not Residency.PARTIAL:
             return None
         copy = record.copy
         if copy is None or copy.tag != stub.tag or copy.generation != stub.generation:
             return None
+        if record.handle != self._tree.handle_of(opath):
+            return None
         return index.get_bits(ino)
 
     def disbelieve(self, inode: Inode) -> None:
         """What has come of its content may not be there any more, but for what the index knows."""
         if inode.content is not None:
-            inode.content.believe(self._bits_of(inode.content.stub, inode.ino))
+            inode.content.believe(self._bits_of(inode.content.stub, inode.ino, inode.opath))
 
     def leave(self, inode: Inode, opath: int) -> None:
         """Drop the state that nobody needs; `opath` is a descriptor that its owner is about to close."""

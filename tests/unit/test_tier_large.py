@@ -460,6 +460,60 @@ def test_a_part_of_what_is_not_its_records_stays(volume, cold, other):
     assert partial_blocks(volume) > 0
 
 
+def restored(volume, name):
+    """A stub that was removed and put back behind the mount with its attribute, as by rsync -X: another inode,
+    of the same number."""
+    path = volume.path(name)
+    before, attribute = os.stat(path), os.getxattr(path, volume.tree.stub_name)
+    os.unlink(path)
+    for number in range(1000):
+        other = f"{path}.{number}"
+        with open(other, "wb") as file:
+            file.truncate(before.st_size)
+        if os.stat(other).st_ino == before.st_ino:
+            break
+    else:
+        pytest.skip("this filesystem does not use inode numbers again")
+    os.setxattr(other, volume.tree.stub_name, attribute)
+    os.rename(other, path)
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_what_was_here_of_a_former_file_of_that_number_is_not(volume, cold, restart):
+    volume.server.read(volume.path("big"), 0, 4096)
+    leave_alone(volume)
+    restored(volume, "big")
+    if restart:
+        volume.restart()
+    assert volume.server.read(volume.path("big"), 0, 4096) == cold[:4096]
+    assert volume.server.read(volume.path("big")) == cold
+
+
+def put_list(volume, listed):
+    record = volume.record("big")
+    volume.index.commit(
+        lambda w: w.put_leaves(record.fid, record.copy.generation, listed, [(0, SIZE)])
+    ).result()
+
+
+def test_a_list_of_digests_that_is_not_the_copys_proves_nothing(volume, cold):
+    """Though it is that of what is here."""
+    volume.server.read(volume.path("big"))
+    volume.settle("big")
+    content = os.urandom(SIZE)
+    with open(volume.path("big"), "r+b") as file:
+        file.write(content)
+    put_list(volume, digests.leaf_digests(content))
+    (item,) = volume.demote("big")
+    assert item.demoted and item.uploaded == SIZE
+    assert volume.server.read(volume.path("big")) == content
+
+
+def test_a_list_of_digests_that_is_not_the_copys_keeps_nothing_away(volume, cold):
+    put_list(volume, digests.leaf_digests(os.urandom(SIZE)))
+    assert volume.server.read(volume.path("big")) == cold
+
+
 def test_a_stub_that_was_cut_behind_the_mount_is_not_taken_for_whole(volume, cold):
     """At the end of a leaf, where the digests of all that is left match."""
     os.truncate(volume.path("big"), SIZE - SIZE % LEAF - LEAF)
