@@ -36,6 +36,8 @@ _HANDLE_SLOT = (1 << _HANDLE_BITS) - 1
 _INLINE = 34  # bytes of a name or file handle beside its node; longer ones have a place of their own
 _HEAD = struct.Struct("@8sII")  # magic, format, flags
 _NODE = struct.Struct(f"@QQQIBB{_INLINE}s")  # number, inode, parent, lookups, kind, length, content
+_LOADED = struct.Struct(f"@QQQIBB4s{_INLINE - 4}x")  # the same, with no more of the content than a place takes
+_PARENT = struct.Struct(f"@Q8xQ{6 + _INLINE}x")  # a node's number and its parent's
 _FILE = struct.Struct("@QQQIII4x")  # number, node, request, flags, user, backing id
 _DIR = struct.Struct("@QQQ8x")  # number, node, request
 _INODE = struct.Struct("@QIIqqQ")  # inode, backing id, 1: shows other than its own: mtime, ctime, blocks
@@ -72,17 +74,6 @@ class Kind(enum.IntEnum):
     NAME = 0  # by its name in its parent
     HANDLE = 1  # by file handle, or by a descriptor that the supervisor keeps
     GONE = 2  # not at all: its last attributes are known
-
-
-class KeptNode(NamedTuple):
-    """A node as its server left it."""
-
-    number: int
-    ino: int
-    parent: int
-    lookups: int
-    kind: Kind
-    content: bytes
 
 
 class KeptFile(NamedTuple):
@@ -263,8 +254,14 @@ class Ledger:
         """The name by which a node is reached; b"" where it is not reached by one."""
         slot = number & _SLOT
         at = _NODES_AT + slot * _NODE.size
-        if self._map[at + _KIND]:
-            return b""
+        return b"" if self._map[at + _KIND] else self._content(slot, at)
+
+    def content(self, number: int) -> bytes:
+        """What a node is reached by, or its last attributes."""
+        slot = number & _SLOT
+        return self._content(slot, _NODES_AT + slot * _NODE.size)
+
+    def _content(self, slot: int, at: int) -> bytes:
         length = self._map[at + _LENGTH]
         if length <= _INLINE:
             return self._map[at + _CONTENT : at + _CONTENT + length]
@@ -314,23 +311,36 @@ class Ledger:
             self._longs.free.append(place)
         self._nodes.free.append(slot)
 
-    def load_nodes(self) -> Iterator[KeptNode]:
-        """All that the kernel knows. Call it once, before anything is written."""
+    @property
+    def node_slots(self) -> int:
+        """No node's slot is as high."""
+        return self._nodes.used(1).stop
+
+    def load_nodes(self) -> Iterator[tuple[int, int, int]]:
+        """Number, inode and kind of each that the kernel knows. Call it once, before anything is written.
+
+        Callers wait meanwhile, and there may be a million: nothing is made of a node that is not needed.
+        """
         used = self._nodes.used(1)
         taken = set()
-        records = self._view[_NODES_AT + _NODE.size : _NODES_AT + used.stop * _NODE.size]
-        for slot, record in zip(used, _NODE.iter_unpack(records), strict=True):
-            number, ino, parent, lookups, kind, length, content = record
+        for slot, record in zip(used, _LOADED.iter_unpack(self._records(used)), strict=True):
+            number, ino, _, lookups, kind, length, place_of = record
             if not lookups or number & _SLOT != slot:
                 self._nodes.free.append(slot)
                 continue
             if length > _INLINE:
-                place = int.from_bytes(content[:4], "little")
+                place = int.from_bytes(place_of, "little")
                 self._long_of[slot] = place
                 taken.add(place)
-                content, _ = _LONG.unpack_from(self._map, _LONGS_AT + place * _LONG.size)
-            yield KeptNode(number, ino, parent, lookups, Kind(kind), content[:length])
+            yield number, ino, kind
         self._longs.free[:] = [place for place in self._longs.used(0) if place not in taken]
+
+    def parents(self) -> Iterator[tuple[int, int]]:
+        """The numbers of each node and of its parent, and of some that the kernel has forgotten."""
+        yield from _PARENT.iter_unpack(self._records(self._nodes.used(1)))
+
+    def _records(self, slots: range) -> memoryview:
+        return self._view[_NODES_AT + slots.start * _NODE.size : _NODES_AT + slots.stop * _NODE.size]
 
     # --- open files and directories -----------------------------------------------------------------------
 

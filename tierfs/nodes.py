@@ -25,12 +25,13 @@ from typing import NamedTuple
 import msgspec
 
 from tierfs.intents import packed_stat, unpacked_stat
-from tierfs.ledger import SLOT_BITS, KeptNode, Kind, Ledger
+from tierfs.ledger import SLOT_BITS, Kind, Ledger
 from tierfs.tree import Tree
 
 ROOT = 1
 DIRECTORY_FDS = 1024
 _SLOT = (1 << SLOT_BITS) - 1
+_GONE = int(Kind.GONE)
 
 _OPATH = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _OPATH_DIR = _OPATH | os.O_DIRECTORY
@@ -143,28 +144,36 @@ class NodeTable:
 
     def restore(self, kept_fds: Mapping[int, int]) -> None:
         """Take over what the ledger says. `kept_fds`: O_PATH descriptors of nameless files, by inode number."""
-        parents: list[tuple[Node, int]] = []
-        for kept in self._ledger.load_nodes():
-            if kept.number == ROOT:
+        by_slot, by_ino, root = self._by_slot, self._by_ino, self.root
+        by_slot.extend([None] * (self._ledger.node_slots - len(by_slot)))
+        for number, ino, kind in self._ledger.load_nodes():
+            if number == ROOT:
                 continue
-            node = Node(kept.number, kept.ino, self.root)
-            self._put(node)
-            parents.append((node, kept.parent))
-            if kept.kind is not Kind.NAME:
-                self._restore_anchor(node, kept, kept_fds)
-            if kept.kind is not Kind.GONE:
-                self._by_ino[kept.ino] = node
-        for node, number in parents:
-            # The kernel may have forgotten a directory of which a hard link was known: then the name is stale.
-            node.parent = (self._find(number) or self.root) if number else None
+            node = by_slot[number & _SLOT] = Node(number, ino, root)
+            if kind:
+                self._restore_anchor(node, Kind(kind), kept_fds)
+            if kind != _GONE:
+                by_ino[ino] = node
+        self._restore_parents()
 
-    def _restore_anchor(self, node: Node, kept: KeptNode, kept_fds: Mapping[int, int]) -> None:
-        if kept.kind is Kind.GONE:
-            node.anchor = GoneStat(kept.content)
-        elif kept.ino in kept_fds:
-            node.anchor = os.dup(kept_fds[kept.ino])
+    def _restore_anchor(self, node: Node, kind: Kind, kept_fds: Mapping[int, int]) -> None:
+        if kind is Kind.GONE:
+            node.anchor = GoneStat(self._ledger.content(node.id))
+        elif node.ino in kept_fds:
+            node.anchor = os.dup(kept_fds[node.ino])
         else:
-            node.anchor = kept.content
+            node.anchor = self._ledger.content(node.id)
+
+    def _restore_parents(self) -> None:
+        last, above = 0, None
+        for number, parent in self._ledger.parents():
+            node = self._find(number)
+            if node is None or node is self.root:
+                continue
+            if parent != last:  # those of one directory mostly stand together
+                # The kernel may have forgotten a directory of which a hard link was known: a stale name.
+                last, above = parent, (self._find(parent) or self.root) if parent else None
+            node.parent = above
 
     # --- the table ----------------------------------------------------------------------------------------
 

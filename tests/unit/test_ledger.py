@@ -3,12 +3,15 @@
 import fcntl
 import os
 import sys
+import tracemalloc
+from types import SimpleNamespace
 
 import pytest
 
 from tierfs import ledger as ledgers
 from tierfs.intents import Doing
 from tierfs.ledger import Incompatible, Kind, Ledger
+from tierfs.nodes import NodeTable
 
 
 def test_an_intent_outlives_several_servers():
@@ -70,9 +73,10 @@ def test_long_names_come_and_go():
             names[number] = b"short" if len(names[number]) > 40 else b"l" * 200
             table.node(number, number, 1, 1, names[number])
         assert {number: table.name(number) for number in names} == names
-    kept = {node.number: node for node in Ledger(fd).load_nodes()}
-    assert {number: node.content for number, node in kept.items()} == names
-    assert all(node.kind is Kind.NAME for node in kept.values())
+    later = Ledger(fd)
+    kept = {number: kind for number, _, kind in later.load_nodes()}
+    assert {number: later.content(number) for number in kept} == names
+    assert set(kept.values()) == {Kind.NAME}
     fresh = Ledger(fd)
     assert len(list(fresh.load_nodes())) == len(names)
     assert {number: fresh.name(number) for number in names} == names
@@ -131,4 +135,27 @@ def test_times_beyond_what_a_field_holds_are_no_error():
 def test_the_memory_is_not_inherited_by_chance():
     fd = ledgers.make()
     assert fcntl.fcntl(fd, fcntl.F_GETFD) & fcntl.FD_CLOEXEC
+    os.close(fd)
+
+
+def test_a_takeover_makes_nothing_of_a_node_but_the_node():
+    """All requests wait for it, and there may be a million nodes."""
+    fd = ledgers.make()
+    tree = SimpleNamespace(root_ino=2, device=1, rootfd=-1, privileged=True)
+    table = Ledger(fd)
+    nodes = NodeTable(tree, table)
+    above, parents, count = nodes.root, {}, 20_000
+    for ino in range(1000, 1000 + count):
+        node = nodes._enter(ino, above, b"name %d" % ino)
+        parents[ino] = node.parent_ino
+        above = node if ino % 50 == 0 else above
+    table.serve(passthrough=True)
+    later = NodeTable(tree, Ledger(fd))
+    tracemalloc.start()
+    later.restore({})
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 180 * count
+    assert {node.ino: node.parent_ino for node in later.all() if node is not later.root} == parents
+    assert all(later.name(later.known(ino)) == b"name %d" % ino for ino in parents)
     os.close(fd)
