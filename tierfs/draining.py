@@ -134,7 +134,7 @@ class Drain:
         """(from, to): directories between which a directory or a file whose content is away has moved; none
         where nothing is pinned. The marks have not been applied yet."""
         moves: set[tuple[int, int]] = set()
-        if not self._index.pins():
+        if not self._index.has_pins:
             return moves
         for entry in entries:
             if entry.kind is Mark.NAMED:

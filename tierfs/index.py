@@ -337,6 +337,11 @@ class Index(PastReader):
         rows = [(U64.unpack(key)[0], whole(place, "pin", raw)) for key, raw in self._scan("pins", b"", 1 << 20)]
         return [(ino, *found) for ino, found in rows if found is not None]
 
+    @property
+    def has_pins(self) -> bool:
+        """Something is pinned. Raises IndexError_."""
+        return bool(self._scan("pins", b"", 1))
+
     def records(self, start: int = 0, limit: int = 1000) -> Iterator[Record]:
         """Records from inode `start` on, in order: for checks and background sweeps. Raises IndexError_."""
         for key, raw in self._scan("files", U64.pack(start), limit):

@@ -13,6 +13,7 @@ from tierfs.index import Index
 from tierfs.tree import Tree, fd_path
 
 _DEPTH = 512
+_MOST = 20_000  # directories that are known: five megabytes
 
 
 class Place(NamedTuple):
@@ -60,6 +61,8 @@ class Places:
         with self._lock:
             # What was looked up before a rename or a pin must not be believed after it.
             if began == self._forgotten:
+                if len(self._known) >= _MOST:
+                    self._known = {}  # those that are in use come back one by one
                 self._known[ino] = place
         return place
 

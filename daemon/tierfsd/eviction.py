@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from tierfs.heat_index import HeatIndex
+from tierfs.inodes import InodeSet
 from tierfs.model import Record, Residency
 from tierfs.policy.aging import is_young
 from tierfs.tier import Item, Tier
@@ -164,7 +165,7 @@ class Eviction:
     def _that_may(self, candidates: Iterator[int], urgent: bool) -> Iterator[Record]:
         now, trials = time.time(), self._trials
         trials.staying.forget()
-        seen: set[int] = set()
+        seen = InodeSet()
         tried = trials.tried_victims if trials.on_trial and not urgent else set()
         passed_over = others = False
         for ino in candidates:

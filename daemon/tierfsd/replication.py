@@ -91,7 +91,7 @@ class Replication:
     def _begin_anew(self) -> None:
         """With the first of the queue, and so with all that are left alone no more."""
         self._passed = _BEGINNING
-        self._trials.staying.take_over(_EVER)
+        self._trials.staying.drop_over()
 
     def _walk(
         self, start: tuple[int, int], before: int, count: int, found: dict[int, Record]

@@ -9,10 +9,10 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import OrderedDict
-from itertools import islice
+from typing import NamedTuple
 
 from tierfs.errors import TierError
+from tierfs.inodes import InodeSet
 from tierfs.kit import Kit
 from tierfs.tier import Item
 
@@ -21,50 +21,69 @@ log = logging.getLogger("scheduler")
 _STAY_SECONDS = 30.0  # a file that could not go is left alone so long
 _NEVER_SECONDS = 3600.0
 _PAUSE_SECONDS = 60.0  # after most of what was tried has failed
+_PART = 8  # of its time, by which a file may be left alone for less
+
+
+class _Group(NamedTuple):
+    """Files that came one after another, and are left alone until the same moment (of CLOCK_MONOTONIC)."""
+
+    began: float
+    until: float
+    inos: InodeSet
 
 
 class Stayers:
-    """Files that are left alone for a time. Thread-safe; there may be as many as a volume has files."""
+    """Files that are left alone for a time. Thread-safe; there may be as many as a volume has files, and each
+    takes a bit."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        # By how long they are: the first of each is the next whose time is over (seconds of CLOCK_MONOTONIC).
-        self._until: dict[float, OrderedDict[int, float]] = {}
-        self._over: dict[int, None] = {}
+        # By how long they are. Neither this nor a tuple is changed in its place: others look without the lock.
+        self._groups: dict[float, tuple[_Group, ...]] = {}
+        self._over = InodeSet()
 
     def __contains__(self, ino: int) -> bool:
-        return any(ino in until for until in self._until.values())
+        return any(ino in group.inos for groups in self._groups.values() for group in groups)
 
     def has(self, ino: int, seconds: float) -> bool:
         """One that was to be left alone for just so long."""
-        return ino in self._until.get(seconds, ())
+        return any(ino in group.inos for group in self._groups.get(seconds, ()))
 
     def add(self, ino: int, seconds: float) -> None:
         """For so long from now."""
+        now = time.monotonic()
         with self._lock:
-            for until in self._until.values():
-                until.pop(ino, None)
-            self._over.pop(ino, None)
-            # Not changed in its place: others look without the lock.
-            if seconds not in self._until:
-                self._until = {**self._until, seconds: OrderedDict()}
-            self._until[seconds][ino] = time.monotonic() + seconds
+            for groups in self._groups.values():
+                for group in groups:
+                    group.inos.discard(ino)
+            self._over.discard(ino)
+            groups = self._groups.get(seconds, ())
+            if not groups or now >= groups[-1].began + max(seconds / _PART, 1.0):
+                groups = (*groups, _Group(now, now + seconds, InodeSet()))
+                self._groups = {**self._groups, seconds: groups}
+            groups[-1].inos.add(ino)
 
     def forget(self) -> None:
         """Those whose time is over are no more left alone."""
         now = time.monotonic()
         with self._lock:
-            for until in self._until.values():
-                while until and next(iter(until.values())) <= now:
-                    self._over[until.popitem(last=False)[0]] = None
+            for seconds, groups in self._groups.items():
+                if groups and groups[0].until <= now:
+                    for group in groups:
+                        if group.until <= now:
+                            self._over.take_in(group.inos)
+                    left = tuple(group for group in groups if group.until > now)
+                    self._groups = {**self._groups, seconds: left}
 
     def take_over(self, most: int) -> list[int]:
         """So many of those that were forgotten, each once."""
         with self._lock:
-            taken = list(islice(self._over, most))
-            for ino in taken:
-                del self._over[ino]
-        return taken
+            return self._over.take(most)
+
+    def drop_over(self) -> None:
+        """Nobody needs to be told of those that were forgotten."""
+        with self._lock:
+            self._over = InodeSet()
 
 
 class Trials:

@@ -193,7 +193,7 @@ def test_bits_leaves_pins_dirs_pending_and_tombstones(index):
     leaves = index.get_leaves(b"f" * 16, 9)
     assert index.get_bits(5) == b"\5"
     assert (leaves.digests, leaves.extents) == (b"d" * 64, [(0, 10), (1 << 40, 2 << 40)])
-    assert index.pins() == [(5, 2, b"p\n\xff")] and index.get_dir(2) == (1, b"dir")
+    assert index.has_pins and index.pins() == [(5, 2, b"p\n\xff")] and index.get_dir(2) == (1, b"dir")
     assert index.pending() == [5]
     ((beat, key),) = index.tombstones(0)
     assert beat == 0 and key.startswith("data/") and index.tombstones(-1) == []
@@ -424,4 +424,4 @@ def test_a_directory_that_is_removed_is_pinned_no_more(index):
         writer.put_dir(7, 2, b"dir")
         writer.put_pin(7, 2, b"dir")
         apply(writer, Entry(Mark.ENTRY, 0, 0, 2, 7, 0, b"", b"dir", 0), 0)
-    assert not index.pins() and index.get_dir(7) is None
+    assert not index.has_pins and not index.pins() and index.get_dir(7) is None

@@ -16,6 +16,26 @@ def test_it_is_a_set_of_numbers():
     assert all((ino in inos) == (ino in known) for ino in range(1 << 12))
 
 
+def test_numbers_go_one_by_one_some_together_and_into_another_set():
+    inos, other, rng = InodeSet(), InodeSet(), random.Random(8)
+    known = {rng.randrange(1 << 11) for _ in range(500)}
+    for ino in known:
+        inos.add(ino)
+    for ino in [*list(known)[::3], 1 << 40]:
+        inos.discard(ino)
+        known.discard(ino)
+    for ino in range(100):
+        other.add(ino)
+    inos.take_in(other)
+    known |= set(range(100))
+    assert len(inos) == len(known) and all(ino in inos for ino in known)
+    taken = []
+    while some := inos.take(7):
+        assert len(some) <= 7
+        taken += some
+    assert sorted(taken) == sorted(known) and len(inos) == 0 and not any(ino in inos for ino in known)
+
+
 def test_numbers_that_stand_together_take_next_to_nothing():
     """As they do on ext4, and by 64 on XFS."""
     for step, most in ((1, 2), (256, 8)):

@@ -14,7 +14,7 @@ from tierfsd.credentials import Peer
 from tierfsd.reach import Gathered, Reach, Target
 from tiering import Job, Volume
 
-from tierfs import bringing, control
+from tierfs import bringing, control, places
 from tierfs import tier as tier_module
 
 NAMES = [f"f{number:03}" for number in range(60)]
@@ -151,3 +151,40 @@ def test_an_answer_names_so_many_and_what_has_failed_before_all(monkeypatch):
     for number in range(10):
         stayed.add(control.Outcome(b"%d" % number, "for a reason", failed=number in (5, 9)))
     assert [outcome.path for outcome in stayed.named] == [b"5", b"9", b"0"]
+
+
+def test_marks_that_come_in_are_looked_at_without_the_list_of_pins(volume, monkeypatch):
+    """There may be as many as files, and each batch of marks would read them all."""
+    for name in ("pinned", "other"):
+        volume.server.mkdir(volume.path(name))
+    item = volume.item("pinned")
+    opath = os.open(volume.path("pinned"), os.O_PATH)
+    volume.tier.set_pin(opath, item.parent, b"pinned", True)
+    os.close(opath)
+    volume.demote(NAMES[0])
+    volume.tier.drainer.pinned.clear()
+
+    def pins():
+        raise AssertionError("the list of pins is read")
+
+    monkeypatch.setattr(volume.index, "pins", pins)
+    volume.server.rename(volume.path("other"), volume.path("elsewhere"))
+    volume.tier.drain()
+    assert not volume.tier.drainer.pinned.is_set()
+    volume.server.rename(volume.path(NAMES[0]), volume.path("pinned/stub"))
+    volume.tier.drain()
+    assert volume.tier.drainer.pinned.is_set()
+
+
+def test_only_so_many_places_are_remembered(volume, monkeypatch):
+    monkeypatch.setattr(places, "_MOST", 7)
+    known = {}
+    for number in range(10):
+        for name in (f"d{number}", f"d{number}/below"):
+            volume.server.mkdir(volume.path(name))
+            known[os.stat(volume.path(name)).st_ino] = name.encode()
+    volume.tier.drain()
+    for _ in range(2):
+        for ino, path in known.items():
+            assert volume.tier.places.directory(ino).path == path
+            assert len(volume.tier.places._known) <= 7

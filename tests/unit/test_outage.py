@@ -6,6 +6,7 @@ import errno
 import os
 import threading
 import time
+import tracemalloc
 
 import msgspec
 import pytest
@@ -442,6 +443,26 @@ def test_two_threads_may_forget_at_once_which_files_are_left_alone(clock):
     assert sorted(told) == list(range(20_000))
     assert not any(ino in staying for ino in range(20_000))
     assert all(ino in staying for ino in range(20_000, 30_000))
+
+
+def test_files_that_are_left_alone_take_a_bit_each(clock):
+    """Those that never leave may be most of a home."""
+    staying, count = trials_module.Trials(None).staying, 20_000
+    tracemalloc.start()
+    for ino in range(count):
+        staying.add(ino, trials_module._NEVER_SECONDS)
+    clock.ahead += trials_module._NEVER_SECONDS / 2
+    for ino in range(count, 2 * count):
+        staying.add(ino, trials_module._NEVER_SECONDS)
+    taken, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert taken < 2 * count * 2
+    assert all(staying.has(ino, trials_module._NEVER_SECONDS) for ino in range(2 * count))
+    clock.ahead += trials_module._NEVER_SECONDS / 2
+    staying.forget()
+    assert not any(ino in staying for ino in range(count))
+    assert all(ino in staying for ino in range(count, 2 * count))
+    assert sorted(staying.take_over(1 << 30)) == list(range(count))
 
 
 def test_files_that_never_leave_are_not_looked_at_over_and_over(tmp_path, clock, monkeypatch):

@@ -428,11 +428,11 @@ def test_marks_whose_look_at_the_index_failed_are_read_again(volume, monkeypatch
     os.close(fd)
     volume.server.create(volume.path("a"), b"x")
 
-    def fail():
+    def fail(index):
         raise IndexError_("no more readers")
 
     with monkeypatch.context() as patch:
-        patch.setattr(volume.index, "pins", fail)
+        patch.setattr(type(volume.index), "has_pins", property(fail))
         with pytest.raises(IndexError_):
             volume.tier.drain()
     volume.server.create(volume.path("b"), b"x")
