@@ -93,6 +93,7 @@ class Arrival:
     requests: list[Request] = field(default_factory=list)
     ranges: list[Range] = field(default_factory=list)
     unsynced: int = 0
+    moved: bool = False  # the index does not know the times that our last write has left
     settling: bool = False
     awaited: bool = False  # somebody waits until it is resident for good
     lent: bool = True  # nobody but scans has asked
@@ -209,6 +210,7 @@ class Arrival:
                 tree.set_mtime(self.fd, self.shown.mtime)
             finally:
                 self.keep_times()
+                self.moved = True
 
     def notice(self, st: os.stat_result) -> None:
         """If somebody else has changed the inode's attributes since our last change, those times are shown."""

@@ -136,9 +136,13 @@ class Filler:
         with self._lock:
             return [a for a in self._arrivals.values() if a is not None and not a.settling]
 
-    def drop(self, arrival: Arrival) -> bool:
-        """Forget a file that nobody asks for, and give up its claim; False where somebody still does."""
+    def drop(self, arrival: Arrival, former: bool = False) -> bool:
+        """Forget a file that nobody asks for, and give up its claim; False where somebody still does, or where
+        something has come that the index does not know of. `former`: its content is no longer this inode's.
+        """
         with self._lock, arrival.lock:
+            if arrival.moved and not former:
+                return False  # whoever opens it next would take the times that we have left for somebody's
             # One of which every leaf is here is about to be settled, or already queued for it.
             if arrival.requests or arrival.ranges or arrival.closed or arrival.settling or arrival.complete:
                 return False
@@ -206,7 +210,7 @@ class Filler:
             self._again(arrival, request, opath)
 
     def _again(self, arrival: Arrival, request: Request, opath: int) -> None:
-        self.drop(arrival)
+        self.drop(arrival, former=arrival.stub.pack() != request.stub)
         time.sleep(0.001)
         self._begin_soon(Urgency.READER, request, opath)
 

@@ -142,7 +142,7 @@ class Settler:
     def _let_go(self, release: _Release) -> None:
         assert self.filler is not None
         try:
-            if release.arrival.unsynced and not release.arrival.small:
+            if release.arrival.moved:
                 self._commit_bits(release.arrival)
             self.filler.drop(release.arrival)
         except Exception:  # the bits are fetched again; whatever else is to be settled now is nobody's fault
@@ -159,7 +159,7 @@ class Settler:
         for arrival in self.filler.unsynced():
             left_alone = not arrival.requests and now - arrival.used > BITS_SECONDS
             due = arrival.unsynced >= BITS_BYTES or now - arrival.used > BITS_SECONDS or everything
-            if arrival.unsynced and due and not arrival.small:
+            if arrival.moved and due:
                 self._commit_bits(arrival)
             if left_alone or everything:
                 self.filler.drop(arrival)
@@ -168,8 +168,10 @@ class Settler:
         with arrival.lock:
             if arrival.closed or arrival.settling:
                 return
-            grown = arrival.unsynced
-            bits, arrival.unsynced = arrival.bits(), 0
+            if arrival.small and arrival.complete:
+                return  # it is about to be settled
+            grown, arrival.unsynced, arrival.moved = arrival.unsynced, 0, False
+            bits = arrival.bits()
         try:
             os.fdatasync(arrival.fd)
         except OSError as error:
@@ -183,11 +185,15 @@ class Settler:
                 return
             with arrival.lock:  # here, where no mark of other times can come in between
                 copy, left_ctime = arrival.as_here(record.copy), arrival.shown.own_ctime
-            w.put(replace(record, residency=Residency.PARTIAL, local=local, copy=copy, left_ctime=left_ctime))
-            w.put_bits(arrival.ino, bits)
+            record = replace(record, copy=copy, left_ctime=left_ctime)
+            if any(bits):  # nothing has come where there was no room for it
+                record = replace(record, residency=Residency.PARTIAL, local=local)
+                w.put_bits(arrival.ino, bits)
+            w.put(record)
 
         self._kit.index.commit(commit).result()
-        self._kit.movements.here(arrival.ino, local, grown, arrival.lent)
+        if grown:
+            self._kit.movements.here(arrival.ino, local, grown, arrival.lent)
         failpoints.hit(failpoints.FILL_BITS)
 
     # --- settling -----------------------------------------------------------------------------------------

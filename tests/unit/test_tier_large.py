@@ -14,7 +14,7 @@ from bare import until
 from tierfsd.backend import _Count
 from tiering import MIB, Volume
 
-from tierfs import copying, digests, versions, wire
+from tierfs import arrivals, copying, digests, versions, wire
 from tierfs.copying import PIECE
 from tierfs.digests import sha256
 from tierfs.errors import BucketMissingError, ObjectCorruptError, StoreDeniedError, StoreUnavailableError
@@ -175,6 +175,62 @@ def test_times_do_not_move_when_a_part_is_read_and_the_file_closed(volume, cold)
     assert times(volume) == (before[0], st.st_ctime_ns)
 
 
+@pytest.fixture
+def settler(volume, monkeypatch):
+    """The settler, whose thread commits no bits: `commit_bits` does so here."""
+    made = volume.tier._settler
+    commit_bits = made.commit_bits
+    monkeypatch.setattr(made, "commit_bits", lambda everything=False: None)
+    yield SimpleNamespace(made=made, commit_bits=commit_bits)
+    monkeypatch.undo()
+
+
+def left_alone(volume):
+    """The state of the file, of which a part was asked for long ago."""
+    arrival = volume.tier.filler.arrival(os.stat(volume.path("big")).st_ino)
+    assert until(lambda: not arrival.requests and not arrival.ranges)
+    arrival.used -= 10
+    return arrival
+
+
+def test_what_comes_while_bits_are_committed_is_not_forgotten(volume, cold, settler, monkeypatch):
+    """Somebody reads on just when the file is about to be forgotten for having been left alone."""
+    before, path, commit_bits = times(volume), volume.path("big"), settler.made._commit_bits
+
+    def interrupted(arrival):
+        commit_bits(arrival)
+        volume.server.read(path, 3 * MIB, 100)
+        left_alone(volume)
+
+    volume.server.read(path, 0, 100)
+    left_alone(volume)
+    with monkeypatch.context() as busy:
+        busy.setattr(settler.made, "_commit_bits", interrupted)
+        settler.commit_bits()
+    volume.store.ranges.clear()
+    assert volume.server.read(path) == cold
+    assert all(start != 3 * MIB for start, _ in volume.store.ranges), "it came once more"
+    volume.settle("big")
+    assert times(volume) == before
+
+
+def test_a_range_for_which_there_was_no_room_leaves_the_times_as_they_are(volume, cold, settler, monkeypatch):
+    """Also when all that served it have forgotten the file."""
+    before, path = times(volume), volume.path("big")
+
+    def no_room(*given):
+        raise OSError(errno.ENOSPC, "no room")
+
+    with monkeypatch.context() as full:
+        full.setattr(arrivals, "pwrite_all", no_room)
+        assert volume.server.read(path, 3 * MIB, 100) == cold[3 * MIB : 3 * MIB + 100]
+        arrival = left_alone(volume)
+    settler.commit_bits()
+    assert arrival.closed and volume.record("big").residency is Residency.STUB
+    volume.server.gate.appearance.late.clear()
+    assert times(volume) == before != (os.stat(path).st_mtime_ns, os.stat(path).st_ctime_ns)
+
+
 def partial_blocks(volume):
     return os.stat(volume.path("big")).st_blocks * 512
 
@@ -214,7 +270,7 @@ def test_bits_outlive_a_restart_and_nothing_is_fetched_twice(volume, cold):
 def test_pages_without_bits_are_recognised_after_a_restart(volume, cold):
     volume.server.read(volume.path("big"), 0, 4096)
     ino = os.stat(volume.path("big")).st_ino
-    volume.tier.filler.arrival(ino).unsynced = 0  # as if the process had died before the commit
+    volume.tier.filler.arrival(ino).moved = False  # as if the process had died before the commit
     volume.restart()
     volume.store.ranges.clear()
     assert volume.server.read(volume.path("big"), 0, 4096) == cold[:4096]

@@ -109,7 +109,7 @@ def test_settling_goes_on_after_what_cannot_be_given_up(volume, stub, monkeypatc
         defect.setattr(settler, "_give_up", give_up)
         assert volume.server.read(stub) == b"content"
         assert ended.wait(20)
-        release = SimpleNamespace(unsynced=0, small=True, ino=5)
+        release = SimpleNamespace(moved=False, ino=5)
         defect.setattr(settler.filler, "drop", broken)
         began = time.monotonic()
         settler.release(release)
