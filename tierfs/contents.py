@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from tierfs.handles import Handle, Inode
 from tierfs.inflow import Inflow
 from tierfs.marking import Marking
+from tierfs.report import HeatReport
 from tierfs.states import States
 from tierfs.tree import Tree
 from tierfs.waits import Stretch
@@ -20,11 +21,14 @@ from tierfs.waits import Stretch
 class Contents:
     """Belongs to the gate, and is called under its lock."""
 
-    def __init__(self, tree: Tree, states: States, marking: Marking, inflow: Inflow) -> None:
+    def __init__(
+        self, tree: Tree, states: States, marking: Marking, inflow: Inflow, heat: HeatReport
+    ) -> None:
         self._tree = tree
         self._states = states
         self._marking = marking
         self._inflow = inflow
+        self._heat = heat
 
     # --- reading ------------------------------------------------------------------------------------------
 
@@ -53,8 +57,16 @@ class Contents:
         return Stretch(handle.fd, offset, count)
 
     def _await(self, handle: Handle, offset: int, size: int) -> None:
+        self._bring(handle, offset, size)
+        if handle.unused_by >= 0:
+            self._heat.touch(handle.inode, handle.inode.size, handle.unused_by)
+            handle.unused_by = -1
+
+    def _bring(self, handle: Handle, offset: int, size: int) -> None:
         inode, content = handle.inode, handle.inode.content
         if content is not None and content.missing:
+            if content.small and offset < content.size:
+                offset, size = 0, content.size  # it has one digest
             end = min(offset + size, content.size)
             if offset >= end:
                 return

@@ -8,6 +8,9 @@ and writes the backing file itself, or CACHED, where requests come here. A stub 
                          yes --small--> content fetched in OPEN, then as a resident file
                           +----large--> CACHED; reads fetch leaves, the first write waits until it is resident
 
+Who perhaps only looks gets a small stub as a large one: backups open all files, with O_NOATIME, and then see
+that most have not changed and need not be read. A stub that is only looked at has not been used.
+
 What the Gate opens is in the care of its parts: `states` (what is kept of an inode), `contents` (data),
 `marking` (the log of changes), `guarding` (what the mover may touch), `mover` (the link to it), `succession`
 (what was open when another server ended).
@@ -82,7 +85,7 @@ class Gate:
         self.room = Room(tree, self.marking.space_is_short, self._mover_is_loading)
         self.states = States(tree, self.ledger, self.marking, self.appearance, inflow, self._hurry)
         self.states.backing = backing
-        self.contents = Contents(tree, self.states, self.marking, inflow)
+        self.contents = Contents(tree, self.states, self.marking, inflow, self.heat)
         self.guarding = Guarding(tree, self.states, self.marking, self.appearance, inflow, self._vigil)
         self.mover = MoverLink(
             self._outbox, self._vigil, self.states, self.marking, self.guarding, inflow, self.room
@@ -93,22 +96,32 @@ class Gate:
     # --- opening and closing ------------------------------------------------------------------------------
 
     def open(
-        self, opath: int, st: os.stat_result, flags: int, parent: int, name: bytes, pid: int = 0
+        self,
+        opath: int,
+        st: os.stat_result,
+        flags: int,
+        parent: int,
+        name: bytes,
+        pid: int = 0,
+        looks: bool = False,
     ) -> Handle:
         """Open a regular file. `opath`, an O_PATH descriptor of it, is the Gate's from success on.
 
-        Carries out O_TRUNC. Raises Blocked, OSError, ForeignStubError; then `opath` stays the caller's.
+        `looks`: perhaps nothing will be read. Carries out O_TRUNC.
+
+        Raises Blocked, OSError, ForeignStubError; then `opath` stays the caller's.
         """
         writable = flags & os.O_ACCMODE != os.O_RDONLY
         if writable:
             self.need_room()
+        looks = not writable and (looks or bool(flags & os.O_NOATIME))
         inode = self.states.enter(opath, st, parent, name)
         try:
             if flags & os.O_TRUNC and writable:
                 self.contents.cut(inode, opath)
             elif inode.content is not None:
                 inode.content.opened_by(pid)
-                if inode.content.small:
+                if inode.content.small and not looks:
                     self._inflow.need(inode.ino, 0, inode.content.size, passable=True)
                 if writable and inode.content.missing == 0:
                     self._inflow.need_settled(inode.ino)
@@ -119,7 +132,10 @@ class Gate:
         if inode.opath != opath:
             os.close(opath)
         inode.size = st.st_size
-        self.heat.touch(inode, st.st_size, pid)
+        if looks and inode.content is not None and not handle.backing_id:
+            handle.unused_by = pid
+        else:
+            self.heat.touch(inode, st.st_size, pid)
         return handle
 
     def reopen(self, ino: int, flags: int, pid: int = 0) -> Handle | None:

@@ -81,9 +81,10 @@ class Inode:
 
 class Handle:
     """An open file as the binding sees it. `fd` is -1 and `backing_id` set in passthrough; `uid` opened it, and
-    has heard of so many `faults` of the inode."""
+    has heard of so many `faults` of the inode. `unused_by`: the thread that has opened it only to look, until
+    it reads; -1: no such."""
 
-    __slots__ = ("_ahead", "backing_id", "fd", "flags", "heard", "inode", "uid", "writable")
+    __slots__ = ("_ahead", "backing_id", "fd", "flags", "heard", "inode", "uid", "unused_by", "writable")
 
     def __init__(self, inode: Inode, fd: int, flags: int, backing_id: int) -> None:
         self.inode = inode
@@ -92,6 +93,7 @@ class Handle:
         self.writable = flags & os.O_ACCMODE != os.O_RDONLY
         self.backing_id = backing_id
         self.uid = 0
+        self.unused_by = -1
         self.heard = inode.faults
         self._ahead: ReadAhead | None = None
 

@@ -479,8 +479,13 @@ class Vfs:
 
     # --- opening ------------------------------------------------------------------------------------------
 
-    def open(self, nodeid: int, flags: int, caller: Caller, kill_suidgid: bool = False) -> tuple[int, Handle]:
-        """Open a regular file: number and handle. Raises Blocked, OSError, TierError."""
+    def open(
+        self, nodeid: int, flags: int, caller: Caller, kill_suidgid: bool = False, looks: bool = False
+    ) -> tuple[int, Handle]:
+        """Open a regular file: number and handle. `looks`: perhaps nothing will be read.
+
+        Raises Blocked, OSError, TierError.
+        """
         node = self.nodes.get(nodeid)
         # The node of a removed file stays while somebody has a descriptor; its number may be another file's.
         own = self.nodes.known(node.ino) is node
@@ -492,7 +497,8 @@ class Vfs:
         try:
             if not stat.S_ISREG(st.st_mode):
                 raise _error(errno.EISDIR if stat.S_ISDIR(st.st_mode) else errno.ENXIO, self.nodes.name(node))
-            handle = self.gate.open(opath, st, flags, node.parent_ino, self.nodes.name(node), caller.pid)
+            name = self.nodes.name(node)
+            handle = self.gate.open(opath, st, flags, node.parent_ino, name, caller.pid, looks)
         except BaseException:
             os.close(opath)
             raise

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
+import mmap
 import os
 import random
 import stat
@@ -15,6 +18,7 @@ import pytest
 from harness import BLOCK, Volume
 
 pytestmark = pytest.mark.usefixtures("tiers")
+FS_IOC_GETFLAGS = 0x80086601
 BINDINGS = ("kernel", "fusepy")
 SMALL = random.Random(1).randbytes(40_000)
 LARGE = random.Random(2).randbytes(9 << 20)  # more than two chunks
@@ -79,6 +83,34 @@ def test_a_stub_looks_like_the_file(shared: Volume, work: Path, content: bytes) 
     assert path.read_bytes() == content
     assert shown(path) == before, "fetching changes no times either"
     assert shared.status(path)["local_bytes"] >= len(content)
+
+
+def test_who_only_opens_a_small_stub_brings_nothing(shared: Volume, small: Path) -> None:
+    """A backup that opens all files, and reads those that have changed."""
+    shared.demote(small)
+    before = shown(small)
+    for _ in range(2):
+        fd = os.open(small, os.O_RDONLY | os.O_NOATIME | os.O_NOFOLLOW)
+        try:
+            assert os.fstat(fd).st_size == len(SMALL)
+            with contextlib.suppress(OSError):  # as borg and lsattr ask: there are none here
+                fcntl.ioctl(fd, FS_IOC_GETFLAGS, bytes(4))
+            assert shared.tier(small) == "stub" and backing_bytes(shared, small) == 0
+        finally:
+            os.close(fd)
+    fd = os.open(small, os.O_RDONLY | os.O_NOATIME)
+    try:
+        assert os.pread(fd, 100, 30_000) == SMALL[30_000:30_100]
+        with mmap.mmap(fd, 0, prot=mmap.PROT_READ) as content:
+            assert content[:] == SMALL
+        assert small.read_bytes() == SMALL
+        with open(small, "r+b", buffering=0) as writer:
+            writer.write(b"written")
+        assert os.pread(fd, 10, 0) == b"written" + SMALL[7:10]
+    finally:
+        os.close(fd)
+    assert shown(small)["st_ctime_ns"] > before["st_ctime_ns"]
+    assert small.read_bytes() == b"written" + SMALL[7:]
 
 
 def test_demoting_again_after_a_read(shared: Volume, small: Path) -> None:

@@ -427,6 +427,27 @@ def test_a_small_stub_is_fetched_in_open_and_readers_need_not_wait_for_durabilit
     world.gate.release(writer)
 
 
+def test_who_only_looks_at_a_small_stub_fetches_nothing_and_has_not_used_it(world):
+    world.make_stub()
+    looker = world.open(os.O_RDONLY | os.O_NOATIME)
+    assert not looker.backing_id and not world.sent(wire.Fetch) and not world.gate.heat
+    with pytest.raises(Blocked) as caught:
+        world.gate.contents.read(looker, 4000, 10)
+    (fetch,) = world.sent(wire.Fetch)
+    assert fetch.whole and (fetch.start, fetch.length) == (0, 7000) and not world.gate.heat
+    world.fill()
+    assert caught.value.wait.done
+    for _ in range(2):
+        assert len(world.gate.contents.read(looker, 4000, 10)) == 10
+    assert world.gate.heat.count(world.ino) == 1
+    reader = world.open()
+    assert not reader.backing_id, "one I/O mode an inode"
+    with pytest.raises(Blocked):
+        world.open(os.O_RDWR | os.O_NOATIME)
+    world.gate.release(reader)
+    world.gate.release(looker)
+
+
 def test_a_failed_fetch_fails_the_open_with_its_reason(world):
     world.make_stub()
     with pytest.raises(Blocked) as caught:

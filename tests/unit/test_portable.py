@@ -54,13 +54,13 @@ def test_an_open_file_keeps_the_node_that_was_opened_and_nothing_else_is_left(wo
     (world.path / "dir" / "f").write_bytes(b"content")
     nodes, opened = len(world.vfs.nodes), world.vfs.open
     info = SimpleNamespace(fh=0, flags=os.O_RDONLY)
-    monkeypatch.setattr(world.vfs, "open", lambda *_: (_ for _ in ()).throw(OSError(errno.EACCES, "no")))
+    monkeypatch.setattr(world.vfs, "open", lambda *_, **o: (_ for _ in ()).throw(OSError(errno.EACCES, "no")))
     with pytest.raises(OSError, match="no"):
         binding("open", "/dir/f", info)
     assert len(world.vfs.nodes) == nodes and not len(world.vfs.files)
 
-    def replaced(*arguments):
-        answer = opened(*arguments)
+    def replaced(*arguments, **more):
+        answer = opened(*arguments, **more)
         (world.path / "dir" / "f").rename(world.path / "dir" / "g")
         return answer
 

@@ -274,9 +274,11 @@ class Operations:
     # --- open files ---------------------------------------------------------------------------------------
 
     def open(self, message: bytes, nodeid: int) -> bytes:
+        # Without any flag the kernel opens by itself, for FS_IOC_GETFLAGS (lsattr, backups), and reads nothing:
+        # a program's open has O_LARGEFILE at least.
         flags, open_flags = p.OPEN_IN.unpack_from(message, IN)
         kill = bool(open_flags & p.OPEN_KILL_SUIDGID)
-        fh, handle = self._vfs.open(nodeid, flags, _caller(message), kill)
+        fh, handle = self._vfs.open(nodeid, flags, _caller(message), kill, looks=not flags)
         # What it was told before holds for a second, and knows nothing of a write through a mapping, nor of
         # set-id bits that a write takes away.
         if handle.writable:

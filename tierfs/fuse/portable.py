@@ -231,7 +231,7 @@ class Portable(fuse.Operations):  # type: ignore[misc]
         with self._parent(path) as (parent, name):
             node, _ = self._vfs.lookup(parent, name)  # which the open file keeps
         try:
-            fi.fh, _ = self._vfs.open(node, fi.flags, self._caller())
+            fi.fh, _ = self._vfs.open(node, fi.flags, self._caller(), looks=not fi.flags)
         except BaseException:
             self._vfs.forget(node, 1)
             raise
