@@ -488,9 +488,13 @@ class Index(PastReader):
         meta = self._meta()
         return not meta.clean and meta.boot != boot
 
-    def begin_session(self, boot: str, floor: int = 0) -> Session:
+    def is_of(self, root: bytes) -> bool:
+        """Whether the tree whose root has this file handle is the one that the last session served."""
+        return self._meta().root in (b"", root)
+
+    def begin_session(self, boot: str, floor: int = 0, root: bytes = b"") -> Session:
         """A new epoch above `floor` and all generations, durably. Custody goes on after an orderly end, or in
-        one boot.
+        one boot. `root`: the file handle of the tree's root.
 
         Otherwise writes may have been lost with their marks: the custody epoch rises, and every proof of the
         earlier one needs the local bytes hashed again. So it does where others have had the store, in which
@@ -509,6 +513,7 @@ class Index(PastReader):
             meta.custody += lost or others
             meta.swept = meta.custody if looked else meta.swept
             meta.taken = meta.custody if others else meta.taken
+            meta.root = root
             meta.epoch, meta.boot, meta.clean = max(meta.epoch, floor, epoch_of(meta.newest)) + 1, boot, False
             return Session(meta.epoch, meta.custody, meta.taken)
 

@@ -59,7 +59,8 @@ class Meta(msgspec.Struct):
 
     `taken`: the last custody epoch that began since others had had the store; 0: none has. `newest`: the
     largest generation that content was given. `noting`: changes are noted for the journal, the newest under
-    number `noted`, the oldest of those that wait at `noted_since` (ns; 0: none waits).
+    number `noted`, the oldest of those that wait at `noted_since` (ns; 0: none waits). `root`: the file handle
+    of the tree's root; empty: not known.
     """
 
     format: int = FORMAT
@@ -78,6 +79,7 @@ class Meta(msgspec.Struct):
     noted: int = 0
     noted_since: int = 0
     past: Garbage = msgspec.field(default_factory=Garbage)
+    root: bytes = b""
 
 
 class Chain(msgspec.Struct, frozen=True):

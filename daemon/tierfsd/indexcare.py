@@ -23,6 +23,7 @@ from tierfs import pages, syscalls, volume
 from tierfs.errors import IndexDamagedError, IndexFullError
 from tierfs.index import Index
 from tierfs.marks import SPARE
+from tierfs.tree import open_tree
 from tierfsd.farewell import unread
 
 log = logging.getLogger("supervisor")
@@ -82,11 +83,19 @@ class IndexCare:
         return epoch
 
     def _open_and_begin(self, floor: int) -> int:
-        boot = self._run()
+        boot, root = self._run(), self._root()
         with contextlib.closing(Index.open(self._path)) as index:
-            if index.power_was_lost(boot):
-                self._look_at_heat()
-            return index.begin_session(boot, floor).epoch
+            if index.is_of(root):
+                if index.power_was_lost(boot):
+                    self._look_at_heat()
+                return index.begin_session(boot, floor, root).epoch
+        # Each inode has another number: no record is found, and all that has one would be taken for removed.
+        self._lose_heat("the tree was copied here or moved")
+        raise IndexDamagedError("the index is of another tree: this one was copied here or moved")
+
+    def _root(self) -> bytes:
+        with contextlib.closing(open_tree(self._home.path("tree"))) as tree:
+            return tree.handle_of(tree.rootfd)
 
     def _run(self) -> str:
         """This run of the machine, and this mount of the disk: one that was torn out and put in again has lost
@@ -150,12 +159,15 @@ class IndexCare:
 
     def _look_at_heat(self) -> None:
         """Heat is never synced: what a power cut has left of it may be no tree of pages at all."""
-        path = self._home.path("heat")
-        damage = _damage(path)
+        damage = _damage(self._home.path("heat"))
         if damage:
-            log.warning("%s: heat is lost and begins anew", damage)
-            shutil.rmtree(path)
-            os.mkdir(path, 0o700)
+            self._lose_heat(damage)
+
+    def _lose_heat(self, reason: str) -> None:
+        log.warning("%s: heat is lost and begins anew", reason)
+        path = self._home.path("heat")
+        shutil.rmtree(path)
+        os.mkdir(path, 0o700)
 
     def _remove_mark(self) -> None:
         with contextlib.suppress(FileNotFoundError):

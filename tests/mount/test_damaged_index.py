@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -43,6 +44,29 @@ def filled(volume: Make) -> tuple[Volume, dict[str, bytes]]:
         assert part.read(100) == files["large"][:100]
     made.umount()
     return made, files
+
+
+def test_a_volume_that_was_moved_to_another_disk_goes_on(filled: tuple[Volume, dict[str, bytes]]) -> None:
+    """All inodes have other numbers there, and the index knew files by those."""
+    made, files = filled
+    here = made.state.with_name("there")
+    subprocess.run(["cp", "-a", "--sparse=always", made.state, here], check=True)
+    shutil.rmtree(made.state)
+    here.rename(made.state)
+    made.mount()
+    assert made.tier(made.mountpoint / "dir1/file1") == "stub"
+    deadline = time.monotonic() + 40
+    while made.status()["files"] < len(files) or made.status()["verifying"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    status = made.status()
+    assert (status["files"], status["stubs"]) == (len(files), 1 + sum(n % 3 > 0 for n in range(300)))
+    checked = made.cli("check", made.mountpoint, check=False)
+    assert checked.returncode == 0, checked.stdout
+    for _ in range(2):
+        read_all(made, files)
+        made.demote()
+        assert made.status()["stubs"] == len(files)
 
 
 def read_all(volume: Volume, files: dict[str, bytes]) -> None:

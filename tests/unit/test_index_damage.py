@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -47,6 +48,7 @@ def test_whatever_is_damaged_nothing_wrong_is_read_and_what_kills_is_found(tmp_p
 @pytest.fixture
 def home(tmp_path):
     made = volume.create(str(tmp_path))
+    os.makedirs(made.path("tree"), exist_ok=True)
     with_records(made)
     return made
 
@@ -170,6 +172,19 @@ def test_a_session_ends_in_order_with_marks_that_outlive_a_power_cut(home, monke
         assert segment in synced and os.fstat(marks).st_ino in synced
     finally:
         os.close(marks)
+
+
+def test_the_index_of_a_tree_that_was_copied_is_made_anew(home):
+    """Each inode has another number there: what it says is of other files, or of none."""
+    files = begin(home)
+    assert files and begin(home) == files and not aside(home)
+    Path(home.path("heat"), "of").touch()
+    shutil.copytree(home.path("tree"), home.path("copy"))
+    shutil.rmtree(home.path("tree"))
+    os.rename(home.path("copy"), home.path("tree"))
+    assert begin(home) == 0 and len(aside(home)) == 1
+    assert not os.listdir(home.path("heat"))
+    assert begin(home) == 0 and len(aside(home)) == 1
 
 
 def test_only_a_suspect_and_damaged_one_is_put_aside_in_the_midst_of_a_session(home):
