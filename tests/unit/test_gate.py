@@ -363,6 +363,38 @@ def test_a_guard_is_refused_while_open_and_while_marks_are_undrained(world):
     assert world.guard()
 
 
+def test_a_guard_is_refused_while_content_is_on_its_way(world):
+    """Nobody has it open: but what has come of it is known here, and would be gone."""
+    world.make_stub()
+    with pytest.raises(Blocked):
+        world.open()
+    (asked,) = world.sent(wire.Fetch)
+    assert not world.guard()
+    world.tell(wire.FetchEnd(asked.id, world.ino, errno.EIO, "no content"))
+    assert world.guard()
+
+
+def test_who_writes_after_a_seal_is_marked_though_the_end_of_the_last_writer_was_not(world, monkeypatch):
+    """There was no room for that mark; what is known of the file outlives it while somebody reads."""
+    reading, writing = world.open(), world.open(os.O_RDWR)
+
+    def fail(inode):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(world.gate.marking, "closed", fail)
+        with pytest.raises(OSError, match="No space"):
+            world.gate.release(writing)
+    world.drained()
+    generation = world.seal()
+    assert generation and list(world.reader.read()) == []
+    world.gate.release(world.open(os.O_WRONLY))
+    mark = next(world.reader.read())
+    assert mark.kind == Mark.WRITE and mark.generation > generation
+    assert [m.inos for m in world.sent(wire.SealBroken)] == [[world.ino]]
+    world.gate.release(reading)
+
+
 def test_a_guarded_file_opens_when_the_guard_ends_and_the_mover_is_told(world):
     assert world.guard()
     with pytest.raises(Blocked) as caught:
