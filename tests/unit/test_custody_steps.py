@@ -404,6 +404,24 @@ def test_a_crash_left_a_stub_that_is_not_that_of_its_record(volume):
     assert volume.server.read(volume.path("a")) == content
 
 
+@pytest.mark.parametrize("size", [20_000, SIZE])
+def test_blocks_of_a_stub_that_are_not_its_copys_are_not_made_its_content_by_a_recovery(volume, size):
+    """A demotion was cut short, and before the next mover looked somebody had written over it."""
+    volume.server.create(volume.path("a"), os.urandom(size))
+    volume.demote("a")
+    record, content = volume.record("a"), os.urandom(size)
+    with open(volume.path("a"), "r+b") as file:
+        file.write(content)
+    volume.index.commit(lambda w: w.put_pending(record.ino)).result()
+    assert finish_pending(volume.tier) == 0
+    assert volume.stub("a") is not None
+    assert volume.server.read(volume.path("a")) == content
+    volume.settle("a")
+    (item,) = volume.demote("a")
+    assert item.demoted and item.uploaded == size
+    assert volume.server.read(volume.path("a")) == content
+
+
 def test_a_stub_copied_behind_the_mount_becomes_a_file_of_its_own(volume):
     """As `cp -a` and rsync -X copy it: one file id on two inodes, of which each may change and go."""
     content = os.urandom(20_000)

@@ -62,6 +62,20 @@ DirectoryStore({str(root)!r}, create=True).put("data/ab/id/1-tag", b"content", 7
     assert len(list((root / ".tmp").iterdir())) == 1
 
 
+def test_a_root_that_is_made_has_its_name_on_the_disk(
+    store: DirectoryStore, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced, sync = [], os.fsync
+
+    def note(fd: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{fd}"))
+        sync(fd)
+
+    monkeypatch.setattr(os, "fsync", note)
+    store.put("a", b"x", 1)
+    assert synced[0] == str(root.parent) and str(root) in synced
+
+
 def test_a_directory_that_is_only_looked_at_stays_as_it_is(root: Path) -> None:
     root.mkdir()
     store = DirectoryStore(str(root))

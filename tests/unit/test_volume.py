@@ -501,6 +501,57 @@ def test_giving_back_restores_the_very_directory(home):
         assert file.read() == "dear"
 
 
+@pytest.fixture
+def story(tmp_path, monkeypatch):
+    """What is done to names and what is synced, in this order: a power cut leaves all up to some point."""
+    told = []
+
+    def name(path):
+        return os.path.relpath(path, tmp_path)
+
+    def note(call, tell):
+        usual = getattr(os, call)
+
+        def do(*given, **more):
+            usual(*given, **more)
+            told.append(tell(*given))
+
+        monkeypatch.setattr(os, call, do)
+
+    note("fsync", lambda fd: f"sync {name(os.readlink(f'/proc/self/fd/{fd}'))}")
+    for call in ("rename", "replace"):
+        note(call, lambda old, new: f"{name(old)} -> {name(new)}")
+    note("unlink", lambda path: f"remove {name(path)}")
+    note("mkdir", lambda path, mode=0o777: f"make {name(path)}")
+    return told
+
+
+def test_the_order_of_an_adoption_and_of_leaving(home, story):
+    """Each step is on the disk before the next one begins that relies on it."""
+    state = volume.adopted_state(home)
+    volume.make_state(state)
+    where, intent = os.path.basename(state), f"{os.path.basename(state)}/adopting.json"
+    story.clear()
+    adoption.begin(home, state)
+    assert story == [f"sync {intent}.new", f"{intent}.new -> {intent}", f"sync {where}", "sync ."]
+    story.clear()
+    adoption.move(home, state)
+    adoption.finish(home, state)
+    assert story == [f"home -> {where}/tree", "make home", "sync .", f"sync {where}", f"remove {intent}"]
+    story.clear()
+    os.rmdir(home)
+    adoption.give_back(home, state)
+    assert story == [f"sync {where}/given", f"{where}/tree -> home", "sync .", f"sync {where}"]
+
+
+def test_what_is_written_of_a_volume_is_on_the_disk_when_that_returns(tmp_path, story):
+    volume.write_json(str(tmp_path / "a"), {"b": 1})
+    assert story == ["sync a.new", "a.new -> a", "sync ."]
+    story.clear()
+    volume.write_json(str(tmp_path / "a"), {"b": 2}, sync=False)
+    assert story == ["a.new -> a"]
+
+
 def test_stubs_are_found_wherever_they_are(tmp_path):
     (tmp_path / "a" / "b").mkdir(parents=True)
     (tmp_path / "a" / "b" / "stub").write_text("")
