@@ -422,6 +422,48 @@ def test_blocks_of_a_stub_that_are_not_its_copys_are_not_made_its_content_by_a_r
     assert volume.server.read(volume.path("a")) == content
 
 
+@pytest.mark.parametrize("kind", ["without attribute", "whole", "hole"])
+def test_the_order_of_a_recovery(volume, monkeypatch, kind):
+    """What the record is about to say is on the disk before."""
+    content = os.urandom(20_000)
+    volume.server.create(volume.path("a"), content)
+    volume.demote("a")
+    record, story = volume.record("a"), []
+    with open(volume.path("a"), "r+b") as file:
+        if kind != "hole":
+            file.write(content)
+        if kind == "without attribute":
+            volume.tree.clear_stub(file.fileno())
+    volume.index.commit(lambda w: w.put_pending(record.ino)).result()
+    sync, commit = os.fsync, volume.index.commit
+
+    def note_sync(fd):
+        if os.fstat(fd).st_ino == record.ino:
+            story.append("sync of a stub" if volume.stub("a") else "sync")
+        sync(fd)
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(volume.index, "commit", lambda run: story.append("commit") or commit(run))
+    assert finish_pending(volume.tier) == 0
+    assert story == ["sync of a stub" if kind == "hole" else "sync", "commit"]
+    assert (volume.index.get(record.ino).residency is Residency.RESIDENT) == (kind != "hole")
+
+
+def test_what_somebody_has_open_is_not_made_resident_by_a_recovery(volume):
+    """Behind the mount: who writes while it is compared would be taken for the copy."""
+    content = os.urandom(20_000)
+    volume.server.create(volume.path("a"), content)
+    volume.demote("a")
+    record = volume.record("a")
+    with open(volume.path("a"), "r+b") as file:
+        file.write(content)
+        file.flush()
+        volume.index.commit(lambda w: w.put_pending(record.ino)).result()
+        assert finish_pending(volume.tier) == 0
+        assert volume.stub("a") is not None and volume.record("a").residency is Residency.STUB
+    assert volume.server.read(volume.path("a")) == content
+
+
 def test_a_stub_copied_behind_the_mount_becomes_a_file_of_its_own(volume):
     """As `cp -a` and rsync -X copy it: one file id on two inodes, of which each may change and go."""
     content = os.urandom(20_000)
