@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
@@ -48,7 +48,7 @@ def check(tier: Tier, repair: bool, reading: Reading | None, job: Job) -> contro
         return control.Findings([control.Finding(damage, repaired=repair)], renewing=repair)
     finish_pending(tier)
     total = tier.kit.index.totals().files
-    findings: list[control.Finding] = []
+    findings = _Findings()
     strange: set[str] = set()  # objects of stubs that are not what the index says
     bad: set[str] = set()
     seen = InodeSet()
@@ -58,26 +58,26 @@ def check(tier: Tier, repair: bool, reading: Reading | None, job: Job) -> contro
         job.report(control.Progress(len(seen), max(len(seen), total), 0, 0, case.path))
         for each in CHECKS:
             found = [_finding(one) for one in each(case)]
-            findings += found
+            findings.extend(found)
             if found and each is check_object:
                 bad.add(found[0].what.rpartition(" ")[2])
         if case.stub is not None and case.stub.key != _key_of(case.record):
             strange.add(case.stub.key)
     files = len(seen)
     if not job.cancelled.is_set():
-        findings += [_finding(found) for found in _gone(tier, repair, seen)]
-        findings += [_finding(found) for found in _totals(tier, repair)]
-        findings += [_finding(found) for found in _orphans(tier, repair, strange)]
+        findings.extend(_finding(found) for found in _gone(tier, repair, seen))
+        findings.extend(_finding(found) for found in _totals(tier, repair))
+        findings.extend(_finding(found) for found in _orphans(tier, repair, strange))
     resumed, place = Place(), Place()
     if reading is not None and not job.cancelled.is_set():
         resumed, place = _read_all(tier, repair, reading, frozenset(bad), findings, job)
     return control.Findings(
-        _shortened(findings), files, False, place.files, place.bytes, resumed.files, resumed.bytes
+        findings.told(), files, False, place.files, place.bytes, resumed.files, resumed.bytes
     )
 
 
 def _read_all(
-    tier: Tier, repair: bool, reading: Reading, bad: frozenset[str], findings: list[control.Finding], job: Job
+    tier: Tier, repair: bool, reading: Reading, bad: frozenset[str], findings: _Findings, job: Job
 ) -> tuple[Place, Place]:
     """Read all copies but the `bad` ones: where that began, and where it ended. Raises as `check`."""
     place = (None if reading.from_start else load_place(reading.path)) or Place(began=time.time())
@@ -102,13 +102,33 @@ def _read_all(
     return resumed, place
 
 
-def _shortened(findings: list[control.Finding]) -> list[control.Finding]:
-    """As many as one answer takes."""
-    if len(findings) <= _MOST:
-        return findings
-    rest = findings[_MOST:]
-    repaired = all(finding.repaired for finding in rest)
-    return [*findings[:_MOST], control.Finding(f"... and {len(rest)} more findings", repaired=repaired)]
+class _Findings:
+    """As many as one answer takes, and how many more there are: of a store that is empty each file is one."""
+
+    def __init__(self) -> None:
+        self._named: list[control.Finding] = []
+        self._more = 0
+        self._all_repaired = True  # of those
+
+    def append(self, finding: control.Finding) -> None:
+        """One more."""
+        if len(self._named) < _MOST:
+            self._named.append(finding)
+        else:
+            self._more += 1
+            self._all_repaired = self._all_repaired and finding.repaired
+
+    def extend(self, findings: Iterable[control.Finding]) -> None:
+        """Some more."""
+        for finding in findings:
+            self.append(finding)
+
+    def told(self) -> list[control.Finding]:
+        """For the answer."""
+        if not self._more:
+            return self._named
+        rest = control.Finding(f"... and {self._more} more findings", repaired=self._all_repaired)
+        return [*self._named, rest]
 
 
 def _damage(tier: Tier) -> str:
@@ -125,7 +145,7 @@ def _finding(found: Found) -> control.Finding:
 
 
 def _cases(
-    tier: Tier, repair: bool, read_data: bool, findings: list[control.Finding], seen: InodeSet
+    tier: Tier, repair: bool, read_data: bool, findings: _Findings, seen: InodeSet
 ) -> Iterator[Case]:
     """Every regular file of the tree, once for each inode, which is then `seen`."""
     kit = tier.kit

@@ -85,6 +85,17 @@ def test_a_damaged_record_is_made_anew(filled, name):
     assert filled.server.read(filled.path(name)) == SMALL
 
 
+def test_of_many_findings_so_many_are_kept_and_the_others_counted(filled, monkeypatch):
+    monkeypatch.setattr(checking, "_MOST", 2)
+    for name in ("a", "b", "c"):
+        filled.server.create(filled.path(name), SMALL)
+        filled.demote(name)
+    for key in [info.key for info in filled.store.list("data/")]:
+        filled.store.delete([key])
+    found = run(filled)
+    assert len(found) == 3 and found[-1].what == "... and 3 more findings" and not found[-1].repaired
+
+
 def test_of_files_that_are_as_the_index_says_no_list_is_kept(filled, monkeypatch):
     kept, real = [], checking._orphans
 
@@ -303,7 +314,8 @@ DEFECTS = {
 
 
 def found_alone(volume, check, repair=False):
-    found = [f for case in checking._cases(volume.tier, repair, False, [], InodeSet()) for f in check(case)]
+    cases = checking._cases(volume.tier, repair, False, checking._Findings(), InodeSet())
+    found = [f for case in cases for f in check(case)]
     return [(f.path, f.repaired) for f in found]
 
 
@@ -317,7 +329,7 @@ def test_what_is_just_being_made_to_agree_is_no_finding(filled):
     assert found_alone(filled, recovery.check_record) == []
     filled.index.commit(lambda w: w.drop_pending(ino)).result()
     assert found_alone(filled, recovery.check_record) == [(b"clean", False)]
-    cases = checking._cases(filled.tier, False, False, [], InodeSet())
+    cases = checking._cases(filled.tier, False, False, checking._Findings(), InodeSet())
     (case,) = [case for case in cases if case.path == b"clean"]
     filled.index.commit(lambda w: w.put(before)).result()
     assert list(recovery.check_record(case)) == []

@@ -379,13 +379,19 @@ def test_while_somebody_waits_nothing_is_read():
     assert waiting == []
 
 
+def told(found):
+    findings = checking._Findings()
+    findings.extend(found)
+    return findings.told()
+
+
 def test_an_answer_of_very_many_findings_is_cut_short(monkeypatch):
     monkeypatch.setattr(checking, "_MOST", 3)
     found = [control.Finding("is bad", b"%d" % at, repaired=True) for at in range(7)]
-    assert checking._shortened(found[:3]) == found[:3]
-    assert [f.repaired for f in checking._shortened(found)] == [True] * 4
+    assert told(found[:3]) == found[:3]
+    assert [f.repaired for f in told(found)] == [True] * 4
     found[5] = control.Finding("is bad", b"5")
-    assert not checking._shortened(found)[-1].repaired
+    assert not told(found)[-1].repaired
 
 
 def test_the_place_is_a_document_of_its_own(filled):
