@@ -8,6 +8,7 @@ import socket
 import sys
 import threading
 import time
+import urllib.parse
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -223,6 +224,58 @@ def test_a_web_page_instead_of_a_listing(server: FakeS3, open_s3: Opener) -> Non
     server.answer = lambda request: Answer(200, b"<html>Please log in<p></html>")
     with pytest.raises(StoreUnavailableError):
         list(open_s3().list(""))
+
+
+def listing(names: list[str], rest: str = "", encoding: str = "") -> Answer:
+    entries = "".join(
+        f"<Contents><Key>{name}</Key><Size>1</Size><ETag>e</ETag>"
+        "<LastModified>2026-11-23T03:00:00Z</LastModified></Contents>"
+        for name in names
+    )
+    said = f"<IsTruncated>{str(bool(rest)).lower()}</IsTruncated>{rest}{encoding}"
+    return Answer(200, f"<ListBucketResult>{said}{entries}</ListBucketResult>".encode())
+
+
+def test_a_listing_in_pages_of_any_size(server: FakeS3, open_s3: Opener) -> None:
+    """A server may send fewer keys than it could, or none, and go on all the same."""
+    keys = [f"data/{number:03}" for number in range(40)]
+    sizes = [7, 0, 1, 32]
+
+    def answer(request: Request) -> Answer:
+        token = re.search(r"continuation-token=(\d+)", request.path)
+        page = int(token[1]) if token else 0
+        first = sum(sizes[:page])
+        more = f"<NextContinuationToken>{page + 1}</NextContinuationToken>" if page + 1 < len(sizes) else ""
+        return listing([f"prefix/{key}" for key in keys[first : first + sizes[page]]], more)
+
+    server.answer = answer
+    assert [info.key for info in open_s3().list("")] == keys
+
+
+@pytest.mark.parametrize("rest", ["<NextMarker>prefix/b</NextMarker>", "<Marker/>"])
+def test_a_listing_that_breaks_off_is_not_taken_for_all(server: FakeS3, open_s3: Opener, rest: str) -> None:
+    """As of a server that knows the first version of the request only."""
+    server.answer = lambda request: listing(["prefix/a", "prefix/b"], rest)
+    with pytest.raises(StoreDeniedError, match="1000 objects at most"):
+        list(open_s3().list(""))
+
+
+def test_a_listing_of_other_keys_is_not_taken_for_ours(server: FakeS3, open_s3: Opener) -> None:
+    server.answer = lambda request: listing(["prefix/data/a", "sommat/data/b"])
+    with pytest.raises(StoreDeniedError, match="lists what was not asked for"):
+        list(open_s3().list("data/"))
+
+
+@pytest.mark.parametrize("encoding", ["<EncodingType>url</EncodingType>", ""])
+def test_odd_keys_come_encoded_or_not(server: FakeS3, open_s3: Opener, encoding: str) -> None:
+    names = ["a b", "a%20b", "ü", "a+b", "a=b;c"]
+
+    def shown(name: str) -> str:
+        return urllib.parse.quote(name) if encoding else name
+
+    server.answer = lambda request: listing([f"prefix/{shown(name)}" for name in names], "", encoding)
+    assert [info.key for info in open_s3().list("")] == names
+    assert "encoding-type=url" in server.requests[0].path
 
 
 def test_a_body_that_ends_early(server: FakeS3, open_s3: Opener) -> None:

@@ -40,6 +40,7 @@ from tierfs.store.s3_ranges import Ranges
 from tierfs.store.s3_trust import trusted
 
 COLD_PREFIX = "data/"  # only these keys get the storage class: a journal in Glacier could not restore anything
+_PAGE = 1000  # keys of a listing that come at once
 _SIGNED = timedelta(minutes=5)  # how long the URL of one request is good for
 _LOOK_EVERY = 10.0  # seconds between looks whether the credential files have changed
 # Of an upload in parts one that fails is sent again: else all would have to be, and with enough of them no
@@ -212,11 +213,21 @@ class S3Store(ObjectStore):
                 if "IsTruncated" not in page:  # boto3 takes nonsense for an empty listing
                     raise StoreUnavailableError(f"{self._place}: the server's listing makes no sense")
                 for entry in page.get("Contents", ()):
+                    if not entry["Key"].startswith(self._root + prefix):
+                        raise StoreDeniedError(
+                            f"{self._place}: the server lists what was not asked for: choose a plain prefix, or"
+                            " another server"
+                        )
                     key = entry["Key"][len(self._root) :]
                     if not is_key(key):
                         continue
                     etag = f'"{entry["ETag"].strip(chr(34))}"'  # rclone leaves out the quotes, in listings only
                     yield ObjectInfo(key, entry["Size"], etag, entry["LastModified"].timestamp())
+                if page["IsTruncated"] and not page.get("NextContinuationToken"):  # boto3 ends there
+                    raise StoreDeniedError(
+                        f"{self._place}: the server lists {_PAGE} objects at most (it knows no ListObjectsV2):"
+                        " use another"
+                    )
 
     def abort_uploads(self, prefix: str, before: float, keep: Collection[str]) -> int:
         check_prefix(prefix)
