@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
@@ -30,7 +30,8 @@ from tierfs.store.urls import open_store
 class SmallS3:
     """Objects by their paths. `bulk` is what a request to remove many gets; None: they are removed.
 
-    `conditions`: looks whether they hold; `together`: between that look and the write it waits for so many.
+    `goes_on`: says how a listing does; `conditions`: looks whether they hold; `together`: between that look and
+    the write it waits for so many.
     """
 
     def __init__(self) -> None:
@@ -39,6 +40,7 @@ class SmallS3:
         self.bulk: Answer | None = None
         self.single = Answer(204)
         self.conditions = False
+        self.goes_on = True
         self.together: threading.Barrier | None = None
 
     def __call__(self, request: Request) -> Answer:
@@ -51,6 +53,8 @@ class SmallS3:
             if self.single.status == 204:
                 self.objects.pop(path, None)
             return self.single
+        if "list-type" in query:
+            return self._listing(path, parse_qs(query))
         if path not in self.objects:
             return error(404, "NoSuchKey")
         if not self.partial:
@@ -72,6 +76,22 @@ class SmallS3:
             return path not in self.objects
         wanted = headers.get("if-match")
         return not wanted or (path in self.objects and wanted == _etag(self.objects[path]))
+
+    def _listing(self, bucket: str, query: dict[str, list[str]]) -> Answer:
+        top = bucket.rstrip("/") + "/"
+        keys = sorted(
+            path.removeprefix(top) for path in self.objects if path.startswith(top + query["prefix"][0])
+        )
+        first, most = int(query.get("continuation-token", ["0"])[0]), int(query["max-keys"][0])
+        more = first + most < len(keys)
+        token = f"<NextContinuationToken>{first + most}</NextContinuationToken>"
+        entries = "".join(
+            f"<Contents><Key>{key}</Key><Size>1</Size><ETag>e</ETag>"
+            "<LastModified>2026-11-23T03:00:00Z</LastModified></Contents>"
+            for key in keys[first : first + most]
+        )
+        rest = f"<IsTruncated>{str(more).lower()}</IsTruncated>{token if more and self.goes_on else ''}"
+        return Answer(200, f"<ListBucketResult>{rest}{entries}</ListBucketResult>".encode())
 
     def _post(self, path: str, query: str, body: bytes) -> Answer:
         if "uploads" in query:
@@ -205,3 +225,11 @@ def test_a_restore_knows_what_the_server_can_do_before_it_asks_whose_the_store_i
     with pytest.raises(VolumeError, match="enough"):
         restore._carry_out(_url(fake), str(tmp_path / "state"), False, False)
     assert [each.bulk_delete for each in known] == [False]
+
+
+def test_a_server_that_lists_one_page_only_is_not_used(small: tuple[SmallS3, FakeS3]) -> None:
+    server, fake = small
+    server.goes_on = False
+    with pytest.raises(StoreDeniedError, match="it knows no ListObjectsV2"):
+        probe(open_store(_url(fake)))
+    assert server.objects == {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import secrets
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from tierfs.store.s3 import S3Store
 
 _BODY = bytes(range(256)) * 16
+_LISTED_AFTER = (0.0, 0.2, 0.5, 1.0, 2.0)  # seconds: some list a little later what they have taken
+_PAGES = ("page-1", "page-2")
 _RACES = ("race-1", "race-2")
 _RACERS = 4
 
@@ -79,6 +82,7 @@ def _probe_s3(store: S3Store) -> Capabilities:
     seen = _what_reads_ranges(store, key)
     conditional = store.with_capabilities(replace(seen, conditional_put=True))
     try:
+        _lists_in_pages(store, seen, key)
         seen = replace(
             seen,
             conditional_put=_keeps_conditions(conditional, key),
@@ -86,7 +90,7 @@ def _probe_s3(store: S3Store) -> Capabilities:
         )
     finally:
         bulk_delete = _deletes_many(
-            store, seen, [key, *(f"{key}-{name}" for name in ("condition", "sum", "part", *_RACES))]
+            store, seen, [key, *(f"{key}-{name}" for name in ("condition", "sum", "part", *_PAGES, *_RACES))]
         )
     return replace(seen, bulk_delete=bulk_delete)
 
@@ -109,6 +113,25 @@ def _what_reads_ranges(store: S3Store, key: str) -> Capabilities:
     raise refusal or StoreUnavailableError(
         f"{store.describe()}: the server does not give back what it got: use another"
     )
+
+
+def _lists_in_pages(store: S3Store, seen: Capabilities, key: str) -> None:
+    """Raises StoreDeniedError for a server that cannot list more than a page.
+
+    The prefix is no object's key: asked for one key MinIO would name that object and look no further.
+    """
+    trial = store.with_capabilities(seen)
+    try:
+        for name in _PAGES:
+            trial.put(f"{key}-{name}", _BODY, len(_BODY))
+        for wait in _LISTED_AFTER:
+            time.sleep(wait)
+            listed = [info.key for info in trial.list_in_pages(f"{key}-page-", 1)]
+            if sorted(listed) == [f"{key}-{name}" for name in _PAGES]:
+                return
+    finally:
+        trial.close()
+    raise StoreDeniedError(f"{store.describe()}: the server does not list what is in it: use another")
 
 
 def _deletes_many(store: S3Store, seen: Capabilities, keys: list[str]) -> bool:

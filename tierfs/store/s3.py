@@ -206,10 +206,15 @@ class S3Store(ObjectStore):
         obstore would need a twentieth of the CPU (75 µs a key), but gives up at keys like "a//b", which others
         may have put there, and shows "a/" as "a".
         """
+        return self.list_in_pages(prefix, _PAGE)
+
+    def list_in_pages(self, prefix: str, most: int) -> Iterator[ObjectInfo]:
+        """As `list`, of so many keys a request at most."""
         check_prefix(prefix)
+        wanted = {"Bucket": self.settings.bucket, "Prefix": self._root + prefix}
         with self._translated():
             pages = self.admin().get_paginator("list_objects_v2")
-            for page in pages.paginate(Bucket=self.settings.bucket, Prefix=self._root + prefix):
+            for page in pages.paginate(**wanted, PaginationConfig={"PageSize": most}):
                 if "IsTruncated" not in page:  # boto3 takes nonsense for an empty listing
                     raise StoreUnavailableError(f"{self._place}: the server's listing makes no sense")
                 for entry in page.get("Contents", ()):
