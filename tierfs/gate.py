@@ -258,6 +258,11 @@ class Gate:
         if inode.content is not None and inode.content.settling:
             self._inflow.need_settled(ino)
 
+    def known_by(self, ino: int, parent: int, name: bytes) -> bool:
+        """Whether it is by this name that a regular file is known here."""
+        inode = self.states.inodes.get(ino)
+        return inode is not None and inode.name == name and inode.parent == parent
+
     def after_change(self, ino: int, st: os.stat_result, mtime_set: bool = False) -> None:
         """Call after it: `st` is fresh; `mtime_set` where the caller set the modification time."""
         self.appearance.changed(ino)

@@ -2,7 +2,8 @@
 
 Programs open the same files again and again; to open one that is registered takes no system call. It pins the
 inode, as an open file does, but is in no lease's way: the descriptor is of O_PATH. So it ends at once when the
-file loses a name, may no longer be fit for passthrough, or is to be guarded, and soon in any case.
+file loses the name that it is known by, may no longer be fit for passthrough, or is to be guarded, and soon in
+any case.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class Idle:
     """Inodes without a handle that are still registered, the one used last at the end."""
 
     def __init__(self, retire: Callable[[Inode], None]) -> None:
-        """`retire` ends the registration and drops the inode's state."""
+        """`retire` ends the registration and drops the inode's state; the compiled form puts its own there."""
         self.retire = retire
         self.most = max(1, min(MOST, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
         self.inodes: OrderedDict[int, tuple[Inode, float]] = OrderedDict()

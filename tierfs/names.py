@@ -106,6 +106,7 @@ class Names:
         self._unlinked(directory, name, going)
 
     def _unlinked(self, directory: Node, name: bytes, going: _Going) -> None:
+        self._nodes.name_gone(directory, name)
         try:
             going.gone()
         finally:
@@ -222,7 +223,8 @@ class Names:
         regular = stat.S_ISREG(st.st_mode)
         others = regular and st.st_nlink > 1
         if others:
-            self._gate.before_change(st.st_ino)
+            known = self._gate.known_by(st.st_ino, directory.ino, name)
+            self._gate.before_change(st.st_ino, registered=not known)
         handle = self._tree.handle_at(dirfd, name) if regular else b""
         node = self._nodes.known(st.st_ino)
         if node is not None:

@@ -260,6 +260,11 @@ class NodeTable:
         if self.left is not None and node.anchor is None and node.parent is not None:
             self.left.add((node.parent.id, self._ledger.name(node.id)))
 
+    def name_gone(self, directory: Node, name: bytes) -> None:
+        """Removed as the kernel has asked for: it knows nothing by this name any more, and need not be told."""
+        if self.left:
+            self.left.discard((directory.id, name))
+
     def _note(self, node: Node, content: bytes, kind: Kind = Kind.NAME) -> None:
         """Write down how it is reached now."""
         if kind is not Kind.NAME and node.id not in self._former:

@@ -458,7 +458,7 @@ class Vfs:
         try:
             regular = stat.S_ISREG(st.st_mode)
             if regular:
-                self.gate.before_change(st.st_ino)
+                self.gate.before_change(st.st_ino, registered=True)
             dirfd = self.nodes.dirfd(directory)
             begun, linked = self.ledger.replayed, False
             if begun is not None and begun.doing is Doing.LINK and _there(dirfd, name):

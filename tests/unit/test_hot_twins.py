@@ -15,6 +15,7 @@ from hottwins import Both, listed_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tierfs import idle
 from tierfs.fuse import protocol as p
 from tierfs.handles import Inode, ShownTimes
 from tierfs.marks import SEGMENT, Mark, MarkReader
@@ -788,6 +789,40 @@ def test_a_closed_file_stays_registered_while_it_is_fit_for_passthrough(both, wh
     names = [inode.name for side in both.sides for inode in side.gate.states.inodes.values()]
     assert names == [name, name][: 2 * stays]
     assert both.lookup(ROOT, name) == node
+
+
+def test_a_closed_file_stays_registered_until_the_name_goes_that_it_is_known_by(both):
+    """As git makes its objects: under one name, then linked to another, and the first removed."""
+    asked = left(both, *CHANGES, *LINKS)
+    node = both.made(p.Op.CREATE, ROOT, b"a", 0o644)
+    both.behind(lambda path: (path / "a").write_bytes(b"content"))
+    both.release(0)
+
+    def known_by():
+        assert all(len(side.backing.live) == len(side.gate.states.idle) for side in both.sides)
+        one, other = ([inode.name for inode in side.gate.states.inodes.values()] for side in both.sides)
+        assert one == other
+        return one
+
+    assert both.linked(node, ROOT, b"b") == 0 and known_by() == [b"b"]
+    assert both.ask(p.Op.UNLINK, ROOT, b"a\0") == (0, b"") and known_by() == [b"b"]
+    assert both.linked(node, ROOT, b"c") == 0 and known_by() == [b"c"]
+    assert both.ask(p.Op.UNLINK, ROOT, b"c\0") == (0, b"") and known_by() == []
+    assert asked == []
+
+
+@pytest.mark.parametrize("serving", [True, False])
+def test_registrations_whose_time_is_over_end_alike_also_when_nobody_serves_any_more(both, serving):
+    for name in (b"a", b"b"):
+        both.made(p.Op.CREATE, ROOT, name, 0o644)
+        both.release(0)
+    for side in both.sides:
+        assert len(side.backing.live) == 2
+        if not serving:
+            side.session._receiver.close()
+        side.gate.states.idle.expire(time.monotonic() + idle.SECONDS + 1)
+        assert not side.backing.live and not side.gate.states.inodes
+    both.compare()
 
 
 def test_a_file_that_is_being_written_gets_another_size(both):

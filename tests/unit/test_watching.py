@@ -187,6 +187,18 @@ def test_what_the_kernel_has_yet_to_take_in_is_told_later(side, stranger, verb):
     assert getattr(side.session, verb)(9) == [node]
 
 
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_name_left_behind_is_told_but_not_one_that_the_kernel_has_removed(side, gone):
+    """A link makes a node known by its new name alone; git removes the old one at once."""
+    made(side.path / "a")
+    node = side.lookup(ROOT, b"a")[0]
+    assert side.ask(p.Op.LINK, ROOT, p.U64.pack(node) + b"b\0")[0] == 0
+    assert side.vfs.nodes.left == {(ROOT, b"a")}
+    if gone:
+        assert side.ask(p.Op.UNLINK, ROOT, b"a\0") == (0, b"")
+    assert side.vfs.nodes.left == (set() if gone else {(ROOT, b"a")})
+
+
 def test_what_it_did_not_know_is_handed_to_the_teller(side):
     watched = Watched(side, os.eventfd(0, os.EFD_NONBLOCK))
     watched.watch.outdated([7, 9, 7])

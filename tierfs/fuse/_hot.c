@@ -635,10 +635,18 @@ static PyObject *hot_anybody_told(Hot *hot, PyObject *Py_UNUSED(arguments))
     Py_RETURN_NONE;
 }
 
+static PyObject *hot_retire(Hot *hot, PyObject *inode)
+{
+    if (retire(hot, inode))
+        return NULL;
+    Py_RETURN_NONE;
+}
+
 static PyMethodDef hot_methods[] = {
     {"receive", (PyCFunction)hot_receive, METH_VARARGS, "Answer what can be answered here; the size of what cannot."},
     {"entry", (PyCFunction)hot_entry, METH_VARARGS, "A name's packed entry, counted; None: Python is to say."},
     {"disbelieve", (PyCFunction)hot_disbelieve, METH_VARARGS, "See vfs.Vfs.disbelieve; tells the kernel; the nodes it does not know."},
+    {"retire", (PyCFunction)hot_retire, METH_O, "See tierfs.states.States.retire."},
     {"anybody_told", (PyCFunction)hot_anybody_told, METH_NOARGS, "See tierfs.fuse.hot.Receiver."},
     {"close", (PyCFunction)hot_close, METH_NOARGS, "Let go of the buffers. Not to be used after."},
     {NULL},

@@ -289,6 +289,8 @@ uint64_t noted_file(Hot *hot, const struct in_header *in, uint64_t nodeid, PyObj
 enum outcome release_file(Hot *hot, uint64_t fh);
 int let_go(Hot *hot, PyObject *inode, PyObject *ino);
 int idle_dropped(Hot *hot, PyObject *ino);
+/* states.retire. 0, or -1 with an exception. */
+int retire(Hot *hot, PyObject *inode);
 double monotonic(void);
 
 /* --- for others (_hot_marks.c) --- */

@@ -16,66 +16,55 @@ static int directory_above(Hot *hot, PyObject *node, uint64_t nodeid, char name[
     return fd;
 }
 
-/* Give it this name, by an O_PATH descriptor, and say so to everyone. */
-static enum outcome linked(Hot *hot, const struct in_header *in, int fd, const struct place *to,
-                           const struct known *known, struct stat *st)
+/* Give it this name, and say so to everyone. */
+static enum outcome linked(Hot *hot, const struct in_header *in, const struct place *to, struct target *at)
 {
-    if (!is_still(known->inode) || idle_dropped(hot, known->ino))
+    struct known known = {at->ino, at->node, at->inode};
+    if (!is_still(known.inode))
         return PYTHONS;
     intend(hot, in->unique, DOING_LINK, NULL, NULL, NULL);
-    if (linkat(fd, "", to->fd, to->name, AT_EMPTY_PATH))
+    if (linkat(at->fd, "", to->fd, to->name, AT_EMPTY_PATH))
         return PYTHONS;
     POINT();
-    if (fstat(fd, st)) {
+    if (fstat(at->fd, &at->st)) {
         PyErr_SetFromErrno(PyExc_OSError);
         return FAILED;
     }
-    return new_name_marked(hot, to, known, st) || leave_name(hot, known->node) || moved(hot, known->node, to) ? FAILED
-                                                                                                           : FOUND;
+    int failed = new_name_marked(hot, to, &known, &at->st) || leave_name(hot, known.node) || moved(hot, known.node, to);
+    return failed ? FAILED : FOUND;
 }
 
-/* Of a regular file by its descriptor, if it is still this node. */
-static enum outcome link_known(Hot *hot, const struct in_header *in, int fd, PyObject *node, const struct place *to,
-                               struct entry_out *out)
+/* Of a regular file that has been reached. */
+static enum outcome link_reached(Hot *hot, const struct in_header *in, const struct place *to, struct target *at,
+                                 struct entry_out *out)
 {
-    struct known known = {NULL, NULL, NULL};
-    struct stat st;
-    enum outcome outcome = PYTHONS;
-    if (fstat(fd, &st) || !S_ISREG(st.st_mode) || !found_known(hot, st.st_ino, &known) || known.node != node) {
-        drop_known(&known);
+    if (!S_ISREG(at->st.st_mode) || PyDict_GetItemWithError(hot->by_ino, at->ino) != at->node)
         return PYTHONS;
-    }
-    long seconds = seconds_of(hot, &st);
-    if (seconds >= 0)
-        outcome = linked(hot, in, fd, to, &known, &st);
-    if (outcome == FOUND) {
-        uint64_t nodeid = number_of(node, s_id);
-        looked_up(hot, nodeid);
-        POINT();
-        pack_attr(&out->attr, &st);
-        out->nodeid = nodeid;
-        out->entry_valid = hot->entry_seconds;
-        out->attr_valid = for_now(hot, seconds);
-    }
-    drop_known(&known);
-    return outcome;
+    long seconds = seconds_of(hot, &at->st);
+    enum outcome outcome = seconds >= 0 ? linked(hot, in, to, at) : PYTHONS;
+    if (outcome != FOUND)
+        return outcome;
+    uint64_t nodeid = number_of(at->node, s_id);
+    looked_up(hot, nodeid);
+    POINT();
+    pack_attr(&out->attr, &at->st);
+    out->nodeid = nodeid;
+    out->entry_valid = hot->entry_seconds;
+    out->attr_valid = for_now(hot, seconds);
+    return FOUND;
 }
 
 enum outcome link_file(Hot *hot, const struct in_header *in, uint64_t nodeid, const char *name, struct entry_out *out)
 {
     struct place to;
-    char own[NAME_ROOM];
-    PyObject *node = node_at(hot, nodeid);
+    struct target at;
     memset(out, 0, sizeof *out);
     if (hot->privileged != Py_True || !has_slots(hot, LONGS, 1) || !has_marks_room(hot)
         || !found_place(hot, in->nodeid, name, strlen(name), &to))
         return PYTHONS;
-    int above = directory_above(hot, node, nodeid, own);
-    int fd = above < 0 ? -1 : openat(above, own, O_PATH | O_NOFOLLOW | O_CLOEXEC);
-    if (fd < 0)
-        return PYTHONS;
-    enum outcome outcome = link_known(hot, in, fd, node, &to, out);
-    close(fd);
+    int reached = found_target(hot, nodeid, &at) && reached_target(hot, &at);
+    enum outcome outcome = reached ? link_reached(hot, in, &to, &at, out) : PYTHONS;
+    let_target_go(&at);
     return outcome;
 }
 

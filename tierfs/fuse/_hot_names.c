@@ -165,11 +165,22 @@ static int anchored_by_descriptor(Hot *hot, PyObject *node, const struct place *
     return done ? 0 : -1;
 }
 
+/* gate.known_by. */
+static int is_known_by(PyObject *inode, const struct place *place)
+{
+    PyObject *name = inode ? get_of(inode, s_name) : NULL;
+    int is = name && (size_t)PyBytes_GET_SIZE(name) == place->length
+             && !memcmp(PyBytes_AS_STRING(name), place->name, place->length)
+             && number_of(inode, s_parent) == place->ino;
+    Py_XDECREF(name);
+    return is;
+}
+
 /* gate.before_change of what has other names, and nodes.unlinking. 0, -1 with an exception, 1: Python is to do it. */
 static int prepared(Hot *hot, const struct place *place, struct going *going)
 {
     PyObject *node = going->known.node;
-    if (!going->last && idle_dropped(hot, going->known.ino))
+    if (!going->last && is_known_by(going->known.inode, place) && idle_dropped(hot, going->known.ino))
         return 1;
     if (!node || (going->last && !going->open) || (!going->last && !is_own_name(hot, node, place)))
         return 0;
@@ -229,6 +240,18 @@ static int gone(Hot *hot, const struct place *place, const struct going *going)
     return going->last ? end_marked(hot, place, going) : link_less_marked(hot, place, going);
 }
 
+/* nodes.name_gone. 0, or -1 with an exception. */
+static int name_gone(Hot *hot, const struct place *place)
+{
+    if (!PySet_Check(hot->left) || !PySet_GET_SIZE(hot->left))
+        return 0;
+    PyObject *left = Py_BuildValue("(Ky#)", (unsigned long long)number_of(place->parent, s_id), place->name,
+                                   (Py_ssize_t)place->length);
+    int failed = !left || PySet_Discard(hot->left, left) < 0;
+    Py_XDECREF(left);
+    return failed ? -1 : 0;
+}
+
 static enum outcome removed(Hot *hot, uint64_t request, const struct place *place, struct going *going)
 {
     int directory = S_ISDIR(going->st.st_mode), regular = S_ISREG(going->st.st_mode);
@@ -239,7 +262,7 @@ static enum outcome removed(Hot *hot, uint64_t request, const struct place *plac
     if (unlinkat(place->fd, place->name, directory ? AT_REMOVEDIR : 0))
         return PYTHONS;
     POINT();
-    int failed = gone(hot, place, going);
+    int failed = (!directory && name_gone(hot, place)) || gone(hot, place, going);
     if (!failed && !(regular && going->last)) /* the mark of a file's end names its place */
         failed = entry_marked(hot, place, directory ? going->st.st_ino : 0);
     return failed ? FAILED : FOUND;

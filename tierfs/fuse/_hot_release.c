@@ -57,12 +57,21 @@ int let_go(Hot *hot, PyObject *inode, PyObject *ino)
 /* states.retire. 0, or -1 with an exception. */
 static int retired(Hot *hot, PyObject *inode, PyObject *ino)
 {
-    if (is_plain(inode) && !number_of(inode, s_opens) && number_of(inode, s_backing_id) && number_of(inode, s_slot)
-        && PyDict_GetItemWithError(hot->inodes, ino) == inode && !attribute_is(hot->states, s_backing, Py_None))
+    if (hot->memory.obj && is_plain(inode) && !number_of(inode, s_opens) && number_of(inode, s_backing_id)
+        && number_of(inode, s_slot) && PyDict_GetItemWithError(hot->inodes, ino) == inode
+        && !attribute_is(hot->states, s_backing, Py_None))
         return let_go(hot, inode, ino);
-    PyObject *done = PyErr_Occurred() ? NULL : PyObject_CallMethodOneArg(hot->idle, s_retire->word, inode);
+    PyObject *done = PyErr_Occurred() ? NULL : PyObject_CallMethodOneArg(hot->states, s_retire->word, inode);
     Py_XDECREF(done);
     return done ? 0 : -1;
+}
+
+int retire(Hot *hot, PyObject *inode)
+{
+    PyObject *ino = get_of(inode, s_ino);
+    int failed = !ino || retired(hot, inode, ino);
+    Py_XDECREF(ino);
+    return failed ? -1 : 0;
 }
 
 /* states.idle.drop. 0, or -1 with an exception. */

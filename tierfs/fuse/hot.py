@@ -139,7 +139,7 @@ def receiver(fd: int, buffer: bytearray, vfs: Vfs, refused: Told, failed: Told) 
     if module is None:
         return Pure(fd, buffer)
     gate, ledger = vfs.gate, vfs.ledger.form()
-    made: Receiver = module.Hot(
+    made = module.Hot(
         fd=fd,
         buffer=buffer,
         root_fd=vfs.tree.rootfd,
@@ -171,7 +171,9 @@ def receiver(fd: int, buffer: bytearray, vfs: Vfs, refused: Told, failed: Told) 
             "failed": failed,
         },
     )
-    return made
+    gate.states.idle.retire = made.retire  # thousands may end at once
+    compiled_form: Receiver = made
+    return compiled_form
 
 
 def _objects(vfs: Vfs) -> dict[str, object]:
