@@ -19,7 +19,8 @@ INODE_FIELDS = (
 )  # fmt: skip
 HANDLE_FIELDS = ("backing_id", "flags", "uid", "writable")
 USED = 12  # slots that are compared
-ENTRIES = (p.Op.LOOKUP, p.Op.MKDIR, p.Op.CREATE, p.Op.LINK, p.Op.SYMLINK)  # what is answered with an entry
+# What is answered with an entry.
+ENTRIES = (p.Op.LOOKUP, p.Op.MKDIR, p.Op.MKNOD, p.Op.CREATE, p.Op.TMPFILE, p.Op.LINK, p.Op.SYMLINK)
 
 
 class Ino(int):
@@ -63,11 +64,16 @@ class Twin(Side):
         assert self.session.serve(1) == 1
         if opcode in (p.Op.FORGET, p.Op.BATCH_FORGET) or self.session._parked:
             return None
-        data = self.sock.recv(1 << 16)
+        return self.said(opcode, self.sock.recv(1 << 17))
+
+    def said(self, opcode, data):
+        """What this answer to a request of this kind says, as far as both must say the same."""
         while not p.OUT.unpack_from(data)[2]:
             self.notices.append(data)
-            data = self.sock.recv(1 << 16)
-        number, data = p.OUT.unpack_from(data)[1], data[p.OUT_SIZE :]
+            data = self.sock.recv(1 << 17)
+        length, number, _ = p.OUT.unpack_from(data)
+        assert length == len(data)
+        data = data[p.OUT_SIZE :]
         if opcode in ENTRIES and data:
             return number, entry_of(data[: p.ENTRY_OUT.size]), data[p.ENTRY_OUT.size :]
         if opcode in (p.Op.READDIR, p.Op.READDIRPLUS):
@@ -77,6 +83,8 @@ class Twin(Side):
         if opcode in (p.Op.GETATTR, p.Op.SETATTR) and data:
             found = p.ATTR_OUT.unpack(data)
             return number, found[:3], Ino(found[3]), found[4], found[12:16]
+        if opcode in (p.Op.STATFS, p.Op.STATX):
+            return number, len(data)
         return number, data
 
     def looks(self):
@@ -306,6 +314,14 @@ class Both:
                     ino = os.lstat(path).st_ino
                     if ino not in self._held:
                         self._held[ino] = os.open(path, os.O_PATH | os.O_NOFOLLOW)
+
+    def hold_open(self, fh):
+        """The same of an open file, which may have no name."""
+        for side in self.sides:
+            _, handle = side.vfs.files.handles[fh]
+            fd = handle.fd if handle.fd >= 0 else handle.inode.opath
+            if handle.inode.ino not in self._held:
+                self._held[handle.inode.ino] = os.open(f"/proc/self/fd/{fd}", os.O_PATH)
 
     def close(self):
         for side in self.sides:

@@ -77,6 +77,9 @@ def test_groups_are_found_among_extensions() -> None:
     groups = struct.pack("<IIIII4x", 24, p.EXT_GROUPS, 2, 100, 2000)
     assert p.groups(b"request\0" + other + groups, 40) == (100, 2000)
     assert p.groups(b"request\0" + other, 16) is None
+    more = struct.pack("<IIII", 16, p.EXT_GROUPS, 2, 100)  # than there are
+    assert p.groups(b"request\0" + more, 16) is None
+    assert p.groups(b"request\0" + groups, 1 << 16) is None
     assert p.groups(bytes(16), 16) is None
 
 

@@ -80,6 +80,13 @@ static const char *name_at(const char *message, Py_ssize_t length, size_t at)
     return (Py_ssize_t)at < length && memchr(message + at, 0, length - at) ? message + at : NULL;
 }
 
+/* The name that is all of a message's body; NULL where something else is in it. */
+static const char *only_name(const char *message, Py_ssize_t length)
+{
+    const char *name = message + sizeof(struct in_header);
+    return strnlen(name, message + length - name) + 1 == (size_t)(message + length - name) ? name : NULL;
+}
+
 /* RENAME, and RENAME2 without flags. */
 static enum outcome rename_one(Hot *hot, const struct in_header *in, const char *message, Py_ssize_t length)
 {
@@ -206,10 +213,8 @@ static enum outcome set_one(Hot *hot, const struct in_header *in, const char *me
 /* LOOKUP. That a name is absent is believed for a moment (operations.lookup). */
 static enum outcome look_one(Hot *hot, uint64_t above, const char *message, Py_ssize_t length, struct entry_out *entry)
 {
-    if (message[length - 1])
-        return PYTHONS;
-    enum outcome outcome = look_up(hot, above, message + sizeof(struct in_header),
-                                   length - sizeof(struct in_header) - 1, 0, entry);
+    const char *name = only_name(message, length);
+    enum outcome outcome = name ? look_up(hot, above, name, strlen(name), 0, entry) : PYTHONS;
     if (outcome == ABSENT)
         *entry = (struct entry_out){.entry_valid = hot->entry_seconds};
     return outcome == ABSENT ? FOUND : outcome;
@@ -219,7 +224,7 @@ static enum outcome look_one(Hot *hot, uint64_t above, const char *message, Py_s
 static enum outcome list_one(Hot *hot, const struct in_header *in, const char *message, Py_ssize_t length,
                              union body *body, size_t *size)
 {
-    struct { uint64_t fh, offset; uint32_t size; } ask;
+    struct read_in ask;
     if (!fields(message, length, &ask, sizeof ask) || ask.fh)
         return PYTHONS;
     size_t room = ask.size < sizeof body->entries ? ask.size : sizeof body->entries;
@@ -233,8 +238,8 @@ static enum outcome carried_out(Hot *hot, const struct in_header *in, const char
     struct { uint32_t flags, more; uint64_t fh; } ask;
     struct setattr_in set;
     struct copy_in copy;
+    struct release_in release;
     const char *name;
-    uint64_t fh;
     switch (in->opcode) {
     case LOOKUP:
         *size = sizeof body->entry;
@@ -254,7 +259,7 @@ static enum outcome carried_out(Hot *hot, const struct in_header *in, const char
         return !fields(message, length, &ask, 8) ? PYTHONS : open_one(hot, in, ask.flags, &body->open);
     case RELEASE:
         *size = 0;
-        return !fields(message, length, &fh, sizeof fh) ? PYTHONS : release_file(hot, fh);
+        return !fields(message, length, &release, sizeof release) ? PYTHONS : release_file(hot, release.fh);
     case GETXATTR:
         name = fields(message, length, &ask, 8) ? name_at(message, length, sizeof *in + 8) : NULL;
         return name ? get_xattr(hot, in->nodeid, ask.flags, name, body->value, size) : PYTHONS;
@@ -263,7 +268,8 @@ static enum outcome carried_out(Hot *hot, const struct in_header *in, const char
         return set_one(hot, in, message, length);
     case REMOVEXATTR:
         *size = 0;
-        return message[length - 1] ? PYTHONS : remove_xattr(hot, in, message + sizeof *in);
+        name = only_name(message, length);
+        return name ? remove_xattr(hot, in, name) : PYTHONS;
     case LISTXATTR:
         return !fields(message, length, &ask, 8) ? PYTHONS
                : list_xattrs(hot, in->nodeid, ask.flags, body->value, size);
@@ -276,8 +282,8 @@ static enum outcome carried_out(Hot *hot, const struct in_header *in, const char
     case UNLINK:
     case RMDIR:
         *size = 0;
-        return message[length - 1] ? PYTHONS
-               : remove_name(hot, in, message + sizeof *in, strlen(message + sizeof *in), in->opcode == RMDIR);
+        name = only_name(message, length);
+        return name ? remove_name(hot, in, name, strlen(name), in->opcode == RMDIR) : PYTHONS;
     case RENAME:
     case RENAME2:
         *size = 0;

@@ -39,6 +39,8 @@ struct setattr_in {
     int64_t atime, mtime, ctime;
     uint32_t atimensec, mtimensec, ctimensec, mode, unused, uid, gid, unused_too;
 };
+struct read_in { uint64_t fh, offset; uint32_t size, read_flags; uint64_t lock_owner; uint32_t flags, padding; };
+struct release_in { uint64_t fh; uint32_t flags, release_flags; uint64_t lock_owner; };
 struct setxattr_in { uint32_t size, flags, more, padding; };
 struct copy_in { uint64_t fh_in, offset_in, nodeid_out, fh_out, offset_out, length, flags; };
 struct open_out { uint64_t fh; uint32_t open_flags; int32_t backing_id; };

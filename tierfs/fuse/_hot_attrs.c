@@ -106,12 +106,13 @@ static int reached_by_file(struct target *at, PyObject *of)
 enum outcome get_attributes_of_file(Hot *hot, uint64_t nodeid, uint64_t fh, struct attr_out *out)
 {
     struct stat st;
-    PyObject *inode = inode_of_file(hot, fh);
+    PyObject *inode = node_at(hot, nodeid) ? inode_of_file(hot, fh) : NULL; /* what is told is noted of the node */
     int opath = inode ? (int)number_of(inode, s_opath) : -1;
     if (PyErr_Occurred() || (inode && fstat(opath, &st)))
         return PYTHONS;
     enum outcome outcome = inode ? fill_attributes(hot, &st, out) : get_attributes(hot, nodeid, out);
-    out->attr_valid = for_now(hot, out->attr_valid); /* nobody has proven that it is at rest */
+    if (outcome == FOUND)
+        out->attr_valid = for_now(hot, out->attr_valid); /* nobody has proven that it is at rest */
     return outcome;
 }
 
@@ -222,9 +223,10 @@ enum outcome set_attributes(Hot *hot, uint64_t nodeid, const struct setattr_in *
     if (reached && is_simple(hot, ask, &at)) {
         if (changed(hot, ask, &at) && !fstat(at.fd, &at.st))
             outcome = fill_attributes(hot, &at.st, out);
-        out->attr_valid = for_now(hot, out->attr_valid);
-        if (outcome == FOUND && attributes_marked(hot, &at))
-            outcome = FAILED;
+        if (outcome == FOUND) {
+            out->attr_valid = for_now(hot, out->attr_valid);
+            outcome = attributes_marked(hot, &at) ? FAILED : FOUND;
+        }
     }
     let_target_go(&at);
     return outcome;

@@ -186,8 +186,8 @@ class Session:
             if not size:
                 continue
             served += 1
-            length, opcode, unique, nodeid = head(buffer)
-            message = view[:length] if opcode == write_request else view[:length].tobytes()
+            _, opcode, unique, nodeid = head(buffer)
+            message = view[:size] if opcode == write_request else view[:size].tobytes()
             self._run(table[opcode] if opcode < p.OPS else _unsupported, message, unique, nodeid)
             if self.end is not None:
                 return served

@@ -257,11 +257,11 @@ def inval_name(parent: int, name: bytes, flags: int) -> bytes:
 def groups(message: bytes, extensions: int) -> tuple[int, ...] | None:
     """The groups that a creating request carries in its last `extensions` bytes; None: none are told."""
     at, end = len(message) - extensions, len(message)
-    while at + 8 <= end:
+    while 0 <= at <= end - 8:
         size, kind = COUNT_IN.unpack_from(message, at)
         if kind == EXT_GROUPS and at + 12 <= end:
             (count,) = struct.unpack_from("<I", message, at + 8)
-            return struct.unpack_from(f"<{count}I", message, at + 12)
+            return struct.unpack_from(f"<{count}I", message, at + 12) if count <= (end - at - 12) // 4 else None
         if size < 8:
             return None
         at += size
