@@ -1,5 +1,6 @@
 """Requests that no kernel sends: cut, lengthened, of odd numbers. Both forms bear them, and say the same."""
 
+import errno
 import os
 import random
 import select
@@ -212,3 +213,16 @@ def test_what_is_cut_short_is_refused(both, op):
     body = p.RELEASE_IN.pack(fh, 0, 0, 0) if op == p.Op.RELEASE else p.READ_IN.pack(0, 0, 4096, 0, 0, 0, 0)
     assert both.ask(op, ROOT, body[:-1])[0]
     assert not both.ask(op, ROOT, body)[0]
+
+
+def test_the_name_of_a_directory_that_was_forgotten_is_stale(both):
+    """The kernel may know a file by another of its names, and forget the directory of the last it asked for."""
+    long = b"d" * 100
+    both.behind(lambda path: (path / os.fsdecode(long)).mkdir())
+    both.behind(lambda path: os.link(path / "a", path / os.fsdecode(long) / "a"))
+    both.hold()
+    directory, node = both.lookup(ROOT, long), both.lookup(ROOT, b"a")
+    assert both.lookup(directory, b"a") == node
+    assert both.ask(p.Op.FORGET, directory, p.U64.pack(1)) is None
+    assert both.ask(p.Op.GETATTR, node, p.GETATTR_IN.pack(0, 0, 0))[0] == -errno.ESTALE
+    assert both.lookup(ROOT, b"a") == node

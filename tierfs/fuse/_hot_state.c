@@ -289,6 +289,16 @@ static int put(Hot *hot, uint64_t slot, PyObject *ino, PyObject *node)
     return PyList_SetItem(hot->by_slot, slot, Py_NewRef(node));
 }
 
+/* A node's long content; NULL where it has none any more: it was forgotten, before a hard link in it. */
+static const char *long_content(Hot *hot, uint64_t slot)
+{
+    PyObject *at = PyLong_FromUnsignedLongLong(slot);
+    PyObject *place = at ? PyDict_GetItemWithError(hot->long_of, at) : NULL;
+    struct kept_long *kept = place ? record_at(hot, LONGS, PyLong_AsUnsignedLongLong(place)) : NULL;
+    Py_XDECREF(at);
+    return kept ? kept->content : NULL;
+}
+
 /* The name by which a node is reached, zero-terminated, and its length; 0 where it is not reached by one. */
 size_t name_of(Hot *hot, uint64_t nodeid, char name[NAME_ROOM])
 {
@@ -296,12 +306,9 @@ size_t name_of(Hot *hot, uint64_t nodeid, char name[NAME_ROOM])
     struct kept_node *kept = (Py_ssize_t)slot < hot->parts[NODES].most ? record_at(hot, NODES, slot) : NULL;
     if (!kept || kept->number != nodeid || kept->kind)
         return 0;
-    const char *content = kept->content;
-    if (kept->length > INLINE) {
-        uint32_t place;
-        memcpy(&place, kept->content, sizeof place);
-        content = ((struct kept_long *)record_at(hot, LONGS, place))->content;
-    }
+    const char *content = kept->length > INLINE ? long_content(hot, slot) : kept->content;
+    if (!content)
+        return 0;
     memcpy(name, content, kept->length);
     name[kept->length] = 0;
     return kept->length;
