@@ -20,6 +20,7 @@ from tierfs.dirs import Directories
 from tierfs.gate import Gate
 from tierfs.handles import Handle, Shown
 from tierfs.intents import Doing
+from tierfs.ledger import MOST_NAME
 from tierfs.making import Caller, Maker, changed_by, in_group
 from tierfs.marks import Entry
 from tierfs.names import Names
@@ -199,6 +200,8 @@ class Vfs:
         """
         directory = self.nodes.get(parent)
         dirfd = self.nodes.dirfd(directory)
+        if len(name) > MOST_NAME:  # some filesystems have longer ones, and the kernel asks for them
+            raise _error(errno.ENAMETOOLONG, name)
         st = os.stat(name, dir_fd=dirfd, follow_symlinks=False)
         if not listed and self.nodes.known(st.st_ino) is None:
             self.gate.lasting.believe(st)

@@ -8,6 +8,7 @@ import stat
 import struct
 
 import pytest
+from hotside import build, load
 from hottwins import ENTRIES, Both, same
 
 from tierfs.fuse import protocol as p
@@ -226,3 +227,32 @@ def test_the_name_of_a_directory_that_was_forgotten_is_stale(both):
     assert both.ask(p.Op.FORGET, directory, p.U64.pack(1)) is None
     assert both.ask(p.Op.GETATTR, node, p.GETATTR_IN.pack(0, 0, 0))[0] == -errno.ESTALE
     assert both.lookup(ROOT, b"a") == node
+
+
+# A filesystem that has names of more than 255 bytes: by the first of them.
+CUT = """
+#define _GNU_SOURCE 1
+#include <stdio.h>
+#include <sys/stat.h>
+static inline int first_of(int fd, const char *name, struct stat *st, int flags)
+{
+    char first[256];
+    snprintf(first, sizeof first, "%s", name);
+    return fstatat(fd, first, st, flags);
+}
+#define fstatat first_of
+"""
+
+
+def test_a_name_that_no_record_can_hold_is_too_long(tmp_path, monkeypatch):
+    (tmp_path / "cut.h").write_text(CUT)
+    built = load(build(tmp_path / "_hot.so", "-Wno-format-truncation", "-include", str(tmp_path / "cut.h")))
+    both, whole = Both(tmp_path, monkeypatch, built), os.stat
+    both.behind(lambda path: (path / ("n" * 255)).write_bytes(b""))
+    both.hold()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", lambda path, **how: whole(path[:255] if type(path) is bytes else path, **how))
+        assert both.lookup(ROOT, b"n" * 300) == errno.ENAMETOOLONG
+        assert both.lookup(ROOT, b"n" * 1000) == errno.ENAMETOOLONG
+    assert both.lookup(ROOT, b"n" * 255) > 0
+    both.close()

@@ -123,7 +123,7 @@ enum outcome look_up_in(Hot *hot, PyObject *parent, int fd, const char *name, Py
                         struct entry_out *out)
 {
     struct stat st;
-    if (length < 1 || (Py_ssize_t)strnlen(name, length) != length)
+    if (length < 1 || length >= NAME_ROOM || (Py_ssize_t)strnlen(name, length) != length)
         return PYTHONS;
     int failed = status(fd, name, &st);
     if (failed)
