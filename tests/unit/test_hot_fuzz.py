@@ -256,3 +256,10 @@ def test_a_name_that_no_record_can_hold_is_too_long(tmp_path, monkeypatch):
         assert both.lookup(ROOT, b"n" * 1000) == errno.ENAMETOOLONG
     assert both.lookup(ROOT, b"n" * 255) > 0
     both.close()
+
+
+def test_a_receiver_that_cannot_be_made_leaves_no_descriptor(built):
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(TypeError):
+        built.Hot(fd=0)
+    assert os.listdir("/proc/self/fd") == before

@@ -1,5 +1,6 @@
 """The compiled look into the index says what Index says, whatever is written meanwhile, or leaves it to it."""
 
+import os
 import random
 import subprocess
 import sys
@@ -54,6 +55,15 @@ def test_it_says_what_the_index_says(tmp_path, built, seed):
             found[said] += 1
     index.close()
     assert all(count > INODES // 9 for count in found.values())
+
+
+def test_a_program_that_is_begun_does_not_have_the_file(tmp_path, built):
+    index = Index.open(str(tmp_path))
+    before = set(os.listdir("/proc/self/fd"))
+    records = look(built, index)
+    (more,) = (fd for fd in set(os.listdir("/proc/self/fd")) - before if os.path.exists(f"/proc/self/fd/{fd}"))
+    assert not os.get_inheritable(int(more)) and records.plain(1, 1) is False
+    index.close()
 
 
 def test_what_is_committed_is_seen_at_once(tmp_path, built):

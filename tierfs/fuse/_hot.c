@@ -506,7 +506,7 @@ static PyObject *hot_disbelieve(Hot *hot, PyObject *arguments)
 
 /* --- the object ------------------------------------------------------------------------------------------ */
 
-static PyObject *hot_close(Hot *hot, PyObject *Py_UNUSED(none))
+static void let_all_go(Hot *hot)
 {
     PyBuffer_Release(&hot->buffer);
     PyBuffer_Release(&hot->memory);
@@ -517,6 +517,11 @@ static PyObject *hot_close(Hot *hot, PyObject *Py_UNUSED(none))
             close(*fds[each]);
         *fds[each] = -1;
     }
+}
+
+static PyObject *hot_close(Hot *hot, PyObject *Py_UNUSED(none))
+{
+    let_all_go(hot);
     Py_RETURN_NONE;
 }
 
@@ -574,7 +579,6 @@ static int hot_init(Hot *hot, PyObject *arguments, PyObject *named)
         PyErr_SetString(PyExc_TypeError, "made already");
         return -1;
     }
-    hot->others = hot->sleeper = hot->watched = -1;
     hot->descriptors = open("/proc/self/fd", O_PATH | O_DIRECTORY | O_CLOEXEC);
     hot->umask = umask(0);
     umask(hot->umask);
@@ -603,6 +607,14 @@ static int hot_init(Hot *hot, PyObject *arguments, PyObject *named)
     return 0;
 }
 
+static PyObject *hot_new(PyTypeObject *type, PyObject *arguments, PyObject *named)
+{
+    Hot *hot = (Hot *)PyType_GenericNew(type, arguments, named);
+    if (hot)
+        hot->others = hot->sleeper = hot->watched = hot->descriptors = -1;
+    return (PyObject *)hot;
+}
+
 static int hot_traverse(Hot *hot, visitproc visit, void *arg)
 {
 #define VISIT(name, type) Py_VISIT(hot->name);
@@ -627,9 +639,7 @@ static int hot_clear(Hot *hot)
 static void hot_dealloc(Hot *hot)
 {
     PyObject_GC_UnTrack(hot);
-    PyBuffer_Release(&hot->buffer);
-    PyBuffer_Release(&hot->memory);
-    PyBuffer_Release(&hot->told);
+    let_all_go(hot);
     hot_clear(hot);
     PyMem_Free(hot->reading);
     Py_TYPE(hot)->tp_free((PyObject *)hot);
@@ -668,7 +678,7 @@ static PyTypeObject HotType = {
     .tp_name = "tierfs.fuse._hot.Hot",
     .tp_basicsize = sizeof(Hot),
     .tp_flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC,
-    .tp_new = PyType_GenericNew,
+    .tp_new = hot_new,
     .tp_init = (initproc)hot_init,
     .tp_dealloc = (destructor)hot_dealloc,
     .tp_traverse = (traverseproc)hot_traverse,

@@ -231,7 +231,7 @@ static int records_init(Records *of, PyObject *arguments, PyObject *Py_UNUSED(na
         PyErr_SetString(PyExc_ValueError, "made already, or no index");
         return -1;
     }
-    of->fd = dup(fd);
+    of->fd = fcntl(fd, F_DUPFD_CLOEXEC, 0);
     void *map = of->fd < 0 ? MAP_FAILED : mmap(NULL, size, PROT_READ, MAP_SHARED | MAP_NORESERVE, of->fd, 0);
     void *lock = map == MAP_FAILED ? map : mmap(NULL, page, PROT_READ, MAP_SHARED, lock_fd, 0);
     if (lock == MAP_FAILED) {
