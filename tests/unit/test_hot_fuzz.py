@@ -263,3 +263,12 @@ def test_a_receiver_that_cannot_be_made_leaves_no_descriptor(built):
     with pytest.raises(TypeError):
         built.Hot(fd=0)
     assert os.listdir("/proc/self/fd") == before
+
+
+def test_the_want_of_memory_is_called_that(both):
+    def wants(_message, _nodeid):
+        raise MemoryError
+
+    for side in both.sides:
+        side.session._table[p.Op.STATFS] = wants
+    assert both.ask(p.Op.STATFS, ROOT, b"")[0] == -errno.ENOMEM

@@ -419,7 +419,7 @@ def _errno_of(error: Exception, message: Message) -> int:
             log.error("%s: %s", _described(message), error)
         return error.errno
     log.error("%s failed unexpectedly: %r, %s", _described(message), error, _where(error))
-    return errno.EIO
+    return errno.ENOMEM if isinstance(error, MemoryError) else errno.EIO
 
 
 def _where(error: BaseException) -> str:
