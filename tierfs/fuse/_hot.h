@@ -296,6 +296,8 @@ int retire(Hot *hot, PyObject *inode);
 double monotonic(void);
 
 /* --- for others (_hot_marks.c) --- */
+/* As far as 64 bits hold them. */
+int64_t nanoseconds(const struct timespec *t);
 size_t packed_stat(const struct stat *st, char *to);
 void intend(Hot *hot, uint64_t request, enum doing doing, const struct stat *first, const struct stat *second,
             const struct handle *handle);

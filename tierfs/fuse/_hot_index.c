@@ -57,19 +57,20 @@ static const unsigned char *page_at(const Records *of, uint64_t number)
     return number < of->end / of->page ? of->map + number * of->page : NULL;
 }
 
-/* An entry of a page, its key within; NULL where it is not. */
-static const unsigned char *entry_at(const Records *of, const unsigned char *page, unsigned number)
+/* An entry of a page, and how long its key is, which is within; NULL where it is not. The length is read once: the page
+ * may be written over meanwhile. */
+static const unsigned char *entry_at(const Records *of, const unsigned char *page, unsigned number, size_t *its)
 {
     size_t at = u16(page + PAGE_HEAD + 2 * number);
-    if (at < PAGE_HEAD || at + ENTRY_HEAD > of->page || at + ENTRY_HEAD + u16(page + at + 6) > of->page)
+    if (at < PAGE_HEAD || at + ENTRY_HEAD > of->page)
         return NULL;
-    return page + at;
+    *its = u16(page + at + 6);
+    return at + ENTRY_HEAD + *its > of->page ? NULL : page + at;
 }
 
 /* How a key compares to an entry's. */
-static int compared(const unsigned char *entry, const void *key, size_t length)
+static int compared(const unsigned char *entry, size_t its, const void *key, size_t length)
 {
-    size_t its = u16(entry + 6);
     int order = memcmp(key, entry + ENTRY_HEAD, length < its ? length : its);
     return order ? order : length < its ? -1 : length > its;
 }
@@ -82,10 +83,11 @@ static int sought(const Records *of, const unsigned char *page, unsigned count, 
     *equal = 0;
     while (low < high) {
         int middle = low + (high - low + 1) / 2;
-        const unsigned char *entry = entry_at(of, page, middle);
+        size_t its;
+        const unsigned char *entry = entry_at(of, page, middle, &its);
         if (!entry)
             return -1;
-        int order = compared(entry, key, length);
+        int order = compared(entry, its, key, length);
         if (!order)
             *equal = 1;
         if (order < 0)
@@ -112,7 +114,8 @@ static enum outcome found_value(const Records *of, uint64_t root, const void *ke
         if (lower < PAGE_HEAD + 2 || lower > of->page || !(u16(page + 10) & (LEAF | BRANCH)))
             return PYTHONS;
         int number = sought(of, page, (lower - PAGE_HEAD) / 2, leaf ? 0 : 1, key, length, &equal);
-        const unsigned char *entry = number < 0 ? NULL : entry_at(of, page, number);
+        size_t its;
+        const unsigned char *entry = number < 0 ? NULL : entry_at(of, page, number, &its);
         if (leaf && number < 0)
             return ABSENT;
         if (!entry)
@@ -121,7 +124,7 @@ static enum outcome found_value(const Records *of, uint64_t root, const void *ke
             root = u16(entry) | (uint64_t)u16(entry + 2) << 16 | (uint64_t)u16(entry + 4) << 32;
             continue;
         }
-        *value = (struct value){entry + ENTRY_HEAD + u16(entry + 6), u16(entry) | (size_t)u16(entry + 2) << 16,
+        *value = (struct value){entry + ENTRY_HEAD + its, u16(entry) | (size_t)u16(entry + 2) << 16,
                                 u16(entry + 4)};
         if (!equal)
             return ABSENT;

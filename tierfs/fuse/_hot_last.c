@@ -39,7 +39,7 @@ static long fresh_of(Hot *hot, const struct stat *st)
 
 static long long ctime_of(const struct stat *st)
 {
-    return (long long)st->st_ctim.tv_sec * 1000000000 + st->st_ctim.tv_nsec;
+    return nanoseconds(&st->st_ctim);
 }
 
 /* It was proven, and nobody has written to it since. */

@@ -58,8 +58,8 @@ long seconds_of(Hot *hot, const struct stat *st)
         int changing = inode && number_of(inode, s_writers);
         seconds = PyErr_Occurred() ? -1 : changing ? 0 : (long)attributes_last(hot, st, ino, inode);
     } else if (ino && !PyErr_Occurred()) {
-        long long ctime = (long long)st->st_ctim.tv_sec * 1000000000 + st->st_ctim.tv_nsec;
-        PyObject *said = PyObject_CallFunction(hot->holds, "OLL", ino, ctime, (long long)st->st_blocks);
+        PyObject *said = PyObject_CallFunction(hot->holds, "OLL", ino, (long long)nanoseconds(&st->st_ctim),
+                                               (long long)st->st_blocks);
         seconds = said ? PyLong_AsLong(said) : -1;
         if (seconds > 0)
             seconds = attributes_last(hot, st, ino, inode);

@@ -33,8 +33,7 @@ struct __attribute__((packed)) mark_body {
 
 /* --- intents --------------------------------------------------------------------------------------------- */
 
-/* Nanoseconds, as far as 64 bits hold them. */
-static int64_t nanoseconds(const struct timespec *t)
+int64_t nanoseconds(const struct timespec *t)
 {
     int64_t all;
     if (__builtin_mul_overflow((int64_t)t->tv_sec, NS, &all) || __builtin_add_overflow(all, t->tv_nsec, &all))

@@ -31,13 +31,15 @@ static int backing_closed(Hot *hot, PyObject *backing, PyObject *number)
 /* states.retire of a resident file that nobody has open. 0, or -1 with an exception. */
 int let_go(Hot *hot, PyObject *inode, PyObject *ino)
 {
+    uint64_t slot = number_of(inode, s_slot);
+    int opath = (int)number_of(inode, s_opath);
+    if (PyErr_Occurred())
+        return -1;
     PyObject *backing = get_of(hot->states, s_backing), *number = get_of(inode, s_backing_id);
     PyObject *type = NULL, *error = NULL, *trace = NULL;
     int ended = backing && number && !backing_closed(hot, backing, number);
     if (!ended)
         PyErr_Fetch(&type, &error, &trace);
-    uint64_t slot = number_of(inode, s_slot);
-    int opath = (int)number_of(inode, s_opath);
     *(volatile uint64_t *)record_at(hot, INODES, slot) = 0;
     POINT();
     int failed = PyErr_Occurred() || set_number(inode, s_backing_id, 0) || set_number(inode, s_slot, 0)
