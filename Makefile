@@ -11,7 +11,7 @@ PYTEST := $(BIN)/pytest
 # FUSE) is told so after a while, not after each of thousands of tests has waited for its mount.
 PYTEST_ARGS ?= -n 3 --dist loadfile --no-loadscope-reorder --maxfail 30
 
-.PHONY: setup demo test soak conformance lint bench clean
+.PHONY: setup demo test soak sanitize conformance lint bench clean
 
 setup: $(VENV)/.installed
 
@@ -54,6 +54,9 @@ test: setup
 
 soak: setup
 	$(PYTEST) -m soak --timeout 7200
+
+sanitize: setup
+	@bash tests/sanitize.sh $(SANITIZE_ARGS)
 
 # The public POSIX suites on both bindings, beside the filesystem beneath; they come from cargo where it is.
 conformance: setup

@@ -31,7 +31,7 @@ def build(program, *macros):
         pytest.skip(f"no Python.h in {include}: the compiled part cannot be built here")
     macro = f'-DTIERFS_SOURCES="{compiled.fingerprint(str(PACKAGE))}"'
     argv = ["gcc", "-O2", "-Wall", "-Werror", "-shared", "-fPIC", f"-I{include}", macro]
-    argv += [*macros, "-o", str(program)]
+    argv += [*os.environ.get("CFLAGS", "").split(), *macros, "-o", str(program)]
     subprocess.run([*argv, *(str(PACKAGE / name) for name in compiled.C)], check=True)
     return program
 
