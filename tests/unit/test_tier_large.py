@@ -565,6 +565,27 @@ def test_a_list_of_digests_that_is_not_the_copys_proves_nothing(volume, cold):
     assert volume.server.read(volume.path("big")) == content
 
 
+def test_a_list_of_digests_that_is_not_the_copys_frees_no_part(volume, cold):
+    volume.server.read(volume.path("big"), 0, 4096)
+    leave_alone(volume)
+    edit(volume)
+    put_list(volume, digests.leaf_digests(b"edited" + cold[6:]))
+    (item,) = volume.demote("big")
+    assert item.failed and not item.demoted
+    assert partial_blocks(volume) > 0
+
+
+def test_what_is_here_of_a_pinned_file_stays(volume, cold):
+    volume.server.read(volume.path("big"), 0, 4096)
+    leave_alone(volume)
+    before = partial_blocks(volume)
+    fd = os.open(volume.path("big"), os.O_RDONLY)
+    volume.tree.set_pin(fd, True)
+    os.close(fd)
+    (item,) = volume.demote("big")
+    assert item.reason == "is pinned" and partial_blocks(volume) >= before > 0
+
+
 def test_a_list_of_digests_that_is_not_the_copys_keeps_nothing_away(volume, cold):
     put_list(volume, digests.leaf_digests(os.urandom(SIZE)))
     assert volume.server.read(volume.path("big")) == cold
