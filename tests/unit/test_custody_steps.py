@@ -274,6 +274,30 @@ def test_who_waits_at_the_guard_before_the_stub_is_committed_wins(volume, at):
     check_whole(volume, "a", content)
 
 
+@pytest.mark.parametrize("broken", [False, True])
+def test_what_is_not_punched_after_all_is_durably_as_before(volume, at, monkeypatch, broken):
+    """And its time is our own doing only while nobody has broken the lease."""
+    volume.server.create(volume.path("a"), os.urandom(20_000))
+    ino, story, sync = os.stat(volume.path("a")).st_ino, [], os.fsync
+
+    def note(fd):
+        sync(fd)
+        if os.fstat(fd).st_ino == ino:
+            story.append((volume.stub("a") is not None, volume.index.get(ino).residency))
+
+    monkeypatch.setattr(os, "fsync", note)
+    if broken:
+        at(failpoints.STUB_COMMITTED, partial(break_lease, volume.path("a")))
+    else:
+        monkeypatch.setattr(volume.tier._puncher, "_undisturbed", lambda file: file.item.stay("was asked for"))
+    (item,) = volume.demote("a")
+    assert item.reason and not item.demoted
+    committed = Residency.STUB if broken else Residency.RESIDENT
+    assert story == [(True, Residency.RESIDENT), (False, committed)]
+    record = volume.record("a")
+    assert (record.left_ctime == os.stat(volume.path("a")).st_ctime_ns) is not broken
+
+
 def test_a_record_that_changed_after_the_proof_makes_it_void(volume, at):
     content = os.urandom(20_000)
     volume.server.create(volume.path("a"), content)
