@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
 from tierfs import control
-from tierfs.errors import BusyError, NotPermittedError, TierError, UsageError
+from tierfs.errors import BusyError, IndexError_, NotPermittedError, TierError, UsageError
 from tierfs.spelling import quoted
 from tierfsd.credentials import Peer, peer_of
 from tierfsd.reach import Reach, Targets, join, outcome_of
@@ -179,7 +179,9 @@ class ControlServer:
         try:
             answer = self._carry_out(sock, peer, request)
         except TierError as exc:
-            answer = control.Failed(exc.errno, str(exc), about)
+            # The index is closed beneath who goes on for a moment.
+            told = BusyError(_STOPPING) if isinstance(exc, IndexError_) and self._stopping.is_set() else exc
+            answer = control.Failed(told.errno, str(told), about)
         except (BrokenPipeError, ConnectionError, TimeoutError):
             raise
         except OSError as exc:

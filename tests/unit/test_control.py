@@ -18,7 +18,7 @@ from tierfsd.credentials import Peer, acting_as
 from tierfsd.reach import Reach, Target
 
 from tierfs import control, locate
-from tierfs.errors import NotPermittedError, PathError, TierError, UsageError, VolumeError
+from tierfs.errors import IndexError_, NotPermittedError, PathError, TierError, UsageError, VolumeError
 
 
 class FakeBackend:
@@ -231,6 +231,20 @@ def test_what_a_stopping_daemon_drops_is_no_internal_error(mount, server, backen
             server.close()
 
     backend.demote = lambda targets, job: (_ for _ in ()).throw(Stopping())
+    with pytest.raises(TierError, match="daemon is stopping: try again"):
+        ask(mount, control.Demote([b"d"], True))
+
+
+def test_an_index_that_is_closed_beneath_an_order_is_a_daemon_that_stops(mount, server, backend):
+    backend.error = IndexError_("the index cannot be read")
+    with pytest.raises(TierError, match="the index cannot be read"):
+        ask(mount, control.Demote([b"d"], True))
+
+    def demote(targets, job):
+        server.close()
+        raise IndexError_("the index cannot be read: Attempt to operate on closed object")
+
+    backend.demote = demote
     with pytest.raises(TierError, match="daemon is stopping: try again"):
         ask(mount, control.Demote([b"d"], True))
 
