@@ -245,15 +245,21 @@ def seaweedfs(workdir: Path | str) -> Iterator[Server]:
     account = {"credentials": [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}], "name": "tests"}
     (workdir / "s3.json").write_text(json.dumps({"identities": [account | {"actions": ["Admin"]}]}))
     port = free_port()
-    argv = [_tool("weed"), "server", f"-dir={root}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-s3"]
+    argv = [_tool("weed"), f"-logdir={workdir}", "server", f"-dir={root}"]
+    argv += ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-s3"]
     argv += [f"-s3.port={port}", f"-s3.config={workdir / 's3.json'}", "-s3.autoCreateBucket=false"]
     argv += ["-s3.port.iceberg=0", "-s3.port.lance=0"]
     argv += ["-master.volumeSizeLimitMB=1024", "-volume.max=20", "-master.telemetry=false"]
-    for part in ("master", "volume", "filer", "s3"):
-        argv += [f"-{part}.port.grpc={free_port()}"]
-        argv += [f"-{part}.port={free_port()}"] if part != "s3" else []
-    with _running("seaweedfs", argv, workdir, port, {}) as server:
-        yield server
+    ports = {f"{part}.port.grpc": free_port() for part in ("master", "volume", "filer", "s3")}
+    ports |= {f"{part}.port": free_port() for part in ("master", "volume", "filer")}
+    argv += [f"-{name}={number}" for name, number in ports.items()]
+    try:
+        with _running("seaweedfs", argv, workdir, port, {}) as server:
+            yield server
+    finally:
+        for number in {port, *ports.values()}:  # it is killed, and would have removed its sockets at its end
+            for left in Path("/tmp").glob(f"seaweedfs-*-{number}.sock"):
+                left.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
