@@ -29,6 +29,7 @@ MOST_AHEAD = 128 << 20  # sixteen ranges of 8 MiB, or twice the four of 16 MiB t
 AHEAD_SECONDS = 10.0  # at most, as fast as it went last: on a slow link the next bytes must not wait for all
 LARGE_READ = 128 << 10  # programs that read whole files ask for at least so much at once
 SLACK = 1 << 20  # the kernel's own read-ahead arrives a little out of order
+FAILED_SECONDS = 0.5  # so long the next read of what has failed fails at once: see Content.failed
 NEXT = 4 << 20  # bytes: of what is read ahead so much is on its way at once, whatever the size of the ranges
 
 
@@ -55,15 +56,26 @@ class Waiting(NamedTuple):
     passable: bool
 
 
+class Failure(NamedTuple):
+    """Somebody has waited in vain for bytes [start, end)."""
+
+    start: int
+    end: int
+    errno: int
+    reason: str
+    until: float  # seconds of CLOCK_MONOTONIC
+
+
 class Content:
     """The state of one stub or partial file while somebody has it open or something is being fetched.
 
-    `present` has one byte a leaf. `settled` is awaited by writers: stub attribute durably gone.
+    `present` has one byte a leaf. `settled` is awaited by writers: stub attribute durably gone. `failed`: the
+    kernel reads ahead, and asks once more, page by page, for what has failed: its caller would wait twice.
     """
 
     __slots__ = (
-        "closing", "flights", "idle", "missing", "opener", "passages", "present", "settled", "shown", "size",
-        "stub", "timed", "waits", "whole_asked",
+        "closing", "failed", "flights", "idle", "missing", "opener", "passages", "present", "settled", "shown",
+        "size", "stub", "timed", "waits", "whole_asked",
     )  # fmt: skip
 
     def __init__(self, stub: Stub, size: int, bits: bytes | None) -> None:
@@ -78,6 +90,7 @@ class Content:
         self.passages = Passages()
         self.timed: set[Wait] = set()  # those with a deadline, which moves while content arrives
         self.settled = Wait()
+        self.failed: list[Failure] = []
         self.idle: Wait | None = None
         self.closing = False  # a truncation waits for the flights to end: nothing new is asked for
         self.whole_asked = False
@@ -95,6 +108,24 @@ class Content:
     def opened_by(self, pid: int) -> None:
         """A thread opens the file, perhaps for the second time for having had to wait."""
         self.opener = pid if self.opener in (None, pid) else 0
+
+    def fail(self, hit: list[Waiting], error: int, reason: str) -> None:
+        """These have waited in vain; whoever asks for the same just now need not."""
+        now = time.monotonic()
+        self.waits = [each for each in self.waits if each not in hit]
+        self.failed = [failure for failure in self.failed if failure.until > now]
+        if error != errno.ECANCELED and not self.small:  # a small file comes in OPEN, which is asked for once
+            self.failed += [Failure(each.start, each.end, error, reason, now + FAILED_SECONDS) for each in hit]
+        for each in hit:
+            each.wait.fire(error, reason)
+
+    def failure(self, start: int, end: int) -> Failure | None:
+        """That of what bytes [start, end) are a part of, if it was just now."""
+        if not self.failed:
+            return None
+        now = time.monotonic()
+        fitting = (failure for failure in self.failed if failure.start <= start and failure.end >= end)
+        return next((failure for failure in fitting if failure.until > now), None)
 
     @property
     def settling(self) -> bool:
@@ -209,11 +240,15 @@ class Inflow:
             entry[0].passages.close()
 
     def need(self, ino: int, start: int, end: int, *, passable: bool = False) -> None:
-        """Raises Blocked until [start, end) is local, or (`passable`) `Content.readable`."""
+        """Raises Blocked until [start, end) is local, or (`passable`) `Content.readable`; OSError where that
+        has failed just now."""
         content, _ = self._contents[ino]
         gap = content.lacks(start, end)
         if gap is None or (passable and content.passages.cover(*gap)):
             return
+        failure = content.failure(*gap)
+        if failure is not None:
+            raise OSError(failure.errno, failure.reason)
         wait = self._timed_wait(content)
         content.waits.append(Waiting(*gap, wait, passable))
         coming = [f for f in content.flights if _brings(f, *gap, passable) and not (f.ahead or f.ordered)]
@@ -400,9 +435,7 @@ class Inflow:
         hit = [each for each in content.waits if each.start < flight.end and each.end > flight.start]
         if message.errno == errno.ENOSPC and not flight.passable:
             hit = [each for each in hit if not each.passable]  # those are asked for in another way
-        content.waits = [each for each in content.waits if each not in hit]
-        for each in hit:
-            each.wait.fire(message.errno, message.reason)
+        content.fail(hit, message.errno, message.reason)
         if flight.whole and not content.settled.done:
             failed, content.settled, content.whole_asked = content.settled, Wait(), False
             failed.fire(message.errno, message.reason)
@@ -444,9 +477,13 @@ class Inflow:
 
     def expire(self, now: float) -> list[int]:
         """Let the waits fail whose deadline has passed; the inodes that nobody may wait for any more."""
-        late = [ino for ino, (content, _) in self._contents.items() if _has_expired(content, now)]
-        for wait in [w for w in self._timed if w.deadline is not None and w.deadline <= now]:
-            reason = f"no content within {self.fetch_timeout:g} s"
+        reason = f"no content within {self.fetch_timeout:g} s"
+        expired = {wait for wait in self._timed if _is_late(wait, now)}
+        late = [ino for ino, (content, _) in self._contents.items() if not content.timed.isdisjoint(expired)]
+        for ino in late:
+            content, _ = self._contents[ino]
+            content.fail([each for each in content.waits if each.wait in expired], errno.EIO, reason)
+        for wait in expired:
             log.warning("a read gave up: %s", reason)
             wait.fire(errno.EIO, reason)
         for ino, (content, _) in list(self._contents.items()):
@@ -473,5 +510,5 @@ def _brings(flight: Flight, start: int, end: int, passable: bool) -> bool:
     return flight.start <= start and flight.end >= end and (flight.passable or not passable)
 
 
-def _has_expired(content: Content, now: float) -> bool:
-    return any(wait.deadline is not None and wait.deadline <= now for wait in content.timed)
+def _is_late(wait: Wait, now: float) -> bool:
+    return wait.deadline is not None and wait.deadline <= now

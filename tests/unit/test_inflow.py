@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 
 from tierfs import wire
-from tierfs.inflow import FIRST_AHEAD, SMALL_AHEAD, Content, Inflow, ReadAhead
+from tierfs.inflow import FAILED_SECONDS, FIRST_AHEAD, SMALL_AHEAD, Content, Inflow, ReadAhead
 from tierfs.model import LEAF, Stub
 from tierfs.waits import Blocked, Wait
 
@@ -82,6 +82,36 @@ def test_a_failed_flight_fails_only_those_who_wait_for_its_range():
     inflow.ended(wire.FetchEnd(first.id, 5, errno.EIO, "gone"))
     assert (near.errno, near.reason) == (errno.EIO, "gone")
     assert not far.done
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_what_has_just_failed_is_not_waited_for_once_more(monkeypatch, late):
+    """The kernel has read ahead; now it asks for the one page that its caller waits for."""
+    peer, inflow, _ = start()
+    wait = blocked(inflow.need, 5, 0, 2 * LEAF)
+    (fetch,) = peer.take(wire.Fetch)
+    if late:
+        inflow.expire(wait.deadline)
+    else:
+        inflow.ended(wire.FetchEnd(fetch.id, 5, errno.EIO, "gone"))
+    peer.take(wire.Fetch)
+    assert wait.errno == errno.EIO
+    with pytest.raises(OSError, match="no content within" if late else "gone") as caught:
+        inflow.need(5, LEAF, LEAF + 100)
+    assert caught.value.errno == errno.EIO and not peer.sent
+    blocked(inflow.need, 5, LEAF, 3 * LEAF)  # of this not all has been asked for
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + FAILED_SECONDS)
+    blocked(inflow.need, 5, LEAF, LEAF + 100)
+
+
+@pytest.mark.parametrize("size", [16 * MIB, MIB])
+def test_what_was_cancelled_or_comes_in_open_is_waited_for_again(size):
+    peer, inflow, content = start(size)
+    blocked(inflow.need, 5, 0, 100)
+    (fetch,) = peer.take(wire.Fetch)
+    inflow.ended(wire.FetchEnd(fetch.id, 5, errno.EIO if content.small else errno.ECANCELED, "x"))
+    blocked(inflow.need, 5, 0, 100)
 
 
 def test_a_failed_read_ahead_is_asked_again_for_those_who_wait():
