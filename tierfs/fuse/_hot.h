@@ -288,6 +288,10 @@ uint64_t noted_file(Hot *hot, const struct in_header *in, uint64_t nodeid, PyObj
                     uint32_t flags, uint32_t backing_id);
 
 /* --- closing (_hot_release.c) --- */
+/* states.backing.close. 0, or -1 with an exception. */
+int backing_closed(Hot *hot, PyObject *backing, PyObject *number);
+/* A new registration that leads to no open file is let go; the exception stays what it is. */
+void undone(Hot *hot, PyObject *inode, PyObject *ino);
 enum outcome release_file(Hot *hot, uint64_t fh);
 int let_go(Hot *hot, PyObject *inode, PyObject *ino);
 int idle_dropped(Hot *hot, PyObject *ino);

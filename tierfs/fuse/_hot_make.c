@@ -223,19 +223,33 @@ static PyObject *new_inode(Hot *hot, const struct place *place, PyObject *ino, c
     PyObject *inode = copy_of(hot->inode), *opath = PyLong_FromLong(made->opath);
     PyObject *name = PyBytes_FromStringAndSize(place->name, place->length);
     PyObject *handle = PyBytes_FromStringAndSize(made->handle.bytes, made->handle.length);
-    PyObject *slot = noted_inode(hot, made->st.st_ino, made->number);
-    if (!inode || !opath || !name || !handle || !slot || put_of(inode, s_ino, ino)
+    PyObject *slot = NULL;
+    if (!inode || !opath || !name || !handle || put_of(inode, s_ino, ino)
         || set_number(inode, s_parent, place->ino) || put_of(inode, s_name, name)
         || put_of(inode, s_opath, opath) || put_of(inode, s_handle, handle)
-        || put_of(inode, s_slot, slot) || put_of(inode, s_backing_id, made->number)
+        || put_of(inode, s_backing_id, made->number)
         || put_of(inode, s_marked, Py_True) || put_of(inode, s_passthrough, Py_True)
-        || set_number(inode, s_opens, 1) || set_number(inode, s_writers, 1))
+        || set_number(inode, s_opens, 1) || set_number(inode, s_writers, 1)
+        || !(slot = noted_inode(hot, made->st.st_ino, made->number)) || put_of(inode, s_slot, slot))
         Py_CLEAR(inode);
     Py_XDECREF(opath);
     Py_XDECREF(name);
     Py_XDECREF(handle);
     Py_XDECREF(slot);
     return inode;
+}
+
+/* Without a state nobody else would end it. */
+static void registration_undone(Hot *hot, const struct made *made)
+{
+    PyObject *type, *error, *trace;
+    PyErr_Fetch(&type, &error, &trace);
+    PyObject *backing = get_of(hot->states, s_backing);
+    if (!backing || backing_closed(hot, backing, made->number))
+        PyErr_Clear(); /* what had come before is the request's error */
+    Py_XDECREF(backing);
+    close(made->opath);
+    PyErr_Restore(type, error, trace);
 }
 
 static enum outcome taken_in(Hot *hot, const struct in_header *in, const struct place *place, uint32_t flags,
@@ -253,6 +267,10 @@ static enum outcome taken_in(Hot *hot, const struct in_header *in, const struct 
     out->open = (struct open_out){0, OPEN_PASSTHROUGH | OPEN_NOFLUSH, backing_id};
     if (node)
         out->open.fh = noted_file(hot, in, nodeid, node, handle, flags, backing_id);
+    if (!out->open.fh && inode)
+        undone(hot, inode, ino);
+    else if (!inode)
+        registration_undone(hot, made);
     fill_entry(hot, nodeid, hot->attr_seconds, &out->entry);
     Py_XDECREF(handle);
     Py_XDECREF(inode);

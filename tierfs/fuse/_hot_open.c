@@ -145,6 +145,20 @@ static PyObject *entered(Hot *hot, PyObject *node, uint64_t nodeid, PyObject *in
     return inode;
 }
 
+/* An open file that could not be counted is none: a successor would have it open for good. */
+static void file_undone(Hot *hot, uint64_t number)
+{
+    uint64_t slot = number & ((1 << HANDLE_BITS) - 1);
+    PyObject *type, *error, *trace;
+    PyErr_Fetch(&type, &error, &trace);
+    *(volatile uint64_t *)record_at(hot, FILES, slot) = 0;
+    PyObject *key = PyLong_FromUnsignedLongLong(number);
+    if (!key || discard(hot->files, key) || give_slot(hot, FILES, slot))
+        PyErr_Clear(); /* what had come before is the request's error */
+    Py_XDECREF(key);
+    PyErr_Restore(type, error, trace);
+}
+
 /* The number of a new open file, known to the ledger and to files.OpenFiles; 0 with an exception. */
 uint64_t noted_file(Hot *hot, const struct in_header *in, uint64_t nodeid, PyObject *node, PyObject *handle,
                     uint32_t flags, uint32_t backing_id)
@@ -164,6 +178,8 @@ uint64_t noted_file(Hot *hot, const struct in_header *in, uint64_t nodeid, PyObj
     Py_XDECREF(key);
     Py_XDECREF(pair);
     Py_XDECREF(id);
+    if (failed)
+        file_undone(hot, number);
     return failed ? 0 : number;
 }
 
@@ -187,16 +203,19 @@ static enum outcome admitted(Hot *hot, const struct in_header *in, PyObject *nod
     uint64_t backing_id = number_of(inode, s_backing_id), opens = number_of(inode, s_opens);
     uint64_t writers = number_of(inode, s_writers) + is_writing(flags);
     PyObject *handle = PyErr_Occurred() ? NULL : new_handle(hot, inode, in->uid, flags, backing_id);
-    int failed = !handle || set_number(inode, s_opens, opens + 1) || set_number(inode, s_writers, writers)
-                 || touch(hot, inode, ino, in->pid);
-    if (!failed && PyDict_Contains(hot->idle_inodes, ino) == 1)
-        failed = PyODict_DelItem(hot->idle_inodes, ino);
+    PyObject *more = PyLong_FromUnsignedLongLong(opens + 1), *writing = PyLong_FromUnsignedLongLong(writers);
+    int failed = !handle || !more || !writing || touch(hot, inode, ino, in->pid);
     if (!failed) {
         *out = (struct open_out){0, OPEN_PASSTHROUGH | OPEN_NOFLUSH, backing_id};
         out->fh = noted_file(hot, in, in->nodeid, node, handle, flags, backing_id);
         failed = !out->fh;
     }
+    if (!failed) /* what follows needs no memory */
+        failed = put_of(inode, s_opens, more) || put_of(inode, s_writers, writing)
+                 || (PyDict_Contains(hot->idle_inodes, ino) == 1 && PyODict_DelItem(hot->idle_inodes, ino));
     Py_XDECREF(handle);
+    Py_XDECREF(more);
+    Py_XDECREF(writing);
     return failed ? FAILED : FOUND;
 }
 
@@ -279,20 +298,24 @@ static int may_write(Hot *hot, PyObject *ino, uint32_t flags)
     return !PySet_Contains(hot->seals, ino);
 }
 
+void undone(Hot *hot, PyObject *inode, PyObject *ino)
+{
+    PyObject *type, *error, *trace;
+    PyErr_Fetch(&type, &error, &trace);
+    if (let_go(hot, inode, ino))
+        PyErr_Clear(); /* what had come before is the request's error */
+    PyErr_Restore(type, error, trace);
+}
+
 /* An inode with its handle. `is_new`: it was entered for this. */
 static enum outcome opened(Hot *hot, const struct in_header *in, PyObject *node, PyObject *ino, PyObject *inode,
                            uint32_t flags, int is_new, struct open_out *out)
 {
     enum outcome outcome = begun_to_write(hot, node, in->nodeid, inode, ino, flags, is_new);
     if (outcome == FOUND)
-        return admitted(hot, in, node, ino, inode, flags, out);
-    if (is_new) {
-        PyObject *type, *error, *trace;
-        PyErr_Fetch(&type, &error, &trace);
-        if (let_go(hot, inode, ino))
-            PyErr_Clear(); /* what had come before is the request's error */
-        PyErr_Restore(type, error, trace);
-    }
+        outcome = admitted(hot, in, node, ino, inode, flags, out);
+    if (outcome != FOUND && is_new)
+        undone(hot, inode, ino);
     return outcome;
 }
 

@@ -17,8 +17,7 @@ double monotonic(void)
     return t.tv_sec + t.tv_nsec * 1e-9;
 }
 
-/* states.backing.close. 0, or -1 with an exception. */
-static int backing_closed(Hot *hot, PyObject *backing, PyObject *number)
+int backing_closed(Hot *hot, PyObject *backing, PyObject *number)
 {
     uint32_t id = (uint32_t)PyLong_AsUnsignedLong(number);
     if ((PyObject *)Py_TYPE(backing) == hot->kernel_backing && !ioctl(hot->fd, BACKING_CLOSE, &id))
