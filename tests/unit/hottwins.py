@@ -15,7 +15,7 @@ from tierfs.marks import Mark, MarkReader
 from tierfs.vfs import ROOT
 
 INODE_FIELDS = (
-    "backing_id", "gone", "marked", "name", "opens", "passthrough", "set_id", "size", "slot", "writers",
+    "backing_id", "gone", "marked", "name", "opens", "passthrough", "size", "slot", "writers",
 )  # fmt: skip
 HANDLE_FIELDS = ("backing_id", "flags", "uid", "writable")
 USED = 12  # slots that are compared
@@ -104,6 +104,7 @@ class Twin(Side):
         return {"ino": Ino(inode.ino), "parent": Ino(inode.parent), "opath": inode.opath >= 0,
                 "handle": bool(inode.handle), "guard": inode.guard is not None,
                 "content": inode.content is not None, "shown": inode.shown is not None,
+                "set_id": bool(inode.set_id),  # it is a time
                 **{name: getattr(inode, name) for name in INODE_FIELDS}}  # fmt: skip
 
     def nodes(self):
