@@ -29,7 +29,8 @@ MOST_AHEAD = 128 << 20  # sixteen ranges of 8 MiB, or twice the four of 16 MiB t
 AHEAD_SECONDS = 10.0  # at most, as fast as it went last: on a slow link the next bytes must not wait for all
 LARGE_READ = 128 << 10  # programs that read whole files ask for at least so much at once
 SLACK = 1 << 20  # the kernel's own read-ahead arrives a little out of order
-FAILED_SECONDS = 0.5  # so long the next read of what has failed fails at once: see Content.failed
+FAILED_SECONDS = 0.5  # so long the next read of what was waited for in vain fails at once: see Content.failed
+LONG_SECONDS = 1.0  # is a wait
 NEXT = 4 << 20  # bytes: of what is read ahead so much is on its way at once, whatever the size of the ranges
 
 
@@ -54,6 +55,7 @@ class Waiting(NamedTuple):
     end: int
     wait: Wait
     passable: bool
+    since: float  # seconds of CLOCK_MONOTONIC
 
 
 class Failure(NamedTuple):
@@ -115,7 +117,9 @@ class Content:
         self.waits = [each for each in self.waits if each not in hit]
         self.failed = [failure for failure in self.failed if failure.until > now]
         if error != errno.ECANCELED and not self.small:  # a small file comes in OPEN, which is asked for once
-            self.failed += [Failure(each.start, each.end, error, reason, now + FAILED_SECONDS) for each in hit]
+            until = now + FAILED_SECONDS
+            long = [each for each in hit if each.since <= now - LONG_SECONDS]
+            self.failed += [Failure(each.start, each.end, error, reason, until) for each in long]
         for each in hit:
             each.wait.fire(error, reason)
 
@@ -250,7 +254,7 @@ class Inflow:
         if failure is not None:
             raise OSError(failure.errno, failure.reason)
         wait = self._timed_wait(content)
-        content.waits.append(Waiting(*gap, wait, passable))
+        content.waits.append(Waiting(*gap, wait, passable, time.monotonic()))
         coming = [f for f in content.flights if _brings(f, *gap, passable) and not (f.ahead or f.ordered)]
         asked = any(flight.pid in (0, content.opener or 0) for flight in coming)
         if not asked and not (passable and content.comes_next(*gap)):
@@ -427,7 +431,7 @@ class Inflow:
             if content.settled.wanted and not content.whole_asked:
                 self._ask(ino, 0, content.size, whole=True, ahead=False)
                 content.whole_asked = True
-            for start, end, _, passable in content.waits:
+            for start, end, _, passable, _ in content.waits:
                 if not any(_brings(f, start, end, passable) for f in content.flights):
                     self._ask(ino, start, end, whole=content.small, ahead=False, passable=passable)
 

@@ -88,7 +88,9 @@ def test_a_failed_flight_fails_only_those_who_wait_for_its_range():
 def test_what_has_just_failed_is_not_waited_for_once_more(monkeypatch, late):
     """The kernel has read ahead; now it asks for the one page that its caller waits for."""
     peer, inflow, _ = start()
+    now = time.monotonic()
     wait = blocked(inflow.need, 5, 0, 2 * LEAF)
+    monkeypatch.setattr(time, "monotonic", lambda: now + 60)
     (fetch,) = peer.take(wire.Fetch)
     if late:
         inflow.expire(wait.deadline)
@@ -100,17 +102,23 @@ def test_what_has_just_failed_is_not_waited_for_once_more(monkeypatch, late):
         inflow.need(5, LEAF, LEAF + 100)
     assert caught.value.errno == errno.EIO and not peer.sent
     blocked(inflow.need, 5, LEAF, 3 * LEAF)  # of this not all has been asked for
-    now = time.monotonic()
-    monkeypatch.setattr(time, "monotonic", lambda: now + FAILED_SECONDS)
+    monkeypatch.setattr(time, "monotonic", lambda: now + 60 + FAILED_SECONDS)
     blocked(inflow.need, 5, LEAF, LEAF + 100)
 
 
-@pytest.mark.parametrize("size", [16 * MIB, MIB])
-def test_what_was_cancelled_or_comes_in_open_is_waited_for_again(size):
-    peer, inflow, content = start(size)
+@pytest.mark.parametrize(
+    ("size", "error", "seconds"),
+    [(16 * MIB, errno.ECANCELED, 60), (MIB, errno.EIO, 60), (16 * MIB, errno.EIO, 0)],
+)
+def test_what_was_cancelled_comes_in_open_or_has_failed_at_once_is_asked_for_again(
+    monkeypatch, size, error, seconds
+):
+    peer, inflow, _ = start(size)
+    now = time.monotonic()
     blocked(inflow.need, 5, 0, 100)
+    monkeypatch.setattr(time, "monotonic", lambda: now + seconds)
     (fetch,) = peer.take(wire.Fetch)
-    inflow.ended(wire.FetchEnd(fetch.id, 5, errno.EIO if content.small else errno.ECANCELED, "x"))
+    inflow.ended(wire.FetchEnd(fetch.id, 5, error, "x"))
     blocked(inflow.need, 5, 0, 100)
 
 
