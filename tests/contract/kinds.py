@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
+from pathlib import Path
+
 import pytest
 
+
+def _at_hand(program: str) -> bool:
+    return bool(shutil.which(program)) or (Path(sys.executable).parent / program).exists()
+
+
+# Besides those that everybody tries: each where it is there.
+_OTHERS = {
+    "seaweedfs": _at_hand("weed"),
+    "minio": _at_hand("minio"),
+    "named": bool(os.environ.get("TIERFS_TEST_S3")),
+}
 S3_KINDS = [
     pytest.param("rclone", marks=pytest.mark.s3),
     pytest.param("moto", marks=pytest.mark.s3),
     pytest.param("versitygw", marks=pytest.mark.s3),
     pytest.param("rgw", marks=[pytest.mark.s3, pytest.mark.rgw]),
-    pytest.param("seaweedfs", marks=pytest.mark.s3),
-    pytest.param("minio", marks=pytest.mark.s3),
-    pytest.param("named", marks=pytest.mark.s3),
+    *(pytest.param(kind, marks=pytest.mark.s3) for kind, there in _OTHERS.items() if there),
 ]
 KINDS = ["memory", "directory", "wrapped", *S3_KINDS]
