@@ -116,7 +116,7 @@ def test_of_two_files_that_say_to_be_one_the_first_is_known(tmp_path, monkeypatc
         for planted in kept:
             keeper.keep(planted)
         keeper.close()
-        assert [record.name for record in index.records()] == [b"a", b"c"]
+        assert {record.name for record in index.records()} == {b"a", b"c"}
         assert [name for _, _, name, _ in keeper._pins] == [b"a"]
     finally:
         index.close()
