@@ -129,6 +129,17 @@ def rclone_s3(area: Scratch) -> Iterator[s3servers.Server]:
         yield server
 
 
+@pytest.fixture(scope="session")
+def quick_s3(area: Scratch) -> Iterator[s3servers.Server]:
+    """For thousands of files: rclone, where each copy is read back, takes minutes."""
+    with contextlib.ExitStack() as stack:
+        try:
+            server = stack.enter_context(s3servers.SERVERS["versitygw"](area.path / "s3-versitygw"))
+        except s3servers.Unavailable:
+            server = stack.enter_context(_server(area, "rclone"))
+        yield server
+
+
 @contextlib.contextmanager
 def _server(area: Scratch, name: str) -> Iterator[s3servers.Server]:
     try:

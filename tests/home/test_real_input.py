@@ -51,7 +51,7 @@ def home(request: pytest.FixtureRequest, volume: Make) -> Iterator[Volume]:
     if request.param == "directory":
         yield volume(limit=400)
     else:
-        server: s3servers.Server = request.getfixturevalue("rclone_s3")
+        server: s3servers.Server = request.getfixturevalue("quick_s3")
         yield volume(store=server.url_for("home"), env=server.env, limit=400)
 
 
