@@ -1,4 +1,7 @@
-"""Stores for the contract tests: one of each kind for the whole run; each test keeps to a prefix of its own."""
+"""Stores for the contract tests: one of each kind for a file of them; each test keeps to a prefix of its own.
+
+Not for the whole run: a Ceph cluster that nobody asks for takes some of a processor from all that comes later.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +27,9 @@ from tierfs.store.urls import open_store
 _numbers = itertools.count(1)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], s3servers.Server]]:
-    """`s3_server(name)` starts a server once a run; skips with the reason where it cannot be had."""
+    """`s3_server(name)` starts a server once; skips with the reason where it cannot be had."""
     running: dict[str, s3servers.Server | str] = {}
     with contextlib.ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
         for name, value in s3servers.credentials().items():
@@ -47,9 +50,9 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[st
         yield server
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def stores(s3_server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], ObjectStore]]:
-    """`stores(kind)`: the run's store of that kind, opened as the mover opens it."""
+    """`stores(kind)`: the store of that kind, opened as the mover opens it."""
     opened: dict[str, ObjectStore] = {}
 
     def make(kind: str) -> ObjectStore:

@@ -336,7 +336,7 @@ def try_out(volume: Callable[..., Volume], base: Path, examples: int, steps: int
 
 
 def test_any_order_of_work_and_mishaps(volume: Callable[..., Volume], tmp_path: Path) -> None:
-    try_out(volume, tmp_path, 6, 30, derandomize=True, database=None)
+    try_out(volume, tmp_path, 4, 30, derandomize=True, database=None)
 
 
 @pytest.mark.soak

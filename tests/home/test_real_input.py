@@ -143,6 +143,7 @@ def same_as_twin(twin: dict[str, Entry], after: dict[str, Entry]) -> None:
             assert after[name]._replace(times=(), inode=0) == entry._replace(times=(), inode=0), name
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(300)
 def test_the_workload_is_repeatable(
     area: Scratch, twin: Path, twin_survey: dict[str, Entry], archive: Path

@@ -139,7 +139,7 @@ def storm(mounted: Volume, seconds: float, seed: int) -> None:
 def test_nothing_is_lost_in_a_short_storm(volume: Callable[..., Volume]) -> None:
     mounted = volume()
     mounted.configure(quiet="0s", min_age="0s")
-    storm(mounted, 12, 1)
+    storm(mounted, 8, 1)
     mounted.remount()
     assert mounted.cli("check", "--read-data", mounted.mountpoint).returncode == 0
 
