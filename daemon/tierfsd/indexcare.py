@@ -166,8 +166,8 @@ class IndexCare:
     def _lose_heat(self, reason: str) -> None:
         log.warning("%s: heat is lost and begins anew", reason)
         path = self._home.path("heat")
-        shutil.rmtree(path)
-        os.mkdir(path, 0o700)
+        shutil.rmtree(path, ignore_errors=True)  # killed here before, none is there
+        os.makedirs(path, 0o700, exist_ok=True)
 
     def _remove_mark(self) -> None:
         with contextlib.suppress(FileNotFoundError):

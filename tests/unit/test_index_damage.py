@@ -57,6 +57,20 @@ def with_records(home):
     damaging.make(Path(home.path("index")))
 
 
+@pytest.mark.parametrize("left", ["all", "nothing"])
+def test_the_heat_of_a_tree_that_was_moved_is_made_anew_also_after_a_kill_in_between(home, left):
+    IndexCare(home).begin_session()
+    heat, tree = home.path("heat"), home.path("tree")
+    os.makedirs(heat, exist_ok=True)
+    Path(heat, "data.mdb").write_bytes(b"of other inodes")
+    os.rename(tree, tree + "-before")
+    os.mkdir(tree)
+    if left == "nothing":  # killed when it was removed, before it was made again
+        shutil.rmtree(heat)
+    assert begin(home) == 0
+    assert os.listdir(heat) == []
+
+
 def begin(home):
     """A session; how many files the index knows then."""
     IndexCare(home).begin_session()
