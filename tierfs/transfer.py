@@ -48,6 +48,7 @@ def flow(
     """Submit them, `most` at a time, and give back each when it has ended, in the order in which they do.
 
     Of a million items no more than those are there at once. `idle` is called where none ends for a look's time.
+    Where the items themselves fail, or nobody asks for more, those under way are waited for all the same.
     """
     ended: queue.SimpleQueue[tuple[T, Future[None]]] = queue.SimpleQueue()
 
@@ -62,14 +63,21 @@ def flow(
                 idle()
 
     under_way = 0
-    for item in items:
-        if under_way == most:
-            yield next_end()
+    try:
+        for item in items:
+            if under_way == most:
+                done = next_end()
+                under_way -= 1
+                yield done
+            begin(item)
+            under_way += 1
+        while under_way:
+            done = next_end()
             under_way -= 1
-        begin(item)
-        under_way += 1
-    for _ in range(under_way):
-        yield next_end()
+            yield done
+    finally:
+        for _ in range(under_way):
+            next_end()
 
 
 class Pool:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
-from tierfs.transfer import Pool, Urgency
+import pytest
+
+from tierfs.transfer import Pool, Urgency, flow
 
 
 class Jobs:
@@ -53,3 +56,28 @@ def test_a_pool_takes_another_size_at_work() -> None:
     for future in again.futures:
         assert future.result(20) is None
     pool.close()
+
+
+@pytest.mark.parametrize("who", ["items", "caller"])
+def test_what_is_under_way_is_waited_for_where_the_items_or_their_caller_fail(who):
+    """Otherwise it would tell of its progress after its order has been answered."""
+    ended = []
+
+    def work(item):
+        time.sleep(0.05)
+        ended.append(item)
+
+    def items():
+        yield from range(3)
+        if who == "items":
+            raise OSError("no more can be read")
+
+    with ThreadPoolExecutor(2) as pool:
+        flowing = flow(items(), lambda item: pool.submit(work, item), 2)
+        next(flowing)
+        if who == "caller":
+            flowing.close()
+        else:
+            with pytest.raises(OSError, match="no more"):
+                list(flowing)
+        assert sorted(ended) == ([0, 1] if who == "caller" else [0, 1, 2])
