@@ -197,7 +197,7 @@ class Snapshots:
                 raise
             log.debug("directory %d is not where it was: %s", directory.ino, error)
             if not is_gone(error) and error.errno not in (errno.ELOOP, errno.EACCES):
-                what = f"directory {quoted(path)} cannot be read: no new name in it is in the store"
+                what = f"directory {quoted(path)} cannot be read: what is in it is in earlier snapshots only"
                 self._kit.troubles.note(f"{what}: {error.strerror}", directory.ino)
             return -1
         if tree.handle_of(fd) == directory.handle:
