@@ -359,7 +359,13 @@ def keep_attributes(volume: Volume, namespace: str) -> Volume:
             f"{volume.state}: {_OTHERWISE[known]}: demoted files would be taken for files of zeros"
         )
     identity = replace(volume.identity, attributes=namespace)
-    write_json(volume.path("volume.json"), asdict(identity), in_place=True)
+    try:
+        write_json(volume.path("volume.json"), asdict(identity))
+    except OSError as exc:
+        # Not over the former one, of which a power cut might leave half: the next mount will note it.
+        if exc.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        return volume
     return Volume(volume.state, identity)
 
 

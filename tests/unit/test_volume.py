@@ -260,6 +260,24 @@ def test_stubs_that_this_process_would_not_see_are_refused(state):
     assert volume.load(state).identity == kept.identity
 
 
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+def test_on_a_full_disk_the_namespace_of_attributes_is_noted_later(state, monkeypatch, error):
+    made, before = complete(volume.create(state), MemoryStore()), Path(state, "volume.json").read_bytes()
+
+    def refuse(*given):
+        raise OSError(error, os.strerror(error))
+
+    with monkeypatch.context() as full:
+        full.setattr(volume, "_write", refuse)
+        if error == errno.EIO:
+            with pytest.raises(OSError, match="Input/output"):
+                volume.keep_attributes(made, "user")
+        else:
+            assert volume.keep_attributes(made, "user") == made
+    assert Path(state, "volume.json").read_bytes() == before
+    assert volume.keep_attributes(made, "user").identity.attributes == "user"
+
+
 def test_the_lock_is_held_once_and_names_the_user(state):
     first = volume.lock(state)
     volume.write_runtime(state, {"mountpoint": "/home/ann"})
