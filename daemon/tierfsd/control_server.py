@@ -91,9 +91,13 @@ class ControlServer:
     """Serves a listening socket until `close`."""
 
     def __init__(
-        self, listener: socket.socket, rootfd: int, backend: Backend, hurry: Callable[[], None] = lambda: None
+        self,
+        listener: socket.socket,
+        rootfd: int,
+        backend: Backend,
+        hurry: Callable[[bool], None] = lambda ordered: None,
     ) -> None:
-        """`hurry` is called with each request: a person waits."""
+        """`hurry` is called with each request, and whether it is an order: a person waits."""
         self._listener = listener
         self._hurry = hurry
         self._reach = Reach(rootfd, backend.handle_of)
@@ -148,7 +152,7 @@ class ControlServer:
                 peer = peer_of(sock)
                 while (request := control.receive_request(sock)) is not None:
                     with self._counted(request):
-                        self._hurry()
+                        self._hurry(isinstance(request, _ORDERS))
                         self._answer(sock, peer, request)
         except UsageError as exc:
             log.warning("a client sent nonsense: %s", exc)

@@ -1,9 +1,9 @@
 """How much of a busy processor the mover takes: next to nothing, but for what somebody waits for.
 
 Who reads a stub, or asks how things are, is answered with a usual share for as long as that takes. What is
-ordered has one until it has used so much of a processor as is not felt, then a small one: enough to get on
-beside a build. And a mover that begins or ends is always waited for, perhaps by an order or an unmount, which
-has no way to tell it so.
+ordered has one until it has used so much of a processor as a small order takes, and nobody feels; then a small
+one: enough to get on beside a build. And a mover that begins or ends is always waited for, perhaps by an order
+or an unmount, which has no way to tell it so.
 
 `nice` counts within a scheduling group only, and with autogroups (sched(7)) every session is a group: beside a
 program in another session a mover of nice 19 would get half of a processor. So it has a session of its own
@@ -27,7 +27,9 @@ log = logging.getLogger("mover")
 
 _GROUP = "/proc/self/autogroup"
 _LOW, _ORDERED, _USUAL = 19, 10, 0
-_CALM_SECONDS = 1.0  # after the last who waited; the kernel takes a change ten times a second at most
+_CALM_SECONDS = 1.0  # after the last who waited
+_LOOKS = 8  # in that time; the kernel takes a change ten times a second at most
+_FIRST_SHARE = 0.1  # of that time, on a processor
 
 
 def hurry_on(pid: int) -> None:
@@ -77,10 +79,11 @@ class Priority:
         if self._thread is not None:
             self._thread.join()
 
-    def hurry(self) -> None:
-        """Somebody waits for us: take a usual share, for a moment at least."""
+    def hurry(self, ordered: bool = False) -> None:
+        """Somebody waits for us: take a usual share, for a moment; for an order, until it has used it."""
         with self._lock:
-            self._until = time.monotonic() + self._calm_seconds
+            if not ordered:
+                self._until = time.monotonic() + self._calm_seconds
             self._used = time.process_time()
             if self._nice != _USUAL:
                 self._become(_USUAL)
@@ -89,7 +92,7 @@ class Priority:
     def _calm_down(self, waiting: Callable[[], bool], ordered: Callable[[], bool]) -> None:
         while True:
             self._asked.wait()
-            if self._stopping.wait(self._calm_seconds):
+            if self._stopping.wait(self._calm_seconds / _LOOKS):
                 return
             try:
                 self._look(waiting, ordered)
@@ -102,7 +105,7 @@ class Priority:
                 self._become(_USUAL)
             elif ordered():
                 used = time.process_time() - self._used
-                self._become(_USUAL if used < self._calm_seconds else _ORDERED)
+                self._become(_USUAL if used < _FIRST_SHARE * self._calm_seconds else _ORDERED)
             elif self._become(_LOW):
                 self._asked.clear()
 

@@ -89,6 +89,26 @@ def test_what_is_ordered_on_a_busy_machine_is_not_slowed_before_it_has_used_a_pr
         priority.stop()
 
 
+def test_an_order_has_the_usual_share_no_longer_than_a_small_one_needs(tmp_path, monkeypatch):
+    group, used = tmp_path / "autogroup", [0.0]
+    group.write_text("0")
+    monkeypatch.setattr(time, "process_time", lambda: used[0])
+    monkeypatch.setattr("tierfsd.priority._LOOKS", 20_000)
+    priority = Priority(str(group), 1000.0)  # a question would have it for as long
+    priority.start(lambda: False, lambda: True)
+    try:
+        priority._until = 0.0  # it has begun long ago
+        used[0] = 1000.0
+        eventually(lambda: group.read_text() == "10")
+        priority.hurry(ordered=True)
+        time.sleep(0.3)  # several looks
+        assert group.read_text() == "0"
+        used[0] += 101.0
+        eventually(lambda: group.read_text() == "10")
+    finally:
+        priority.stop()
+
+
 def test_where_there_are_no_groups_it_does_without(tmp_path):
     priority = Priority(str(tmp_path / "absent" / "autogroup"))
     priority.start(lambda: False)
