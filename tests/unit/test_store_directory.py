@@ -8,10 +8,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tierfs.errors import (
     BucketMissingError,
@@ -42,6 +45,32 @@ def test_an_object_is_a_plain_private_file(store: DirectoryStore, root: Path) ->
     assert path.read_bytes() == b"content"
     assert path.stat().st_mode & 0o777 == 0o600
     assert path.parent.stat().st_mode & 0o777 == root.stat().st_mode & 0o777 == 0o700
+
+
+_BLOCK = 64 << 10
+
+
+@given(st.lists(st.tuples(st.sampled_from([b"\0", b"\1", b"\0\1"]), st.integers(0, 3 * _BLOCK)), max_size=6))
+def test_zeros_of_any_length_are_read_as_they_were_written(runs: list[tuple[bytes, int]]) -> None:
+    pieces = [(what * length)[:length] for what, length in runs]
+    content = b"".join(pieces)
+    with tempfile.TemporaryDirectory() as place:
+        store = DirectoryStore(f"{place}/root", create=True)
+        store.put("data/one", iter(pieces), len(content))
+        store.put("data/other", content, len(content))
+        assert store.get("data/one") == store.get("data/other") == content
+        assert store.head("data/one").size == len(content)
+        store.close()
+
+
+def test_a_disk_image_takes_no_more_room_than_its_content(store: DirectoryStore, root: Path) -> None:
+    data, hole = os.urandom(_BLOCK), bytes(8 << 20)
+    pieces = [hole, data + hole[_BLOCK:], hole, hole[_BLOCK:] + data, hole]
+    store.put("data/image", iter(pieces), 40 << 20)
+    found = (root / "data/image").stat()
+    assert found.st_size == 40 << 20
+    assert found.st_blocks * 512 <= 4 * _BLOCK
+    assert store.get("data/image") == b"".join(pieces)
 
 
 @pytest.mark.parametrize("call", ["fsync", "rename"])

@@ -2,7 +2,8 @@
 
 An object is written as `.tmp/<random>`, synced, renamed to its place, and the directories that changed are
 synced: after a crash it is there whole or not at all. What a crash leaves in `.tmp` is removed by an opening of
-the store a day later or more. `.lock` makes conditional writes atomic between processes.
+the store a day later or more. `.lock` makes conditional writes atomic between processes. Long runs of zeros are
+holes: a disk image takes no more room here than where it came from.
 
 The root is never made again once it is gone: an unmounted NAS leaves an empty directory, and copies written
 into that would be on the wrong disk. Every call compares the root with the one first opened.
@@ -39,6 +40,7 @@ _STALE = 24 * 3600  # seconds
 _PIECE = 2 * 1024 * 1024
 _CACHED = 1024 * 1024  # for who works on a piece: it is in the processor's cache then
 _READ_AT_ONCE = 256 * 1024 * 1024
+_ZEROS = bytes(64 * 1024)  # as long a run is not written
 # A link or a pipe that somebody put there is no object, and opening it may not hang.
 _OBJECT = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
@@ -70,7 +72,7 @@ class DirectoryStore(ObjectStore):
                 with DiskErrors(self._path, key):
                     _write_all(fd, piece)
             with DiskErrors(self._path, key):
-                found = _settle(fd)
+                found = _settle(fd, size)
                 self._publish(root, temporary, key)
         except BaseException:
             with contextlib.suppress(OSError):
@@ -294,13 +296,32 @@ def _new_file(root: int, temporary: str) -> int:
 
 
 def _write_all(fd: int, piece: bytes) -> None:
-    rest = memoryview(piece)
-    while rest:
-        rest = rest[os.write(fd, rest) :]
+    """Write what is not zeros, and go on behind those that are."""
+    for start, end, zeros in _runs(piece):
+        rest = memoryview(piece)[start:end]
+        if zeros:
+            os.lseek(fd, len(rest), os.SEEK_CUR)
+        while rest and not zeros:
+            rest = rest[os.write(fd, rest) :]
 
 
-def _settle(fd: int) -> os.stat_result:
+def _runs(piece: bytes) -> Iterator[tuple[int, int, bool]]:
+    """(start, end, whether it is zeros) of what to write and what to leave out, of whole blocks each. What is
+    looked at are the bytes: what filesystems say of holes has been wrong before."""
+    start, before = 0, False
+    for at in range(0, len(piece), len(_ZEROS)):
+        zeros = not piece[at] and piece[at : at + len(_ZEROS)] == _ZEROS
+        if zeros != before and at > start:
+            yield start, at, before
+            start = at
+        before = zeros
+    if piece:
+        yield start, len(piece), before
+
+
+def _settle(fd: int, size: int) -> os.stat_result:
     """Sync a finished file and forget its pages: who verifies it shall read the disk, and it is cold anyway."""
+    os.ftruncate(fd, size)  # it may end in a hole
     os.fsync(fd)
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
     return os.fstat(fd)
