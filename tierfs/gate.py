@@ -9,7 +9,8 @@ and writes the backing file itself, or CACHED, where requests come here. A stub 
                           +----large--> CACHED; reads fetch leaves, the first write waits until it is resident
 
 Who perhaps only looks gets a small stub as a large one: backups open all files, with O_NOATIME, and then see
-that most have not changed and need not be read. A stub that is only looked at has not been used.
+that most have not changed and need not be read; lsattr and Samba open with O_NONBLOCK, for attributes. A stub
+that is only looked at has not been used.
 
 What the Gate opens is in the care of its parts: `states` (what is kept of an inode), `contents` (data),
 `marking` (the log of changes), `guarding` (what the mover may touch), `mover` (the link to it), `succession`
@@ -48,6 +49,7 @@ from tierfs.vigil import Vigil
 log = logging.getLogger("gate")
 
 HEAT_SECONDS = 5.0  # how often uses are reported to the mover
+_LOOKING = os.O_NOATIME | os.O_NONBLOCK  # on a regular file the latter means nothing else
 
 
 class Gate:
@@ -114,7 +116,7 @@ class Gate:
         writable = flags & os.O_ACCMODE != os.O_RDONLY
         if writable:
             self.need_room()
-        looks = not writable and (looks or bool(flags & os.O_NOATIME))
+        looks = not writable and (looks or bool(flags & _LOOKING))
         inode = self.states.enter(opath, st, parent, name)
         try:
             if flags & os.O_TRUNC and writable:

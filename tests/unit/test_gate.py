@@ -459,9 +459,10 @@ def test_a_small_stub_is_fetched_in_open_and_readers_need_not_wait_for_durabilit
     world.gate.release(writer)
 
 
-def test_who_only_looks_at_a_small_stub_fetches_nothing_and_has_not_used_it(world):
+@pytest.mark.parametrize("flag", [os.O_NOATIME, os.O_NONBLOCK])
+def test_who_only_looks_at_a_small_stub_fetches_nothing_and_has_not_used_it(world, flag):
     world.make_stub()
-    looker = world.open(os.O_RDONLY | os.O_NOATIME)
+    looker = world.open(os.O_RDONLY | flag)
     assert not looker.backing_id and not world.sent(wire.Fetch) and not world.gate.heat
     with pytest.raises(Blocked) as caught:
         world.gate.contents.read(looker, 4000, 10)
@@ -475,7 +476,7 @@ def test_who_only_looks_at_a_small_stub_fetches_nothing_and_has_not_used_it(worl
     reader = world.open()
     assert not reader.backing_id, "one I/O mode an inode"
     with pytest.raises(Blocked):
-        world.open(os.O_RDWR | os.O_NOATIME)
+        world.open(os.O_RDWR | flag)
     world.gate.release(reader)
     world.gate.release(looker)
 
