@@ -233,6 +233,14 @@ class Index(PastReader):
         raw = self._get("dirs", U64.pack(ino))
         return None if raw is None else whole(place, f"directory {ino}", raw)
 
+    def dirs(self) -> Iterator[tuple[int, int, bytes]]:
+        """(inode, parent, name) of each directory as it was last seen. Raises IndexError_."""
+        for key, raw in self._walk("dirs", b""):
+            ino = U64.unpack(key)[0]
+            found = whole(place, f"directory {ino}", raw)
+            if found is not None:
+                yield ino, *found
+
     def verify(self) -> pages.Walked:
         """Look at all pages as they are now, while others write on. Raises IndexDamagedError, OSError.
 

@@ -85,7 +85,7 @@ class Meta(msgspec.Struct):
 class Chain(msgspec.Struct, frozen=True):
     """How far the namespace journal has come: the chain's name; the last segment's epoch, sequence and digest;
     the bytes and objects written since the last whole snapshot; that one's size, and the `unclean` of its
-    beginning."""
+    beginning (-1: there is none, -2: something could not be read: the next session takes another)."""
 
     root: str
     epoch: int

@@ -23,12 +23,14 @@ from dataclasses import dataclass, field
 from tierfs import failpoints, manifest
 from tierfs.errors import BusyError, TierError
 from tierfs.index import Chain, Note, Writer
-from tierfs.kit import Kit
+from tierfs.kit import Kit, is_passing
 from tierfs.looking import is_settled, line
-from tierfs.places import Places
+from tierfs.places import Places, join
+from tierfs.spelling import quoted
 
 log = logging.getLogger("journal")
 
+PARTLY_READ = -2  # the `unclean` of a chain in which something that could not be read was told as remembered
 MOST_NOTES = 100_000  # then a snapshot is cheaper, and bounded
 _ROUNDS = 4
 _PATIENCE = 5  # flushes in which a directory may be nowhere to be found
@@ -43,6 +45,7 @@ class _Segment:
     done: dict[tuple[int, bytes], Note] = field(default_factory=dict)
     left: set[tuple[int, bytes]] = field(default_factory=set)  # for the next segment
     nowhere: set[int] = field(default_factory=set)  # directories whose place was not known at the last look
+    unread: bool = False  # something that could not be read is not told
 
 
 class Journal:
@@ -58,6 +61,7 @@ class Journal:
         self._lock = threading.Lock()
         self._nowhere: dict[int, int] = {}  # directory -> flushes in which its place was not known
         self._seen = 0, 0.0  # `noted_since` as last looked at, and seconds of CLOCK_MONOTONIC of the first look
+        self.damaged = False  # something could not be read
         self.lost_track = False  # notes were dropped or could not be followed: the tree is to be walked
 
     # --- how it stands ------------------------------------------------------------------------------------
@@ -123,7 +127,8 @@ class Journal:
             now = w.get_chain() or chain
             following = Chain(
                 chain.root, self.epoch, chain.sequence + 1, manifest.digest_of(data),
-                now.written + len(data), now.segments + 1, now.snapshot, now.unclean,
+                now.written + len(data), now.segments + 1, now.snapshot,
+                PARTLY_READ if segment.unread else now.unclean,
             )  # fmt: skip
             w.journalled(done, following, begun)
 
@@ -168,7 +173,7 @@ class Journal:
                     segment.nowhere.discard(directory)
                     if fd >= 0:
                         stack.callback(os.close, fd)
-                        ident = self._tell(segment, fd)
+                        ident = self._tell(segment, fd, directory)
                 if fd >= 0:
                     present = self._look_at_name(segment, fd, directory, ident, note.name, final)
                     if not present and final:
@@ -178,11 +183,25 @@ class Journal:
                     segment.nowhere.add(directory)
                     segment.left.add(key)
 
-    def _tell(self, segment: _Segment, fd: int) -> str:
+    def _tell(self, segment: _Segment, fd: int, ino: int) -> str:
         """A line of a directory itself; its id."""
-        told = line(self._kit, fd, os.fstat(fd), self._kit.tree.handle_of(fd))
-        segment.packer.add(told)
-        return told.id
+        handle = self._kit.tree.handle_of(fd)
+        try:
+            segment.packer.add(line(self._kit, fd, os.fstat(fd), handle))
+        except OSError as error:
+            self._pass_over(segment, ino, b"", error)
+        return manifest.inode_id(handle)
+
+    def _pass_over(self, segment: _Segment, directory: int, name: bytes, error: OSError) -> None:
+        """What cannot be read must not keep all else from the store: it stays there as it was told last, and a
+        snapshot tells what the index knows. Raises the error where it is so just now only."""
+        if is_passing(error):
+            raise error
+        segment.unread = self.damaged = True
+        place = self._places.directory(directory)
+        path = quoted(join(place.path, name)) if place is not None else f"{quoted(name)} in inode {directory}"
+        what = f"{path} cannot be read: the store knows it as it was last seen"
+        self._kit.troubles.note(f"{what}: {error.strerror}", directory)
 
     def _look_at_name(
         self, segment: _Segment, dirfd: int, directory: int, ident: str, name: bytes, final: bool
@@ -194,12 +213,17 @@ class Journal:
             if not final:
                 segment.packer.add(manifest.Gone(ident, manifest.text(name)))
             return False
+        except OSError as error:
+            self._pass_over(segment, directory, name, error)
+            return True
         try:
             st = os.fstat(fd)
             told = line(self._kit, fd, st, self._kit.tree.handle_of(fd), ident, name)
             segment.packer.add(told)
             if not is_settled(self._kit, told, st.st_ino):
                 segment.left.add((directory, name))
+        except OSError as error:
+            self._pass_over(segment, directory, name, error)
         finally:
             os.close(fd)
         return True
@@ -207,7 +231,7 @@ class Journal:
     def _look_at_inode(self, segment: _Segment, ino: int) -> None:
         tree = self._kit.tree
         if ino == tree.root_ino:
-            self._tell(segment, tree.rootfd)
+            self._tell(segment, tree.rootfd, ino)
             return
         record = self._kit.index.get(ino)
         if record is None:
@@ -224,6 +248,8 @@ class Journal:
             segment.packer.add(told)
             if not is_settled(self._kit, told, ino):
                 segment.left.add((ino, b""))
+        except OSError as error:
+            self._pass_over(segment, record.parent, record.name, error)
         finally:
             os.close(fd)
 

@@ -9,6 +9,8 @@ import os
 import stat
 from functools import partial
 
+import msgspec
+
 from tierfs import manifest
 from tierfs.errors import ForeignStubError
 from tierfs.index import Rescue, Writer
@@ -71,6 +73,20 @@ def _file(kit: Kit, fd: int, st: os.stat_result, handle: bytes, base: dict[str, 
         # Not yet in the index: dirty, and not known since when.
         return manifest.File(**base, size=st.st_size, blocks=st.st_blocks, since=st.st_mtime_ns or 1)  # type: ignore[arg-type]
     base["mtime"], base["ctime"] = _shown(record, st, moving)
+    base |= {**_known(kit, record), "size": st.st_size, "blocks": max(record.blocks, st.st_blocks)}
+    return manifest.File(**base)  # type: ignore[arg-type]
+
+
+def as_recorded(kit: Kit, record: Record, told: manifest.File) -> manifest.File:
+    """The line of a file that cannot be read just now, `told` as it was before, as the index knows it."""
+    known: dict[str, object] = {**_known(kit, record), "size": record.size, "blocks": record.blocks}
+    if record.copy is not None and not record.dirty:
+        known |= {"size": record.copy.size, "mtime": record.copy.mtime, "ctime": record.copy.ctime}
+    return msgspec.structs.replace(told, **known)
+
+
+def _known(kit: Kit, record: Record) -> dict[str, object]:
+    """What the index knows of a file's content."""
     copy, extents = None, None
     if record.copy is not None:
         copy = manifest.CopyLine.of(record.copy)
@@ -78,18 +94,15 @@ def _file(kit: Kit, fd: int, st: os.stat_result, handle: bytes, base: dict[str, 
         if leaves is not None and sum(end - start for start, end in leaves.extents) < record.copy.size:
             extents = leaves.extents if len(leaves.extents) <= manifest.MOST_EXTENTS else None
     rescue = kit.index.rescue(record.fid) if record.dirty else None
-    return manifest.File(
-        **base,  # type: ignore[arg-type]
-        size=st.st_size,
-        blocks=max(record.blocks, st.st_blocks),
-        fid=record.fid.hex(),
-        generation=record.generation,
-        copy=copy,
-        since=kit.index.dirty_since(st.st_ino) if record.dirty else 0,
-        extents=extents,
-        rescue=_rescue_line(rescue) if rescue is not None else None,
-        rescued=rescue.at if rescue is not None else 0,
-    )
+    return {
+        "fid": record.fid.hex(),
+        "generation": record.generation,
+        "copy": copy,
+        "since": kit.index.dirty_since(record.ino) if record.dirty else 0,
+        "extents": extents,
+        "rescue": _rescue_line(rescue) if rescue is not None else None,
+        "rescued": rescue.at if rescue is not None else 0,
+    }
 
 
 def _rescue_line(rescue: Rescue) -> manifest.CopyLine:

@@ -204,6 +204,11 @@ def inode_id(handle: bytes) -> str:
     return base64.urlsafe_b64encode(handle).decode().rstrip("=")
 
 
+def handle_of(ident: str) -> bytes:
+    """The kernel file handle behind `inode_id`. Raises ValueError."""
+    return base64.urlsafe_b64decode(ident + "=" * (-len(ident) % 4))
+
+
 # --- keys ------------------------------------------------------------------------------------------------
 
 

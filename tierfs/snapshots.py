@@ -22,10 +22,11 @@ import msgspec
 from tierfs import failpoints, manifest
 from tierfs.errors import ObjectArchivedError, ObjectCorruptError, ObjectMissingError
 from tierfs.index import Chain, Writer
-from tierfs.journal import Journal, new_chain
+from tierfs.journal import PARTLY_READ, Journal, new_chain
 from tierfs.kit import Kit, is_gone, is_passing
 from tierfs.looking import is_settled, line
 from tierfs.places import Places, join
+from tierfs.remembering import Gap, Remembered
 from tierfs.spelling import quoted
 
 log = logging.getLogger("journal")
@@ -39,9 +40,13 @@ _LIST = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class _Directory(NamedTuple):
+    """`cut`: what it is in cannot be read. An inode number of 0 is not known."""
+
     ino: int
     handle: bytes
     path: bytes
+    line: manifest.AnyInode
+    cut: bool = False
 
 
 class Snapshots:
@@ -53,6 +58,10 @@ class Snapshots:
         self._places = places
         self._stopping = stopping
         self._filling = False  # the one that is being taken gives the store what it lacks
+        self._new = False  # the index has written none yet: of many files it may not know that they have copies
+        self._made_do = False  # in the last one something could not be read: it is not taken again for that
+        self._unread = 0  # directories of which this walk could not read all
+        self._remembered = self._remember()
 
     @property
     def due(self) -> bool:
@@ -70,7 +79,9 @@ class Snapshots:
         """Without one the store does not know the tree, whatever segments say. Raises IndexError_."""
         noting, unclean = self._kit.index.noting()
         chain = self._kit.index.chain()
-        if chain is None or not noting or chain.unclean != unclean:
+        if chain is None or not noting:
+            return True
+        if chain.unclean != unclean and not (self._made_do and chain.unclean == PARTLY_READ):
             return True
         return self._filling or self._journal.lost_track or self._kit.snapshot_wanted.is_set()
 
@@ -101,8 +112,8 @@ class Snapshots:
         Raises StoreError, BusyError, IndexError_, OSError.
         """
         begun = time.monotonic()
-        self._filling = self.lacking
-        self._journal.lost_track = False
+        self._filling, self._new = self.lacking, self._kit.index.chain() is None
+        self._journal.lost_track = self._journal.damaged = False
         self._kit.snapshot_wanted.clear()
         base, unclean, beat = self._kit.index.commit(self._begin).result()
         failpoints.hit(failpoints.SNAPSHOT_BEGUN)
@@ -115,19 +126,25 @@ class Snapshots:
         # Whatever the walk saw of changes made meanwhile is whole with the segments up to here.
         self._journal.flush()
         parts.end(self._journal.chain().sequence)
+        partly = self._unread > 0 or self._journal.damaged
+        lent = self._remembered.lent
         failpoints.hit(failpoints.SNAPSHOT_PUT)
 
         def commit(w: Writer) -> bool:
             chain = w.get_chain()
             if chain is None or not w.meta.noting or chain.root != base.root:
                 return False  # notes were dropped meanwhile
+            ended = PARTLY_READ if partly else unclean  # then the next session looks again
             w.set_chain(
-                msgspec.structs.replace(chain, written=0, segments=0, snapshot=parts.size, unclean=unclean)
+                msgspec.structs.replace(chain, written=0, segments=0, snapshot=parts.size, unclean=ended)
             )
-            w.note_snapshot(beat)
+            if not partly and not lent:  # to what is remembered the index may not refer
+                w.note_snapshot(beat)
             return True
 
         kept = bool(self._kit.index.commit(commit).result())
+        self._made_do = partly
+        self._remembered = self._remember()
         self._filling = self._filling and not kept
         failpoints.hit(failpoints.SNAPSHOT_COMMITTED)
         seconds = time.monotonic() - begun
@@ -146,33 +163,103 @@ class Snapshots:
     # --- the walk -----------------------------------------------------------------------------------------
 
     def _walk(self) -> Iterator[manifest.AnyInode]:
-        """A line for every name in the tree; a directory's own comes before those in it."""
+        """A line for every name in the tree; a directory's own comes before those in it. What cannot be read is
+        told as it was told last, and as the index knows it."""
         tree = self._kit.tree
+        self._remembered, self._unread = self._remember(), 0
         root = tree.handle_of(tree.rootfd)
-        yield line(self._kit, tree.rootfd, os.fstat(tree.rootfd), root)
-        pending = [_Directory(tree.root_ino, root, b"")]
+        top = line(self._kit, tree.rootfd, os.fstat(tree.rootfd), root)
+        yield top
+        pending = [_Directory(tree.root_ino, root, b"", top)]
         while pending:
             here = pending.pop()
-            fd = self._open(here)
-            if fd < 0:
-                continue
-            try:
-                ident = manifest.inode_id(here.handle)
-                for text in os.listdir(fd):
-                    name = os.fsencode(text)
+            for told, ino, handle, cut in self._inside(here):
+                yield told
+                if isinstance(told, manifest.Directory):
+                    path = join(here.path, manifest.raw(told.name))
+                    pending.append(_Directory(ino, handle, path, told, cut))
+        for known, path in self._remembered.others():
+            yield self._look_again(known, path)[0]
+
+    def _inside(self, here: _Directory) -> Iterator[tuple[manifest.AnyInode, int, bytes, bool]]:
+        """(line, inode number, handle, whether it is only remembered) of each name in a directory."""
+        ident, told, missed = here.line.id, set[bytes](), set[bytes]()
+        fd, names, error = self._list(here)
+        listed = error is None
+        try:
+            for name in names:
+                try:
                     found = self._child(fd, ident, name)
-                    if found is not None:
-                        told, ino, handle = found
-                        yield told
-                        if isinstance(told, manifest.Directory):
-                            pending.append(_Directory(ino, handle, join(here.path, name)))
-            finally:
+                except OSError as unread:
+                    if is_passing(unread):
+                        raise
+                    missed.add(name)
+                    error = error or unread
+                    continue
+                if found is not None:
+                    told.add(name)
+                    line_of, ino, handle = found
+                    yield self._remembered.with_copy(line_of) if self._new else line_of, ino, handle, False
+        finally:
+            if fd >= 0:
                 os.close(fd)
+        if error is not None:
+            yield from self._not_read(here, Gap(here.line, told, missed if listed else None), error)
+
+    def _not_read(
+        self, here: _Directory, gap: Gap, error: OSError
+    ) -> Iterator[tuple[manifest.AnyInode, int, bytes, bool]]:
+        """The same, as it is remembered, of what could not be read in a directory."""
+        for name, known in self._remembered.children(gap.line.id):
+            if gap.lacks(name):
+                line_of, ino, handle = self._look_again(known, join(here.path, name))
+                yield line_of, ino or self._remembered.number_of(here.ino, name), handle, True
+                gap.told.add(name)
+        self._remembered.leave(here.ino, gap)
+        if here.cut or error.errno == errno.EACCES:
+            return  # what is above it has been named; or its owner wants it so
+        self._unread += 1
+        which = "" if gap.only is None else f"{len(gap.only)} names in "
+        what = f"{which}directory {quoted(here.path)} cannot be read: the store knows it as it was last seen"
+        self._kit.troubles.note(f"{what}: {error.strerror}", here.ino)
+
+    def _look_again(self, known: manifest.AnyInode, path: bytes) -> tuple[manifest.AnyInode, int, bytes]:
+        """A fresh line of what its directory does not lead to, where it can be opened all the same."""
+        tree, handle = self._kit.tree, manifest.handle_of(known.id)
+        try:
+            fd = tree.open_handle(handle, _LOOK) if tree.privileged else tree.open_at(path, handle, _LOOK)
+            told, ino, handle = self._tell(fd, known.dir, manifest.raw(known.name))
+            return self._remembered.with_copy(told), ino, handle
+        except OSError as error:
+            if is_passing(error):
+                raise
+            log.debug("%s is only remembered: %s", quoted(path), error)
+            return known, 0, handle
+
+    def _remember(self) -> Remembered:
+        return Remembered(self._kit, self._places, self._journal.volume)
+
+    def _list(self, here: _Directory) -> tuple[int, list[bytes], OSError | None]:
+        """A descriptor of a directory (-1: there is none), the names in it, and why these are not all."""
+        names: list[bytes] = []
+        fd = -1
+        try:
+            fd = self._open(here)
+            if fd >= 0:
+                with os.scandir(fd) as entries:
+                    names.extend(os.fsencode(entry.name) for entry in entries)
+        except OSError as error:
+            if is_passing(error):
+                if fd >= 0:
+                    os.close(fd)
+                raise
+            return fd, names, error
+        return fd, names, None
 
     def _open(self, directory: _Directory) -> int:
         """A descriptor of a directory, wherever it is by now; -1 where it is gone.
 
-        Raises OSError where it cannot be opened just now: a snapshot without what is in it would be believed.
+        Raises OSError where it cannot be opened: a snapshot without what is in it would be believed.
         """
         tree = self._kit.tree
         if tree.privileged:
@@ -186,34 +273,34 @@ class Snapshots:
         if fd < 0 and not tree.privileged:
             place = self._places.directory(directory.ino)
             fd = self._open_at(directory, place.path) if place is not None else -1
+        if fd < 0 and directory.cut:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))  # nobody can say that it is gone
         return fd
 
     def _open_at(self, directory: _Directory, path: bytes) -> int:
-        tree = self._kit.tree
         try:
-            fd = os.open(path or b".", _LIST, dir_fd=tree.rootfd)
+            return self._kit.tree.open_at(path, directory.handle, _LIST)
         except OSError as error:
-            if is_passing(error):
+            if not is_gone(error) and error.errno != errno.ELOOP:
                 raise
             log.debug("directory %d is not where it was: %s", directory.ino, error)
-            if not is_gone(error) and error.errno not in (errno.ELOOP, errno.EACCES):
-                what = f"directory {quoted(path)} cannot be read: what is in it is in earlier snapshots only"
-                self._kit.troubles.note(f"{what}: {error.strerror}", directory.ino)
             return -1
-        if tree.handle_of(fd) == directory.handle:
-            return fd
-        os.close(fd)
-        return -1
 
     def _child(self, dirfd: int, ident: str, name: bytes) -> tuple[manifest.AnyInode, int, bytes] | None:
         try:
             fd = os.open(name, _LOOK, dir_fd=dirfd)
         except FileNotFoundError:
             return None  # which has a note
+        st = os.fstat(fd)
+        if st.st_dev != self._kit.tree.device and stat.S_ISDIR(st.st_mode):
+            os.close(fd)
+            return None  # something is mounted there
+        return self._tell(fd, ident, name)
+
+    def _tell(self, fd: int, ident: str, name: bytes) -> tuple[manifest.AnyInode, int, bytes]:
+        """Line, inode number and handle of what this descriptor, which ends here, leads to."""
         try:
             st = os.fstat(fd)
-            if st.st_dev != self._kit.tree.device and stat.S_ISDIR(st.st_mode):
-                return None  # something is mounted there
             handle = self._kit.tree.handle_of(fd)
             told = line(self._kit, fd, st, handle, ident, name)
             if not is_settled(self._kit, told, st.st_ino):

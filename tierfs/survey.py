@@ -116,6 +116,8 @@ class Survey:
                         self._file(fd, parent, name, st, join(path, name))
                 except FileNotFoundError:
                     continue
+                except OSError as error:
+                    self._leave_out(join(path, name), error, "file ")
         finally:
             os.close(fd)
         return below
@@ -127,14 +129,14 @@ class Survey:
             self._leave_out(path, error)
             return []
 
-    def _leave_out(self, path: bytes, error: OSError) -> None:
-        """A directory that cannot be looked into. Raises the error where that is so just now only."""
+    def _leave_out(self, path: bytes, error: OSError, kind: str = "directory ") -> None:
+        """What cannot be looked into. Raises the error where that is so just now only."""
         if is_passing(error):
             raise error
-        log.debug("directory %s is left out: %s", quoted(path), error)
+        log.debug("%s%s is left out: %s", kind, quoted(path), error)
         if not is_gone(error) and error.errno not in (errno.ELOOP, errno.EACCES):
             self._unread += 1
-            what = f"directory {quoted(path)} cannot be read: nothing new in it is copied out"
+            what = f"{kind}{quoted(path)} cannot be read: nothing new in it is copied out"
             self._kit.troubles.note(f"{what}: {error.strerror}")
 
     def _file(self, dirfd: int, parent: int, name: bytes, st: os.stat_result, path: bytes) -> None:

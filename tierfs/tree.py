@@ -127,6 +127,15 @@ class Tree:
             raise PermissionError(errno.EPERM, "this filesystem opens nothing by handle")
         return syscalls.open_by_handle(self.rootfd, handle, flags)
 
+    def open_at(self, path: bytes, handle: bytes, flags: int) -> int:
+        """Open by its path beneath the root (b"": that) what has this file handle. Raises OSError: ESTALE where
+        something else is there."""
+        fd = os.open(path or b".", flags | os.O_CLOEXEC, dir_fd=self.rootfd)
+        if self.handle_of(fd) == handle:
+            return fd
+        os.close(fd)
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
     def reopen(self, fd: int, flags: int) -> int:
         """Another descriptor of the same inode. Raises OSError."""
         return os.open(fd_path(fd), flags | os.O_CLOEXEC)

@@ -82,6 +82,7 @@ PARTS_OF = {
         "readback",
         "journal",
         "looking",
+        "remembering",
         "snapshots",
     },
 }
