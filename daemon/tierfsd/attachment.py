@@ -69,11 +69,11 @@ class Attachment:
         self._devices = mounting.devices_of(self._volume)
         self._unmount_lazily()
 
-    def detach(self) -> None:
-        """Let go of the mount, whatever its state."""
+    def detach(self) -> bool:
+        """Let go of the mount, whatever its state. False where it was there no more: somebody unmounted it."""
         if self.fuse_fd >= 0:
             self._abort()
-        self._unmount_lazily()
+        was_there = self._unmount_lazily()
         if self.fuse_fd >= 0:
             os.close(self.fuse_fd)
             self.fuse_fd = -1
@@ -81,6 +81,7 @@ class Attachment:
             os.close(fd)
         self.kept.clear()
         self.ledger_fd = -1
+        return was_there
 
     def _abort(self) -> None:
         """End what waits for a server. Without the last descriptor the kernel would do so by itself, but a dead
@@ -93,9 +94,13 @@ class Attachment:
         except OSError as exc:
             log.error("the connection of the mount is not aborted: %s", exc)
 
-    def _unmount_lazily(self) -> None:
-        with contextlib.suppress(OSError):
+    def _unmount_lazily(self) -> bool:
+        """Of two who unmount at once one is told that there is nothing: asking the table first would not do."""
+        try:
             mounting.unmount(self.mountpoint, lazy=True)
+        except OSError:
+            return self.is_mounted()
+        return True
 
 
 @contextlib.contextmanager

@@ -81,6 +81,7 @@ class Supervisor:
         self._takeovers = 0
         self._mover_due = 0.0
         self._suspect = False  # the index is to be looked at
+        self._unmounted = False  # while it was about to be mounted anew
 
     # --- starting ----------------------------------------------------------------------------------------
 
@@ -206,7 +207,7 @@ class Supervisor:
             if self._events.take(signal.SIGHUP):
                 self._begin_to_reload()
             if self._events.take(signal.SIGUSR2) and not self._restart():
-                return 1
+                return self._given_up()
             if self._events.signals:
                 return self._stop()
             status = self._server.reap()
@@ -214,10 +215,10 @@ class Supervisor:
                 if status == 0 and not self._attachment.is_mounted():
                     return self._finish()
                 if not self._revive(status):
-                    return 1
+                    return self._given_up()
             self._look_after_mover()
             if not self._look_after_index():
-                return 1
+                return self._given_up()
 
     def _begin_to_reload(self) -> None:
         try:
@@ -317,11 +318,19 @@ class Supervisor:
             if self._take_over():
                 return True
         log.error("the mount server %s; mounting anew", _how(status))
-        return self._mount_anew()
+        return self._mount_anew(self._plan.binding.name == "fusepy" and status >= 0)
 
-    def _mount_anew(self) -> bool:
+    def _given_up(self) -> int:
+        return self._finish() if self._unmounted else 1
+
+    def _mount_anew(self, by_itself: bool = False) -> bool:
+        """False where it cannot be mounted, or somebody has unmounted it meanwhile: he shall not find it there
+        again. `by_itself`: the server may have done so when it ended, as libfuse does."""
         self._end_children()
-        self._detach()
+        if not self._detach() and not by_itself:
+            log.warning("it has been unmounted meanwhile, and is not mounted anew")
+            self._unmounted = True
+            return False
         if self._server.deaths > _SERVER_DEATHS:
             log.critical("the mount server keeps dying: giving up; see the lines above")
             return False
@@ -449,11 +458,12 @@ class Supervisor:
         self._server.kill()
         self._log.drain()
 
-    def _detach(self) -> None:
-        """Let go of the mount, whatever its state."""
+    def _detach(self) -> bool:
+        """Let go of the mount, whatever its state; False where it was there no more."""
         self._channel.drop()
-        self._attachment.detach()
+        was_there = self._attachment.detach()
         self._channel.lasting, self._takeovers = False, 0
+        return was_there
 
 
 def _how(status: int) -> str:

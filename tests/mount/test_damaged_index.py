@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import random
@@ -14,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from harness import Volume
+from harness import Volume, connection_of
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "unit"))
 import damaging
@@ -230,3 +231,38 @@ def test_any_damage_between_two_mounts(filled, seed: int) -> None:
     damaging.damage(file, damaging.page_kinds(file), seed)
     made.mount()
     sound(made, files)
+
+
+def test_who_unmounts_while_a_new_index_is_made_has_it_unmounted(filled) -> None:
+    """The server has met damage and still serves; the mover takes its time to end, and then the volume would be
+    mounted anew."""
+    made, _ = filled
+    made.mount()
+    mover = made.status()["pids"]["mover"]
+    os.kill(mover, signal.SIGSTOP)
+    file = made.state / "index" / "data.mdb"
+    with open(file, "r+b") as opened:
+        for number, kind in damaging.page_kinds(file).items():
+            if kind in ("leaf", "branch"):
+                opened.seek(number * damaging.PAGE + 10)
+                opened.write(b"\x77\x07")
+    try:
+        command = ["ls", "-lR", made.mountpoint]
+        subprocess.run(command, check=False, timeout=30, capture_output=True)
+        deadline = time.monotonic() + 30
+        while not (made.state / "index.suspect").exists():
+            assert time.monotonic() < deadline, made.log()
+            time.sleep(0.01)
+        argv = [*made.program, "umount", made.mountpoint]
+        with subprocess.Popen(argv, env=made.environment, stderr=subprocess.PIPE) as umount:
+            while connection_of(made.mountpoint) is not None:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            os.kill(mover, signal.SIGCONT)
+            _, said = umount.communicate(timeout=60)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(mover, signal.SIGCONT)
+    assert (umount.returncode, said) == (0, b"")
+    assert connection_of(made.mountpoint) is None and not made.pids(), made.log()
+    assert aside(made) and "it has been unmounted meanwhile" in made.log()

@@ -18,6 +18,9 @@ from tierfs.errors import TierError, UsageError, VolumeError
 
 _END_SECONDS = 120.0
 _LOOK_SECONDS = 1.0
+_ANEW_SECONDS = 60.0  # until a volume that is being mounted anew is there again, or has ended
+_NEXT_SECONDS = 0.02
+_ABSENT = ("not mounted", "no mount point", "not found in")  # as umount(8) and fusermount3 say it
 
 
 @click.command()
@@ -224,11 +227,7 @@ def unmount(mount: locate.Mount) -> str:
     refuse_others(mount, "unmount it")
     supervisor = _daemon_of(mount)
     try:
-        if os.geteuid() == 0:
-            command = ["umount", "-i", "--", mount.mountpoint]
-        else:
-            command = ["fusermount3", "-u", "--", mount.mountpoint]
-        _run(command, mount.mountpoint)
+        _take_away(mount, supervisor)
         elsewhere = any(other.volume == mount.volume for other in locate.read_mounts())
         if elsewhere or supervisor is None:
             return ""  # bound to another place too, or nobody is there to wait for
@@ -243,6 +242,27 @@ def unmount(mount: locate.Mount) -> str:
     finally:
         if supervisor is not None:
             os.close(supervisor)
+
+
+def _take_away(mount: locate.Mount, supervisor: int | None) -> None:
+    """Also one that is just being mounted anew: who asked for its end shall not find it there again."""
+    command = ["umount", "-i"] if os.geteuid() == 0 else ["fusermount3", "-u"]
+    deadline = time.monotonic() + _ANEW_SECONDS
+    while True:
+        try:
+            return _run([*command, "--", mount.mountpoint], mount.mountpoint)
+        except VolumeError as error:
+            is_absent = any(said in str(error) for said in _ABSENT)
+            if supervisor is None or not is_absent or time.monotonic() > deadline:
+                raise
+        while not _is_there(mount) and time.monotonic() < deadline:
+            if select.select([supervisor], [], [], _NEXT_SECONDS)[0]:
+                return None
+
+
+def _is_there(mount: locate.Mount) -> bool:
+    found = locate.mount_at(mount.mountpoint, locate.read_mounts())
+    return found is not None and found.volume == mount.volume
 
 
 def detach(mountpoint: str) -> None:
