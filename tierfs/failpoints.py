@@ -34,6 +34,9 @@ FILL_CLEARED = "fill-cleared"  # attribute gone durably, record not yet RESIDENT
 OPEN_LISTED = "open-listed"  # the index has the list of digests again, nothing is fetched
 OPEN_KEPT = "open-kept"  # somebody else's content is kept: attribute gone durably, the record still a stub's
 
+# Without privileges: a file that refuses its owner something has a mode that lets him, and a note of its own.
+LENT = "lent"
+
 # The namespace journal, in order. Whatever has not been committed as written is looked at and written again.
 SEGMENT_PUT = "segment-put"  # the segment is in the store, the index still has its notes
 SEGMENT_COMMITTED = "segment-committed"  # notes gone, the chain goes on from it

@@ -256,15 +256,8 @@ class Kit:
 
         Moves ctime where it had to. Raises OSError.
         """
-        mode = stat.S_IMODE(os.fstat(fd).st_mode)
-        if self.tree.privileged or mode & stat.S_IWUSR:
+        with self.tree.lending(fd, stat.S_IWUSR):
             yield
-            return
-        os.chmod(fd_path(fd), mode | stat.S_IWUSR)
-        try:
-            yield
-        finally:
-            os.chmod(fd_path(fd), mode)
 
 
 def is_passing(error: OSError) -> bool:

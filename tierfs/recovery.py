@@ -19,12 +19,14 @@ from tierfs import failpoints
 from tierfs.digests import leaf_digests, sha256
 from tierfs.errors import TierError
 from tierfs.index import Writer
-from tierfs.kit import WRITE_FLAGS, Kit, read_exactly
+from tierfs.kit import WRITE_FLAGS, Kit, is_gone, read_exactly
+from tierfs.lent import Note
 from tierfs.model import UNPROVEN, Copy, Record, Residency, Stub
 from tierfs.readback import Pace, Ref, doubt_copy, drop_copy, examine, presence
 from tierfs.spelling import quoted
 from tierfs.survey import fresh_record, put_instead, put_new
 from tierfs.tier import Tier
+from tierfs.tree import fd_path
 
 log = logging.getLogger("recovery")
 
@@ -41,7 +43,7 @@ def finish_pending(tier: Tier) -> int:
     Left are those that are open now: the fetch that their opening begins will end it.
     """
     position = tier.drain()
-    left = 0
+    left = take_back(tier)
     for ino in tier.kit.index.pending():
         if not tier.kit.claims.take(ino):
             left += 1
@@ -58,6 +60,48 @@ def finish_pending(tier: Tier) -> int:
         finally:
             tier.kit.claims.give(ino)
     return left
+
+
+def take_back(tier: Tier) -> int:
+    """Give files the modes back that they had before a process that was killed worked on them; how many are
+    left. One that is not found by what the index knows is gone only when the tree has been looked through."""
+    kit, left = tier.kit, 0
+    for note in kit.tree.lent.left():
+        try:
+            if not _took_back(tier, note) and not kit.index.surveyed:
+                left += 1
+                continue
+            kit.tree.lent.drop(note)
+        except OSError as error:
+            left += 1
+            kit.troubles.note(f"the mode of inode {note.ino} is not yet put back: {error.strerror}", note.ino)
+    return left
+
+
+def _took_back(tier: Tier, note: Note) -> bool:
+    """False where the file is not to be found."""
+    path = _path_of(tier, note.ino)
+    if path is None:
+        return False
+    try:
+        fd = os.open(path or b".", os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=tier.kit.tree.rootfd)
+    except OSError as error:
+        if is_gone(error):
+            return False
+        raise
+    try:
+        return tier.kit.tree.lent.take_back(note, fd, fd_path(fd))
+    finally:
+        os.close(fd)
+
+
+def _path_of(tier: Tier, ino: int) -> bytes | None:
+    """Where the index has a file or a directory with this number."""
+    record = tier.kit.index.get(ino)
+    above = tier.places.directory(ino if record is None else record.parent)
+    if above is None:
+        return None
+    return above.path if record is None else os.path.join(above.path, record.name)
 
 
 def _finish(tier: Tier, ino: int) -> None:

@@ -34,7 +34,7 @@ from tierfs.tree import open_tree
 REPORT = "restored.json"
 _IN_USE_SECONDS = 3 * ownership.ALIVE_SECONDS
 _BATCH = 20_000  # records in one commit
-_MADE = ("tree", "tree.new", "index", "heat", "marks")
+_MADE = ("tree", "tree.new", "tree.lent", "index", "heat", "marks")
 
 Progress = Callable[[str, int, int], None]
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from tierfs import syscalls
 from tierfs.errors import ForeignStubError
+from tierfs.lent import Lent
 from tierfs.model import Stub
 
 _ABSENT = frozenset({errno.ENODATA, errno.EOPNOTSUPP})
@@ -80,6 +81,7 @@ class Tree:
         self.namespace = "trusted" if self.privileged else "user"
         self.stub_name = f"{self.namespace}.tierfs"
         self.pin_name = f"{self.namespace}.tierfs_pin"
+        self.lent = Lent(f"{path}.lent", self.handle_of)
 
     def close(self) -> None:
         """Close the root."""
@@ -153,13 +155,15 @@ class Tree:
             raise ForeignStubError(f"inode {os.fstat(fd).st_ino}: {exc}") from exc
 
     @contextmanager
-    def _readable(self, fd: int) -> Iterator[None]:
-        mode = stat.S_IMODE(os.fstat(fd).st_mode)
-        os.chmod(fd_path(fd), mode | stat.S_IRUSR)
-        try:
+    def lending(self, fd: int, bits: int) -> Iterator[None]:
+        """Let an owner without privileges do what the file's mode refuses him. Moves ctime where it had to.
+
+        Raises OSError."""
+        if self.privileged or os.fstat(fd).st_mode & bits == bits:
             yield
-        finally:
-            os.chmod(fd_path(fd), mode)
+            return
+        with self.lent.lending(fd, fd_path(fd), bits):
+            yield
 
     def write_stub(self, fd: int, stub: Stub) -> None:
         """Set the stub attribute (not synced). Raises OSError."""
@@ -189,7 +193,7 @@ class Tree:
             return self._present(fd_path(fd), name)
         except PermissionError:
             # user.* asks for the right to read, which even the owner may lack.
-            with self._readable(fd):
+            with self.lent.lending(fd, fd_path(fd), stat.S_IRUSR):
                 return self._present(fd_path(fd), name)
 
     def _present(self, place: str | int, name: str) -> bytes | None:

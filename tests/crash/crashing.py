@@ -7,6 +7,7 @@ that loses nothing of the page cache.
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -16,8 +17,10 @@ from tiering import Volume
 
 from tierfs.recovery import finish_pending
 from tierfs.store.directory import DirectoryStore
+from tierfs.tree import Tree
 
 CHUNK = 64 * 1024
+UNPRIVILEGED = "TIERFS_TEST_UNPRIVILEGED"
 
 
 def open_volume(base: str) -> Volume:
@@ -26,6 +29,8 @@ def open_volume(base: str) -> Volume:
 
 def main() -> None:
     base, action, *names = sys.argv[1:]
+    if os.environ.get(UNPRIVILEGED):
+        Tree._is_privileged = lambda tree: False
     volume = open_volume(base)
     if action in ("demote", "replicate"):
         # A file of this very moment may be told to come again; the failpoints count files that go.

@@ -36,6 +36,7 @@ FAMILIES = [
 # Parts of a larger module that were split off share its place.
 PARTS_OF = {
     "index": {"index_writer", "past", "environment"},
+    "tree": {"lent"},
     "restoring": {"planting"},
     "ledger": {"intents"},
     "gate": {
