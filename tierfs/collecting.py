@@ -25,6 +25,8 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
+from operator import itemgetter
 
 from tierfs import failpoints
 from tierfs.digests import SIDE_SUFFIX
@@ -404,22 +406,31 @@ class Collector:
         return time.time() + max(0.0, keep - (past.believed - begun))
 
     def plan(self) -> Iterator[Candidate]:
-        """What will be removed and when, oldest first. Raises IndexError_, StoreError."""
-        index = self._kit.index
+        """What will be removed and when, oldest first. Raises IndexError_.
+
+        Of thousands that are of one beat its time is looked up once."""
+        index, config, known = self._kit.index, self._kit.config, self._unknown_to_snapshots
         for rows in _pages(lambda after: index.tombstones(_EVER, after, _BATCH), None):
-            for beat, key in rows:
-                version = index.version(key)
-                size, reason = None, "found in the store; nothing refers to it"
-                if version is not None:
-                    how = "deleted" if version.deleted else "superseded"
-                    size, reason = version.size, f"{how} version of {quoted(version.path)}"
-                if beat > self._unknown_to_snapshots:
-                    reason += ", perhaps still in a snapshot"
-                yield Candidate(key, size, reason, self._may_go(beat, self._kit.config.kept_seconds))
+            for beat, group in groupby(rows, key=itemgetter(0)):
+                may_go = self._may_go(beat, config.kept_seconds)
+                for _, key in group:
+                    size, reason = _described(index.version(key))
+                    if beat > known:
+                        reason += ", perhaps still in a snapshot"
+                    yield Candidate(key, size, reason, may_go)
         for rows in _pages(lambda after: index.orphans(_EVER, after, _BATCH), None):
-            for beat, key in rows:
-                may_go = self._may_go(beat, self._kit.config.grace)
-                yield Candidate(key, None, "upload that became no copy", may_go)
+            for beat, group in groupby(rows, key=itemgetter(0)):
+                may_go = self._may_go(beat, config.grace)
+                for _, key in group:
+                    yield Candidate(key, None, "upload that became no copy", may_go)
+
+
+def _described(version: Version | None) -> tuple[int | None, str]:
+    """Size and reason."""
+    if version is None:
+        return None, "found in the store; nothing refers to it"
+    how = "deleted" if version.deleted else "superseded"
+    return version.size, f"{how} version of {quoted(version.path)}"
 
 
 def _drop_twin(key: str, handle: bytes, w: Writer) -> None:

@@ -494,6 +494,20 @@ def test_the_plan_names_all_with_their_time(volume):
     assert abs(candidate.may_go - now - 10 * DAY) < 60
 
 
+def test_of_many_that_are_of_one_beat_the_plan_looks_once_for_its_time(volume, monkeypatch):
+    keys = [f"data/ab/{'ab' * 16}/{number:012x}-{'cd' * 8}" for number in range(1, 41)]
+    for few in (keys[:20], keys[20:]):
+        volume.index.commit(lambda w, few=few: [w.bury_found(key) for key in few]).result()
+        volume.index.commit(lambda w, key=few[0]: w.abandon(key)).result()
+        volume.index.commit(lambda w: w.beat(w.past.clock)).result()
+    asked, beats = [], volume.index.beats
+    monkeypatch.setattr(volume.index, "beats", lambda *of: asked.append(of) or beats(*of))
+    planned = list(volume.collector.plan())
+    assert [candidate.key for candidate in planned] == [*keys, keys[0], keys[20]]
+    assert len(asked) == 4, "two beats, once for what is kept and once for what was abandoned"
+    assert {candidate.may_go for candidate in planned[:20]} == {planned[0].may_go}
+
+
 def lock(volume, monkeypatch, is_locked):
     """The store refuses to remove these, alone or among others; what it was asked is in the list returned."""
     delete, asked = volume.store.delete, []
