@@ -15,6 +15,7 @@ from tierfs.digests import SIDE_SUFFIX
 from tierfs.errors import ForeignStubError, IndexDamagedError, IndexError_
 from tierfs.index import Writer
 from tierfs.inodes import InodeSet
+from tierfs.kit import is_gone, is_passing
 from tierfs.model import Record, object_key
 from tierfs.past import is_object
 from tierfs.places import join
@@ -28,6 +29,7 @@ from tierfsd.control_server import Job
 _READERS = 8  # small copies at once
 _MOST = 50_000  # findings in one answer
 _MOMENT = 0.5  # seconds
+_LIST = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +59,11 @@ def check(tier: Tier, repair: bool, reading: Reading | None, job: Job) -> contro
             break
         job.report(control.Progress(len(seen), max(len(seen), total), 0, 0, case.path))
         for each in CHECKS:
-            found = [_finding(one) for one in each(case)]
+            try:
+                found = [_finding(one) for one in each(case)]
+            except OSError as error:
+                findings.unread(case.path, error)
+                break
             findings.extend(found)
             if found and each is check_object:
                 bad.add(found[0].what.rpartition(" ")[2])
@@ -65,9 +71,11 @@ def check(tier: Tier, repair: bool, reading: Reading | None, job: Job) -> contro
             strange.add(case.stub.key)
     files = len(seen)
     if not job.cancelled.is_set():
-        findings.extend(_finding(found) for found in _gone(tier, repair, seen))
+        mend = repair and not findings.partial
+        if not findings.partial:  # else what was not seen may be there, and need what nothing else refers to
+            findings.extend(_finding(found) for found in _gone(tier, repair, seen))
         findings.extend(_finding(found) for found in _totals(tier, repair))
-        findings.extend(_finding(found) for found in _orphans(tier, repair, strange))
+        findings.extend(_finding(found) for found in _orphans(tier, mend, strange))
     resumed, place = Place(), Place()
     if reading is not None and not job.cancelled.is_set():
         resumed, place = _read_all(tier, repair, reading, frozenset(bad), findings, job)
@@ -109,6 +117,7 @@ class _Findings:
         self._named: list[control.Finding] = []
         self._more = 0
         self._all_repaired = True  # of those
+        self.partial = False  # something that is there could not be read
 
     def append(self, finding: control.Finding) -> None:
         """One more."""
@@ -117,6 +126,15 @@ class _Findings:
         else:
             self._more += 1
             self._all_repaired = self._all_repaired and finding.repaired
+
+    def unread(self, path: bytes, error: OSError) -> None:
+        """What is there and cannot be read is one; what has vanished meanwhile is none. Raises the error where
+        it is so just now only."""
+        if is_passing(error):
+            raise error
+        if not is_gone(error):
+            self.partial = True
+            self.append(control.Finding(f"cannot be read: {error.strerror}", path))
 
     def extend(self, findings: Iterable[control.Finding]) -> None:
         """Some more."""
@@ -152,15 +170,15 @@ def _cases(
     pending = [b""]
     while pending:
         directory = pending.pop()
-        fd = os.open(directory or b".", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=kit.tree.rootfd)
+        fd = -1
         try:
-            for name in sorted(os.fsencode(text) for text in os.listdir(fd)):
+            fd = os.open(directory or b".", _LIST, dir_fd=kit.tree.rootfd)
+            names = sorted(os.fsencode(text) for text in os.listdir(fd))
+            for name in names:
                 path = join(directory, name)
+                opath = -1
                 try:
                     opath = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=fd)
-                except FileNotFoundError:
-                    continue
-                try:
                     st = os.fstat(opath)
                     if stat.S_ISDIR(st.st_mode):
                         if st.st_dev == kit.tree.device:
@@ -169,10 +187,16 @@ def _cases(
                         yield _case(tier, path, opath, st, repair, read_data)
                 except ForeignStubError as error:
                     findings.append(control.Finding(str(error), path))
+                except OSError as error:
+                    findings.unread(path, error)
                 finally:
-                    os.close(opath)
+                    if opath >= 0:
+                        os.close(opath)
+        except OSError as error:
+            findings.unread(directory, error)
         finally:
-            os.close(fd)
+            if fd >= 0:
+                os.close(fd)
 
 
 def _case(tier: Tier, path: bytes, opath: int, st: os.stat_result, repair: bool, read_data: bool) -> Case:

@@ -197,9 +197,15 @@ class Reach:
                 targets.enter(here, parent)
                 for text in _listed(directory):
                     name = os.fsencode(text)
-                    with contextlib.suppress(FileNotFoundError, PermissionError, NotPermittedError):
+                    try:
                         if self._child(peer, directory, parent, name, access, targets):
                             pending.append(join(here, name))
+                    except (FileNotFoundError, PermissionError, NotPermittedError):
+                        continue
+                    except OSError as exc:
+                        stayed.append(outcome_of(join(here, name), exc))
+            except OSError as exc:  # a disk that cannot read one directory keeps no order from the others
+                stayed.append(outcome_of(here, exc))
             finally:
                 os.close(directory)
 

@@ -71,6 +71,25 @@ def settled(machine: Volume) -> None:
         time.sleep(0.1)
 
 
+def all_else_goes_on(machine: Volume, new: bool) -> None:
+    """Orders and checks name what cannot be read, and do their work on the rest."""
+    files = machine.status()["files"]
+    for argv in (["check", "--json"], ["check", "--repair", "--read-data", "--json"]):
+        done = machine.cli(*argv, machine.mountpoint, check=False)
+        found = json.loads(done.stdout)
+        left = [finding for finding in found["findings"] if not finding["repaired"]]
+        assert done.returncode == 1 and found["left"] == len(left), done.stdout
+        assert [(finding["path"], finding["what"]) for finding in left if finding["path"]] == [
+            ("odds", "cannot be read: Bad message")
+        ]
+        assert new or len(left) == 1, "with a new index objects wait for what refers to them to be seen"
+    assert machine.status()["files"] == files, "what cannot be seen is not taken for gone"
+    for verb, tier in (("demote", "stub"), ("fetch", "resident")):
+        done = machine.cli(verb, "--wait", machine.mountpoint, check=False)
+        assert done.returncode == 1 and f"{machine.mountpoint}/odds: Bad message" in done.stderr, done.stderr
+        assert machine.tier(machine.mountpoint / "beside") == tier
+
+
 @pytest.mark.parametrize("lost", ["index", "nothing"])
 def test_what_is_in_a_directory_that_cannot_be_read_any_more_is_restored(
     disk: Disk, volume: Make, lost: str
@@ -105,6 +124,7 @@ def test_what_is_in_a_directory_that_cannot_be_read_any_more_is_restored(
         time.sleep(0.1)
     settled(first)
     assert any("directory 'odds' cannot be read" in error["what"] for error in first.status()["errors"])
+    all_else_goes_on(first, lost == "index")
     first.umount()
 
     argv = ["restore", "--json", "--store", second.store, "--state", second.state, second.mountpoint]
