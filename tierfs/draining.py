@@ -55,6 +55,14 @@ class Drain:
         self._moved = moved
         self._times = times
         self._pinned_at = pinned_at
+        self._moved_into: set[int] | None = None
+
+    def note_moves(self, on: bool) -> set[int]:
+        """The directories into which something was moved since this was last called to note that, and whether
+        to go on noting it."""
+        with self._lock:
+            noted, self._moved_into = self._moved_into or set(), set() if on else None
+            return noted
 
     @property
     def position(self) -> int:
@@ -126,6 +134,8 @@ class Drain:
                 gone.add(entry.ino)
             elif entry.kind is Mark.PIN and entry.a:
                 self.pinned.set()
+            elif entry.kind in (Mark.NAMED, Mark.DIR) and self._moved_into is not None:
+                self._moved_into.add(entry.parent)
         self._movements.many(here, gone)
         if any(entry.kind in _OF_PLACES for entry in entries):
             self._moved()

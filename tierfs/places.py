@@ -10,10 +10,12 @@ import threading
 from typing import NamedTuple
 
 from tierfs.index import Index
+from tierfs.kit import is_passing
 from tierfs.tree import Tree, fd_path
 
 _DEPTH = 512
 _MOST = 20_000  # directories that are known: five megabytes
+_LIST = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class Place(NamedTuple):
@@ -21,6 +23,19 @@ class Place(NamedTuple):
 
     path: bytes
     pinned: bool
+
+
+class Directory(NamedTuple):
+    """A directory that is to be listed: what it is known by for good, and where it was seen."""
+
+    ino: int
+    handle: bytes
+    path: bytes
+
+    @classmethod
+    def root(cls, tree: Tree) -> Directory:
+        """At which a walk begins."""
+        return cls(tree.root_ino, tree.handle_of(tree.rootfd), b"")
 
 
 class Places:
@@ -79,6 +94,27 @@ class Places:
             return Place(path, above.pinned or self._tree.is_pinned(fd))
         finally:
             os.close(fd)
+
+    def opened(self, directory: Directory) -> int:
+        """A descriptor to list a directory by, wherever it is by now: never of what somebody has put in its
+        place, or of where a link on the way leads.
+
+        Raises OSError: ESTALE or the like where it is gone, or nobody knows where it is.
+        """
+        if self._tree.privileged:
+            try:
+                return self._tree.open_handle(directory.handle, _LIST)
+            except OSError as error:
+                if is_passing(error):
+                    raise
+        # By its handle whatever cannot be read is gone to the kernel; its name tells more.
+        try:
+            return self._tree.open_at(directory.path, directory.handle, _LIST)
+        except OSError as error:
+            place = None if self._tree.privileged or is_passing(error) else self.directory(directory.ino)
+            if place is None or place.path == directory.path:
+                raise
+        return self._tree.open_at(place.path, directory.handle, _LIST)
 
     def of_file(self, fd: int, parent: int, name: bytes) -> Place | None:
         """The path of an open regular file, and whether it is pinned by itself or from above."""

@@ -15,7 +15,6 @@ import stat
 import threading
 import time
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import msgspec
 
@@ -25,7 +24,7 @@ from tierfs.index import Chain, Writer
 from tierfs.journal import PARTLY_READ, Journal, new_chain
 from tierfs.kit import Kit, is_gone, is_passing
 from tierfs.looking import is_settled, line
-from tierfs.places import Places, join
+from tierfs.places import Directory, Places, join
 from tierfs.remembering import Gap, Remembered
 from tierfs.spelling import quoted
 
@@ -36,7 +35,6 @@ PART_LINES = 100_000
 _LEAST = 1 << 20  # bytes of segments that are worth a snapshot
 _MOST_SEGMENTS = 5000  # that a reader has to follow
 _LOOK = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
-_LIST = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class _Directory(NamedTuple):
@@ -261,30 +259,15 @@ class Snapshots:
 
         Raises OSError where it cannot be opened: a snapshot without what is in it would be believed.
         """
-        tree = self._kit.tree
-        if tree.privileged:
-            try:
-                return tree.open_handle(directory.handle, _LIST)
-            except OSError as error:
-                if is_passing(error):
-                    raise
-        # By its handle whatever cannot be read is gone to the kernel; its name tells more.
-        fd = self._open_at(directory, directory.path)
-        if fd < 0 and not tree.privileged:
-            place = self._places.directory(directory.ino)
-            fd = self._open_at(directory, place.path) if place is not None else -1
-        if fd < 0 and directory.cut:
-            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))  # nobody can say that it is gone
-        return fd
-
-    def _open_at(self, directory: _Directory, path: bytes) -> int:
         try:
-            return self._kit.tree.open_at(path, directory.handle, _LIST)
+            return self._places.opened(Directory(directory.ino, directory.handle, directory.path))
         except OSError as error:
             if not is_gone(error) and error.errno != errno.ELOOP:
                 raise
             log.debug("directory %d is not where it was: %s", directory.ino, error)
-            return -1
+        if directory.cut:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))  # nobody can say that it is gone
+        return -1
 
     def _child(self, dirfd: int, ident: str, name: bytes) -> tuple[manifest.AnyInode, int, bytes] | None:
         try:

@@ -3,6 +3,10 @@
 Every regular file gets a record (from its stub attribute, where it has one), every directory its place, heat a
 first guess from the times of last access. Files whose tuple is not their copy's are compared with it (custody
 rule 16). A survey that is cut short begins anew: what it has recorded is only looked at again.
+
+What is moved meanwhile, from where nobody has looked to where somebody has, would never be seen: a file that is
+only renamed gets no record of it. So the marks tell where something has been moved to, and there it is looked
+once more, until nothing has moved.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 
@@ -29,7 +33,7 @@ from tierfs.inodes import InodeSet
 from tierfs.kit import Kit, is_gone, is_passing, same_tuple
 from tierfs.model import UNPROVEN, Copy, Record, Residency, new_fid
 from tierfs.past import Ending
-from tierfs.places import join
+from tierfs.places import Directory, join
 from tierfs.spelling import quoted
 from tierfs.tier import Tier
 from tierfs.tree import Tree
@@ -38,6 +42,7 @@ log = logging.getLogger("survey")
 
 _COMMITS = 512  # under way at once; fewer where few descriptors may be open, of which a new record holds one
 _VERIFY = 64  # files compared in one batch
+_ROUNDS = 20  # of looks where something has moved: whoever renames all the time moves what has been seen
 _FIRST_GENERATION = 1  # below all that a mount hands out; 0 means refused
 
 
@@ -57,6 +62,9 @@ class Survey:
         self._guesses: list[tuple[int, int, float]] = []
         self._doubtful: list[Item] = []
         self._seen = InodeSet()
+        self._found = InodeSet()  # directories
+        self._astray: list[Directory] = []  # not where they were found, and yet to be looked for
+        self._missed = InodeSet()  # all that ever were
         self._unread = 0  # directories that are there and could not be read
         self._known = 0
         self._first = False
@@ -74,11 +82,19 @@ class Survey:
         self._first = self._kit.index.never_surveyed
         self._known = self._kit.index.totals().files
         begun = time.monotonic()
-        pending = [b""]
-        while pending:
-            if self._stopping.is_set():
-                return False
-            pending.extend(self._directory(pending.pop()))
+        drainer = self._tier.drainer
+        drainer.note_moves(True)
+        try:
+            self._walk([Directory.root(self._kit.tree)])
+            for _ in range(_ROUNDS):
+                moved = self._moved_meanwhile()
+                if not moved:
+                    break
+                self._walk(moved)
+        finally:
+            drainer.note_moves(False)
+        if self._stopping.is_set():
+            return False
         self._flush()
         self._verify()
         if not self._unread:
@@ -89,19 +105,43 @@ class Survey:
         log.info("looked through %d files in %.1f s", len(self._seen), time.monotonic() - begun)
         return True
 
-    def _directory(self, path: bytes) -> list[bytes]:
-        """Take in one directory; the directories in it. What vanishes meanwhile has marks of its own."""
-        below: list[bytes] = []
+    def _walk(self, pending: list[Directory]) -> None:
+        """Take in these directories and all beneath them that nobody has found yet."""
+        while pending and not self._stopping.is_set():
+            pending.extend(self._directory(pending.pop()))
+
+    def _moved_meanwhile(self) -> list[Directory]:
+        """Where something has been moved to since this was last asked, and what was not where it was found."""
+        if self._stopping.is_set():
+            return []
+        self._flush()
+        # Whatever the server had done when it answers has its mark in the log.
+        self._kit.server.await_marks()
+        self._tier.drain()
+        again, self._astray = self._astray, []
+        for ino in self._tier.drainer.note_moves(True):
+            place = self._tier.places.directory(ino)
+            with suppress(OSError):  # gone, or moved once more
+                if place is not None:
+                    fd = os.open(place.path or b".", os.O_PATH | os.O_NOFOLLOW, dir_fd=self._kit.tree.rootfd)
+                    try:
+                        again.append(Directory(ino, self._kit.tree.handle_of(fd), place.path))
+                    finally:
+                        os.close(fd)
+        return again
+
+    def _directory(self, here: Directory) -> list[Directory]:
+        """Take in one directory; those in it. What vanishes meanwhile has marks of its own."""
+        below: list[Directory] = []
+        path = here.path
         try:
-            fd = os.open(
-                path or b".", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=self._kit.tree.rootfd
-            )
+            fd = self._tier.places.opened(here)
         except OSError as error:
-            self._leave_out(path, error)
+            self._leave_out(here, error)
             return below
         try:
             parent = os.fstat(fd).st_ino
-            for text in self._names(fd, path):
+            for text in self._names(fd, here):
                 name = os.fsencode(text)
                 try:
                     st = os.stat(name, dir_fd=fd, follow_symlinks=False)
@@ -111,26 +151,36 @@ class Survey:
                     elif stat.S_ISDIR(st.st_mode):
                         if self._kit.index.get_dir(st.st_ino) != (parent, name):
                             self._commit(partial(_put_dir, st.st_ino, parent, name))
-                        below.append(join(path, name))
+                        if self._found.add(st.st_ino):
+                            handle = self._kit.tree.handle_at(fd, name)
+                            below.append(Directory(st.st_ino, handle, join(path, name)))
                     elif stat.S_ISREG(st.st_mode):
                         self._file(fd, parent, name, st, join(path, name))
                 except FileNotFoundError:
                     continue
                 except OSError as error:
-                    self._leave_out(join(path, name), error, "file ")
+                    self._not_read(join(path, name), error, "file ")
         finally:
             os.close(fd)
         return below
 
-    def _names(self, fd: int, path: bytes) -> list[str]:
+    def _names(self, fd: int, here: Directory) -> list[str]:
         try:
             return os.listdir(fd)
         except OSError as error:
-            self._leave_out(path, error)
+            self._leave_out(here, error)
             return []
 
-    def _leave_out(self, path: bytes, error: OSError, kind: str = "directory ") -> None:
-        """What cannot be looked into. Raises the error where that is so just now only."""
+    def _leave_out(self, here: Directory, error: OSError) -> None:
+        """A directory that cannot be looked into. Raises the error where that is so just now only."""
+        if not is_gone(error) and error.errno != errno.ELOOP:
+            self._not_read(here.path, error, "directory ")
+        elif self._missed.add(here.ino):
+            log.debug("directory %s is not where it was: %s", quoted(here.path), error)
+            self._astray.append(here)
+
+    def _not_read(self, path: bytes, error: OSError, kind: str) -> None:
+        """Raises the error where it is so just now only."""
         if is_passing(error):
             raise error
         log.debug("%s%s is left out: %s", kind, quoted(path), error)

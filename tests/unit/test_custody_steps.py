@@ -563,11 +563,11 @@ def test_a_file_that_moves_behind_the_look_is_not_taken_for_gone(volume, monkeyp
     survey = Survey(volume.tier, lambda guesses: None, threading.Event())
     look = survey._directory
 
-    def look_and_move(path):
-        below = look(path)
-        if path == b"":
-            below.sort(reverse=True)  # the last one is looked through first
-        if path == b"one":
+    def look_and_move(here):
+        below = look(here)
+        if here.path == b"":
+            below.sort(key=lambda each: each.path, reverse=True)  # the last one is looked through first
+        if here.path == b"one" and os.path.exists(volume.path("two/a")):
             volume.server.rename(volume.path("two/a"), volume.path("one/a"))
         return below
 
@@ -597,9 +597,17 @@ def test_what_is_in_a_directory_that_cannot_be_read_is_not_gone(volume, monkeypa
             raise OSError(number, os.strerror(number))
         return usual(which, *more, **named)
 
+    handle, opened = volume.tree.handle_at(volume.tree.rootfd, b"two"), volume.tree.open_handle
+
+    def fail_by_handle(which, flags):
+        if which == handle and call == "open":  # a directory that cannot be read is gone to the kernel
+            raise OSError(number if number == errno.EMFILE else errno.ESTALE, os.strerror(number))
+        return opened(which, flags)
+
     look = Survey(volume.tier, lambda guesses: None, threading.Event())
     with monkeypatch.context() as patch:
         patch.setattr(os, call, fail)
+        patch.setattr(volume.tree, "open_handle", fail_by_handle)
         if number == errno.EIO:
             assert look.run()
             assert "'two' cannot be read" in volume.tier.kit.troubles.list()[-1].what
