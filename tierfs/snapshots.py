@@ -15,6 +15,7 @@ import stat
 import threading
 import time
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import msgspec
 

@@ -384,3 +384,52 @@ def test_a_read_finds_the_copy_of_a_stub_whose_record_is_another(filled):
     filled.store.put(key, bytes(len(SMALL)), len(SMALL))
     found = [finding for finding in run(filled, read_data=True) if "digest" in finding.what]
     assert [(finding.path, finding.repaired) for finding in found] == [(b"stub", False)]
+
+
+@pytest.mark.parametrize("what", ["gone", "moved", "link"])
+def test_directories_that_change_while_a_check_runs(filled, monkeypatch, tmp_path, what):
+    """Those that go are none of its business, those that move are looked at, and a link leads nowhere."""
+    path = filled.path
+    for name in ("a", "a/b", "a/c"):
+        filled.server.mkdir(path(name))
+    for name in ("a/b/inner", "a/c/before"):
+        filled.server.create(path(name), SMALL)
+    (tmp_path / "outside/b").mkdir(parents=True)
+    (tmp_path / "outside/b/secret").write_bytes(SMALL)
+    filled.tier.drain()
+    looked, real = [], os.listdir
+
+    def listdir(fd):
+        names = real(fd)
+        if isinstance(fd, int) and names == ["before"] and not looked:
+            looked.append(names)
+            if what == "gone":
+                filled.server.unlink(path("a/b/inner"))
+                os.rmdir(path("a/b"))
+            else:
+                filled.server.rename(path("a"), path("elsewhere"))
+                if what == "link":
+                    os.symlink(tmp_path / "outside", path("a"))
+        return names
+
+    monkeypatch.setattr(os, "listdir", listdir)
+    found = checking.check(filled.tier, True, None, Job())
+    assert looked and found.findings == [] and found.files == (4 if what == "gone" else 5)
+    assert filled.index.get((tmp_path / "outside/b/secret").stat().st_ino) is None
+
+
+def test_a_directory_that_cannot_be_looked_into_is_a_finding_and_hides_no_other(filled, monkeypatch):
+    filled.server.mkdir(filled.path("closed"))
+    filled.server.create(filled.path("closed/a"), SMALL)
+    filled.tier.drain()
+    place, real = os.stat(filled.path("closed")).st_ino, os.open
+
+    def refuse(name, flags, *more, **named):
+        directory = named.get("dir_fd")
+        if name == b"a" and directory is not None and os.fstat(directory).st_ino == place:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return real(name, flags, *more, **named)
+
+    monkeypatch.setattr(os, "open", refuse)
+    found = checking.check(filled.tier, False, None, Job())
+    assert [finding.path for finding in found.findings] == [b"closed"] and found.files == 3
