@@ -13,13 +13,14 @@ import socket
 import stat
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
 from tierfs import control
 from tierfs.errors import BusyError, IndexError_, NotPermittedError, TierError, UsageError
 from tierfs.spelling import quoted
-from tierfsd.credentials import Peer, peer_of
+from tierfsd.credentials import Peer, acting_as, peer_of
 from tierfsd.reach import Reach, Targets, join, outcome_of
 from tierfsd.versions_server import VersionBackend, VersionRequests
 
@@ -27,6 +28,7 @@ log = logging.getLogger("control")
 
 _STOPPING = "the daemon is stopping: try again"
 _MAX_CONNECTIONS = 64
+MOST_ORDERS = 64  # in the background
 _IDLE_SECONDS = 30.0
 _PROGRESS_SECONDS = 0.1
 LIST_LIMIT = 100_000  # outcomes named in one answer
@@ -87,6 +89,40 @@ class Backend(VersionBackend, Protocol):
         """Read the configuration anew. Raises ConfigError."""
 
 
+class Shares:
+    """Who has how many of something of which there are so many: each of the users who are not trusted has `one`
+    at most, and all of them together `others`, so that nobody is kept out by them."""
+
+    def __init__(self, most: int, others: int, one: int) -> None:
+        self._most, self._others, self._one = most, others, one
+        self._lock = threading.Lock()
+        self._trusted = 0
+        self._taken: Counter[int] = Counter()
+
+    def take(self, peer: Peer) -> bool:
+        """One more, if there is one for this user."""
+        with self._lock:
+            others = self._taken.total()
+            if self._trusted + others >= self._most:
+                return False
+            if peer.trusted:
+                self._trusted += 1
+                return True
+            if others >= self._others or self._taken[peer.uid] >= self._one:
+                return False
+            self._taken[peer.uid] += 1
+            return True
+
+    def give(self, peer: Peer) -> None:
+        """It is free again."""
+        with self._lock:
+            if peer.trusted:
+                self._trusted -= 1
+            else:
+                self._taken[peer.uid] -= 1
+                self._taken += Counter()
+
+
 class ControlServer:
     """Serves a listening socket until `close`."""
 
@@ -105,6 +141,9 @@ class ControlServer:
         self._versions = VersionRequests(self._reach, backend)
         self._stopping = threading.Event()
         self._places = threading.BoundedSemaphore(_MAX_CONNECTIONS)
+        # Of the places too. Our own users wait for one; others are sent away, not to be in their way.
+        self._connections = Shares(1 << 30, _MAX_CONNECTIONS * 3 // 4, _MAX_CONNECTIONS // 4)
+        self._background = Shares(MOST_ORDERS, MOST_ORDERS // 2, MOST_ORDERS // 8)
         self._counting = threading.Lock()
         self._questions = self._orders = 0
 
@@ -137,19 +176,39 @@ class ControlServer:
                 if not self._stopping.wait(1.0):  # too many open files, perhaps: clients wait in the backlog
                     log.error("a client cannot be heard: %s", exc)
                 continue
-            self._places.acquire()
-            try:
-                threading.Thread(target=self._serve, args=(sock,), name="control-request", daemon=True).start()
-            except RuntimeError as exc:  # too many threads, for now: who comes later is heard
-                log.error("a client cannot be heard: %s", exc)
-                self._places.release()
-                sock.close()
+            self._admit(sock)
 
-    def _serve(self, sock: socket.socket) -> None:
+    def _admit(self, sock: socket.socket) -> None:
+        """Serve a client, when there is a place, in a thread of its own."""
+        try:
+            peer = peer_of(sock)
+        except OSError as exc:
+            log.error("a client cannot be heard: %s", exc)
+            sock.close()
+            return
+        if not self._connections.take(peer):
+            with sock, contextlib.suppress(OSError):
+                sock.settimeout(0)
+                control.send(sock, control.Failed(BusyError.errno, "you have too many connections: end some"))
+            return
+        self._places.acquire()
+        try:
+            threading.Thread(
+                target=self._serve, args=(sock, peer), name="control-request", daemon=True
+            ).start()
+        except RuntimeError as exc:  # too many threads, for now: who comes later is heard
+            log.error("a client cannot be heard: %s", exc)
+            self._leave(peer)
+            sock.close()
+
+    def _leave(self, peer: Peer) -> None:
+        self._connections.give(peer)
+        self._places.release()
+
+    def _serve(self, sock: socket.socket, peer: Peer) -> None:
         try:
             with sock:
                 sock.settimeout(_IDLE_SECONDS)
-                peer = peer_of(sock)
                 while (request := control.receive_request(sock)) is not None:
                     with self._counted(request):
                         self._hurry(isinstance(request, _ORDERS))
@@ -159,7 +218,7 @@ class ControlServer:
         except OSError as exc:
             log.debug("a client went away: %s", exc)
         finally:
-            self._places.release()
+            self._leave(peer)
 
     @contextlib.contextmanager
     def _counted(self, request: control.Request) -> Iterator[None]:
@@ -265,10 +324,10 @@ class ControlServer:
             for name in names:
                 whole = join(path, name)
                 try:
-                    facts = self._facts_in(directory, name, whole)
+                    facts = self._facts_in(peer, directory, name, whole)
                 except FileNotFoundError:
                     continue
-                except OSError as exc:
+                except (TierError, OSError) as exc:
                     stayed.append(outcome_of(whole, exc))
                     continue
                 control.send(sock, facts)
@@ -276,13 +335,13 @@ class ControlServer:
             os.close(directory)
         return control.Done(len(names) - len(stayed), stayed)
 
-    def _facts_in(self, directory: int, name: bytes, path: bytes) -> control.Facts:
-        opath = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=directory)
+    def _facts_in(self, peer: Peer, directory: int, name: bytes, path: bytes) -> control.Facts:
+        with acting_as(peer):  # who may read a directory may not yet search it
+            opath = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=directory)
         try:
             return self._backend.facts(opath, os.fstat(opath), path)
         finally:
             os.close(opath)
-
 
     def _send_pins(self, sock: socket.socket, peer: Peer) -> control.Done:
         count = 0
@@ -319,28 +378,41 @@ class ControlServer:
     ) -> control.Done:
         """Find the files that an order is about and carry it out, now or (not `wait`) in the background."""
         if not wait:
-            targets, stayed = self._reach.targets(peer, paths, access, self._stopping)
-            job = _Job(None, self._stopping)
-            threading.Thread(
-                target=self._in_background, args=(carry_out, targets, job), name="control-order", daemon=True
-            ).start()
-            return control.Done(len(targets), stayed)
+            return self._order_in_background(peer, paths, access, carry_out)
         with self._job(sock) as waiting:
             targets, stayed = self._reach.targets(peer, paths, access, waiting.cancelled)
             done = carry_out(targets, waiting)
         return control.Done(done.files, (stayed + done.stayed)[:LIST_LIMIT])
 
+    def _order_in_background(
+        self, peer: Peer, paths: list[bytes], access: int, carry_out: Callable[[Targets, Job], control.Done]
+    ) -> control.Done:
+        """Raises BusyError where too many are under way: each has a thread, and all of its files in memory."""
+        if not self._background.take(peer):
+            raise BusyError("too many orders are under way in the background: try again, or wait for their end")
+        try:
+            targets, stayed = self._reach.targets(peer, paths, access, self._stopping)
+            threading.Thread(
+                target=self._in_background, args=(peer, carry_out, targets), name="control-order", daemon=True
+            ).start()
+        except BaseException:
+            self._background.give(peer)
+            raise
+        return control.Done(len(targets), stayed)
+
     def _in_background(
-        self, carry_out: Callable[[Targets, Job], control.Done], targets: Targets, job: Job
+        self, peer: Peer, carry_out: Callable[[Targets, Job], control.Done], targets: Targets
     ) -> None:
         try:
-            done = carry_out(targets, job)
+            done = carry_out(targets, _Job(None, self._stopping))
         except (TierError, OSError) as exc:
             log.error("an order for %d files failed: %s", len(targets), exc)
             return
         except Exception:
             log.exception("an order for %d files failed", len(targets))
             return
+        finally:
+            self._background.give(peer)
         for outcome in done.stayed:
             level = logging.ERROR if outcome.failed else logging.INFO
             log.log(level, "%s stays as it is: %s", quoted(outcome.path), outcome.reason)

@@ -480,3 +480,75 @@ def test_only_root_can_serve_other_users(monkeypatch):
 
 def test_targets_are_plain_values():
     assert Target(b"p", 1, b"h", 2, b"n", 3, True).named
+
+
+def test_orders_in_the_background_are_so_many_at_most(mount, server, backend):
+    backend.block = True
+    taken = [ask(mount, control.Demote([b"d"], False)) for _ in range(control_server.MOST_ORDERS)]
+    assert all(done.files == 2 for (done,) in taken)
+    with pytest.raises(TierError, match="too many orders"):
+        ask(mount, control.Demote([b"d"], False))
+    assert ask(mount, control.GetStatus())
+    backend.block = False
+    deadline = time.monotonic() + 10
+    while server._background._trusted:
+        assert time.monotonic() < deadline, "an order that has ended makes room for no other"
+        time.sleep(0.01)
+    assert ask(mount, control.Demote([b"d"], False))
+
+
+def test_shares_of_users(monkeypatch):
+    shares = control_server.Shares(10, others=6, one=4)
+    mine, theirs, his = (Peer(uid, uid, ()) for uid in (os.geteuid(), 70001, 70002))
+    assert [shares.take(theirs) for _ in range(5)] == [True] * 4 + [False]
+    assert [shares.take(his) for _ in range(3)] == [True, True, False]
+    assert [shares.take(mine) for _ in range(5)] == [True] * 4 + [False]
+    shares.give(theirs)
+    assert shares.take(his) and not shares.take(theirs) and not shares.take(mine)
+
+
+@needs_root
+def test_connections_of_another_user_leave_room_for_the_owner(mount, server, tmp_path):
+    os.chmod(tmp_path / "abc.sock", 0o666)
+    for directory in [tmp_path, *tmp_path.parents]:
+        if directory.stat().st_uid == 0 and str(directory).startswith("/tmp/"):
+            os.chmod(directory, directory.stat().st_mode | 0o011)
+    script = f"""
+import os, socket, sys
+os.setgroups([]); os.setgid(65534); os.setuid(65534)
+held = []
+for _ in range(64):
+    held.append(socket.socket(socket.AF_UNIX))
+    held[-1].connect({str(tmp_path / "abc.sock")!r})
+held[-1].settimeout(10)
+print(held[-1].recv(4096), flush=True)
+sys.stdin.read()
+"""
+    child = subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert "too many" in child.stdout.readline()
+        asked = []
+        asking = threading.Thread(target=lambda: asked.extend(ask(mount, control.GetStatus())), daemon=True)
+        asking.start()
+        asking.join(5)
+        assert asked, "the owner is kept out"
+    finally:
+        child.communicate("")
+
+
+@needs_root
+def test_names_in_a_directory_that_may_not_be_searched_tell_another_user_nothing(others, tree, backend):
+    os.chmod(tree / "d", 0o744)
+    rootfd = os.open(tree, os.O_RDONLY | os.O_DIRECTORY)
+    ours, theirs = socket.socketpair()
+    listener = socket.socket(socket.AF_UNIX)
+    with ours, theirs, listener:
+        served = control_server.ControlServer(listener, rootfd, backend)
+        done = served._send_names(ours, NOBODY, b"d")
+        assert {outcome.reason for outcome in done.stayed} == {"you may not reach it"} and not done.files
+        theirs.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            theirs.recv(1)
+    os.close(rootfd)
