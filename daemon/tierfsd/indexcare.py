@@ -56,14 +56,17 @@ class IndexCare:
         """How a child ended: whether the index may be to blame. Then it is looked at when it is next opened."""
         if status not in _FATAL and status != INDEX_DAMAGED:
             return False
-        try:
-            self.doubt(f"a process that uses it ended with {status}")
-        except OSError as error:  # of a disk that is full, or ends: no reason for the supervisor to end as well
-            log.error("it is not written down that the index is to be looked at: %s", error)
+        self.doubt(f"a process that uses it ended with {status}")
         return True
 
     def doubt(self, reason: str) -> None:
-        """Have it looked at before it is next opened. Raises OSError."""
+        """Have it looked at before it is next opened."""
+        try:
+            self._put_mark(reason)
+        except OSError as error:  # of a disk that is full, or ends: no reason for the supervisor to end as well
+            log.error("it is not written down that the index is to be looked at: %s", error)
+
+    def _put_mark(self, reason: str) -> None:
         with open(self._mark, "w", encoding="utf-8") as file:
             file.write(f"{reason}\n")
 
@@ -73,7 +76,7 @@ class IndexCare:
         return epoch
 
     def _begin(self, floor: int) -> int:
-        self.doubt("a process that opened it did not come to an end")
+        self._put_mark("a process that opened it did not come to an end")
         try:
             epoch = self._open_and_begin(floor)
         except IndexDamagedError as error:

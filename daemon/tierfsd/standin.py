@@ -9,10 +9,10 @@ import time
 from collections.abc import Callable
 
 from tierfs import control
-from tierfs.errors import UsageError
 from tierfsd.events import Events
 
 _REQUEST_SECONDS = 0.5  # for a request from somebody who has just connected
+_AT_ONCE = 1 << 16
 
 
 class StandIn:
@@ -40,9 +40,19 @@ class StandIn:
 
     def _decline(self) -> None:
         message = self._explain(self._how, max(1.0, self._until - time.monotonic()))
-        with contextlib.suppress(OSError, UsageError):  # who asks has gone, or never said what for
+        with contextlib.suppress(OSError):  # who asks has gone
             sock, _ = self._listener.accept()
             with sock:
-                sock.settimeout(_REQUEST_SECONDS)
-                control.receive_request(sock)
+                _hear_out(sock)
                 control.send(sock, control.Failed(errno.EAGAIN, message))
+
+
+def _hear_out(sock: socket.socket) -> None:
+    """Take what it asks, whatever that is: a socket that is closed before is broken to the other end. Not for
+    longer, however slowly somebody talks: nothing else is looked after meanwhile. Raises OSError."""
+    until = time.monotonic() + _REQUEST_SECONDS
+    with contextlib.suppress(TimeoutError):
+        while (left := until - time.monotonic()) > 0:
+            sock.settimeout(left)
+            if len(sock.recv(_AT_ONCE)) < _AT_ONCE:
+                return

@@ -11,6 +11,7 @@ order, and then all.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import signal
@@ -45,6 +46,9 @@ _TAKEOVERS = 3  # in quick succession; then something in the session itself is w
 _STEADY_SECONDS = 0.5  # of serving, after which a death is no consequence of the one before
 _BUSY_SECONDS = 10.0  # how long an orderly stop waits for the last open file
 _EXIT_SECONDS = 20.0  # for a child that was asked to end
+# While the machine has no process, memory or descriptor to spare: a mount that serves is worth some patience.
+_PASSING = frozenset({errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE})
+_PATIENCE = (0.1, 0.5, 1.0, 2.0, 4.0, 8.0)  # seconds between attempts to start a server
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
 
 
@@ -140,11 +144,11 @@ class Supervisor:
         inherited = [channel_fd, self._lock_fd]
         if plan.binding.name == "fusepy":
             arguments |= {"mountpoint": plan.mountpoint, "options": ",".join(plan.options)}
-            self._server.start(arguments, inherited)
+            self._run_server(arguments, inherited)
             return
         held = self._attachment
         arguments |= {"ledger-fd": held.ledger_fd, "takeover": int(takeover)}
-        self._server.start(arguments, [*inherited, held.ledger_fd])
+        self._run_server(arguments, [*inherited, held.ledger_fd])
         self._events.wait(lambda: self._channel.prepared or not self._server.alive(), READY_SECONDS)
         if not self._channel.prepared or not self._channel.is_open:
             return
@@ -160,7 +164,29 @@ class Supervisor:
         except (TierError, OSError) as error:
             log.error("copies will be proven again: %s", error)
 
+    def _run_server(self, arguments: dict[str, object], inherited: list[int]) -> None:
+        """Raises OSError where that cannot be, though it was waited for."""
+        for seconds in _PATIENCE:
+            try:
+                self._server.start(arguments, inherited)
+                return
+            except OSError as exc:
+                if exc.errno not in _PASSING:
+                    raise
+                log.error("the mount server cannot be started yet: %s", exc)
+            self._events.wait(lambda: bool(self._events.signals), seconds)
+        self._server.start(arguments, inherited)
+
     def _start_mover(self) -> None:
+        """Where it cannot be started it is tried again: what is resident needs none."""
+        try:
+            self._run_mover()
+        except OSError as exc:
+            self._mover_due = time.monotonic() + _LONG_PAUSE
+            log.error("the mover cannot be started; tried again in %.0f s: %s", _LONG_PAUSE, exc)
+            self._stand_in.begin(f"could not be started ({exc.strerror or exc})", self._mover_due)
+
+    def _run_mover(self) -> None:
         if not self._channel.is_open:  # the server has just died, and is about to be replaced with its mover
             return
         server_end, mover_end = wire.make_pair()

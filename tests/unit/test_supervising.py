@@ -1,13 +1,19 @@
 """What the supervisor keeps and hears, without processes and without a mount."""
 
+import contextlib
+import errno
 import os
 import select
 import signal
 import socket
+import struct
+import subprocess
+import threading
 import time
 from types import SimpleNamespace
 
 import pytest
+from tierfsd import supervisor as supervisor_module
 from tierfsd.attachment import Attachment
 from tierfsd.children import Child
 from tierfsd.events import Events
@@ -178,3 +184,97 @@ def test_a_disk_without_room_for_a_mark_is_no_reason_to_end(tmp_path):
     """That the index is to be looked at cannot be written down: then it is known for now."""
     care = IndexCare(SimpleNamespace(path=lambda name: str(tmp_path / "gone" / name)))
     assert care.suspect(INDEX_DAMAGED) and not care.suspect(1)
+
+
+@pytest.fixture
+def serving(tmp_path, heard):
+    """A supervisor with a server to talk to, and children that are not run. It may be asked."""
+    made = Supervisor.__new__(Supervisor)
+    made._channel, made._events, made._log = heard[0], Events(), SimpleNamespace(drain=lambda: None)
+    made._care = IndexCare(SimpleNamespace(path=lambda name: str(tmp_path / "gone" / name)))
+    made._suspect, made._mover_due, made._lock_fd = False, 0.0, 0
+    made._plan = SimpleNamespace(volume=SimpleNamespace(state=str(tmp_path)))
+    made._logfile = SimpleNamespace(path="/s/log/tierfs.log", last_error="")
+    made._mover, made._server = Child("mover", "no.mover", 2), Child("server", "no.server", 2)
+    made._publish = lambda: None
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "control"))
+        listener.listen()
+        made._listener, made._stand_in = listener, StandIn(made._events, listener, made._excuse)
+        yield made
+    made._mover.kill()
+
+
+def test_a_machine_without_a_process_to_spare_is_no_reason_to_end(serving, tmp_path, monkeypatch):
+    """The mover has died, perhaps for want of memory, and there is none for the next one either."""
+    left = 2
+    real = subprocess.Popen
+
+    def popen(*args, **named):
+        nonlocal left
+        left -= 1
+        if left >= 0:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        return real(["sleep", "60"], start_new_session=True)
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    serving._look_after_mover()
+    assert not serving._mover.pid and 0 < serving._mover_due - time.monotonic() < 10
+    with socket.socket(socket.AF_UNIX) as asking:
+        asking.connect(str(tmp_path / "control"))
+        control.send(asking, control.Reload())
+        serving._events.wait(lambda: bool(select.select([asking], [], [], 0)[0]), 5)
+        assert b"could not be started (Resource temporarily unavailable)" in asking.recv(4096)
+    serving._mover_due = 0.0
+    serving._look_after_mover()
+    serving._mover_due = 0.0
+    serving._look_after_mover()
+    assert serving._mover.pid
+
+
+def test_a_server_is_waited_for_until_there_is_memory_for_it(serving, monkeypatch):
+    errors = [errno.ENOMEM, errno.EAGAIN]
+    monkeypatch.setattr(supervisor_module, "_PATIENCE", (0.01, 0.01, 0.01))
+
+    def start(arguments, fds):
+        if errors:
+            raise OSError(errors.pop(), "not now")
+        started.append(fds)
+
+    started = []
+    serving._server.start = start
+    serving._run_server({}, [3])
+    assert started == [[3]]
+    errors.append(errno.ENOENT)
+    with pytest.raises(OSError, match="not now"):
+        serving._run_server({}, [3])
+    errors.extend([errno.EAGAIN] * 4)
+    with pytest.raises(OSError, match="not now"):
+        serving._run_server({}, [3])
+
+
+def test_damage_on_a_full_disk_is_no_reason_to_end(serving):
+    serving._doubt_index()
+    assert serving._suspect
+
+
+def test_who_asks_slowly_keeps_the_supervisor_from_nothing(serving, tmp_path):
+    serving._stand_in.begin("was killed", time.monotonic() + 5)
+    ended = threading.Event()
+    with socket.socket(socket.AF_UNIX) as slow:
+        slow.connect(str(tmp_path / "control"))
+
+        def drip():
+            with contextlib.suppress(OSError):
+                slow.send(struct.pack("<I", 1 << 20))
+                while not ended.wait(0.1):
+                    slow.send(b"x")
+
+        dripping = threading.Thread(target=drip)
+        dripping.start()
+        begun = time.monotonic()
+        serving._events.wait(lambda: time.monotonic() > begun + 0.2, 0.3)
+        took = time.monotonic() - begun
+        ended.set()
+        dripping.join()
+    assert took < 3
