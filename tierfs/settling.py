@@ -191,7 +191,12 @@ class Settler:
                 w.put_bits(arrival.ino, bits)
             w.put(record)
 
-        self._kit.index.commit(commit).result()
+        try:
+            self._kit.index.commit(commit).result()
+        except TierError:  # an index without room for a moment: it is told the next time
+            with arrival.lock:
+                arrival.unsynced, arrival.moved = arrival.unsynced + grown, True
+            raise
         if grown:
             self._kit.movements.here(arrival.ino, local, grown, arrival.lent)
         failpoints.hit(failpoints.FILL_BITS)

@@ -6,6 +6,7 @@ import errno
 import os
 import threading
 import time
+from concurrent.futures import Future
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -17,7 +18,13 @@ from tiering import MIB, Volume
 from tierfs import arrivals, copying, digests, versions, wire
 from tierfs.copying import PIECE
 from tierfs.digests import sha256
-from tierfs.errors import BucketMissingError, ObjectCorruptError, StoreDeniedError, StoreUnavailableError
+from tierfs.errors import (
+    BucketMissingError,
+    IndexFullError,
+    ObjectCorruptError,
+    StoreDeniedError,
+    StoreUnavailableError,
+)
 from tierfs.model import LEAF, Residency
 from tierfs.readback import Pace, Ref, examine
 from tierfs.recovery import finish_pending
@@ -229,6 +236,28 @@ def test_a_range_for_which_there_was_no_room_leaves_the_times_as_they_are(volume
     assert arrival.closed and volume.record("big").residency is Residency.STUB
     volume.server.gate.appearance.late.clear()
     assert times(volume) == before != (os.stat(path).st_mtime_ns, os.stat(path).st_ctime_ns)
+
+
+def test_an_index_without_room_for_a_moment_leaves_the_times_as_they_are(volume, cold, settler, monkeypatch):
+    """What it has not taken in it is told again, before the file is forgotten."""
+    before, path = times(volume), volume.path("big")
+    volume.server.read(path, 3 * MIB, 100)
+    arrival = left_alone(volume)
+
+    def full(run, later=False):
+        future = Future()
+        future.set_exception(IndexFullError("no room is left"))
+        return future
+
+    with monkeypatch.context() as patch:
+        patch.setattr(volume.index, "commit", full)
+        with pytest.raises(IndexFullError):
+            settler.commit_bits()
+    assert not arrival.closed
+    settler.commit_bits()
+    assert arrival.closed and volume.record("big").residency is Residency.PARTIAL
+    volume.server.gate.appearance.late.clear()
+    assert times(volume) == before
 
 
 def partial_blocks(volume):
