@@ -455,6 +455,7 @@ class Filler:
     def _pass_on(self, arrival: Arrival, piece: Range, data: Body | None, error: OSError) -> None:
         """There is no room on the disk: who only reads gets the content in memory, others the error."""
         with arrival.lock:
+            name = self._kit.name_of(arrival.fd)
             arrival.ended(piece)
             arrival.used = time.monotonic()
             hit = [r for r in arrival.requests if r.start < piece.end and r.end > piece.start and not r.passing]
@@ -462,7 +463,7 @@ class Filler:
                 request.passing = True
         for request in hit:
             if not request.ahead:
-                what = f"{self._kit.name_of(arrival.fd)} cannot be brought to this disk: {_text(error)}"
+                what = f"{name} cannot be brought to this disk: {_text(error)}"
                 self._kit.troubles.note(what, arrival.ino)
             problem: Exception | None = error
             try:
@@ -470,7 +471,7 @@ class Filler:
                     problem = None
             except (TierError, OSError) as failure:
                 problem = failure
-                what = f"{self._kit.name_of(arrival.fd)} cannot be fetched: {_text(failure)}"
+                what = f"{name} cannot be fetched: {_text(failure)}"
                 self._kit.troubles.note(what, arrival.ino)
             except Exception as failure:
                 log.exception("a range of inode %d, past a full disk", arrival.ino)
@@ -483,12 +484,12 @@ class Filler:
 
     def _failed(self, arrival: Arrival, piece: Range, error: Exception) -> None:
         with arrival.lock:
+            name = self._kit.name_of(arrival.fd)  # its descriptor may be closed when nobody asks any more
             arrival.ended(piece)
             hit = [r for r in arrival.requests if r.start < piece.end and r.end > piece.start]
             for request in hit:
                 arrival.requests.remove(request)
         if hit:
-            name = self._kit.name_of(arrival.fd)
             self._kit.troubles.note(f"{name} cannot be fetched: {_text(error)}", arrival.ino)
         for request in hit:
             self._end(request, error)

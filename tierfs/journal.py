@@ -259,17 +259,7 @@ class Journal:
         """A descriptor, -1 where its place is not known."""
         if ino == self._kit.tree.root_ino:
             return os.dup(self._kit.tree.rootfd)
-        place = self._places.directory(ino)
-        if place is None:
-            return -1
-        try:
-            fd = os.open(place.path or b".", _LOOK | os.O_DIRECTORY, dir_fd=self._kit.tree.rootfd)
-        except OSError:
-            return -1
-        if os.fstat(fd).st_ino != ino:
-            os.close(fd)
-            return -1
-        return fd
+        return self._places.look_at(ino)
 
     def _lose_track_of(self, segment: _Segment) -> None:
         """Directories that stay away, from one flush to the next, were moved behind the mount's back: their

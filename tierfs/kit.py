@@ -10,7 +10,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 from tierfs.config import VolumeConfig
@@ -246,9 +246,16 @@ class Kit:
         return fd
 
     def name_of(self, fd: int) -> str:
-        """How to name an open file of the tree to a person: its path as the kernel knows it, in quotes."""
+        """How to name an open file of the tree to a person: its path as the kernel knows it, in quotes. Never
+        raises: who has an error to tell must not meet another."""
         root = os.path.realpath(self.tree.path) + "/"
-        return quoted(os.readlink(fd_path(fd)).removeprefix(root))
+        try:
+            return quoted(os.readlink(fd_path(fd)).removeprefix(root))
+        except OSError as error:  # its path is longer than the kernel tells
+            log.debug("a file has no name for people: %s", error)
+            with suppress(OSError):
+                return f"inode {os.fstat(fd).st_ino}"
+            return "a file"
 
     @contextmanager
     def writable(self, fd: int) -> Iterator[None]:

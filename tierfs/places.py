@@ -5,8 +5,11 @@ From the index's hints of (parent, name), each verified by inode number; what ca
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from tierfs.index import Index
@@ -15,6 +18,9 @@ from tierfs.tree import Tree, fd_path
 
 _DEPTH = 512
 _MOST = 20_000  # directories that are known: five megabytes
+_LONG = 4000  # bytes: a system call takes 4095 of a path
+_STEP = 12  # components that always fit
+_WAY = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _LIST = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -84,7 +90,8 @@ class Places:
     def _look(self, ino: int, above: Place, name: bytes) -> Place | None:
         path = join(above.path, name)
         try:
-            fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=self._tree.rootfd)
+            with self._near(path) as (near, rest):
+                fd = os.open(rest, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=near)
         except OSError:
             return None  # renamed or removed since: the next mark will say
         try:
@@ -94,6 +101,22 @@ class Places:
             return Place(path, above.pinned or self._tree.is_pinned(fd))
         finally:
             os.close(fd)
+
+    def look_at(self, ino: int) -> int:
+        """An O_PATH descriptor of the directory of this number, -1 where its place is not known."""
+        place = self.directory(ino)
+        if place is None:
+            return -1
+        try:
+            with self._near(place.path) as (near, rest):
+                fd = os.open(rest, _WAY, dir_fd=near)
+        except OSError:
+            return -1
+        st = os.fstat(fd)
+        if (st.st_ino, st.st_dev) == (ino, self._tree.device):
+            return fd
+        os.close(fd)
+        return -1
 
     def opened(self, directory: Directory) -> int:
         """A descriptor to list a directory by, wherever it is by now: never of what somebody has put in its
@@ -109,19 +132,28 @@ class Places:
                     raise
         # By its handle whatever cannot be read is gone to the kernel; its name tells more.
         try:
-            return self._tree.open_at(directory.path, directory.handle, _LIST)
+            return self._opened_at(directory, directory.path)
         except OSError as error:
             place = None if self._tree.privileged or is_passing(error) else self.directory(directory.ino)
             if place is None or place.path == directory.path:
                 raise
-        return self._tree.open_at(place.path, directory.handle, _LIST)
+        return self._opened_at(directory, place.path)
+
+    def _opened_at(self, directory: Directory, path: bytes) -> int:
+        with self._near(path) as (above, rest):
+            return self._tree.open_at(rest, directory.handle, _LIST, above)
 
     def of_file(self, fd: int, parent: int, name: bytes) -> Place | None:
         """The path of an open regular file, and whether it is pinned by itself or from above."""
         above = self.directory(parent) if parent else None
         if above is not None and self._is(fd, join(above.path, name)):
             return Place(join(above.path, name), above.pinned or self._tree.is_pinned(fd))
-        path = os.readlink(os.fsencode(fd_path(fd)))
+        try:
+            path = os.readlink(os.fsencode(fd_path(fd)))
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise
+            return None
         relative = path[len(self._root) + 1 :]
         if not path.startswith(self._root + b"/") or not self._is(fd, relative):
             return None
@@ -129,10 +161,29 @@ class Places:
 
     def _is(self, fd: int, path: bytes) -> bool:
         try:
-            there = os.stat(path, dir_fd=self._tree.rootfd, follow_symlinks=False)
+            with self._near(path) as (near, rest):
+                there = os.stat(rest, dir_fd=near, follow_symlinks=False)
         except OSError:
             return False
         return os.path.samestat(there, os.fstat(fd))
+
+    @contextmanager
+    def _near(self, path: bytes) -> Iterator[tuple[int, bytes]]:
+        """A descriptor of a directory on the way to a place in the tree, and what is left of its path: not too
+        long for a system call. Raises OSError."""
+        if len(path) < _LONG:
+            yield self._tree.rootfd, path or b"."
+            return
+        parts = path.split(b"/")
+        fd = os.dup(self._tree.rootfd)
+        try:
+            while len(parts) > _STEP:
+                on = os.open(b"/".join(parts[:_STEP]), _WAY, dir_fd=fd)
+                os.close(fd)
+                fd, parts = on, parts[_STEP:]
+            yield fd, b"/".join(parts)
+        finally:
+            os.close(fd)
 
     def _pinned_above(self, path: bytes) -> bool:
         parts = path.split(b"/")[:-1]

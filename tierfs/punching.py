@@ -21,7 +21,7 @@ from functools import partial
 from tierfs import failpoints, transitions
 from tierfs.copying import Item
 from tierfs.digests import have_digests, sha256
-from tierfs.errors import BusyError, TierError
+from tierfs.errors import BusyError, ForeignStubError, TierError
 from tierfs.index import Writer
 from tierfs.kit import WRITE_FLAGS, Kit, may_be_gone, proven, read_exactly, unopened
 from tierfs.model import DOUBTED, LEAF, Copy, Record, Residency, Stub
@@ -100,10 +100,13 @@ class Puncher:
             return
         file = _Held(item, fd)
         held.append(file)
-        if not self._kit.tree.try_lease(fd, fcntl.F_WRLCK):
-            item.stay("is open or mapped")
-            return
-        file.proof = self._prove_again(item, fd) if item.again else self._prove(item, fd)
+        try:
+            if not self._kit.tree.try_lease(fd, fcntl.F_WRLCK):
+                item.stay("is open or mapped")
+                return
+            file.proof = self._prove_again(item, fd) if item.again else self._prove(item, fd)
+        except (ForeignStubError, OSError) as error:  # of this file, and no reason for the others
+            item.stay(str(error), failed=True)
 
     def _open(self, item: Item) -> int:
         opath = self._kit.open(item.ino, item.handle, os.O_PATH | os.O_NOFOLLOW, item.path)

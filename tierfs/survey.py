@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 
@@ -120,14 +120,15 @@ class Survey:
         self._tier.drain()
         again, self._astray = self._astray, []
         for ino in self._tier.drainer.note_moves(True):
-            place = self._tier.places.directory(ino)
-            with suppress(OSError):  # gone, or moved once more
+            fd = self._tier.places.look_at(ino)
+            if fd < 0:
+                continue  # gone, or moved once more
+            try:
+                place = self._tier.places.directory(ino)
                 if place is not None:
-                    fd = os.open(place.path or b".", os.O_PATH | os.O_NOFOLLOW, dir_fd=self._kit.tree.rootfd)
-                    try:
-                        again.append(Directory(ino, self._kit.tree.handle_of(fd), place.path))
-                    finally:
-                        os.close(fd)
+                    again.append(Directory(ino, self._kit.tree.handle_of(fd), place.path))
+            finally:
+                os.close(fd)
         return again
 
     def _directory(self, here: Directory) -> list[Directory]:

@@ -25,7 +25,7 @@ from tierfs.bringing import Bringer, Report, Tell
 from tierfs.config import VolumeConfig
 from tierfs.copying import CHANGED, Copier, Item
 from tierfs.draining import Drain
-from tierfs.errors import TierError, VolumeError
+from tierfs.errors import ForeignStubError, TierError, VolumeError
 from tierfs.filling import Filler
 from tierfs.index import Index, Writer
 from tierfs.kit import GONE, READ_FLAGS, Kit, unopened
@@ -180,7 +180,10 @@ class Tier:
             for item in batch:
                 if self._claim(item.ino):
                     claimed.append(item.ino)
-                    self._prepare(item, punch)
+                    try:
+                        self._prepare(item, punch)
+                    except (ForeignStubError, OSError) as error:  # of this file, and no reason for the others
+                        item.stay(str(error), failed=True)
                 else:
                     item.stay(_BUSY)
             self._copier.bring_up(batch, cancelled)

@@ -18,18 +18,18 @@ from tierfs.inodes import InodeSet
 from tierfs.kit import is_gone, is_passing
 from tierfs.model import Record, object_key
 from tierfs.past import is_object
-from tierfs.places import join
+from tierfs.places import Directory, join
 from tierfs.readback import Pace, Pass, Place, load_place
 from tierfs.recovery import CHECKS, Case, Found, check_object, finish_pending
 from tierfs.store.priority import Priority, priority
 from tierfs.survey import forget_gone, gone
 from tierfs.tier import Tier
+from tierfs.walking import walk
 from tierfsd.control_server import Job
 
 _READERS = 8  # small copies at once
 _MOST = 50_000  # findings in one answer
 _MOMENT = 0.5  # seconds
-_LIST = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,37 +166,15 @@ def _cases(
     tier: Tier, repair: bool, read_data: bool, findings: _Findings, seen: InodeSet
 ) -> Iterator[Case]:
     """Every regular file of the tree, once for each inode, which is then `seen`."""
-    kit = tier.kit
-    pending = [b""]
-    while pending:
-        directory = pending.pop()
-        fd = -1
-        try:
-            fd = os.open(directory or b".", _LIST, dir_fd=kit.tree.rootfd)
-            names = sorted(os.fsencode(text) for text in os.listdir(fd))
-            for name in names:
-                path = join(directory, name)
-                opath = -1
-                try:
-                    opath = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=fd)
-                    st = os.fstat(opath)
-                    if stat.S_ISDIR(st.st_mode):
-                        if st.st_dev == kit.tree.device:
-                            pending.append(path)
-                    elif stat.S_ISREG(st.st_mode) and seen.add(st.st_ino):
-                        yield _case(tier, path, opath, st, repair, read_data)
-                except ForeignStubError as error:
-                    findings.append(control.Finding(str(error), path))
-                except OSError as error:
-                    findings.unread(path, error)
-                finally:
-                    if opath >= 0:
-                        os.close(opath)
-        except OSError as error:
-            findings.unread(directory, error)
-        finally:
-            if fd >= 0:
-                os.close(fd)
+    tree = tier.kit.tree
+    for found in walk(tree, tier.places, Directory.root(tree), findings.unread):
+        if stat.S_ISREG(found.st.st_mode) and seen.add(found.st.st_ino):
+            try:
+                yield _case(tier, found.path, found.opath, found.st, repair, read_data)
+            except ForeignStubError as error:
+                findings.append(control.Finding(str(error), found.path))
+            except OSError as error:
+                findings.unread(found.path, error)
 
 
 def _case(tier: Tier, path: bytes, opath: int, st: os.stat_result, repair: bool, read_data: bool) -> Case:

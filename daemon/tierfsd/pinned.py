@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
+import stat
 import threading
 from collections.abc import Iterator
 
 from tierfs.errors import TierError
+from tierfs.places import Directory
 from tierfs.spelling import quoted
 from tierfs.tier import Item, Tier
+from tierfs.walking import Name, walk
 
 log = logging.getLogger("scheduler")
 
@@ -56,31 +59,30 @@ class Pinned:
 
 def _stubs_beneath(tier: Tier, path: bytes) -> Iterator[Item]:
     """Every stub at or below a path of the tree."""
-    root = os.fsencode(tier.kit.tree.path)
-    top = os.path.join(root, path)
-    if not os.path.isdir(top):
-        yield from _stub_at(tier, top, path)
+    tree = tier.kit.tree
+    try:
+        fd = os.open(path or b".", os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=tree.rootfd)
+    except FileNotFoundError:
         return
-    for directory, below, names in os.walk(top, followlinks=False):
-        if os.stat(directory).st_dev != tier.kit.tree.device:
-            below.clear()  # a subvolume: what is in it is not the volume's
-            continue
-        for name in names:
-            full = os.path.join(directory, name)
-            yield from _stub_at(tier, full, os.path.relpath(full, root))
-
-
-def _stub_at(tier: Tier, full: bytes, path: bytes) -> Iterator[Item]:
     try:
-        opath = os.open(full, os.O_PATH | os.O_NOFOLLOW)
-    except OSError:
-        return  # gone since
-    try:
-        if tier.kit.tree.read_stub(opath) is None:
+        st, handle = os.fstat(fd), tree.handle_of(fd)
+        if not stat.S_ISDIR(st.st_mode):
+            parent = os.stat(os.path.dirname(path) or b".", dir_fd=tree.rootfd).st_ino
+            yield from _stub(tier, Name(path, parent, os.path.basename(path), fd, st))
             return
-        st = os.fstat(opath)
-        parent = os.stat(os.path.dirname(full)).st_ino
-        handle, name = tier.kit.tree.handle_of(opath), os.path.basename(full)
-        yield Item(st.st_ino, handle, path, parent, name, st.st_size, ordered=True)
     finally:
-        os.close(opath)
+        os.close(fd)
+
+    def refused(path: bytes, error: OSError) -> None:
+        log.warning("%s is pinned and cannot be looked at: %s", quoted(path), error.strerror)
+
+    for found in walk(tree, tier.places, Directory(st.st_ino, handle, path), refused):
+        yield from _stub(tier, found)
+
+
+def _stub(tier: Tier, found: Name) -> Iterator[Item]:
+    if stat.S_ISREG(found.st.st_mode) and tier.kit.tree.read_stub(found.opath) is not None:
+        handle = tier.kit.tree.handle_of(found.opath)
+        yield Item(
+            found.st.st_ino, handle, found.path, found.parent, found.name, found.st.st_size, ordered=True
+        )

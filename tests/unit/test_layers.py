@@ -85,6 +85,7 @@ PARTS_OF = {
         "looking",
         "remembering",
         "snapshots",
+        "walking",
     },
 }
 WORLDS = {
