@@ -62,6 +62,7 @@ class Journal:
         self._nowhere: dict[int, int] = {}  # directory -> flushes in which its place was not known
         self._seen = 0, 0.0  # `noted_since` as last looked at, and seconds of CLOCK_MONOTONIC of the first look
         self.damaged = False  # something could not be read
+        self._closed: set[int] = set()  # directories that may not be searched, and what is in them not be told
         self.lost_track = False  # notes were dropped or could not be followed: the tree is to be walked
 
     # --- how it stands ------------------------------------------------------------------------------------
@@ -113,6 +114,7 @@ class Journal:
             segment = _Segment(manifest.Packer(head))
             self._look_at_all(segment, notes)
             self._lose_track_of(segment)
+            self._look_at_closed()
             self._put(segment, chain, begun)
             return True
 
@@ -213,6 +215,9 @@ class Journal:
             if not final:
                 segment.packer.add(manifest.Gone(ident, manifest.text(name)))
             return False
+        except PermissionError:
+            self.found_closed(directory)
+            return True
         except OSError as error:
             self._pass_over(segment, directory, name, error)
             return True
@@ -260,6 +265,30 @@ class Journal:
         if ino == self._kit.tree.root_ino:
             return os.dup(self._kit.tree.rootfd)
         return self._places.look_at(ino)
+
+    def found_closed(self, directory: int) -> None:
+        """What is in a directory cannot be looked at (by a daemon that is not root's): the store knows it as it was
+        last seen, and when the directory may be searched again the tree is walked."""
+        self._closed.add(directory)
+        place = self._places.directory(directory)
+        name = quoted(place.path) if place is not None else f"inode {directory}"
+        what = f"directory {name} may not be searched (chmod u+x): the store knows it as it was last seen"
+        self._kit.troubles.note(what, directory)
+
+    def _look_at_closed(self) -> None:
+        for directory in list(self._closed):
+            fd = self._open_directory(directory)
+            try:
+                if fd >= 0:
+                    os.close(os.open(".", _LOOK, dir_fd=fd))
+                    self.lost_track = True
+                self._closed.discard(directory)
+                self._kit.troubles.solved(directory)
+            except PermissionError:
+                pass
+            finally:
+                if fd >= 0:
+                    os.close(fd)
 
     def _lose_track_of(self, segment: _Segment) -> None:
         """Directories that stay away, from one flush to the next, were moved behind the mount's back: their

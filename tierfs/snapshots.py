@@ -275,6 +275,9 @@ class Snapshots:
             fd = os.open(name, _LOOK, dir_fd=dirfd)
         except FileNotFoundError:
             return None  # which has a note
+        except PermissionError:
+            self._journal.found_closed(os.fstat(dirfd).st_ino)
+            raise
         st = os.fstat(fd)
         if st.st_dev != self._kit.tree.device and stat.S_ISDIR(st.st_mode):
             os.close(fd)

@@ -159,8 +159,12 @@ class Survey:
                         self._file(fd, parent, name, st, join(path, name))
                 except FileNotFoundError:
                     continue
+                except PermissionError:
+                    raise  # it may be read, but not searched
                 except OSError as error:
                     self._not_read(join(path, name), error, "file ")
+        except PermissionError as error:
+            self._leave_out(here, error)
         finally:
             os.close(fd)
         return below

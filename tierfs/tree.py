@@ -130,8 +130,8 @@ class Tree:
         return syscalls.open_by_handle(self.rootfd, handle, flags)
 
     def open_at(self, path: bytes, handle: bytes, flags: int, above: int = -1) -> int:
-        """Open by its path beneath the root (b"": that), or beneath another directory, what has this file handle.
-        Raises OSError: ESTALE where something else is there."""
+        """Open by its path beneath the root (b"": that), or another directory, what has this file handle. Raises
+        OSError: ESTALE where something else is there."""
         fd = os.open(path or b".", flags | os.O_CLOEXEC, dir_fd=self.rootfd if above < 0 else above)
         if self.handle_of(fd) == handle:
             return fd

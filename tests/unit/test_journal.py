@@ -91,6 +91,34 @@ def test_no_directory_is_left_out_of_a_snapshot_unnoticed(begun, monkeypatch, by
     assert begun.snapshots.take() and begun.told() == before
 
 
+def test_a_directory_that_may_not_be_searched_holds_up_nothing_and_is_told_when_it_may(begun, monkeypatch):
+    """As of mode 0600, to a daemon that is not root's; `chmod -R 600` makes many."""
+    begun.mkdir("dir")
+    begun.write("dir/file", b"some bytes")
+    place, usual = os.stat(begun.volume.path("dir")).st_ino, os.open
+
+    def refuse(name, flags, *more, dir_fd=None, **named):
+        if dir_fd is not None and os.fstat(dir_fd).st_ino == place and name not in (b"..", ".."):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return usual(name, flags, *more, dir_fd=dir_fd, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", refuse)
+        begun.write("other", b"other bytes")
+        begun.journal.flush()
+        assert {b"dir", b"other"} <= set(begun.told()) and b"dir/file" not in begun.told()
+        assert not begun.volume.index.notes() and not begun.snapshots.due
+        assert begun.snapshots.take()
+        begun.write("third", b"other bytes")
+        begun.journal.flush()
+        assert not begun.snapshots.due
+        assert "may not be searched" in begun.volume.tier.kit.troubles.list()[-1].what
+    begun.write("fourth", b"other bytes")
+    begun.journal.flush()
+    assert begun.snapshots.due and begun.snapshots.take()
+    assert begun.told() == begun.there()
+
+
 def test_a_snapshot_tells_the_same_as_the_segments(begun):
     begun.mkdir("a")
     begun.mkdir("a/b")

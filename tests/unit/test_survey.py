@@ -1,5 +1,6 @@
 """What is moved while the tree is being looked through is looked at all the same, and nothing outside of it."""
 
+import errno
 import os
 import shutil
 import threading
@@ -75,3 +76,19 @@ def test_a_directory_that_has_gone_is_looked_for_once(volume, monkeypatch):
     monkeypatch.setattr(volume.link, "await_marks", lambda: asked.append(real()))
     look(volume, monkeypatch, b"a/b", lambda: shutil.rmtree(volume.path("a/b")))
     assert len(asked) == 2 and volume.record("c/d") and volume.index.totals().files == 1
+
+
+def test_a_directory_that_may_not_be_searched_hides_no_other(volume, monkeypatch):
+    """As of mode 0600, to a daemon that is not root's."""
+    adopted(volume, "a/kept", "closed/inner", "z/kept")
+    place, usual = os.stat(volume.path("closed")).st_ino, os.stat
+
+    def refuse(name, *more, dir_fd=None, **named):
+        if dir_fd is not None and os.fstat(dir_fd).st_ino == place:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return usual(name, *more, dir_fd=dir_fd, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", refuse)
+        assert Survey(volume.tier, lambda guesses: None, threading.Event()).run()
+    assert volume.index.surveyed and volume.index.totals().files == 2
