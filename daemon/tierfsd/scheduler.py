@@ -34,6 +34,7 @@ _IDLE_SECONDS = 5.0  # and where there is none
 _LOOK_SECONDS = 0.05  # between two looks at a filesystem that is about to run low
 _FILLING = 4 << 30  # bytes a second: no program fills a filesystem faster
 _HEAT_SECONDS = 5.0
+_AGAIN_SECONDS = 60.0  # after a look through the tree that has failed
 _GARBAGE_SECONDS = 60.0
 _GARBAGE_END_SECONDS = 5.0  # whatever it is doing: it may be cut short anywhere
 
@@ -209,25 +210,33 @@ class Scheduler:
     # --- the look through the tree ------------------------------------------------------------------------
 
     def _look_through(self) -> None:
-        """The tree, if that has not been done in this custody epoch or heat was lost."""
-        try:
-            self._look_if_needed()
-        finally:
-            self.looked.set()
+        """The tree, if that has not been done in this custody epoch or heat was lost. Where it fails, as for
+        want of descriptors or of an answer, nobody waits for it, and it is tried again."""
+        seconds = 0.0
+        while not self._stopping.wait(seconds):
+            try:
+                if self._look_if_needed():
+                    return
+            finally:
+                self.looked.set()
+            seconds = _AGAIN_SECONDS
 
-    def _look_if_needed(self) -> None:
+    def _look_if_needed(self) -> bool:
+        """False where it is to be tried again."""
         try:
-            if self._kit.index.surveyed and not self._heat_is_lost():
-                return
-            self._survey = Survey(self._tier, self._heat.seed_many, self._stopping)
-            self._survey.run()
+            if not self._kit.index.surveyed or self._heat_is_lost():
+                self._survey = Survey(self._tier, self._heat.seed_many, self._stopping)
+                self._survey.run()
         except (TierError, OSError) as error:
             if not self._stopping.is_set():
                 self._kit.troubles.note(f"the tree could not be looked through: {error}")
+            return False
         except Exception:
             log.exception("looking through the tree failed")
+            return False
         finally:
             self._survey = None
+        return True
 
     def _heat_is_lost(self) -> bool:
         here = self._kit.index.totals().local_bytes > 0

@@ -217,21 +217,27 @@ def test_the_service_manager_is_told(tmp_path, monkeypatch):
     servicemanager.notify("READY=1")
 
 
-def test_nobody_waits_for_a_look_at_the_tree_that_has_failed(tmp_path, monkeypatch):
+def test_nobody_waits_for_a_look_at_the_tree_that_has_failed_and_it_is_tried_again(tmp_path, monkeypatch):
     made = Volume(tmp_path)
     heat = HeatIndex(str(tmp_path / "heat"), 1 << 30)
+    scheduler = Scheduler(made.tier, heat, False, str(tmp_path / "ballast"))
+    looking = threading.Thread(target=scheduler._look_through, daemon=True)
     try:
-        scheduler = Scheduler(made.tier, heat, False, str(tmp_path / "ballast"))
-        monkeypatch.setattr(Survey, "run", lambda self: (_ for _ in ()).throw(OSError(5, "the disk is broken")))
-        scheduler._look_through()
-        assert scheduler.looked.is_set() and not made.index.surveyed
-        backend = TierBackend.__new__(TierBackend)
-        backend._home = SimpleNamespace(identity=SimpleNamespace(view=False))
-        backend._kit, backend._looked = made.tier.kit, scheduler.looked
-        (stayed,) = backend.drain(SimpleNamespace(cancelled=threading.Event())).stayed
-        assert stayed.failed and "could not be looked through" in stayed.reason
-        assert "the disk is broken" in made.tier.kit.troubles.list()[-1].what
+        monkeypatch.setattr(scheduling, "_AGAIN_SECONDS", 0.01)
+        with monkeypatch.context() as patch:
+            patch.setattr(Survey, "run", lambda self: (_ for _ in ()).throw(OSError(5, "the disk is broken")))
+            looking.start()
+            assert scheduler.looked.wait(5) and not made.index.surveyed
+            assert "the disk is broken" in made.tier.kit.troubles.list()[-1].what
+            backend = TierBackend.__new__(TierBackend)
+            backend._home = SimpleNamespace(identity=SimpleNamespace(view=False))
+            backend._kit, backend._looked = made.tier.kit, scheduler.looked
+            (stayed,) = backend.drain(SimpleNamespace(cancelled=threading.Event())).stayed
+            assert stayed.failed and "could not be looked through" in stayed.reason
+        looking.join(5)
+        assert made.index.surveyed
     finally:
+        scheduler._stopping.set()
         heat.close()
         made.stop()
 
