@@ -9,6 +9,7 @@ backing tree and its old place is empty (the mountpoint is made then).
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import json
 import os
@@ -122,20 +123,32 @@ def finish(directory: str, state: str) -> None:
     tree = os.path.join(state, "tree")
     if intent is None or intent["directory"] != directory or not os.path.isdir(tree):
         return
-    try:
+    with contextlib.suppress(FileExistsError):
         os.mkdir(directory, 0o755)
-    except FileExistsError:
-        if os.listdir(directory):
-            raise VolumeError(
-                f"{directory}: was filled while its content is in {tree}: empty it, then try again"
-            ) from None
-    if os.geteuid() == 0:
-        status = os.stat(tree)
-        os.chown(directory, status.st_uid, status.st_gid)
-    os.chmod(directory, _MOUNTPOINT_MODE)
+    fd = _open_empty(directory, tree)
+    try:
+        if os.geteuid() == 0:
+            status = os.stat(tree)
+            os.fchown(fd, status.st_uid, status.st_gid)
+        os.fchmod(fd, _MOUNTPOINT_MODE)
+    finally:
+        os.close(fd)
     volume.sync_directory(os.path.dirname(directory))
     volume.sync_directory(state)
     os.unlink(os.path.join(state, _INTENT))
+
+
+def _open_empty(directory: str, tree: str) -> int:
+    """The mountpoint itself: who owns the directory above might have put a link there. Raises VolumeError."""
+    try:
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        if not os.listdir(fd):
+            return fd
+        os.close(fd)
+    except OSError as exc:
+        if exc.errno not in (errno.ENOTDIR, errno.ELOOP):
+            raise
+    raise VolumeError(f"{directory}: was filled while its content is in {tree}: empty it, then try again")
 
 
 def read_intent(state: str) -> dict[str, Any] | None:

@@ -192,11 +192,15 @@ def check_store_place(store: str, mountpoint: str, state: str, *, new: bool) -> 
 
 def lock(state: str) -> int:
     """Take the volume's lock; it lasts as long as the returned descriptor. Raises VolumeError."""
-    path = os.path.join(state, "lock")
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        directory = _own_directory(state)
+        try:
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+            fd = os.open("lock", flags, 0o600, dir_fd=directory)
+        finally:
+            os.close(directory)
     except OSError as exc:
-        raise VolumeError(f"{path}: cannot be opened: {exc.strerror}") from exc
+        raise VolumeError(f"{state}/lock: cannot be opened: {exc.strerror}") from exc
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as exc:
@@ -234,18 +238,55 @@ def exists(state: str) -> bool:
 def make_state(state: str) -> None:
     """Create a state directory (mode 0700) with its parents. Raises VolumeError."""
     try:
-        os.makedirs(os.path.dirname(state), exist_ok=True)
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(state, 0o700)
-        status = os.stat(state)
-        if status.st_uid != os.geteuid():
-            raise VolumeError(f"{state}: the state directory belongs to another user: choose another --state")
-        if status.st_mode & 0o077:
-            os.chmod(state, 0o700)
+        if not os.path.lexists(state):
+            os.makedirs(os.path.dirname(state), exist_ok=True)
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(state, 0o700)
+        fd = _own_directory(state)
+        try:
+            if os.fstat(fd).st_mode & 0o077:
+                os.fchmod(fd, 0o700)
+        finally:
+            os.close(fd)
     except PermissionError as exc:
         raise VolumeError(f"{state}: only root may make the state directory there: act as root") from exc
     except OSError as exc:
         raise VolumeError(f"{state}: the state directory cannot be made: {exc.strerror}") from exc
+
+
+def _own_directory(state: str) -> int:
+    """A descriptor of a state directory of ours: whatever somebody else has put in its place is not written to.
+
+    Raises VolumeError, OSError."""
+    try:
+        fd = os.open(state, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as exc:
+        if os.path.islink(state):
+            raise VolumeError(f"{state}: is a symbolic link: name what it leads to by --state") from exc
+        if isinstance(exc, PermissionError):
+            raise VolumeError(f"{state}: is closed to you: act as its owner or as root") from exc
+        raise
+    if os.fstat(fd).st_uid == os.geteuid():
+        return fd
+    os.close(fd)
+    raise VolumeError(f"{state}: the state directory belongs to another user: choose another --state")
+
+
+def check_above(state: str) -> None:
+    """Refuse a place that nobody has named for a new state directory of root's, if another user could put
+    something else there instead: what root writes would go where that user likes. Raises VolumeError."""
+    above = os.path.dirname(state)
+    while os.geteuid() == 0 and not exists(state):
+        found = os.stat(above)
+        shared = found.st_mode & (stat.S_IWOTH | (stat.S_IWGRP if found.st_gid else 0))
+        if found.st_uid or (shared and not found.st_mode & stat.S_ISVTX):
+            raise VolumeError(
+                f"{above}: may be changed by others, who could put something else in the place of {state}:"
+                " choose a --state where only root may make directories, or that one if you trust them"
+            )
+        if above == os.path.dirname(above):
+            return
+        above = os.path.dirname(above)
 
 
 def create(state: str, ident: str = "", created: float = 0.0, **settings: str) -> Volume:

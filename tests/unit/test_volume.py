@@ -15,7 +15,7 @@ import pytest
 
 from tierfs import adoption, locate, ownership, syscalls, volume
 from tierfs.commands import home as commands_home
-from tierfs.commands.home import leave
+from tierfs.commands.home import adopt, leave
 from tierfs.errors import PathError, PreconditionError, StoreUnavailableError, VolumeError
 from tierfs.store.memory import MemoryStore
 from tierfs.store.urls import open_store
@@ -463,6 +463,55 @@ def test_links_on_the_way_are_followed_and_a_link_itself_is_meant(tmp_path, monk
     assert locate.resolve("..") == real
 
 
+def test_a_link_in_the_place_of_a_state_directory_is_not_followed(tmp_path):
+    """Who may write beside a mountpoint could have root close, and then use, whatever the link leads to."""
+    aim = tmp_path / "aim"
+    aim.mkdir(0o755)
+    (tmp_path / "state").symlink_to(aim)
+    for use in (volume.make_state, volume.lock):
+        with pytest.raises(VolumeError, match="symbolic link"):
+            use(str(tmp_path / "state"))
+    assert stat.S_IMODE(aim.stat().st_mode) == 0o755 and not list(aim.iterdir())
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives directories to others")
+def test_a_state_directory_of_another_user_is_not_written_to(tmp_path):
+    state = tmp_path / "state"
+    state.mkdir(0o700)
+    os.chown(state, 4711, 4711)
+    (state / "lock").symlink_to(tmp_path / "made")
+    for use in (volume.make_state, volume.lock):
+        with pytest.raises(VolumeError, match="belongs to another user"):
+            use(str(state))
+    os.chown(state, 0, 0)
+    with pytest.raises(VolumeError, match="cannot be opened"):
+        volume.lock(str(state))
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives directories to others")
+@pytest.mark.parametrize(
+    ("owner", "mode", "safe"), [(0, 0o755, True), (0, 0o1777, True), (0, 0o777, False), (4711, 0o700, False)]
+)
+def test_what_root_adopts_is_kept_where_nobody_else_can_replace_it(tmp_path, monkeypatch, owner, mode, safe):
+    above = tmp_path / "above"
+    (above / "between").mkdir(parents=True)
+    os.chmod(above, mode)
+    os.chown(above, owner, owner)
+    launched = []
+    monkeypatch.setattr(commands_home.launch, "launch", lambda arguments, real: launched.append(arguments[1]))
+    for home in (above / "home", above / "between" / "home"):
+        home.mkdir()
+        state = volume.adopted_state(str(home))
+        if safe:
+            adopt.callback(None, None, str(home))
+        else:
+            with pytest.raises(VolumeError, match=f"{above}: may be changed by others"):
+                adopt.callback(None, None, str(home))
+            adopt.callback(None, state, str(home))
+        assert launched.pop() == state
+
+
 # --- adoption --------------------------------------------------------------------------------------------
 
 
@@ -500,6 +549,19 @@ def test_adoption_never_covers_what_came_in_between(home):
         pass
     with pytest.raises(VolumeError, match="was filled"):
         adoption.finish(home, state)
+
+
+def test_a_link_in_the_place_of_what_is_adopted_gets_no_owner(home, tmp_path):
+    """Who owns the directory above may put one there between two steps; it leads to an empty directory."""
+    aim = tmp_path / "aim"
+    aim.mkdir(0o755)
+    state = volume.adopted_state(home)
+    adoption.begin(home, state)
+    adoption.move(home, state)
+    os.symlink(aim, home)
+    with pytest.raises(VolumeError, match="was filled"):
+        adoption.finish(home, state)
+    assert stat.S_IMODE(aim.stat().st_mode) == 0o755 and adoption.read_intent(state) is not None
 
 
 def test_giving_back_restores_the_very_directory(home):

@@ -26,6 +26,8 @@ def adopt(store: str | None, state: str | None, directory: str) -> None:
     """Turn DIRECTORY into a volume, by one rename, and mount it in the same place."""
     real = os.path.realpath(directory)
     where = os.path.realpath(state) if state else volume.adopted_state(real)
+    if not state:
+        volume.check_above(where)
     clear_dead_mount(real)
     tree = os.path.join(where, "tree")
     held = os.path.isdir(tree)
