@@ -164,6 +164,9 @@ class Journal:
             for note in notes:
                 key = (note.ino, note.name)
                 segment.done[key] = note
+                if segment.packer.full:
+                    segment.left.add(key)
+                    continue
                 segment.left.discard(key)
                 if not note.name:
                     self._look_at_inode(segment, note.ino)

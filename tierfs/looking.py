@@ -39,7 +39,7 @@ def line(
         "dir": directory,
         "name": manifest.text(name),
     }
-    attributes = _xattrs(fd)
+    attributes = _xattrs(kit, fd)
     if attributes:
         base["pinned"] = kit.tree.pin_name in attributes
         base["xattrs"] = {key: value for key, value in attributes.items() if key not in _OWN} or None
@@ -138,7 +138,7 @@ def _shown(record: Record, st: os.stat_result, moving: bool) -> tuple[int, int]:
     return st.st_mtime_ns, st.st_ctime_ns
 
 
-def _xattrs(fd: int) -> dict[str, str]:
+def _xattrs(kit: Kit, fd: int) -> dict[str, str]:
     """All extended attributes, TierFS's own too."""
     path = fd_path(fd)
     try:
@@ -148,13 +148,23 @@ def _xattrs(fd: int) -> dict[str, str]:
             return {}
         raise
     found: dict[str, str] = {}
-    for name in names:
+    room = manifest.MOST_XATTRS
+    for name in sorted(names, key=lambda name: name not in _OWN):
         try:
-            found[manifest.text(os.fsencode(name))] = base64.b64encode(os.getxattr(path, name)).decode()
+            value = base64.b64encode(os.getxattr(path, name)).decode()
         except PermissionError:
             # Its own owner may not read it (mode 0); only root could.
             log.warning("inode %d: attribute %s is unreadable, and not journalled", os.fstat(fd).st_ino, name)
+            continue
         except OSError as error:
             if error.errno not in _NO_XATTRS:
                 raise
+            continue
+        text = manifest.text(os.fsencode(name))
+        room -= len(text) + len(value)
+        if room < 0:
+            what = f"{kit.name_of(fd)} has more than {manifest.MOST_XATTRS >> 20} MiB of extended attributes"
+            kit.troubles.note(f"{what}: not all of them are kept in the store", os.fstat(fd).st_ino)
+            break
+        found[text] = value
     return found

@@ -37,6 +37,9 @@ PREFIX = "meta/"
 SEGMENT, SNAPSHOT = "segment", "snapshot"
 MOST_EXTENTS = 2000  # in one line; a file in more pieces is shown without holes until its first read
 
+MOST_RAW = 1 << 28  # bytes of lines in one object, about: a reader takes four times as much
+MOST_XATTRS = 1 << 22  # bytes of extended attributes in one line, a quarter of what a reader takes as a line
+
 _LEVEL = 3
 _MOST_BYTES = 1 << 30  # of one object, decompressed
 _MOST_IN_LINE = 1 << 24
@@ -244,10 +247,18 @@ class Packer:
         self._parts: list[bytes] = []
         self.lines = 0
         self.size = 0  # compressed bytes that have left the compressor
+        self._raw = 0
         self._write(head)
 
+    @property
+    def full(self) -> bool:
+        """More would be too much for who reads it, however well it can be compressed."""
+        return self._raw >= MOST_RAW
+
     def _write(self, line: Line) -> None:
-        data = self._compress.compress(_encoder.encode(line) + b"\n")
+        text = _encoder.encode(line) + b"\n"
+        self._raw += len(text)
+        data = self._compress.compress(text)
         if data:
             self._parts.append(data)
             self.size += len(data)

@@ -363,7 +363,7 @@ class _Parts:
         """One more line; True when a part has gone."""
         self._packer.add(told)
         self.lines += 1
-        if self._packer.size < PART and self._packer.lines < PART_LINES:
+        if self._packer.size < PART and self._packer.lines < PART_LINES and not self._packer.full:
             return False
         self._put(self._packer.finish(time.time_ns()))
         self._packer = self._begin()

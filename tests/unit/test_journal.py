@@ -560,6 +560,37 @@ def test_any_name_survives(name):
     assert (namespace.name_of(told) == name) == (name not in (b".", b"..") and not set(name) & {0, 47})
 
 
+@pytest.mark.parametrize("how", ["segment", "snapshot"])
+def test_nothing_is_written_that_a_reader_would_refuse_for_its_size(begun, monkeypatch, how):
+    """As by a user with very many attributes: a restore would lack all that is in the same object."""
+    monkeypatch.setattr(manifest, "_MOST_BYTES", 40_000)
+    monkeypatch.setattr(manifest, "MOST_RAW", 20_000, raising=False)
+    for number in range(100):
+        begun.write(f"file{number}")
+        begun.run("setxattr", begun.node(f"file{number}"), b"user.much", b"\0" * 1000)
+    if how == "snapshot":
+        begun.journal._give_up("this is a test")
+        begun.snapshots.take()
+    for _ in range(20):
+        begun.journal.flush()
+    assert not begun.volume.index.notes()
+    assert not Chronicle(begun.volume.store).troubles and begun.told() == begun.there()
+
+
+def test_attributes_that_would_make_a_line_too_long_are_left_out(begun, monkeypatch):
+    begun.write("file", b"some bytes")
+    begun.run("setxattr", begun.node("file"), b"user.colour", b"blue")
+    names, value = [f"user.{number}" for number in range(300)], bytes(1 << 16)
+    real_names, real_value = os.listxattr, os.getxattr
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "listxattr", lambda path: real_names(path) + names)
+        patch.setattr(os, "getxattr", lambda path, name: value if name in names else real_value(path, name))
+        begun.journal.flush()
+    told = begun.read_journal().find(b"file")
+    assert begun.told()[b"file"][0] == "file" and 0 < len(told.xattrs) < len(names)
+    assert "attributes" in begun.volume.tier.kit.troubles.list()[-1].what
+
+
 def test_what_unpacks_to_too_much_is_refused(monkeypatch):
     monkeypatch.setattr(manifest, "_MOST_BYTES", 1 << 20)
     import zstandard
