@@ -271,7 +271,7 @@ class Collector:
 
         def commit(w: Writer) -> None:
             for _, key in gone:
-                self._drop_leaves(w, key)
+                _drop_leaves(w, key)
             for beat, key in gone + back:
                 drop(w, beat, key)
 
@@ -372,12 +372,6 @@ class Collector:
         record = self._kit.index.get_by_fid(_parse(key)[0])
         return record is not None and _key_of(record) == key
 
-    def _drop_leaves(self, w: Writer, key: str) -> None:
-        fid, generation = _parse(key)
-        record = self._kit.index.get_by_fid(fid)
-        if record is None or record.copy is None or record.copy.generation != generation:
-            w.drop_leaves(fid, generation)
-
     # --- uploads cut short --------------------------------------------------------------------------------
 
     def _abort_uploads(self) -> None:
@@ -435,6 +429,13 @@ def _described(version: Version | None) -> tuple[int | None, str]:
 
 def _drop_twin(key: str, handle: bytes, w: Writer) -> None:
     w.drop_twin(key, handle)
+
+
+def _drop_leaves(w: Writer, key: str) -> None:
+    """Unless they are those of the present copy: it may be of the same content, and committed just now."""
+    fid, generation = _parse(key)
+    if not w.has_copy(fid, generation):
+        w.drop_leaves(fid, generation)
 
 
 def _pages(page: Callable[[Buried | None], list[Buried]], after: Buried | None) -> Iterator[list[Buried]]:

@@ -275,6 +275,16 @@ class Writer(PastWriter):
         """Some inode has this file id."""
         return self._txn.get(fid, db=self._db["fids"]) is not None
 
+    def has_copy(self, fid: bytes, generation: int) -> bool:
+        """The file has a copy of this generation, or its record is damaged and does not say."""
+        at = self._txn.get(fid, db=self._db["fids"])
+        if at is None:
+            return False
+        record, since = self.row(U64.unpack(at)[0])
+        if record is None:
+            return since == _UNKNOWN
+        return record.fid == fid and record.copy is not None and record.copy.generation == generation
+
     def _drop_fid(self, record: Record) -> None:
         """Unless another inode has the file id by now: a copy of a stub made behind the mount's back."""
         if self._txn.get(record.fid, db=self._db["fids"]) == U64.pack(record.ino):

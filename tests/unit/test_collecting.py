@@ -6,13 +6,15 @@ import errno
 import json
 import os
 import time
+from dataclasses import replace
 
 import pytest
 from dating import DAY, AgingVolume
 
+from tierfs import collecting
 from tierfs.errors import StoreDeniedError, StoreUnavailableError, VolumeError
 from tierfs.looking import line
-from tierfs.model import EPOCH_SHIFT
+from tierfs.model import EPOCH_SHIFT, object_key
 from tierfs.past import Ending
 from tierfs.policy.aging import Clock
 
@@ -75,6 +77,25 @@ def test_a_session_that_has_run_on_into_the_next_epoch_removes_what_it_made(volu
     volume.restart()
     volume.server.write(volume.path("a"), b"six" * 1000)
     assert volume.record("a").generation > newest and volume.record("a").dirty
+
+
+def test_the_digests_of_a_copy_that_is_committed_with_the_end_of_an_upload_stay(volume):
+    """A copy of the same content, which an earlier attempt had failed to bring, in the same commit."""
+    volume.server.create(volume.path("a"), b"x" * 10_000)
+    volume.demote("a", punch=False)
+    record = volume.record("a")
+    failed = object_key(record.fid, record.generation, b"12345678")
+    copy = record.copy
+    volume.index.commit(lambda w: w.put(replace(record, copy=None, left_ctime=0))).result()
+    with volume.index.write() as w:
+        w.put(replace(record, copy=copy))
+        w.put_leaves(record.fid, record.generation, b"d" * 32, [(0, 4096)])
+        collecting._drop_leaves(w, failed)
+    assert volume.index.get_leaves(record.fid, record.generation) is not None
+    with volume.index.write() as w:
+        w.delete(record.ino)
+        collecting._drop_leaves(w, failed)
+    assert volume.index.get_leaves(record.fid, record.generation) is None
 
 
 def test_the_age_begins_with_the_end_not_with_the_look_before(volume):
