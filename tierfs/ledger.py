@@ -44,7 +44,6 @@ _INODE = struct.Struct("@QIIqqQ")  # inode, backing id, 1: shows other than its 
 _LONG = struct.Struct("@255sB")
 _INTENT = struct.Struct("@QIIq")  # request, kind, length of the handle, when
 _HANDLE_AT = _INTENT.size + 2 * STAT_SIZE
-_HANDLE_MOST = 255
 MOST_NAME = 255  # bytes
 _INTENT_SIZE = 512
 _MOST_LOOKUPS = (1 << 31) - 1

@@ -53,15 +53,11 @@ def drop_set_id(opath: int, is_member: Callable[[int], bool] = lambda gid: True)
 
 @dataclass(frozen=True, slots=True)
 class Space:
-    """Room on the backing filesystem in bytes, and inodes. `available`: without the superuser's reserve."""
+    """Room on the backing filesystem in bytes. `available`: without the superuser's reserve."""
 
-    block: int
     total: int
     free: int
     available: int
-    files: int
-    files_free: int
-    name_max: int
 
 
 class Tree:
@@ -298,15 +294,7 @@ class Tree:
     def space(self) -> Space:
         """Room on the backing filesystem."""
         fs = os.fstatvfs(self.rootfd)
-        return Space(
-            block=fs.f_frsize,
-            total=fs.f_blocks * fs.f_frsize,
-            free=fs.f_bfree * fs.f_frsize,
-            available=fs.f_bavail * fs.f_frsize,
-            files=fs.f_files,
-            files_free=fs.f_ffree,
-            name_max=fs.f_namemax,
-        )
+        return Space(fs.f_blocks * fs.f_frsize, fs.f_bfree * fs.f_frsize, fs.f_bavail * fs.f_frsize)
 
     def sync(self) -> None:
         """Make the whole backing filesystem durable. Raises OSError."""
