@@ -239,9 +239,8 @@ def make_state(state: str) -> None:
     """Create a state directory (mode 0700) with its parents. Raises VolumeError."""
     try:
         if not os.path.lexists(state):
-            os.makedirs(os.path.dirname(state), exist_ok=True)
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(state, 0o700)
+            _make_durably(os.path.dirname(state), 0o777)
+            _make_durably(state, 0o700)
         fd = _own_directory(state)
         try:
             if os.fstat(fd).st_mode & 0o077:
@@ -252,6 +251,17 @@ def make_state(state: str) -> None:
         raise VolumeError(f"{state}: only root may make the state directory there: act as root") from exc
     except OSError as exc:
         raise VolumeError(f"{state}: the state directory cannot be made: {exc.strerror}") from exc
+
+
+def _make_durably(path: str, mode: int) -> None:
+    """A directory, with those above it: what is synced in it later is worth nothing without its name."""
+    if os.path.isdir(path):
+        return
+    above = os.path.dirname(path)
+    _make_durably(above, 0o777)
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(path, mode)
+    sync_directory(above)
 
 
 def _own_directory(state: str) -> int:

@@ -624,6 +624,13 @@ def test_the_order_of_an_adoption_and_of_leaving(home, story):
     assert story == [f"sync {where}/given", f"{where}/tree -> home", "sync .", f"sync {where}"]
 
 
+def test_a_new_state_directory_is_on_the_disk_before_anything_in_it(tmp_path, story):
+    volume.make_state(str(tmp_path / "a" / "state"))
+    assert story == ["make a", "sync .", "make a/state", "sync a"]
+    volume.make_state(str(tmp_path / "a" / "state"))
+    assert len(story) == 4
+
+
 def test_what_is_written_of_a_volume_is_on_the_disk_when_that_returns(tmp_path, story):
     volume.write_json(str(tmp_path / "a"), {"b": 1})
     assert story == ["sync a.new", "a.new -> a", "sync ."]
