@@ -270,8 +270,8 @@ class Journal:
         return self._places.look_at(ino)
 
     def found_closed(self, directory: int) -> None:
-        """What is in a directory cannot be looked at (by a daemon that is not root's): the store knows it as it was
-        last seen, and when the directory may be searched again the tree is walked."""
+        """What is in a directory cannot be looked at (by a daemon that is not root's): the store knows it as it
+        was last seen, and when the directory may be searched again the tree is walked."""
         self._closed.add(directory)
         place = self._places.directory(directory)
         name = quoted(place.path) if place is not None else f"inode {directory}"

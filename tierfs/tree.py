@@ -13,7 +13,7 @@ import signal
 import stat
 import struct
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from tierfs import syscalls
@@ -27,6 +27,7 @@ _CAPABILITY = "security.capability"
 # virtual machine has given back to its host: to get it again costs four times what copying does.
 _PIECE = 1 << 20
 _CAP_SYS_ADMIN = 21
+_ATTEMPTS = 10
 _NO_HANDLE = struct.Struct("<iQq")  # type, inode number, time of birth
 _NO_HANDLE_TYPE = struct.pack("<i", -1)
 _WHOLE_UID_MAP = [0, 0, 0xFFFFFFFF]
@@ -126,8 +127,9 @@ class Tree:
         return syscalls.open_by_handle(self.rootfd, handle, flags)
 
     def open_at(self, path: bytes, handle: bytes, flags: int, above: int = -1) -> int:
-        """Open by its path beneath the root (b"": that), or another directory, what has this file handle. Raises
-        OSError: ESTALE where something else is there."""
+        """Open by its path beneath the root (b"": that), or another directory, what has this file handle.
+
+        Raises OSError: ESTALE where something else is there."""
         fd = os.open(path or b".", flags | os.O_CLOEXEC, dir_fd=self.rootfd if above < 0 else above)
         if self.handle_of(fd) == handle:
             return fd
@@ -185,12 +187,13 @@ class Tree:
         return self._xattr(fd, name) is not None
 
     def _xattr(self, fd: int, name: str) -> bytes | None:
-        try:
+        with suppress(PermissionError):
             return self._present(fd_path(fd), name)
-        except PermissionError:
-            # user.* asks for the right to read, which even the owner may lack.
-            with self.lent.lending(fd, fd_path(fd), stat.S_IRUSR):
+        # user.* asks for the right to read, which even the owner may lack. Others who do this may end first.
+        for _ in range(_ATTEMPTS):
+            with self.lending(fd, stat.S_IRUSR), suppress(PermissionError):
                 return self._present(fd_path(fd), name)
+        return self._present(fd_path(fd), name)
 
     def _present(self, place: str | int, name: str) -> bytes | None:
         try:

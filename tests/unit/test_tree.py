@@ -5,12 +5,14 @@ import fcntl
 import os
 import stat
 import threading
+from contextlib import ExitStack
 
 import pytest
 
 from tierfs import syscalls
 from tierfs.dirs import Listing
 from tierfs.errors import ForeignStubError
+from tierfs.lent import Lent
 from tierfs.model import Stub
 from tierfs.tree import fd_path, open_tree, pwrite_all
 
@@ -301,6 +303,32 @@ def test_symlink_descriptors_mean_the_link_itself(tree, tmp_path):
             assert os.listxattr(tmp_path / "link", follow_symlinks=False) == ["trusted.x"]
     finally:
         os.close(opath)
+
+
+def test_a_mode_that_is_opened_for_a_moment_by_two_is_as_it_was_in_the_end(tmp_path):
+    """As by the mount server and the mover, in whichever order they are done."""
+    path = tmp_path / "closed"
+    path.write_bytes(b"")
+    os.chmod(path, 0)
+    fd = os.open(path, os.O_PATH)
+    lent = Lent(str(tmp_path / "lent"), lambda fd: b"%d" % os.fstat(fd).st_ino)
+
+    def for_a_moment():
+        return lent.lending(fd, fd_path(fd), stat.S_IRUSR)
+
+    try:
+        first, second = for_a_moment(), for_a_moment()
+        with ExitStack() as last:
+            with first:
+                last.enter_context(second)
+                assert stat.S_IMODE(os.fstat(fd).st_mode) == 0o400
+            assert stat.S_IMODE(os.fstat(fd).st_mode) == 0
+        assert stat.S_IMODE(os.fstat(fd).st_mode) == 0
+        with for_a_moment():
+            os.chmod(path, 0o060)
+        assert stat.S_IMODE(os.fstat(fd).st_mode) == 0o060, "its owner's change is undone"
+    finally:
+        os.close(fd)
 
 
 def test_space(tree):
