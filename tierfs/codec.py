@@ -26,7 +26,7 @@ from dataclasses import replace
 from functools import lru_cache
 
 from tierfs.errors import IndexError_
-from tierfs.model import CHUNK_SHIFT, Copy, Record, Residency
+from tierfs.model import CHUNK_SHIFT, Copy, Record, Residency, clamped
 
 _VERSION = 3
 _FIXED = 2
@@ -130,12 +130,8 @@ def _representable(record: Record) -> Record:
     file says, no copy is proven by it, and the file stays."""
     copy = record.copy
     if copy is not None:
-        copy = replace(copy, mtime=_clamped(copy.mtime), ctime=_clamped(copy.ctime))
-    return replace(record, copy=copy, left_ctime=_clamped(record.left_ctime))
-
-
-def _clamped(time: int) -> int:
-    return max(-(1 << 63), min(time, (1 << 63) - 1))
+        copy = replace(copy, mtime=clamped(copy.mtime), ctime=clamped(copy.ctime))
+    return replace(record, copy=copy, left_ctime=clamped(record.left_ctime))
 
 
 def _numbered(ino: int) -> bytes:

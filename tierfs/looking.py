@@ -15,7 +15,7 @@ from tierfs import manifest
 from tierfs.errors import ForeignStubError
 from tierfs.index import Rescue, Writer
 from tierfs.kit import Kit
-from tierfs.model import Copy, Record
+from tierfs.model import Copy, Record, clamped
 from tierfs.tree import fd_path
 
 log = logging.getLogger("journal")
@@ -34,8 +34,8 @@ def line(
         "mode": stat.S_IMODE(st.st_mode),
         "uid": st.st_uid,
         "gid": st.st_gid,
-        "mtime": st.st_mtime_ns,
-        "ctime": st.st_ctime_ns,
+        "mtime": clamped(st.st_mtime_ns),
+        "ctime": clamped(st.st_ctime_ns),
         "dir": directory,
         "name": manifest.text(name),
     }
@@ -71,7 +71,7 @@ def _file(kit: Kit, fd: int, st: os.stat_result, handle: bytes, base: dict[str, 
         if twin is not None:
             return manifest.File(**base, size=st.st_size, blocks=st.st_blocks, **twin)  # type: ignore[arg-type]
         # Not yet in the index: dirty, and not known since when.
-        return manifest.File(**base, size=st.st_size, blocks=st.st_blocks, since=st.st_mtime_ns or 1)  # type: ignore[arg-type]
+        return manifest.File(**base, size=st.st_size, blocks=st.st_blocks, since=clamped(st.st_mtime_ns) or 1)  # type: ignore[arg-type]
     base["mtime"], base["ctime"] = _shown(record, st, moving)
     base |= {**_known(kit, record), "size": st.st_size, "blocks": max(record.blocks, st.st_blocks)}
     return manifest.File(**base)  # type: ignore[arg-type]
@@ -122,8 +122,9 @@ def _twin(kit: Kit, fd: int, st: os.stat_result, handle: bytes) -> dict[str, obj
         return None
     kit.index.post(partial(_note_twin, stub.key, handle))
     copy = Copy(
-        stub.generation, stub.tag, stub.digest, st.st_size, st.st_mtime_ns, st.st_ctime_ns, 0, stub.chunk_shift
-    )
+        stub.generation, stub.tag, stub.digest, st.st_size, clamped(st.st_mtime_ns), clamped(st.st_ctime_ns), 0,
+        stub.chunk_shift,
+    )  # fmt: skip
     return {"fid": stub.fid.hex(), "generation": stub.generation, "copy": manifest.CopyLine.of(copy)}
 
 
@@ -135,7 +136,7 @@ def _shown(record: Record, st: os.stat_result, moving: bool) -> tuple[int, int]:
     """The times that the mount shows; `moving`: while our own work moves those of the inode."""
     if record.copy is not None and (moving or record.left_ctime == st.st_ctime_ns):
         return record.copy.mtime, record.copy.ctime
-    return st.st_mtime_ns, st.st_ctime_ns
+    return clamped(st.st_mtime_ns), clamped(st.st_ctime_ns)
 
 
 def _xattrs(kit: Kit, fd: int) -> dict[str, str]:

@@ -22,15 +22,15 @@ import base64
 import hashlib
 import io
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 import zstandard
 
 from tierfs.errors import ObjectCorruptError
-from tierfs.model import Copy
+from tierfs.model import Copy, clamped
 
 FORMAT = 1
 PREFIX = "meta/"
@@ -49,8 +49,9 @@ _KEY = re.compile(r"meta/([0-9a-f]{8})-([0-9a-f]{8})-([0-9a-f]{16})\.(segment|sn
 U31 = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
 U32 = Annotated[int, msgspec.Meta(ge=0, lt=(1 << 32) - 1)]
 U48 = Annotated[int, msgspec.Meta(ge=0, lt=1 << 48)]
-Size = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
-Time = Annotated[int, msgspec.Meta(ge=-(1 << 62), lt=1 << 62)]
+# What 64 bits hold: to the year 2262 and 8 EiB. What a filesystem has beyond is told as the nearest of these.
+Size = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+Time = Annotated[int, msgspec.Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
 Mode = Annotated[int, msgspec.Meta(ge=0, le=0o7777)]
 Id = Annotated[str, msgspec.Meta(min_length=1, max_length=180)]
 
@@ -177,8 +178,10 @@ class Gone(Line, tag="gone", frozen=True, omit_defaults=True, gc=False):
 Change = File | Directory | Symlink | Special | Gone
 AnyInode = File | Directory | Symlink | Special
 
+_TIMES = {"mtime", "ctime", "since", "rescued"}
 _encoder = msgspec.json.Encoder()
-_lines: msgspec.json.Decoder[Change] = msgspec.json.Decoder(Change)
+_CHANGE: Any = Change
+_lines: msgspec.json.Decoder[Change] = msgspec.json.Decoder(_CHANGE)
 _heads = msgspec.json.Decoder(Head)
 _ends = msgspec.json.Decoder(End)
 
@@ -284,14 +287,31 @@ class Opened(NamedTuple):
     digest: str
     data: bytes | memoryview  # compressed: a large tree's many parts are kept until all are known to be whole
 
-    def lines(self) -> Iterator[Change]:
-        """The lines between head and end, in order. Raises ObjectCorruptError for what is no line."""
-        try:
-            with _rows(self.data) as rows:
-                for line in islice(rows, 1, 1 + self.end.lines):  # behind the head
-                    yield _lines.decode(line)
-        except msgspec.MsgspecError as exc:
-            raise ObjectCorruptError(f"{self.key}: holds what is no line of a journal: {exc}") from exc
+    def lines(self, refuse: Callable[[str], None]) -> Iterator[Change]:
+        """The lines between head and end, in order. `refuse` hears of those that make no sense: one that says
+        what cannot be is no reason to have none of the others."""
+        refused, why = 0, ""
+        with _rows(self.data) as rows:
+            for line in islice(rows, 1, 1 + self.end.lines):  # behind the head
+                try:
+                    yield _change(line)
+                except msgspec.MsgspecError as exc:
+                    refused, why = refused + 1, why or str(exc)
+        if refused:
+            refuse(f"{self.key}: {refused} of its lines make no sense and are left out, the first: {why}")
+
+
+def _change(line: bytes) -> Change:
+    """One line. Former versions wrote times that no reader takes. Raises MsgspecError."""
+    try:
+        return _lines.decode(line)
+    except msgspec.ValidationError:
+        fields = msgspec.json.decode(line, type=dict[str, Any])
+        for name in _TIMES & fields.keys():
+            if isinstance(fields[name], int):
+                fields[name] = clamped(fields[name])
+        change: Change = msgspec.convert(fields, _CHANGE)
+        return change
 
 
 def digest_of(data: bytes | memoryview) -> str:
@@ -334,9 +354,3 @@ def _frame(data: bytes | memoryview) -> tuple[bytes, int, bytes]:
 def _rows(data: bytes | memoryview) -> io.BufferedReader:
     reader = zstandard.ZstdDecompressor(max_window_size=1 << 27).stream_reader(data)
     return io.BufferedReader(reader, _READ_AT_ONCE)
-
-
-def changes(opened: Iterable[Opened]) -> Iterator[Change]:
-    """The lines of several objects, in order. Raises ObjectCorruptError."""
-    for each in opened:
-        yield from each.lines()

@@ -146,6 +146,11 @@ def epoch_of(generation: int) -> int:
     return generation >> EPOCH_SHIFT
 
 
+def clamped(time: int) -> int:
+    """The nearest time that 64 bits hold: a file may have one behind the year 2262."""
+    return max(-(1 << 63), min(time, (1 << 63) - 1))
+
+
 def make_generation(epoch: int, counter: int) -> int:
     """The generation number of the `counter`-th content change of this epoch."""
     return epoch << EPOCH_SHIFT | counter

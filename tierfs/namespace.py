@@ -201,11 +201,12 @@ class Chronicle:
         self.troubles, self.missing = [], 0
         snapshot = self._snapshot(until)
         tree = Tree()
-        for line in manifest.changes(snapshot.parts):
-            tree.apply(line)
+        for part in snapshot.parts:
+            for line in part.lines(self._trouble):
+                tree.apply(line)
         self.at = snapshot.at
         for segment in self._follow(snapshot, until):
-            for line in segment.lines():
+            for line in segment.lines(self._trouble):
                 tree.apply(line)
             self.at = max(self.at, segment.end.at)
         if not isinstance(tree.inodes.get(tree.root), Directory):

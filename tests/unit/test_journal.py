@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import calendar
 import contextlib
 import errno
 import os
@@ -19,7 +20,7 @@ from journals import ROOT, VOLUME, Journalled, as_told
 from tierfsd.journalling import JournalKeeper
 
 from tierfs import journal as journal_module
-from tierfs import manifest, namespace
+from tierfs import looking, manifest, namespace
 from tierfs import snapshots as snapshots_module
 from tierfs.errors import ObjectArchivedError, ObjectCorruptError, StoreUnavailableError, VolumeError
 from tierfs.namespace import Chronicle
@@ -589,6 +590,43 @@ def test_attributes_that_would_make_a_line_too_long_are_left_out(begun, monkeypa
     told = begun.read_journal().find(b"file")
     assert begun.told()[b"file"][0] == "file" and 0 < len(told.xattrs) < len(names)
     assert "attributes" in begun.volume.tier.kit.troubles.list()[-1].what
+
+
+@pytest.mark.parametrize("former", [False, True])
+@pytest.mark.parametrize("year", [1905, 2150, 2400])
+@pytest.mark.parametrize("how", ["segment", "snapshot"])
+def test_whatever_time_a_file_has_all_can_be_restored(begun, monkeypatch, former, year, how):
+    """`touch -d 2150-01-01` by anybody: one line that no reader took kept all others from being restored."""
+    when = calendar.timegm((year, 1, 1, 0, 0, 0)) * 10**9
+    for name in ("before", "odd", "after"):
+        begun.write(name, b"some bytes")
+    begun.run("setattr", begun.node("odd"), mtime_ns=when)
+    if former:
+        monkeypatch.setattr(looking, "clamped", lambda value: value)
+    (begun.snapshots.take if how == "snapshot" else begun.journal.flush)()
+    told = begun.read_journal()
+    assert set(begun.told()) == set(begun.there()) and not Chronicle(begun.volume.store).troubles
+    assert told.find(b"odd").mtime == min(when, (1 << 63) - 1)
+
+
+def test_a_line_that_makes_no_sense_is_left_out_and_named(begun):
+    begun.write("before", b"some bytes")
+    begun.journal.flush()
+    line = manifest.Gone("no such directory", "")  # a name has a byte at least
+    packed = manifest.Packer.finish
+
+    def finish(packer, at, **more):
+        packer.add(line)
+        packer.add(line)
+        return packed(packer, at, **more)
+
+    begun.write("after", b"some bytes")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(manifest.Packer, "finish", finish)
+        begun.journal.flush()
+    chronicle = Chronicle(begun.volume.store)
+    assert as_told(chronicle.read()) == begun.there()
+    assert len(chronicle.troubles) == 1 and "2 of its lines make no sense" in chronicle.troubles[0]
 
 
 def test_what_unpacks_to_too_much_is_refused(monkeypatch):
