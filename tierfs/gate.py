@@ -205,10 +205,15 @@ class Gate:
         inode = handle.inode
         if handle.fd >= 0:
             os.close(handle.fd)
-        if inode.set_id and handle.writable and handle.uid:
-            self._drop_set_id_if_written(inode)
-        inode.opens -= 1
-        inode.writers -= handle.writable
+        try:
+            if inode.set_id and handle.writable and handle.uid:
+                self._drop_set_id_if_written(inode)
+        finally:
+            inode.opens -= 1
+            inode.writers -= handle.writable
+            self._released(inode, handle)
+
+    def _released(self, inode: Inode, handle: Handle) -> None:
         try:
             if handle.writable and inode.writers == 0 and inode.marked:
                 self.marking.closed(inode)
@@ -225,8 +230,8 @@ class Gate:
 
     def _drop_set_id_if_written(self, inode: Inode) -> None:
         if os.stat(fd_path(inode.opath)).st_mtime_ns > inode.set_id:
-            inode.set_id = 0
             drop_set_id(inode.opath)
+            inode.set_id = 0
 
     def _admit(self, inode: Inode, opath: int, st: os.stat_result, flags: int) -> Handle:
         writable = flags & os.O_ACCMODE != os.O_RDONLY

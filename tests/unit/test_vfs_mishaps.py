@@ -7,7 +7,7 @@ import pytest
 from test_vfs_data import as_stub, run
 from test_vfs_names import ME, USER, World, fails
 
-from tierfs import openfiles
+from tierfs import gate, openfiles
 from tierfs.fuse import protocol as p
 from tierfs.fuse.operations import Operations
 from tierfs.marks import SEGMENT, Mark, MarkReader, MarkWriter
@@ -146,6 +146,27 @@ def test_set_id_given_to_a_file_that_is_being_written(world, uid, written, kept)
         os.utime(world.path / "f", ns=(0, os.stat(world.path / "f").st_ctime_ns + 1))
     world.vfs.release(fh)
     assert os.stat(world.path / "f").st_mode & 0o6000 == kept
+
+
+def test_set_id_bits_that_cannot_be_taken_away_leave_no_handle_and_go_with_the_next(world, monkeypatch):
+    world.gate.states.backing = Passthrough()
+    node = world.make(b"f", b"x")
+    first, second = (world.vfs.open(node, os.O_WRONLY, Caller(7, 7))[0] for _ in range(2))
+    world.vfs.setattr(node, mode=0o6777)
+    os.utime(world.path / "f", ns=(0, os.stat(world.path / "f").st_ctime_ns + 1))
+
+    def refuse(opath):
+        raise OSError(errno.EIO, "the disk is damaged")
+
+    inode = world.gate.states.inodes[os.stat(world.path / "f").st_ino]
+    with monkeypatch.context() as patch:
+        patch.setattr(gate, "drop_set_id", refuse)
+        with pytest.raises(OSError, match="damaged"):
+            world.vfs.release(first)
+    assert (inode.opens, inode.writers) == (1, 1)
+    world.vfs.release(second)
+    assert (inode.opens, inode.writers) == (0, 0)
+    assert os.stat(world.path / "f").st_mode & 0o6000 == 0
 
 
 @pytest.mark.parametrize("still_read", [True, False])
