@@ -81,6 +81,7 @@ class Filler:
         try:
             self._kit.fetches.post(self._urgency(request), partial(self._begin, request, opath))
         except BusyError as error:
+            self._note(request, opath, error)
             os.close(opath)
             self._end(request, error)
 
@@ -185,12 +186,19 @@ class Filler:
             if not request.cancelled:
                 self._take(request, opath)
         except (TierError, OSError) as error:
+            self._note(request, opath, error)
             self._end(request, error)
         except Exception as error:  # a defect: whoever waits has to hear of it
             log.exception("a request for inode %d", request.ino)
             self._end(request, _defect(error))
         finally:
             os.close(opath)
+
+    def _note(self, request: Request, opath: int, error: Exception) -> None:
+        """Whoever is told EIO finds the reason in `status` and the log."""
+        if not self._opener.stopping.is_set():
+            name = self._kit.name_of(opath)
+            self._kit.troubles.note(f"{name} cannot be fetched: {_text(error)}", request.ino)
 
     def _take(self, request: Request, opath: int) -> None:
         ino = request.ino

@@ -16,7 +16,7 @@ from tiering import Job
 
 from tierfs import config, failpoints
 from tierfs import tier as tier_module
-from tierfs.errors import IndexError_, VolumeError
+from tierfs.errors import BusyError, IndexError_, VolumeError
 from tierfs.kit import GONE
 from tierfs.marks import Mark
 from tierfs.model import Residency
@@ -592,3 +592,25 @@ def test_an_order_does_not_wait_for_ever(volume, monkeypatch):
     (item,) = volume.demote("a", report=lambda item: told.append(item.reason))
     assert (item.demoted, item.reason) == (False, "is being worked on")
     assert told == ["is being worked on"]
+
+
+@pytest.mark.parametrize("where", ["at once", "in the pool"])
+def test_who_is_told_of_an_error_while_a_fetch_begins_finds_the_reason_in_status(volume, monkeypatch, where):
+    volume.server.create(volume.path("a"), os.urandom(5000))
+    volume.demote("a")
+
+    def fail(*given):
+        if where == "at once":
+            raise BusyError("there are too many threads on this machine")
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as patch:
+        if where == "at once":
+            patch.setattr(volume.tier.kit.fetches, "post", fail)
+        else:
+            patch.setattr(volume.tier.filler, "_take", fail)
+        with pytest.raises(OSError):
+            volume.server.read(volume.path("a"))
+    why = "too many threads" if where == "at once" else "Too many open files"
+    (told,) = [trouble.what for trouble in volume.tier.kit.troubles.list()]
+    assert "'a' cannot be fetched" in told and why in told
