@@ -115,7 +115,7 @@ class Version(msgspec.Struct, array_like=True, frozen=True):
     """A copy that its file has no more. Times in ns; `mode` 0: owner and mode were not known.
 
     The content was the file's from `begun` (at the latest) until `ended`; `deleted`: it ended with the file.
-    `path` is where the file was then.
+    `path` is where the file was then. `stale`: owner and mode were seen when the file had other content.
     """
 
     fid: bytes
@@ -133,6 +133,7 @@ class Version(msgspec.Struct, array_like=True, frozen=True):
     uid: int
     gid: int
     beat: int
+    stale: bool = False
 
     @property
     def key(self) -> str:
@@ -244,7 +245,7 @@ class PastWriter:
         version = Version(
             record.fid, copy.generation, copy.tag, ending.path or self.place_of(parent, name), copy.size,
             copy.mtime, copy.ctime, max(ending.at, copy.ctime), copy.digest, copy.chunk_shift, ending.deleted,
-            ending.mode, ending.uid, ending.gid, self.past.beat,
+            ending.mode, ending.uid, ending.gid, self.past.beat, record.dirty,
         )  # fmt: skip
         self._txn.put(ident, summed(msgspec.msgpack.encode(version)), db=self._db["versions"])
         self._txn.put(_place_key(version.path, ident), b"", db=self._db["places"])

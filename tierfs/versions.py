@@ -49,6 +49,12 @@ class Kept:
         """The object's key."""
         return object_key(self.fid, self.generation, self.tag)
 
+    @property
+    def stale(self) -> bool:
+        """Owner and mode were seen when the file had other content already: they may have come with that, and
+        open to all what was not open before."""
+        return self.state == "superseded" or (self.version is not None and self.version.stale)
+
 
 def of_path(kit: Kit, path: bytes, record: Record | None) -> list[Kept]:
     """All that is kept of a path, oldest first; `record` is of the file there now. Raises IndexError_."""

@@ -1,7 +1,8 @@
 """Requests about former contents, judged by the peer's rights.
 
 A peer sees a version that it could have read: along a path that it may search, and by the owner and mode that
-the file had when the version ended. Where the directory is gone its mode is not known any more, and only the
+the file had when the version ended. Where the directory is gone its mode is not known any more, nor is that of
+content which the file outlived: it may have been opened to others only when that was overwritten. Then only the
 file's own owner (and root, and the volume's) gets it.
 """
 
@@ -109,13 +110,13 @@ class VersionRequests:
 
 def _permits(peer: Peer, kept: Kept, whole: bool) -> bool:
     """`whole`: the peer may search all directories above, and they are still there."""
-    if peer.trusted or (kept.version is None and whole):
+    if peer.trusted or (kept.version is None and whole and not kept.stale):
         return True  # of a file that is there it has been judged already
     if not kept.mode:
         return False
     if kept.uid == peer.uid:
         return bool(kept.mode & stat.S_IRUSR)
-    if not whole:
+    if not whole or kept.stale:
         return False
     in_group = kept.gid == peer.gid or kept.gid in peer.groups
     return bool(kept.mode & (stat.S_IRGRP if in_group else stat.S_IROTH))

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from dating import DAY, AgingVolume
+from tierfsd.credentials import Peer
+from tierfsd.versions_server import _permits
 
 from tierfs import moments, versions
 from tierfs.digests import SIDE_SUFFIX
@@ -219,3 +222,31 @@ def test_moments_as_dates(monkeypatch):
 def test_what_is_no_moment(text):
     with pytest.raises(UsageError, match="is no moment: write"):
         moments.parse(text, NOW)
+
+
+def test_what_others_might_not_read_then_they_do_not_get_for_what_they_may_read_now(volume):
+    """A secret is overwritten, and the file then opened to all: of the former content nobody knows by whom it
+    could be read."""
+    owner, other = Peer(4711, 4711, ()), Peer(4712, 4712, ())
+    for name in ("a", "b", "c", "d"):
+        volume.write(name, b"secret" * 500)
+        os.chown(volume.path(name), owner.uid, owner.gid)
+    volume.server.chmod(volume.path("d"), 0o644)
+    for name in ("a", "b", "c"):
+        volume.server.chmod(volume.path(name), 0o600)
+    for name in ("a", "b", "c"):
+        volume.server.write(volume.path(name), b"public" * 500)
+        volume.server.chmod(volume.path(name), 0o644)
+    volume.write("a", b"public" * 600)
+    for name in ("c", "d"):
+        volume.server.unlink(volume.path(name))
+    allowed = {}
+    for name in ("a", "b", "c", "d"):
+        first = listed(volume, name)[0]
+        assert bytes_of(volume, first)[:6] == b"secret"
+        there = os.stat(volume.path(name)) if name in "ab" else None
+        if first.version is None:  # as the file that is there now says
+            first = replace(first, mode=there.st_mode, uid=there.st_uid, gid=there.st_gid)
+        assert _permits(owner, first, True)
+        allowed[name] = _permits(other, first, True)
+    assert allowed == {"a": False, "b": False, "c": False, "d": True}
