@@ -101,22 +101,30 @@ class Journal:
         """Write what has changed, if anything has. Raises StoreError, BusyError, IndexError_, OSError."""
         self.trim()
         with self._lock:
-            position = self._drain()
-            begun = time.time_ns()
-            notes = self._kit.index.notes()
-            if not notes:
-                return False
-            chain = self.chain()
-            head = manifest.Head(
-                manifest.FORMAT, manifest.SEGMENT, self.volume, self.epoch, chain.sequence + 1, chain.root,
-                chain.digest, begun, position,
-            )  # fmt: skip
-            segment = _Segment(manifest.Packer(head))
-            self._look_at_all(segment, notes)
-            self._lose_track_of(segment)
-            self._look_at_closed()
-            self._put(segment, chain, begun)
-            return True
+            segment = self._tell_all()
+            told = segment is not None
+            while segment is not None and segment.packer.full:
+                segment = self._tell_all()  # at once: of a rename one half may be in this one, one in the next
+            return told
+
+    def _tell_all(self) -> _Segment | None:
+        """One segment of what is noted, or of as much as fits; None where nothing is."""
+        position = self._drain()
+        begun = time.time_ns()
+        notes = self._kit.index.notes()
+        if not notes:
+            return None
+        chain = self.chain()
+        head = manifest.Head(
+            manifest.FORMAT, manifest.SEGMENT, self.volume, self.epoch, chain.sequence + 1, chain.root,
+            chain.digest, begun, position,
+        )  # fmt: skip
+        segment = _Segment(manifest.Packer(head))
+        self._look_at_all(segment, notes)
+        self._lose_track_of(segment)
+        self._look_at_closed()
+        self._put(segment, chain, begun)
+        return segment
 
     def _put(self, segment: _Segment, chain: Chain, begun: int) -> None:
         data = segment.packer.finish(time.time_ns())
