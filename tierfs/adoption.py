@@ -18,6 +18,7 @@ from typing import Any
 
 from tierfs import locate, syscalls, volume
 from tierfs.errors import VolumeError
+from tierfs.spelling import quoted
 
 _INTENT = "adopting.json"
 _MOUNTPOINT_MODE = 0o555  # no program may write beneath the mount when it is not mounted
@@ -58,6 +59,32 @@ def check_directory(directory: str, state: str) -> None:
         )
     if os.stat(_existing_parent(state)).st_dev != status.st_dev:
         raise VolumeError(f"{state}: is on another filesystem than {directory}: choose another --state")
+
+
+def check_links(directory: str) -> None:
+    """Refuse a directory with files that have names outside of it, too: there they would be read as zeros when
+    they are demoted here. Through a mount no such name can be made. Raises VolumeError, OSError."""
+    left: dict[int, tuple[int, str]] = {}  # inode -> how many of its names have not been seen, and one that was
+    pending, device = [directory], os.stat(directory).st_dev
+    while pending:
+        with contextlib.suppress(PermissionError, FileNotFoundError), os.scandir(pending.pop()) as entries:
+            for entry in entries:
+                status = entry.stat(follow_symlinks=False)
+                if status.st_dev != device:
+                    continue
+                if stat.S_ISDIR(status.st_mode):
+                    pending.append(entry.path)
+                elif status.st_nlink > 1 and stat.S_ISREG(status.st_mode):
+                    names = left.pop(status.st_ino, (status.st_nlink, ""))[0] - 1
+                    if names:
+                        left[status.st_ino] = names, entry.path
+    if left:
+        _, path = next(iter(left.values()))
+        raise VolumeError(
+            f"{directory}: {len(left)} files in it have other names (hard links) outside of it, as"
+            f" {quoted(os.fsencode(path))}, which would read as zeros there when they are demoted here: adopt a"
+            " directory that has all their names, or replace them by copies"
+        )
 
 
 def _subvolume_in(directory: str, device: int) -> str:

@@ -99,6 +99,17 @@ def test_store_inside_of_its_own_volume(volume: Make, verb: str) -> None:
     assert not (made.mountpoint / "store").exists()
 
 
+def test_a_directory_whose_files_have_names_elsewhere_is_not_adopted(volume: Make) -> None:
+    made = volume(mount=False)
+    made.mountpoint.mkdir()
+    file, elsewhere = made.mountpoint / "file", made.base / "elsewhere"
+    file.write_bytes(b"content")
+    elsewhere.hardlink_to(file)
+    before = sorted(made.base.rglob("*"))
+    refused(made.cli("adopt", made.mountpoint, check=False), "mnt/file", "hard links", "replace them by copies")
+    assert sorted(made.base.rglob("*")) == before and file.read_bytes() == b"content"
+
+
 def test_an_adoption_that_cannot_begin_leaves_nothing_behind(volume: Make) -> None:
     made = volume(mount=False)
     made.mountpoint.mkdir()

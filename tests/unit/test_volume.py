@@ -551,6 +551,19 @@ def test_adoption_never_covers_what_came_in_between(home):
         adoption.finish(home, state)
 
 
+def test_a_directory_whose_files_have_names_elsewhere_is_not_adopted(home, tmp_path):
+    """Those names are of the same blocks: given up here, they would be files of zeros there."""
+    inner = os.path.join(home, "inner")
+    os.mkdir(inner)
+    os.link(os.path.join(home, "letter"), os.path.join(inner, "same"))
+    os.symlink(home, os.path.join(inner, "around"))
+    adoption.check_links(home)
+    os.link(os.path.join(home, "letter"), tmp_path / "elsewhere")
+    with pytest.raises(VolumeError, match=r"1 files in it have other names \(hard links\) .*, as '.*/home/"):
+        adoption.check_links(home)
+    adoption.check_links(str(tmp_path))
+
+
 def test_a_link_in_the_place_of_what_is_adopted_gets_no_owner(home, tmp_path):
     """Who owns the directory above may put one there between two steps; it leads to an empty directory."""
     aim = tmp_path / "aim"

@@ -31,6 +31,8 @@ def adopt(store: str | None, state: str | None, directory: str) -> None:
     clear_dead_mount(real)
     tree = os.path.join(where, "tree")
     held = os.path.isdir(tree)
+    if not held and os.path.isdir(real) and not _is_mounted(real):
+        adoption.check_links(real)  # here: it may take longer than anybody waits for a daemon to begin
     try:
         launch.launch([*daemon_arguments(real, where, store), "--adopt"], real)
     except BaseException as exc:
