@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tierfs.errors import (
@@ -50,6 +50,7 @@ def test_an_object_is_a_plain_private_file(store: DirectoryStore, root: Path) ->
 _BLOCK = 64 << 10
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.lists(st.tuples(st.sampled_from([b"\0", b"\1", b"\0\1"]), st.integers(0, 3 * _BLOCK)), max_size=6))
 def test_zeros_of_any_length_are_read_as_they_were_written(runs: list[tuple[bytes, int]]) -> None:
     pieces = [(what * length)[:length] for what, length in runs]
