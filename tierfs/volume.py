@@ -31,6 +31,8 @@ RESTORING = "restoring.json"  # in a state directory: a restore was begun and is
 GIVEN = "given"  # the number of the backing tree that is about to be given back; see adoption.py
 _PLAIN = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789:_.")
 _NAME_LIMIT = 200
+_END_SECONDS = 30.0  # for a daemon whose mount has gone; with files open under a lazy unmount it stays
+_LOOK_SECONDS = 0.1
 _SECTOR = 512  # bytes that a disk writes all or none of
 _OTHERWISE = {
     "trusted": "was mounted with all of root's privileges, in the first user namespace: use it with them again",
@@ -191,7 +193,10 @@ def check_store_place(store: str, mountpoint: str, state: str, *, new: bool) -> 
 
 
 def lock(state: str) -> int:
-    """Take the volume's lock; it lasts as long as the returned descriptor. Raises VolumeError."""
+    """Take the volume's lock; it lasts as long as the returned descriptor. Raises VolumeError.
+
+    umount(8) returns before the daemon has ended: that is waited for.
+    """
     try:
         directory = _own_directory(state)
         try:
@@ -201,12 +206,29 @@ def lock(state: str) -> int:
             os.close(directory)
     except OSError as exc:
         raise VolumeError(f"{state}/lock: cannot be opened: {exc.strerror}") from exc
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as exc:
-        os.close(fd)
-        raise VolumeError(f"{state}: the volume {_use(state)}") from exc
-    return fd
+    deadline = time.monotonic() + _END_SECONDS
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as exc:
+            if _ending(state) and time.monotonic() < deadline:
+                time.sleep(_LOOK_SECONDS)
+                continue
+            os.close(fd)
+            raise VolumeError(f"{state}: the volume {_use(state)}") from exc
+        return fd
+
+
+def _ending(state: str) -> int:
+    """The daemon that runs while its volume is mounted nowhere any more; 0: there is none."""
+    supervisor = read_runtime(state).get("pids", {}).get("supervisor", 0)
+    if not supervisor or not os.path.exists(f"/proc/{supervisor}"):
+        return 0
+    with contextlib.suppress(VolumeError):  # what is wrong with it, whoever has the lock next will say
+        ident = load(state).identity.volume
+        here = any(mount.volume == ident for mount in locate.read_mounts())
+        return 0 if here or locate.holder(ident) else int(supervisor)
+    return 0
 
 
 def _use(state: str) -> str:
@@ -221,6 +243,8 @@ def _use(state: str) -> str:
         holder = "" if here else locate.holder(ident)
     if holder:
         return f"is still mounted at {where} in another mount namespace, by {holder}: end that first"
+    if ending := _ending(state):
+        return f"is not yet let go by process {ending}, which ends with the last file that is open at {where}"
     return f"is in use by the mount at {where}: unmount that first"
 
 

@@ -5,6 +5,7 @@ import signal
 import socket
 import stat
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -64,6 +65,23 @@ def test_a_second_mount_is_refused(volume):
     again = made.cli("mount", "--state", made.state, other, check=False)
     assert again.returncode == 1
     assert f"in use by the mount at {made.mountpoint}" in again.stderr
+
+
+def test_a_mount_follows_an_umount_8_at_once(volume):
+    """That returns when the mount is gone, and the daemon ends a moment later: here, after two seconds."""
+    made = volume()
+    (made.mountpoint / "f").write_text("x")
+    supervisor = read_runtime(made.state)["pids"]["supervisor"]
+    ending = threading.Timer(2, os.kill, [supervisor, signal.SIGCONT])
+    os.kill(supervisor, signal.SIGSTOP)
+    ending.start()
+    try:
+        subprocess.run(["umount", "-i", made.mountpoint], check=True, timeout=30)
+        made.mount()
+    finally:
+        ending.join()
+    assert read_runtime(made.state)["pids"]["supervisor"] != supervisor
+    assert (made.mountpoint / "f").read_text() == "x"
 
 
 def test_a_killed_mover_is_replaced_and_files_do_not_notice(volume):

@@ -7,6 +7,7 @@ import os
 import shutil
 import stat
 import subprocess
+import threading
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -285,6 +286,21 @@ def test_the_lock_is_held_once_and_names_the_user(state):
         volume.lock(state)
     os.close(first)
     os.close(volume.lock(state))
+
+
+def test_who_ends_is_waited_for_and_named_where_it_does_not(state, monkeypatch):
+    """A daemon whose mount has gone: detached with files open it stays."""
+    volume.create(state)
+    first = volume.lock(state)
+    volume.write_runtime(state, {"mountpoint": "/home/ann", "pids": {"supervisor": os.getpid()}})
+    ending = threading.Timer(0.3, os.close, [first])
+    ending.start()
+    second = volume.lock(state)
+    ending.join()
+    monkeypatch.setattr(volume, "_END_SECONDS", 0.2)
+    with pytest.raises(VolumeError, match=f"not yet let go by process {os.getpid()}, .* open at /home/ann"):
+        volume.lock(state)
+    os.close(second)
 
 
 def test_what_may_be_written_in_place_needs_no_room(state, monkeypatch):
