@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -241,3 +242,31 @@ def test_fusepy_says_that_it_cannot_keep_links_from_being_followed(area: Scratch
         assert done.returncode == 1 and "nosymfollow: libfuse 2 cannot: use --binding kernel" in done.stderr
     finally:
         volume.discard()
+
+
+def test_how_many_descriptors_open_files_take(place: Place) -> None:
+    """One of the mount server's each, two where they have no name: so many can be open at once."""
+    if place.binding != "kernel":
+        pytest.skip("the limit is the mount server's, and libfuse keeps names for such files")
+    assert place.volume is not None
+    server = place.volume.status()["pids"]["server"]
+
+    def held() -> int:
+        """Of files in this place: a link names the backing tree's path, `(deleted)` where it has none."""
+        mine = f"/{place.path.name}/"
+        found = 0
+        for link in Path(f"/proc/{server}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # closed since it was listed
+                found += mine in os.readlink(link)
+        return found
+
+    opened = [os.open(place / f"f{number}", os.O_RDWR | os.O_CREAT) for number in range(40)]
+    try:
+        named = held()
+        for number in range(40):
+            os.unlink(place / f"f{number}")
+        nameless = held()
+    finally:
+        for fd in opened:
+            os.close(fd)
+    assert (named, nameless) == (40, 80)
