@@ -177,6 +177,8 @@ class Eviction:
                 continue
             if record.dirty and trials.doubtful and not urgent:
                 continue
+            if record.dirty and urgent and self._space.beside:  # its copy takes here what its blocks give
+                continue
             if not urgent and self._is_kept(record, now):
                 continue
             if ino in tried:

@@ -441,3 +441,24 @@ def test_no_more_leaves_than_what_is_to_be_freed(tmp_path, monkeypatch, failing)
     finally:
         heat.close()
         made.stop()
+
+
+def test_on_a_full_disk_nothing_is_copied_to_a_store_on_it(tmp_path):
+    """That takes what it was to free, and keeps it when the file is removed; what has a copy may go."""
+    made = Volume(tmp_path)
+    heat = HeatIndex(str(tmp_path / "heat"), 1 << 30)
+    try:
+        scheduler = Scheduler(made.tier, heat, True, str(tmp_path / "ballast"))
+        for name in ("copied", "new"):
+            made.server.create(made.path(name), name.encode() * 4000)
+        made.demote("copied")
+        made.fetch("copied")
+        made.tier.drain()
+        scheduler.keeper.flush()
+        assert made.record("new").dirty and not made.record("copied").dirty
+        freed = scheduler.eviction.evict(1 << 20, urgent=True)
+        assert (made.stub("copied") is not None, made.stub("new")) == (True, None)
+        assert freed > 0
+    finally:
+        heat.close()
+        made.stop()
