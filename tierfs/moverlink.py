@@ -113,6 +113,8 @@ class MoverLink:
                 self._marking.drained(message.position)
             case wire.Limits():
                 self._inflow.limit(message.fetch_timeout)
+            case wire.Futile():
+                self._room.in_vain(time.monotonic())
             case wire.Hello():
                 self._vigil.pid = message.pid
                 self._marking.drained(message.position)

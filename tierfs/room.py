@@ -71,6 +71,12 @@ class Room:
         self._wait = None
         wait.fire()
 
+    def in_vain(self, now: float) -> None:
+        """Nothing can leave: who waits goes on, and meets what there is."""
+        if self._wait is not None:
+            wait, self._wait, self._hopeless_until = self._wait, None, now + HOPELESS_SECONDS
+            wait.fire()
+
     def _steps(self) -> int:
         """How far it is from nothing to the low reserve."""
         return self._tree.space().available * STEPS // self.low

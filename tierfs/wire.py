@@ -222,10 +222,14 @@ class Limits(Message, frozen=True):
     small_file: int
 
 
+class Futile(Message, frozen=True):
+    """Nothing can leave now for those who wait for space: they need not wait."""
+
+
 ToMover = Fetch | CancelFetch | SealAnswer | SealBroken | GuardAnswer | GuardBreak | Touches | Poke | Ping
 ToServer = (
     Hello | Pong | Drained | Filled | Passing | FetchEnd | Settled
-    | Seal | Unseal | Guard | GuardEnd | Bring | Limits
+    | Seal | Unseal | Guard | GuardEnd | Bring | Limits | Futile
 )  # fmt: skip
 
 _encoder = msgspec.msgpack.Encoder()

@@ -76,6 +76,7 @@ class Mover:
         self._journal = JournalKeeper(self._tier, home.identity.volume, self._show_life)
         self._scheduler = Scheduler(self._tier, self._heat, _is_beside(home), home.path("ballast"))
         self._index.make_room = self._scheduler.make_index_room
+        self._scheduler.eviction.tell_futile = lambda: self._link.send(wire.Futile())
         self._scrubber = Scrubber(self._tier, home.path("scrub.json"), home.store_url.startswith("file:"))
         backend = TierBackend(
             self._tier,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from tierfs.heat_index import HeatIndex
@@ -54,6 +54,7 @@ class Eviction:
         self._ballast = ballast
         self._stopping = stopping
         self.urgent = threading.Event()  # writers wait
+        self.tell_futile: Callable[[], None] = lambda: None  # them, that nothing can leave
         self._evicting = threading.Lock()
         self._count = threading.Lock()
         self._freeing = 0  # calls that free space for somebody who waits
@@ -79,7 +80,9 @@ class Eviction:
             # Writers wait for this: no minimums count, as for an order.
             self.urgent.clear()
             share = min(_URGENT_ROOM, self._space.share(_URGENT_PARTS))
-            self.evict(max(self._space.excess(), share), urgent=True)
+            freed = self.evict(max(self._space.excess(), share), urgent=True)
+            if not freed and self._space.beside:  # elsewhere what stays for now may leave in a moment
+                self.tell_futile()
             return
         if time.monotonic() < self._next_look:
             return

@@ -22,6 +22,7 @@ from tierfs import pages
 from tierfs.errors import IndexFullError
 from tierfs.index import Index, Writer
 from tierfs.model import Record
+from tierfs.room import WAIT_SECONDS
 from tierfs.volume import read_runtime
 
 # They take a tenth of it where the mover has a processor when it wants one.
@@ -293,3 +294,16 @@ def test_a_mover_that_dies_on_a_full_disk_is_replaced(small: Volume, disk: Path)
     assert (after["supervisor"], after["server"]) == (before["supervisor"], before["server"])
     assert not (small.state / "run.json.new").exists()
     assert (small.mountpoint / "file").read_bytes() == content(6)
+
+
+def test_with_the_store_on_the_full_disk_too_nobody_waits_for_nothing(disk: Path, volume: Make) -> None:
+    made = volume(mount=False, limit=SECONDS)
+    made.state = disk / "state"
+    made.mount()
+    made.cli("check", made.mountpoint)  # the mover is there: before that it would be waited for
+    assert fill(made.mountpoint / "big") == errno.ENOSPC
+    began = time.monotonic()
+    (made.mountpoint / "empty").touch()
+    assert time.monotonic() - began < WAIT_SECONDS / 2
+    assert not made.objects()
+    assert made.tier(made.mountpoint / "big") == "resident"

@@ -459,6 +459,11 @@ def test_on_a_full_disk_nothing_is_copied_to_a_store_on_it(tmp_path):
         freed = scheduler.eviction.evict(1 << 20, urgent=True)
         assert (made.stub("copied") is not None, made.stub("new")) == (True, None)
         assert freed > 0
+        told = []
+        scheduler.eviction.tell_futile = lambda: told.append(1)
+        scheduler.eviction.urgent.set()
+        scheduler.eviction.turn()
+        assert told, "nothing is left that may go"
     finally:
         heat.close()
         made.stop()

@@ -65,6 +65,18 @@ def test_without_room_writers_wait_together_until_there_is_some(room, disk, aske
     room.need()
 
 
+def test_where_nothing_can_leave_nobody_waits(room, disk, monkeypatch):
+    room.in_vain(time.monotonic())  # about nobody: who comes next waits all the same
+    disk.available = 0
+    now = time.monotonic()
+    wait = blocked(room)
+    room.in_vain(now)
+    assert wait.done and wait.errno == 0 and not room.waiting
+    room.need()
+    monkeypatch.setattr(time, "monotonic", lambda: now + HOPELESS_SECONDS + 1)
+    assert blocked(room) is not wait
+
+
 def test_who_has_waited_in_vain_goes_on_and_waits_no_more_for_a_while(room, disk, monkeypatch):
     disk.available = 0
     now = time.monotonic()
