@@ -24,11 +24,13 @@ FILE_NAME = "config.toml"
 EMBEDDED_STORE = "embedded"  # a directory in the state directory
 
 # Lock files, caches and build output are cheaper to make again than to fetch; keys and passwords, with which
-# the list ends, are for nobody who can read a store.
+# the list ends, are for nobody who can read a store. What a lost disk must not take is not to be hit by chance:
+# "*.lock" would be Cargo.lock, yarn.lock and the like, "lock" a directory of sources, "*-journal" a diary; and
+# the "-wal" or "-journal" of a program that was killed is part of its database. None is large, or in the way.
 NEVER_PATTERNS = (
-    "*.lock", ".lock", "lock", "*.pid", "*.swp", ".~lock.*", "*.tmp", "*.part", "*.crdownload",
+    ".lock", "*.pid", "*.swp", ".~lock.*", "*.tmp", "*.part", "*.crdownload",
     ".cache", "__pycache__", "node_modules", ".Trash*", "lost+found",
-    "*-wal", "*-shm", "*-journal", "/.xsession-errors*", "/.Xauthority", "/.dbus",
+    "*-shm", "/.xsession-errors*", "/.Xauthority", "/.dbus",
     "/.ssh", "/.gnupg", "/.local/share/keyrings",
 )  # fmt: skip
 # A login that works offline must not wait for these; a lost disk must not take them with it.

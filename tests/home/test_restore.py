@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import sqlite3
 import stat
 import subprocess
 import sys
@@ -218,3 +219,44 @@ def test_the_former_machine_is_refused_after_a_restore(volume: Make, tmp_path: P
     assert refused.returncode == 1 and "only one machine" in refused.stderr
     second.mount()
     assert (second.mountpoint / "f").read_bytes() == b"x"
+
+
+UNFINISHED = """
+import os, sqlite3, sys
+db = sqlite3.connect(sys.argv[1], isolation_level=None)
+db.execute("pragma journal_mode=" + sys.argv[2])
+db.execute("pragma cache_size=5")
+db.execute("create table t(a)")
+db.executemany("insert into t values(?)", [(1,)] * 500)
+if sys.argv[2] == "delete":
+    db.execute("begin")
+    db.execute("update t set a = 2 where rowid % 2")
+    db.executemany("insert into t values(?)", [("x" * 500,)] * 500)  # past the cache, into the file
+os.kill(os.getpid(), 9)
+"""
+
+
+def test_what_only_looks_like_a_lock_file_is_not_lost(volume: Make, tmp_path: Path) -> None:
+    """By the settings as shipped. What a killed program leaves beside its SQLite database is content too."""
+    first = volume(store=f"file://{tmp_path}/store")
+    root = first.mountpoint
+    written = {name: os.urandom(6000) for name in ("Cargo.lock", "src/lock/mod.rs", "travel-journal/day 1")}
+    for name, content in written.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(content)
+    for mode in ("wal", "delete"):
+        subprocess.run([sys.executable, "-c", UNFINISHED, root / mode, mode], check=False, timeout=60)
+    assert (root / "wal-wal").stat().st_size and (root / "delete-journal").stat().st_size
+    first.umount("--wait")
+    shutil.rmtree(first.state)
+
+    second = volume(mount=False, store=first.store)
+    report = restore(second)
+    root = second.mountpoint
+    assert [left["path"] for left in report["lost"]] == ["wal-shm"], "which SQLite makes anew"
+    assert {name: (root / name).read_bytes() for name in written} == written
+    for mode in ("wal", "delete"):
+        with sqlite3.connect(root / mode) as db:
+            assert db.execute("select count(*), sum(a) from t").fetchall() == [(500, 500)], mode
+            assert db.execute("pragma integrity_check").fetchall() == [("ok",)], mode
+        db.close()

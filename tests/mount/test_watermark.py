@@ -110,14 +110,14 @@ def test_min_age_protects_what_is_in_use(volume: Make) -> None:
 def test_status_says_why_a_file_stays(volume: Make) -> None:
     mounted = volume()
     mounted.configure(min_age="1h")
-    fill(mounted, ["young", "pinned", "a.lock", ".profile", "gone"])
+    fill(mounted, ["young", "pinned", "a.pid", ".profile", "gone"])
     fill(mounted, ["small"], size=100)
     (mounted.mountpoint / "empty").touch()
     mounted.cli("pin", mounted.mountpoint / "pinned")
     mounted.demote(mounted.mountpoint / "gone")
     why = {
         "young": "is younger than min_age", "small": "is smaller than min_size", "pinned": "is pinned",
-        "empty": "is empty", "a.lock": "never leaves: its name matches a pattern of [never]",
+        "empty": "is empty", "a.pid": "never leaves: its name matches a pattern of [never]",
         ".profile": "is kept here: its name matches a pattern of [keep]", "gone": "",
     }  # fmt: skip
     for name, reason in why.items():

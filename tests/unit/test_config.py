@@ -145,10 +145,12 @@ def test_control_characters_cannot_enter_the_file(tmp_path):
 @pytest.mark.parametrize(
     ("path", "stays"),
     [
-        (b"a/b.lock", True), (b"project/node_modules/x/index.js", True), (b"photo.jpg", False),
+        (b"a/b.pid", True), (b"project/node_modules/x/index.js", True), (b"photo.jpg", False),
         (b".ssh/id_ed25519", True), (b"copy/.ssh/id_ed25519", False), (b".local/share/keyrings/login", True),
-        (b".local/share/other", False), (b"x\xff.lock", True), (b"line\nbreak.txt", False),
-        (b".xsession-errors.old", True),
+        (b".local/share/other", False), (b"x\xff.pid", True), (b"line\nbreak.txt", False),
+        (b".xsession-errors.old", True), (b"a/.lock", True), (b"app/db-shm", True), (b"a/Cargo.lock", False),
+        (b"src/lock/mod.rs", False), (b"travel-journal/day 1", False), (b"app/db-wal", False),
+        (b"app/db-journal", False),
     ],
 )  # fmt: skip
 def test_what_never_leaves(path, stays):
@@ -179,4 +181,4 @@ def test_both_lists_of_patterns_are_read():
 
 
 def test_no_patterns_match_nothing():
-    assert config.Never(patterns=()).matcher()(b"a.lock") is False
+    assert config.Never(patterns=()).matcher()(b"a.pid") is False

@@ -479,7 +479,7 @@ def test_files_that_never_leave_are_not_looked_at_over_and_over(tmp_path, clock,
     try:
         day.faults.put("volume.json", b"{}", 2)
         for number in range(700):
-            home.write(f"f{number}.lock", b"never")
+            home.write(f"f{number}.pid", b"never")
         day.minute()
         assert home.volume.index.totals().dirty_files == 700
         for number in range(20):
@@ -499,7 +499,7 @@ def test_what_is_open_is_named_however_many_files_never_leave(tmp_path, clock):
     try:
         day.faults.put("volume.json", b"{}", 2)
         for number in range(MOST_NAMED + 50):
-            home.write(f"f{number}.lock", b"never")
+            home.write(f"f{number}.pid", b"never")
         home.write("database", b"d" * 5000)
         handle = home.volume.server.open(home.volume.path("database"), os.O_RDWR)
         day.minute()
@@ -518,14 +518,14 @@ def test_what_is_left_alone_for_a_while_is_tried_again_however_far_the_queue_has
     try:
         day.faults.put("volume.json", b"{}", 2)
         home.write("open", b"o" * 5000)
-        home.write("named.lock", b"never")
+        home.write("named.pid", b"never")
         handle = home.volume.server.open(home.volume.path("open"), os.O_RDWR)
         home.write("other", b"x" * 5000)
         for _ in range(3):
             day.minute()
         assert home.volume.record("open").dirty and not home.volume.record("other").dirty
         home.volume.server.release(handle)
-        os.rename(home.volume.path("named.lock"), home.volume.path("named"))
+        os.rename(home.volume.path("named.pid"), home.volume.path("named"))
         home.volume.tier.places.forget()
         day.minute()
         assert not home.volume.record("open").dirty and home.volume.record("named").dirty
@@ -543,7 +543,7 @@ def test_where_the_clock_is_set_back_what_is_changed_then_is_copied_too(tmp_path
     home = day.home
     try:
         day.faults.put("volume.json", b"{}", 2)
-        home.write("a.lock", b"never")
+        home.write("a.pid", b"never")
         day.minute()
         day.minute()
         clock.back = 7200 * 10**9

@@ -264,8 +264,8 @@ def test_pins_hold_from_above_and_on_the_file(volume):
 
 
 def test_what_never_leaves_is_named(volume):
-    volume.server.create(volume.path("a.lock"), b"x" * 10_000)
-    assert "never" in reasons(volume.demote("a.lock"))[0]
+    volume.server.create(volume.path("a.pid"), b"x" * 10_000)
+    assert "never" in reasons(volume.demote("a.pid"))[0]
 
 
 def test_what_is_kept_is_copied_and_not_demoted(volume):
