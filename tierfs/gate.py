@@ -10,7 +10,7 @@ and writes the backing file itself, or CACHED, where requests come here. A stub 
 
 Who perhaps only looks gets a small stub as a large one: backups open all files, with O_NOATIME, and then see
 that most have not changed and need not be read; lsattr and Samba open with O_NONBLOCK, for attributes. A stub
-that is only looked at has not been used.
+that is only looked at has not been used. And touch opens for writing, and writes nothing.
 
 What the Gate opens is in the care of its parts: `states` (what is kept of an inode), `contents` (data),
 `marking` (the log of changes), `guarding` (what the mover may touch), `mover` (the link to it), `succession`
@@ -50,6 +50,7 @@ log = logging.getLogger("gate")
 
 HEAT_SECONDS = 5.0  # how often uses are reported to the mover
 _LOOKING = os.O_NOATIME | os.O_NONBLOCK  # on a regular file the latter means nothing else
+_TO_TOUCH = os.O_WRONLY | os.O_NONBLOCK  # as touch opens what is there
 
 
 class Gate:
@@ -116,7 +117,9 @@ class Gate:
         writable = flags & os.O_ACCMODE != os.O_RDONLY
         if writable:
             self.need_room()
-        looks = not writable and (looks or bool(flags & _LOOKING))
+            looks = flags & (os.O_ACCMODE | os.O_NONBLOCK | os.O_APPEND | os.O_TRUNC) == _TO_TOUCH
+        else:
+            looks = looks or bool(flags & _LOOKING)
         inode = self.states.enter(opath, st, parent, name)
         try:
             if flags & os.O_TRUNC and writable:
@@ -134,7 +137,7 @@ class Gate:
         if inode.opath != opath:
             os.close(opath)
         inode.size = st.st_size
-        if looks and inode.content is not None and not handle.backing_id:
+        if looks and not writable and inode.content is not None and not handle.backing_id:
             handle.unused_by = pid
         else:
             self.heat.touch(inode, st.st_size, pid)

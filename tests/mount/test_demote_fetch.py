@@ -11,6 +11,7 @@ import random
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -111,6 +112,25 @@ def test_who_only_opens_a_small_stub_brings_nothing(shared: Volume, small: Path)
         os.close(fd)
     assert shown(small)["st_ctime_ns"] > before["st_ctime_ns"]
     assert small.read_bytes() == b"written" + SMALL[7:]
+
+
+def test_touch_brings_nothing(shared: Volume, small: Path) -> None:
+    small.write_bytes(SMALL + b"touched")
+    shared.demote(small)
+    subprocess.run(["touch", "-d", "2001-02-03 UTC", small], check=True, timeout=60)
+    subprocess.run(["touch", small], check=True, timeout=60)
+    assert shared.tier(small) == "stub" and backing_bytes(shared, small) == 0
+    assert abs(small.stat().st_mtime - time.time()) < 60 and not shared.status(small)["dirty"]
+    fd = os.open(small, os.O_WRONLY | os.O_NONBLOCK)
+    try:
+        assert shared.tier(small) == "stub"
+        assert os.pwrite(fd, b"written", 100) == 7
+        assert os.pwrite(fd, b"more", len(SMALL) + 7) == 4
+    finally:
+        os.close(fd)
+    assert small.read_bytes() == SMALL[:100] + b"written" + SMALL[107:] + b"touchedmore"
+    shared.demote(small)
+    assert small.read_bytes() == SMALL[:100] + b"written" + SMALL[107:] + b"touchedmore"
 
 
 def test_demoting_again_after_a_read(shared: Volume, small: Path) -> None:

@@ -481,6 +481,17 @@ def test_who_only_looks_at_a_small_stub_fetches_nothing_and_has_not_used_it(worl
     world.gate.release(looker)
 
 
+def test_who_touches_a_small_stub_fetches_nothing_before_writing(world):
+    world.make_stub()
+    toucher = world.open(os.O_WRONLY | os.O_NONBLOCK)
+    assert not toucher.backing_id and not world.sent(wire.Fetch)
+    with pytest.raises(Blocked):
+        world.gate.contents.write(toucher, 0, b"changed")
+    (fetch,) = world.sent(wire.Fetch)
+    assert fetch.whole
+    world.gate.release(toucher)
+
+
 def test_a_failed_fetch_fails_the_open_with_its_reason(world):
     world.make_stub()
     with pytest.raises(Blocked) as caught:
