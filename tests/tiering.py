@@ -208,6 +208,14 @@ class Volume:
             self.index.end_session()
         self.index.close()
 
+    def close(self):
+        """Stop for good. Who has hundreds of volumes, one after another, keeps no descriptor of them."""
+        self.stop()
+        for inode in self.server.gate.states.inodes.values():
+            os.close(inode.opath)  # the server was stopped before it was told that the content has come
+        self.tree.close()
+        self.store.close()
+
     def restart(self, clean=True, boot="boot", floor=0):
         self.stop(clean)
         self.start(boot, floor)

@@ -119,9 +119,10 @@ def git_reads_nothing_back(home: Volume, source: Path) -> None:
     assert workload.run("git", "diff", "--stat", cwd=source) == ""
     tracked = set(workload.run("git", "ls-files", "-z", cwd=source).split("\0")) - {"", ".gitignore"}
     assert len(tracked) >= 5000
+    never = Never().matcher()
     for name in tracked:
         backing = os.lstat(home.backing(source / name))
-        assert backing.st_blocks == 0, f"{name} was read back"
+        assert backing.st_blocks == 0 or never(os.fsencode(name)), f"{name} was read back"
 
 
 def same_as_before(before: dict[str, Entry], after: dict[str, Entry]) -> None:
