@@ -44,6 +44,9 @@ class Succession:
             self._states.enter(opath, st, parent, name)
             if inode.content is None:
                 inode.shown = None
+            if not st.st_nlink:
+                # Its last release tells the mover: a file that never had a name is known by its mark alone.
+                inode.handle = self._tree.handle_of(opath)
             fd = -1 if backing_id else self._tree.reopen(opath, flags & ~OPENING)
         except BaseException:
             self._states.leave(inode, opath)

@@ -318,6 +318,15 @@ def test_a_file_without_a_name_is_taken_over_by_its_descriptor(worlds):
 
 
 @needs_root
+def test_a_file_that_never_had_a_name_is_gone_with_its_release_by_the_successor(worlds):
+    world = worlds()
+    _, attr, fh, _ = world.vfs.tmpfile(ROOT, os.O_RDWR, 0o600, ME)
+    assert told_of(world) == {attr.st_ino}
+    world.successor().release(fh)
+    assert told_of(world) == set(), "the index would have it for ever, as one that is still to be copied"
+
+
+@needs_root
 def test_a_removed_file_keeps_its_last_attributes(worlds):
     world = worlds()
     nodes, _ = furnish(world)
