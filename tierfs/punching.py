@@ -1,7 +1,7 @@
 """Freeing the blocks of files whose copy is proven (custody rules 5 to 7, 12, 14). The only caller of a punch.
 
     guard (no handle, no undrained mark) → F_WRLCK → tuple, generation, custody, pins → DemotionProof
-      → stub attribute, fsync → commit STUB and pending → F_WRLCK still? → punch → times → fsync
+      → fdatasync → stub attribute, fsync → commit STUB and pending → F_WRLCK still? → punch → times → fsync
       → commit left_ctime, not pending → unlease → guard ends
 
 Up to the commit of STUB whoever wants in wins: the attribute is taken away again. Behind it the punch is
@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
-from tierfs import failpoints, transitions
+from tierfs import failpoints, syscalls, transitions
 from tierfs.copying import Item
 from tierfs.digests import have_digests, sha256
 from tierfs.errors import BusyError, ForeignStubError, TierError
@@ -188,10 +188,23 @@ class Puncher:
 
     # --- from resident to stub ----------------------------------------------------------------------------
 
+    def _sync(self, held: list[_Held]) -> None:
+        """Content and size are on the disk before the attribute may be, which any commit of the filesystem's
+        journal takes there: after a power cut it would be on a file that is not its copy's, and that nobody can
+        open. All are on their way before the first is waited for, whose commit then does for most of them."""
+        for step in (syscalls.begin_writing, os.fdatasync):
+            for file in held:
+                try:
+                    if file.proof is not None and not file.item.again and file.item.going:
+                        step(file.fd)
+                except OSError as error:
+                    file.item.stay(f"its content cannot be written to the disk: {error.strerror}", failed=True)
+
     def _make_stubs(self, held: list[_Held]) -> None:
         tree = self._kit.tree
+        self._sync(held)
         for file in held:
-            if file.proof is not None and not file.item.again:
+            if file.proof is not None and not file.item.again and file.item.going:
                 file.marked = True
                 try:
                     with self._kit.writable(file.fd):

@@ -25,6 +25,7 @@ _STATX_BTIME = 0x800
 _STATX_BTIME_AT = 0x50  # offset of stx_btime in struct statx
 _STATX_MNT_ID_UNIQUE = 0x4000
 _STATX_MNT_ID_AT = 0x90
+_SYNC_FILE_RANGE_WRITE = 2
 _MOST_HANDLE = 128  # MAX_HANDLE_SZ
 _HANDLE_HEAD = 8
 _HANDLE_SIZE = struct.Struct("=I")
@@ -51,6 +52,7 @@ _futimens = _function("futimens", _int, _char_p)
 _utimensat = _function("utimensat", _int, _char_p, _char_p, _int)
 _statx = _function("statx", _int, _char_p, _int, _uint, _void_p)
 _syncfs = _function("syncfs", _int)
+_sync_file_range = _function("sync_file_range", _int, _off, _off, _uint)
 _fanotify_init = _function("fanotify_init", _uint, _uint)
 _fanotify_mark = _function("fanotify_mark", _int, _uint, ctypes.c_uint64, _int, _char_p)
 _getdents64 = _function("getdents64", _int, _void_p, ctypes.c_size_t, result=ctypes.c_ssize_t)
@@ -147,6 +149,12 @@ def mount_id(path: bytes) -> int | None:
         raise _fail(path)
     (mask,) = struct.unpack_from("=I", result)
     return struct.unpack_from("=Q", result, _STATX_MNT_ID_AT)[0] if mask & _STATX_MNT_ID_UNIQUE else None
+
+
+def begin_writing(fd: int) -> None:
+    """Let all of a file that is not on the disk yet be on its way there; waits for nothing."""
+    if _sync_file_range(fd, 0, 0, _SYNC_FILE_RANGE_WRITE) < 0:
+        raise _fail()
 
 
 def syncfs(fd: int) -> None:
