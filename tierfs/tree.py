@@ -131,10 +131,13 @@ class Tree:
 
         Raises OSError: ESTALE where something else is there."""
         fd = os.open(path or b".", flags | os.O_CLOEXEC, dir_fd=self.rootfd if above < 0 else above)
-        if self.handle_of(fd) == handle:
-            return fd
-        os.close(fd)
-        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        try:
+            if self.handle_of(fd) != handle:
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        except OSError:
+            os.close(fd)
+            raise
+        return fd
 
     def reopen(self, fd: int, flags: int) -> int:
         """Another descriptor of the same inode. Raises OSError."""

@@ -95,7 +95,7 @@ def volume(tmp_path):
     opened.stop()
 
 
-def abandon(volume, name, bits):
+def abandon(volume, name, bits, **of):
     """As a process that was killed in the midst leaves it."""
     with subprocess.Popen(["true"]) as ended:
         pass
@@ -109,12 +109,19 @@ def abandon(volume, name, bits):
         os.close(fd)
     assert notes(volume) == []
     os.chmod(volume.path(name), mode)
-    os.symlink("-", f"{volume.tree.path}.lent/{Note.parse(noted)._replace(pid=ended.pid)}")
+    os.symlink("-", f"{volume.tree.path}.lent/{Note.parse(noted)._replace(**(of or {'pid': ended.pid}))}")
 
 
 def test_rights_to_read_are_put_back_as_well(volume):
     abandon(volume, "shut", stat.S_IRUSR)
     assert mode_of(volume, "shut") == 0o400
+    assert finish_pending(volume.tier) == 0
+    assert mode_of(volume, "shut") == 0 and not notes(volume)
+
+
+def test_another_process_with_the_same_number_has_not_lent_it(volume):
+    """As the next run in a container may have."""
+    abandon(volume, "shut", stat.S_IRUSR, pid=os.getpid(), began=1)
     assert finish_pending(volume.tier) == 0
     assert mode_of(volume, "shut") == 0 and not notes(volume)
 

@@ -331,6 +331,42 @@ def test_a_mode_that_is_opened_for_a_moment_by_two_is_as_it_was_in_the_end(tmp_p
         os.close(fd)
 
 
+@pytest.mark.parametrize("first_ends_first", [True, False])
+def test_what_two_lend_one_after_the_other_is_all_taken_back(tmp_path, first_ends_first):
+    """One to read an attribute, one to write: neither takes the other's moment for the file's own mode."""
+    path = tmp_path / "closed"
+    path.write_bytes(b"")
+    os.chmod(path, 0)
+    fd = os.open(path, os.O_PATH)
+    lent = Lent(str(tmp_path / "lent"), lambda fd: b"%d" % os.fstat(fd).st_ino)
+    stacks = ExitStack(), ExitStack()
+    try:
+        for stack, bits in zip(stacks, (stat.S_IRUSR, stat.S_IWUSR), strict=True):
+            stack.enter_context(lent.lending(fd, fd_path(fd), bits))
+        assert stat.S_IMODE(os.fstat(fd).st_mode) == 0o600
+        for stack in stacks if first_ends_first else reversed(stacks):
+            stack.close()
+        assert stat.S_IMODE(os.fstat(fd).st_mode) == 0 and not os.listdir(tmp_path / "lent")
+    finally:
+        os.close(fd)
+
+
+def test_what_cannot_be_told_apart_is_closed_again(tree, monkeypatch):
+    handle = tree.handle_of(tree.rootfd)
+    opened, usual = [], os.open
+    monkeypatch.setattr(os, "open", lambda *args, **more: opened.append(usual(*args, **more)) or opened[-1])
+
+    def fail(fd):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(type(tree), "handle_of", lambda tree, fd: fail(fd))
+    with pytest.raises(OSError, match="Input/output"):
+        tree.open_at(b"", handle, os.O_RDONLY)
+    (fd,) = opened
+    with pytest.raises(OSError, match="Bad file"):
+        os.fstat(fd)
+
+
 def test_space(tree):
     space = tree.space()
     assert 0 < space.available <= space.free <= space.total
