@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import threading
 import time
@@ -81,6 +82,7 @@ class Collector:
         self._kit = kit
         self._since_boot = since_boot
         self._next = self._next_abort = 0.0
+        self._asked = -math.inf  # when a snapshot was last asked for
         self._swept = False
         self._lock = threading.Lock()  # one run at a time
         self._stopping = threading.Event()
@@ -155,7 +157,10 @@ class Collector:
         if not index.tombstones(_EVER, after, 1):
             return
         taken = next((at for _, at in index.beats(latest, 1)), past.believed) if latest >= 0 else 0.0
-        if latest < 0 or past.believed - taken >= self._kit.config.kept_seconds / 3:
+        # One in which something is only remembered counts for nothing here, and the next would be no better.
+        often = self._kit.config.kept_seconds / 3
+        if (latest < 0 or past.believed - taken >= often) and past.believed - self._asked >= often:
+            self._asked = past.believed
             self._kit.snapshot_wanted.set()
 
     # --- first phase --------------------------------------------------------------------------------------

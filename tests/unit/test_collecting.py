@@ -248,6 +248,21 @@ def test_snapshots_are_asked_for_while_garbage_waits_and_not_too_often(volume):
     assert volume.snapshots == before and len(volume.objects()) == 1
 
 
+def test_a_snapshot_that_does_not_count_is_not_asked_for_at_each_look(volume):
+    """Where something cannot be read none does, for as long as the disk is as it is."""
+    taken = []
+
+    def take_one_that_remembers():
+        volume.tier.kit.snapshot_wanted.clear()
+        taken.append(1)
+
+    volume.take_snapshot = take_one_that_remembers
+    volume.write("a", b"one" * 1000)
+    volume.server.unlink(volume.path("a"))
+    days(volume, 60)
+    assert 5 <= len(taken) <= 8
+
+
 def test_what_is_being_read_stays(volume):
     key = volume.write("a", b"one" * 1000)
     volume.server.unlink(volume.path("a"))
