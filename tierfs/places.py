@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from tierfs.index import Index
-from tierfs.kit import is_passing
+from tierfs.kit import is_gone, is_passing
 from tierfs.tree import Tree, fd_path
 
 _DEPTH = 512
@@ -137,7 +137,10 @@ class Places:
             place = None if self._tree.privileged or is_passing(error) else self.directory(directory.ino)
             if place is None or place.path == directory.path:
                 raise
-        return self._opened_at(directory, place.path)
+            try:
+                return self._opened_at(directory, place.path)
+            except OSError as elsewhere:  # where it was once: that says nothing of what is there and closed
+                raise error if is_gone(elsewhere) else elsewhere from None
 
     def _opened_at(self, directory: Directory, path: bytes) -> int:
         with self._near(path) as (above, rest):

@@ -57,7 +57,7 @@ class Snapshots:
         self._places = places
         self._stopping = stopping
         self._filling = False  # the one that is being taken gives the store what it lacks
-        self._new = False  # the index has written none yet: of many files it may not know that they have copies
+        self._new = False  # the index may not know yet of all files that they have copies
         self._made_do = False  # in the last one something could not be read: it is not taken again for that
         self._unread = 0  # directories of which this walk could not read all
         self._remembered = self._remember()
@@ -111,7 +111,10 @@ class Snapshots:
         Raises StoreError, BusyError, IndexError_, OSError.
         """
         begun = time.monotonic()
-        self._filling, self._new = self.lacking, self._kit.index.chain() is None
+        self._filling = self.lacking
+        # Until one has been taken for which nothing had to be lent: an index that was lost is not whole again
+        # with the first, nor is that one always finished.
+        self._new = self._kit.index.past.snapshots[1] < 0
         self._journal.lost_track = self._journal.damaged = False
         self._kit.snapshot_wanted.clear()
         base, unclean, beat = self._kit.index.commit(self._begin).result()
@@ -170,8 +173,14 @@ class Snapshots:
         top = line(self._kit, tree.rootfd, os.fstat(tree.rootfd), root)
         yield top
         pending = [_Directory(tree.root_ino, root, b"", top)]
+        remembered: set[str] = set()
         while pending:
             here = pending.pop()
+            if here.cut:
+                # By now it may be above what it is remembered to be in, and then would never end.
+                if here.line.id in remembered:
+                    continue
+                remembered.add(here.line.id)
             for told, ino, handle, cut in self._inside(here):
                 yield told
                 if isinstance(told, manifest.Directory):

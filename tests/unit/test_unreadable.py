@@ -289,6 +289,48 @@ def test_after_a_lost_index_the_copies_that_the_journal_knows_are_told_until_the
     assert after.find(b"dir/two").copy is None
 
 
+def test_copies_are_lent_to_all_snapshots_until_the_index_has_them(home):
+    """The first may be cut short, and is not the last before all is copied out anew."""
+    home.volume.demote("dir/one", punch=False)
+    home.journal.flush()
+    before = home.read_journal().find(b"dir/one").copy
+    home.volume.index.commit(forget_everything).result()
+    home.volume.tier.drain()
+    Survey(home.volume.tier, lambda guesses: None, threading.Event()).run()
+    home.stopping.set()
+    assert not home.snapshots.take()
+    home.stopping.clear()
+    for _ in range(2):
+        home.volume.tier.kit.snapshot_wanted.set()
+        assert home.snapshots.take()
+        assert home.read_journal().find(b"dir/one").copy == before
+        assert home.volume.index.past.snapshots == (-1, -1)
+    home.volume.demote("dir/one", punch=False)
+    assert home.snapshots.take()
+    assert home.read_journal().find(b"dir/one").copy not in (None, before)
+    assert home.volume.index.past.snapshots[1] >= 0
+
+
+@pytest.mark.usefixtures("with_handles")
+@pytest.mark.parametrize("error", [errno.EIO, errno.EACCES])
+def test_a_directory_that_is_now_above_the_one_it_was_in_is_told_once(home, disk, monkeypatch, error):
+    """What the journal says leads from each of the two into the other by the second time: nobody can look
+    whether the first is gone from where it was."""
+    home.run("rename", *home.above("dir/below"), *home.above("below"))
+    home.run("rename", *home.above("dir"), *home.above("below/dir"))
+    disk.unlisted, disk.error = {"below/dir"}, error
+    home.volume.tier.kit.snapshot_wanted.set()
+    limit = threading.Timer(5.0, home.stopping.set)
+    limit.start()
+    try:
+        for _ in range(2):
+            with failing(disk, monkeypatch):
+                assert home.snapshots.take(), "it does not come to an end"
+            assert {b"below/three", b"below/dir/one", b"below/dir/two"} <= home.told().keys()
+    finally:
+        limit.cancel()
+
+
 def forget_everything(w):
     for table in ("files", "fids", "dirs", "quiet", "changes"):
         w._txn.drop(w._db[table], delete=False)
