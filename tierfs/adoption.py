@@ -69,7 +69,10 @@ def check_links(directory: str) -> None:
     while pending:
         with contextlib.suppress(PermissionError, FileNotFoundError), os.scandir(pending.pop()) as entries:
             for entry in entries:
-                status = entry.stat(follow_symlinks=False)
+                try:
+                    status = entry.stat(follow_symlinks=False)
+                except FileNotFoundError:  # it alone has gone meanwhile
+                    continue
                 if status.st_dev != device:
                     continue
                 if stat.S_ISDIR(status.st_mode):

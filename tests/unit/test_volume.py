@@ -580,6 +580,24 @@ def test_a_directory_whose_files_have_names_elsewhere_is_not_adopted(home, tmp_p
     adoption.check_links(str(tmp_path))
 
 
+def test_a_file_that_goes_meanwhile_hides_no_names_of_others(tmp_path, monkeypatch):
+    for name in ("a", "z"):
+        (tmp_path / name).write_bytes(b"")
+    os.link(tmp_path / "a", tmp_path / "b")
+    usual = os.scandir
+
+    @contextlib.contextmanager
+    def scandir(path):
+        with usual(path) as entries:
+            found = sorted(entries, key=lambda entry: entry.name != "z")
+            (tmp_path / "z").unlink()
+            yield iter([found[1], found[0], found[2]])
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    adoption.check_links(str(tmp_path))
+    assert not (tmp_path / "z").exists()
+
+
 def test_a_link_in_the_place_of_what_is_adopted_gets_no_owner(home, tmp_path):
     """Who owns the directory above may put one there between two steps; it leads to an empty directory."""
     aim = tmp_path / "aim"
