@@ -293,6 +293,8 @@ class Journal:
                 if fd >= 0:
                     os.close(os.open(".", _LOOK, dir_fd=fd))
                     self.lost_track = True
+                elif self._kit.index.get_dir(directory) is not None:
+                    continue  # what is above it is closed by now
                 self._closed.discard(directory)
                 self._kit.troubles.solved(directory)
             except PermissionError:

@@ -331,6 +331,19 @@ def test_a_directory_that_is_now_above_the_one_it_was_in_is_told_once(home, disk
         limit.cancel()
 
 
+def test_what_is_closed_within_what_is_closed_is_looked_at_when_both_are_open(home, disk, monkeypatch):
+    home.journal.found_closed(os.stat(home.volume.path("dir/below")).st_ino)
+    home.volume.tier.places.forget()
+    disk.unlisted, disk.error = {"dir"}, errno.EACCES
+    home.write("first", b"1")
+    with failing(disk, monkeypatch):
+        home.journal.flush()
+    assert not home.snapshots.due
+    home.write("second", b"2")
+    home.journal.flush()
+    assert home.snapshots.due
+
+
 def forget_everything(w):
     for table in ("files", "fids", "dirs", "quiet", "changes"):
         w._txn.drop(w._db[table], delete=False)
