@@ -186,16 +186,21 @@ def await_new_index(volume: Volume, poke: Callable[[], None]) -> None:
         time.sleep(0.1)
 
 
-def test_damage_under_a_running_mount(filled) -> None:
-    """Met by the mover at its work: it ends, the index is looked at and made anew, and all goes on."""
-    made, files = filled
-    made.mount()
+def damage_all_pages(made: Volume) -> None:
+    """Of the index, as it is in use."""
     file = made.state / "index" / "data.mdb"
     with open(file, "r+b") as opened:
         for number, kind in damaging.page_kinds(file).items():
             if kind in ("leaf", "branch"):
                 opened.seek(number * damaging.PAGE + 10)
                 opened.write(b"\x77\x07")
+
+
+def test_damage_under_a_running_mount(filled) -> None:
+    """Met by the mover at its work: it ends, the index is looked at and made anew, and all goes on."""
+    made, files = filled
+    made.mount()
+    damage_all_pages(made)
     await_new_index(made, lambda: made.cli("status", made.mountpoint, check=False))
     deadline = time.monotonic() + 60
     while made.cli("status", made.mountpoint, check=False).returncode:
@@ -240,12 +245,7 @@ def test_who_unmounts_while_a_new_index_is_made_has_it_unmounted(filled) -> None
     made.mount()
     mover = made.status()["pids"]["mover"]
     os.kill(mover, signal.SIGSTOP)
-    file = made.state / "index" / "data.mdb"
-    with open(file, "r+b") as opened:
-        for number, kind in damaging.page_kinds(file).items():
-            if kind in ("leaf", "branch"):
-                opened.seek(number * damaging.PAGE + 10)
-                opened.write(b"\x77\x07")
+    damage_all_pages(made)
     try:
         command = ["ls", "-lR", made.mountpoint]
         subprocess.run(command, check=False, timeout=30, capture_output=True)
