@@ -437,12 +437,17 @@ def test_rights_are_given_back_and_other_threads_keep_theirs(tmp_path):
     assert seen == ["x"]
 
 
-@needs_root
-def test_another_user_over_the_socket(mount, tree, tmp_path):
+def open_to_others(tmp_path):
+    """The socket, and the way to it."""
     os.chmod(tmp_path / "abc.sock", 0o666)
     for directory in [tmp_path, *tmp_path.parents]:
         if directory.stat().st_uid == 0 and str(directory).startswith("/tmp/"):
             os.chmod(directory, directory.stat().st_mode | 0o011)
+
+
+@needs_root
+def test_another_user_over_the_socket(mount, tree, tmp_path):
+    open_to_others(tmp_path)
     os.chmod(tree / "f", 0o600)
     script = f"""
 import sys
@@ -509,10 +514,7 @@ def test_shares_of_users(monkeypatch):
 
 @needs_root
 def test_connections_of_another_user_leave_room_for_the_owner(mount, server, tmp_path):
-    os.chmod(tmp_path / "abc.sock", 0o666)
-    for directory in [tmp_path, *tmp_path.parents]:
-        if directory.stat().st_uid == 0 and str(directory).startswith("/tmp/"):
-            os.chmod(directory, directory.stat().st_mode | 0o011)
+    open_to_others(tmp_path)
     script = f"""
 import os, socket, sys
 os.setgroups([]); os.setgid(65534); os.setuid(65534)
