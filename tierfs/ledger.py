@@ -18,13 +18,15 @@ import errno
 import mmap
 import os
 import struct
+import sys
 import time
 from collections.abc import Container, Iterator
 from typing import NamedTuple
 
 from tierfs.intents import STAT_SIZE, Doing, Intent, clamped, pack_stat, unpack_stat
 
-FORMAT = 1
+FORMAT = 2
+_UNSIZED = 1  # the form before: each long name has 256 bytes
 _COARSE_CLOCK = 5  # CLOCK_REALTIME_COARSE (clock_gettime(2)): the one that stamps files
 _MAP_NORESERVE = 0x4000
 _MAGIC = b"tierfsLG"
@@ -41,23 +43,28 @@ _PARENT = struct.Struct(f"@Q8xQ{6 + _INLINE}x")  # a node's number and its paren
 _FILE = struct.Struct("@QQQIII4x")  # number, node, request, flags, user, backing id
 _DIR = struct.Struct("@QQQ8x")  # number, node, request
 _INODE = struct.Struct("@QIIqqQ")  # inode, backing id, 1: shows other than its own: mtime, ctime, blocks
-_LONG = struct.Struct("@255sB")
 _INTENT = struct.Struct("@QIIq")  # request, kind, length of the handle, when
 _HANDLE_AT = _INTENT.size + 2 * STAT_SIZE
 MOST_NAME = 255  # bytes
 _INTENT_SIZE = 512
 _MOST_LOOKUPS = (1 << 31) - 1
 
+# Long content takes as many units as it needs. Its node says in which it begins; where the form before has
+# written that, it says which place of that form it is.
+_UNIT = 32  # bytes
+_MOST_UNITS = 8  # of one place: it holds MOST_NAME
+_IN_UNITS = 1 << 31
+
 # Words of the header, of 8 bytes.
-_GENERATION, _NODES, _FILES, _DIRS, _INODES, _LONGS, _SERIAL = range(2, 9)
+_GENERATION, _NODES, _FILES, _DIRS, _INODES, _UNSIZED_LONGS, _SERIAL, _LONGS = range(2, 10)
 PENDING = 16  # intents of killed servers that may be asked for again
 
 _INTENTS_AT = 4096  # one that is being carried out, then the pending ones
 _NODES_AT = _INTENTS_AT + (1 + PENDING) * _INTENT_SIZE + 4096 & ~4095
 MOST_NODES = 1 << 26
 _LONGS_AT = _NODES_AT + MOST_NODES * _NODE.size
-_MOST_LONGS = 1 << 22
-_FILES_AT = _LONGS_AT + _MOST_LONGS * _LONG.size
+_MOST_LONGS = 1 << 25
+_FILES_AT = _LONGS_AT + _MOST_LONGS * _UNIT
 _MOST_OPEN = 1 << _HANDLE_BITS
 _DIRS_AT = _FILES_AT + _MOST_OPEN * _FILE.size
 _INODES_AT = _DIRS_AT + _MOST_OPEN * _DIR.size
@@ -105,17 +112,19 @@ class KeptInode(NamedTuple):
 
 
 class Form(NamedTuple):
-    """The table's memory, and where in it nodes, long names, open files and inodes are, in this order.
+    """The table's memory, and where in it nodes, open files and inodes are, in this order, and long names.
 
     `parts`: of each the word of the header that says which slot was never taken yet, the offset of its records,
-    the size of one, and how many there can be. `free`: the slots that have been given back. They and
-    `long_of` (a node's slot -> that of its long name) are the very ones in use.
+    the size of one, and how many there can be. `free`: the slots that have been given back. `longs` is the same
+    of the units for long names, `free_longs` are the places that have been given back, by how many units they
+    have. The lists are the very ones in use.
     """
 
     memory: memoryview
     parts: tuple[tuple[int, int, int, int], ...]
     free: tuple[list[int], ...]
-    long_of: dict[int, int]
+    longs: tuple[int, int, int, int]
+    free_longs: tuple[list[int], ...]
     intents: int  # the offset of the one that is being carried out
 
 
@@ -155,6 +164,57 @@ class _Slots:
         return range(first, self._words[self._word])
 
 
+def _units(length: int) -> int:
+    """How many units content of this length takes, beside its node; 0: none."""
+    return -(-length // _UNIT) if length > _INLINE else 0
+
+
+def _sized(place: int, length: int) -> tuple[int, int]:
+    """A long content's place as its node says it: in units, and how many."""
+    return (place & ~_IN_UNITS, _units(length)) if place & _IN_UNITS else (place * _MOST_UNITS, _MOST_UNITS)
+
+
+class _Longs:
+    """Places for content that does not fit beside its node."""
+
+    def __init__(self, words: memoryview) -> None:
+        self.free: tuple[list[int], ...] = tuple([] for _ in range(_MOST_UNITS + 1))  # by their units
+        self._words = words
+
+    def take(self, units: int) -> int:
+        """A free place of so many units. Raises OSError(ENFILE) where there is none."""
+        if self.free[units]:
+            return self.free[units].pop()
+        # The end of a larger one: what is left of that has to be a place, too.
+        for larger in range(units + 2, _MOST_UNITS + 1):
+            if self.free[larger]:
+                place = self.free[larger].pop()
+                self.free[larger - units].append(place)
+                return place + larger - units
+        place = self._words[_LONGS]
+        if place + units > _MOST_LONGS:
+            raise OSError(errno.ENFILE, "more long names than a mount can have")
+        self._words[_LONGS] = place + units
+        return place
+
+    def give(self, place: int, units: int) -> None:
+        """It is free again."""
+        self.free[units].append(place)
+
+    def load(self, taken: bytearray) -> None:
+        """Free is what is not taken: a byte of each unit says whether it is."""
+        begin = taken.find(0)
+        while begin >= 0:
+            end = taken.find(1, begin)
+            end = len(taken) if end < 0 else end
+            while begin < end:
+                size = min(end - begin, _MOST_UNITS)
+                size -= end - begin - size == 1  # a single unit is no place
+                self.free[size].append(begin)
+                begin += size
+            begin = taken.find(0, end)
+
+
 class Ledger:
     """See the module's docstring. Used by the serving thread only."""
 
@@ -173,16 +233,15 @@ class Ledger:
         if not self._words[0]:
             _HEAD.pack_into(self._map, 0, _MAGIC, FORMAT, 0)
         magic, found, _ = _HEAD.unpack_from(self._map, 0)
-        if magic != _MAGIC or found != FORMAT:
+        if magic != _MAGIC or found not in (FORMAT, _UNSIZED):
             raise Incompatible(f"a session of form {found}; this version reads {FORMAT}")
         self._flags = self._head.cast("I")
         self._lookups = self._view[_NODES_AT:_LONGS_AT].cast("I")
         self._nodes = _Slots(1, MOST_NODES, self._words, _NODES)
-        self._longs = _Slots(0, _MOST_LONGS, self._words, _LONGS)
+        self._longs = _Longs(self._words)
         self._files = _Slots(0, _MOST_OPEN, self._words, _FILES)
         self._dirs = _Slots(0, _MOST_OPEN, self._words, _DIRS)
         self._inodes = _Slots(1, 2 * _MOST_OPEN, self._words, _INODES)
-        self._long_of: dict[int, int] = {}
         self.request = 0  # the number of the one that is being served
         self.replayed: Intent | None = None  # what it had begun to do when its server was killed
         self._pending: dict[int, tuple[int, Intent]] = {}  # request -> its slot, and what it was doing
@@ -232,23 +291,36 @@ class Ledger:
     ) -> None:
         """Write down a node."""
         slot = number & _SLOT
+        at = _NODES_AT + slot * _NODE.size
         length = len(content)
-        if length > _INLINE or slot in self._long_of:
+        beside = self._map[at + _LENGTH] > _INLINE or length > _INLINE
+        if beside:
             content = self._long(slot, content)
-        _NODE.pack_into(
-            self._map, _NODES_AT + slot * _NODE.size, number, ino, parent, lookups, kind, length, content
-        )
+            self._map[at + _LENGTH] = 0  # what is torn has no name, and no place that is another's
+        _NODE.pack_into(self._map, at, number, ino, parent, lookups, kind, 0 if beside else length, content)
+        self._map[at + _LENGTH] = length
 
     def _long(self, slot: int, content: bytes) -> bytes:
-        """Put long content in a place of its own, or give that back; what stands in the node itself."""
-        if len(content) <= _INLINE:
-            self._longs.free.append(self._long_of.pop(slot))
+        """Put long content in a place of its own, and give back the one before. What stands in the node."""
+        units, (place, before) = _units(len(content)), self._place(slot)
+        if units != before:
+            following = self._longs.take(units) if units else 0
+            if before:
+                self._longs.give(place, before)
+            place = following
+        if not units:
             return content
-        place = self._long_of.get(slot)
-        if place is None:
-            place = self._long_of[slot] = self._longs.take()
-        _LONG.pack_into(self._map, _LONGS_AT + place * _LONG.size, content, len(content))
-        return place.to_bytes(4, "little")
+        at = _LONGS_AT + place * _UNIT
+        self._map[at : at + len(content)] = content
+        return (place | _IN_UNITS).to_bytes(4, sys.byteorder)
+
+    def _place(self, slot: int) -> tuple[int, int]:
+        """The place of a node's long content, and how many units it has: 0 where there is none."""
+        at = _NODES_AT + slot * _NODE.size
+        length = self._map[at + _LENGTH]
+        if length <= _INLINE or not self._lookups[slot * _NODE_WORDS + _LOOKUPS]:
+            return 0, 0
+        return _sized(int.from_bytes(self._map[at + _CONTENT : at + _CONTENT + 4], sys.byteorder), length)
 
     def name(self, number: int) -> bytes:
         """The name by which a node is reached; b"" where it is not reached by one."""
@@ -265,10 +337,10 @@ class Ledger:
         length = self._map[at + _LENGTH]
         if length <= _INLINE:
             return self._map[at + _CONTENT : at + _CONTENT + length]
-        place = self._long_of.get(slot)
-        if place is None:
+        place, units = self._place(slot)
+        if not units:
             return b""  # a directory that was forgotten before a hard link in it: its name is no more
-        at = _LONGS_AT + place * _LONG.size
+        at = _LONGS_AT + place * _UNIT
         return self._map[at : at + length]
 
     def lookups(self, number: int) -> int:
@@ -298,20 +370,22 @@ class Ledger:
 
     def form(self) -> Form:
         """For who keeps records in our place."""
-        slots = (self._nodes, self._longs, self._files, self._inodes)
-        places = (_NODES_AT, _LONGS_AT, _FILES_AT, _INODES_AT)
-        sizes = (_NODE.size, _LONG.size, _FILE.size, _INODE.size)
-        words = (_NODES, _LONGS, _FILES, _INODES)
+        slots = (self._nodes, self._files, self._inodes)
+        places = (_NODES_AT, _FILES_AT, _INODES_AT)
+        sizes = (_NODE.size, _FILE.size, _INODE.size)
+        words = (_NODES, _FILES, _INODES)
         parts = zip(words, places, sizes, (each.most for each in slots), strict=True)
-        return Form(self._view, tuple(parts), tuple(each.free for each in slots), self._long_of, _INTENTS_AT)
+        free = tuple(each.free for each in slots)
+        longs = (_LONGS, _LONGS_AT, _UNIT, _MOST_LONGS)
+        return Form(self._view, tuple(parts), free, longs, self._longs.free, _INTENTS_AT)
 
     def drop_node(self, number: int) -> None:
         """The kernel has forgotten it."""
         slot = number & _SLOT
+        place, units = self._place(slot)
         self._lookups[slot * _NODE_WORDS + _LOOKUPS] = 0
-        place = self._long_of.pop(slot, None)
-        if place is not None:
-            self._longs.free.append(place)
+        if units:
+            self._longs.give(place, units)
         self._nodes.free.append(slot)
 
     @property
@@ -324,19 +398,21 @@ class Ledger:
 
         Callers wait meanwhile, and there may be a million: nothing is made of a node that is not needed.
         """
+        if self._flags[2] == _UNSIZED:
+            self._words[_LONGS] = self._words[_UNSIZED_LONGS] * _MOST_UNITS
+            self._flags[2] = FORMAT
         used = self._nodes.used(1)
-        taken = set()
+        taken = bytearray(self._words[_LONGS])
         for slot, record in zip(used, _LOADED.iter_unpack(self._records(used)), strict=True):
             number, ino, _, lookups, kind, length, place_of = record
             if not lookups or number & _SLOT != slot:
                 self._nodes.free.append(slot)
                 continue
             if length > _INLINE:
-                place = int.from_bytes(place_of, "little")
-                self._long_of[slot] = place
-                taken.add(place)
+                place, units = _sized(int.from_bytes(place_of, sys.byteorder), length)
+                taken[place : place + units] = b"\1" * units
             yield number, ino, kind
-        self._longs.free[:] = [place for place in self._longs.used(0) if place not in taken]
+        self._longs.load(taken)
 
     def parents(self) -> Iterator[tuple[int, int]]:
         """The numbers of each node and of its parent, and of some that the kernel has forgotten."""

@@ -127,11 +127,12 @@ class Twin(Side):
                 if part == 0:
                     number, ino, parent, lookups, kind, length, content = _NODE.unpack(raw)
                     records.append((number, Ino(ino), parent, lookups, kind, length, kind or content[:length]))
-                elif part == 3:
-                    records.append((Ino(int.from_bytes(raw[:8], "little")), raw[8:16]))
                 elif part == 2:
+                    records.append((Ino(int.from_bytes(raw[:8], "little")), raw[8:16]))
+                elif part == 1:
                     records.append(raw)
-        return records, [list(each) for each in form.free], dict(form.long_of), list(ledger._words[1:9])
+        free = [list(each) for each in (*form.free, *form.free_longs)]
+        return records, free, list(ledger._words[1:10])
 
     def marks(self):
         """All that the mover is told, and what of it stands in somebody's way."""

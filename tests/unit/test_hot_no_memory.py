@@ -53,7 +53,7 @@ def said(side):
 
 def kept_files(form):
     """The numbers of open files that a successor would take over."""
-    _, at, size, _ = form.parts[2]
+    _, at, size, _ = form.parts[1]
     numbers = (int.from_bytes(form.memory[at + slot * size :][:8], "little") for slot in range(2 * PLACES))
     return sorted(filter(None, numbers))
 

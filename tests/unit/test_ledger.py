@@ -7,6 +7,8 @@ import tracemalloc
 from types import SimpleNamespace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tierfs import ledger as ledgers
 from tierfs.intents import Doing
@@ -16,17 +18,17 @@ from tierfs.nodes import NodeTable
 
 def test_an_intent_outlives_several_servers():
     fd = ledgers.make()
-    st = os.stat("/")
+    found = os.stat("/")
     first = Ledger(fd)
     first.request = 10
-    first.intend(Doing.RENAME, st, None, b"handle")
+    first.intend(Doing.RENAME, found, None, b"handle")
     second = Ledger(fd)
     second.load_intents()
     second.request = 12
-    second.intend(Doing.UNLINK, st)
+    second.intend(Doing.UNLINK, found)
     third = Ledger(fd)
     third.load_intents()
-    assert third.pending(10).handle == b"handle" and third.pending(10).first.st_ino == st.st_ino
+    assert third.pending(10).handle == b"handle" and third.pending(10).first.st_ino == found.st_ino
     assert third.pending(12).doing is Doing.UNLINK and third.pending(12).second is None
     third.settle_all_but([12])
     assert third.pending(10) is None and Ledger(fd).pending(10) is None
@@ -80,6 +82,90 @@ def test_long_names_come_and_go():
     fresh = Ledger(fd)
     assert len(list(fresh.load_nodes())) == len(names)
     assert {number: fresh.name(number) for number in names} == names
+    os.close(fd)
+
+
+def units(table, names):
+    """Every unit of each long name's place, and of each free one."""
+    form = table.form()
+    free = [(place, units) for units, places in enumerate(form.free_longs) for place in places]
+    taken = [table._place(number & 0xFFFFFFFF) for number in names]
+    return [place + unit for place, units in (*taken, *free) for unit in range(units)]
+
+
+CHANGES = st.lists(
+    st.tuples(st.sampled_from(["new", "rename", "drop", "take over"]), st.integers(0, 99), st.integers(1, 255)),
+    max_size=60,
+)
+
+
+@given(CHANGES)
+def test_no_two_long_names_share_a_place_and_none_is_lost(changes):
+    fd = ledgers.make()
+    table, names = Ledger(fd), {}
+    for serial, (change, which, length) in enumerate(changes):
+        name = (b"%d " % serial * 255)[:length]
+        number = list(names)[which % len(names)] if names else None
+        if change == "new":
+            number = table.new_node()
+            table.node(number, 5, 1, 1, name)
+            names[number] = name
+        elif change == "take over":
+            table = Ledger(fd)
+            assert {number for number, _, _ in table.load_nodes()} == set(names)
+        elif number is not None and change == "rename":
+            table.node(number, 5, 1, 1, name)
+            names[number] = name
+        elif number is not None:
+            table.drop_node(number)
+            del names[number]
+        assert {number: table.name(number) for number in names} == names
+        assert sorted(units(table, names)) == list(range(table._words[9]))
+    os.close(fd)
+
+
+def test_a_long_name_takes_no_more_memory_than_it_needs():
+    """Whole homes have them: mail, pictures."""
+    table = Ledger()
+    for _ in range(1000):
+        table.node(table.new_node(), 5, 1, 1, b"1700000000.M123456P1234.host,S=12345,W=12500:2,S")
+    assert table._words[9] == 2 * 1000
+
+
+def unsized(fd, lengths):
+    """What the version before would have left, whose places are all of 256 bytes: the names, by their nodes."""
+    table, names = Ledger(fd), {}
+    words, (_, nodes, size, _), longs = table._words, table.form().parts[0], table.form().longs[1]
+    for place, length in enumerate(lengths):
+        number = table.new_node()
+        names[number] = name = bytes([65 + place]) * length
+        table.node(number, number, 1, 1, b"name")
+        at, start = nodes + number * size, longs + place * 256
+        table._map[at + 29] = length
+        table._map[at + 30 : at + 34] = place.to_bytes(4, sys.byteorder)
+        table._map[start : start + 256] = name.ljust(255, b"\0") + bytes([length])
+    words[7], words[9] = len(lengths), 0
+    os.pwrite(fd, (1).to_bytes(4, sys.byteorder), 8)
+    return names
+
+
+def test_the_long_names_of_the_version_before_are_taken_over():
+    fd = ledgers.make()
+    names = unsized(fd, range(35, 256, 20))
+    Ledger(fd).close()  # to look whether it could be taken over changes nothing
+    assert os.pread(fd, 4, 8) == (1).to_bytes(4, sys.byteorder)
+    for _ in range(2):
+        table = Ledger(fd)
+        assert {number for number, _, _ in table.load_nodes()} == set(names)
+        assert {number: table.name(number) for number in names} == names
+    for number in list(names)[::3]:
+        table.drop_node(number)
+        del names[number]
+    for number in list(names)[::2]:
+        names[number] = b"%d " % number * 20
+        table.node(number, number, 1, 1, names[number])
+    assert sorted(units(table, names)) == list(range(table._words[9]))
+    assert {number: table.name(number) for number in names} == names
     os.close(fd)
 
 

@@ -536,7 +536,7 @@ static int has_slots_only(PyObject *object)
 static int take_form(Hot *hot, PyObject *parts, PyObject *free)
 {
     static const Py_ssize_t sizes[] = {
-        sizeof(struct kept_node), sizeof(struct kept_long), sizeof(struct kept_file), sizeof(struct kept_inode),
+        sizeof(struct kept_node), sizeof(struct kept_file), sizeof(struct kept_inode),
     };
     int fits = PyTuple_Check(parts) && PyTuple_GET_SIZE(parts) == PARTS && PyTuple_Check(free)
                && PyTuple_GET_SIZE(free) == PARTS;
@@ -551,6 +551,23 @@ static int take_form(Hot *hot, PyObject *parts, PyObject *free)
     }
     if (!fits)
         PyErr_SetString(PyExc_ValueError, "the ledger's records are of another form");
+    return fits ? 0 : -1;
+}
+
+/* Its places of long names. 0, or -1 with an exception. */
+static int take_longs(Hot *hot, PyObject *longs, PyObject *free)
+{
+    Py_ssize_t unit;
+    if (!PyArg_ParseTuple(longs, "nnnn", &hot->longs.word, &hot->longs.at, &unit, &hot->longs.most))
+        return -1;
+    int fits = unit == UNIT && hot->longs.at + unit * hot->longs.most <= hot->memory.len && PyTuple_Check(free)
+               && PyTuple_GET_SIZE(free) == MOST_UNITS + 1;
+    for (int each = 0; fits && each <= MOST_UNITS; each++) {
+        hot->longs.free[each] = Py_NewRef(PyTuple_GET_ITEM(free, each));
+        fits = PyList_Check(hot->longs.free[each]);
+    }
+    if (!fits)
+        PyErr_SetString(PyExc_ValueError, "the ledger's long names are of another form");
     return fits ? 0 : -1;
 }
 
@@ -570,11 +587,11 @@ static int hot_init(Hot *hot, PyObject *arguments, PyObject *named)
 {
     static char *names[] = {
         "fd", "buffer", "root_fd", "device", "memory", "parts", "free",
-        "intents_at", "segment", "directory_fds", "low", "entry_seconds", "attr_seconds", "long_seconds",
-        "file_seconds", "fresh", "restless", "most_believed", "most_proven", "idle_seconds", "told", "told_left",
-        "objects", NULL,
+        "longs", "free_longs", "intents_at", "segment", "directory_fds", "low", "entry_seconds", "attr_seconds",
+        "long_seconds", "file_seconds", "fresh", "restless", "most_believed", "most_proven", "idle_seconds", "told",
+        "told_left", "objects", NULL,
     };
-    PyObject *parts, *free, *objects;
+    PyObject *parts, *free, *longs, *free_longs, *objects;
     if (hot->by_slot) {
         PyErr_SetString(PyExc_TypeError, "made already");
         return -1;
@@ -584,14 +601,15 @@ static int hot_init(Hot *hot, PyObject *arguments, PyObject *named)
     umask(hot->umask);
     hot->euid = geteuid();
     hot->egid = getegid();
-    if (!PyArg_ParseTupleAndKeywords(arguments, named, "iw*iKw*OOnnnKkkkkllnndw*kO!", names,
+    if (!PyArg_ParseTupleAndKeywords(arguments, named, "iw*iKw*OOO!OnnnKkkkkllnndw*kO!", names,
                                      &hot->fd, &hot->buffer, &hot->root_fd,
-                                     &hot->device, &hot->memory, &parts, &free, &hot->intents_at, &hot->segment,
+                                     &hot->device, &hot->memory, &parts, &free, &PyTuple_Type, &longs, &free_longs,
+                                     &hot->intents_at, &hot->segment,
                                      &hot->directory_fds, &hot->low, &hot->entry_seconds, &hot->attr_seconds,
                                      &hot->long_seconds, &hot->file_seconds, &hot->fresh,
                                      &hot->restless, &hot->most_believed, &hot->most_proven, &hot->idle_seconds,
                                      &hot->told, &hot->told_left, &PyDict_Type, &objects)
-        || take_form(hot, parts, free))
+        || take_form(hot, parts, free) || take_longs(hot, longs, free_longs))
         return -1;
 #define TAKE(name, type) if (take_object(objects, #name, type, &hot->name)) return -1;
     OBJECTS(TAKE)
@@ -622,6 +640,8 @@ static int hot_traverse(Hot *hot, visitproc visit, void *arg)
 #undef VISIT
     for (int each = 0; each < PARTS; each++)
         Py_VISIT(hot->parts[each].free);
+    for (int each = 0; each <= MOST_UNITS; each++)
+        Py_VISIT(hot->longs.free[each]);
     return 0;
 }
 
@@ -633,6 +653,8 @@ static int hot_clear(Hot *hot)
 #undef CLEAR
     for (int each = 0; each < PARTS; each++)
         Py_CLEAR(hot->parts[each].free);
+    for (int each = 0; each <= MOST_UNITS; each++)
+        Py_CLEAR(hot->longs.free[each]);
     return 0;
 }
 

@@ -57,22 +57,25 @@ struct kept_node {
     uint8_t kind, length;
     char content[INLINE];
 };
-struct kept_long { char content[255]; uint8_t length; };
 struct kept_file { uint64_t number, node, request; uint32_t flags, uid, backing_id, padding; };
 struct kept_inode { uint64_t ino; uint32_t backing_id, shows; int64_t mtime, ctime; uint64_t blocks; };
 
 /* The parts of the ledger, in the order of its Form. */
-enum part { NODES, LONGS, FILES, INODES, PARTS };
+enum part { NODES, FILES, INODES, PARTS };
+/* Places of content that does not fit beside its node (ledger._Longs). */
+enum { UNIT = 32, MOST_UNITS = 8 };
+#define IN_UNITS 0x80000000U
 #define GENERATION 2 /* words of the header */
 #define SERIAL 8
 #define HANDLE_BITS 20
 
-/* Where a server may be killed with other state behind it than before: tests are built to end there. */
+/* Where a server may be killed with other state behind it than before: what stands before is done before. Tests are
+ * built to end there. */
 #ifdef TIERFS_POINTS
 void hot_point(void);
 #define POINT() hot_point()
 #else
-#define POINT() ((void)0)
+#define POINT() __atomic_signal_fence(__ATOMIC_SEQ_CST)
 #endif
 
 /* What became of a request here. FAILED: with an exception, after something has been changed. */
@@ -109,7 +112,7 @@ enum outcome { PYTHONS, ABSENT, NO_DATA, NO_TERMINAL, FOUND, FAILED };
     X(records, NULL) \
     X(by_slot, &PyList_Type) X(by_ino, &PyDict_Type) X(dirs, &PyODict_Type) X(root, NULL) X(node, NULL) \
     X(plain, &PySet_Type) X(inodes, &PyDict_Type) X(holds, NULL) X(forget, NULL) X(listed, NULL) \
-    X(long_of, &PyDict_Type) X(former, &PyDict_Type) X(left, NULL) X(states, NULL) X(kernel_backing, &PyType_Type) X(idle, NULL) \
+    X(former, &PyDict_Type) X(left, NULL) X(states, NULL) X(kernel_backing, &PyType_Type) X(idle, NULL) \
     X(idle_inodes, &PyODict_Type) X(touched, &PyDict_Type) X(besides, &PyDict_Type) \
     X(files, &PyDict_Type) X(opens, &PyDict_Type) X(inode, NULL) X(handle, NULL) X(stub_name, &PyBytes_Type) \
     X(marks, NULL) X(recent, &PyDict_Type) X(seals, &PySet_Type) X(late, &PyDict_Type) X(changed, NULL) X(gone_stat, NULL) \
@@ -140,6 +143,7 @@ typedef struct {
     /* For how long, and for how many, room is taken for granted. */
     struct { double until; unsigned long long low; int left; } ample;
     struct { Py_ssize_t word, at, most; PyObject *free; } parts[PARTS];
+    struct { Py_ssize_t word, at, most; PyObject *free[MOST_UNITS + 1]; } longs;
 #define FIELD(name, type) PyObject *name;
     OBJECTS(FIELD)
 #undef FIELD
@@ -260,8 +264,9 @@ static inline PyObject *number_object(Hot *hot, uint64_t number)
 /* --- the ledger (_hot_state.c) --- */
 void *record_at(Hot *hot, enum part part, uint64_t slot);
 uint64_t *words_of(Hot *hot);
-int has_slots(Hot *hot, enum part part, Py_ssize_t count);
 int has_slot(Hot *hot, enum part part);
+/* Whether there are places for so many long names. */
+int has_longs(Hot *hot, Py_ssize_t count);
 int has_node_slots(Hot *hot, size_t length);
 int64_t take_slot(Hot *hot, enum part part);
 int give_slot(Hot *hot, enum part part, uint64_t slot);

@@ -59,7 +59,7 @@ enum outcome link_file(Hot *hot, const struct in_header *in, uint64_t nodeid, co
     struct place to;
     struct target at;
     memset(out, 0, sizeof *out);
-    if (hot->privileged != Py_True || !has_slots(hot, LONGS, 1) || !has_marks_room(hot)
+    if (hot->privileged != Py_True || !has_longs(hot, 1) || !has_marks_room(hot)
         || !found_place(hot, in->nodeid, name, strlen(name), &to))
         return PYTHONS;
     int reached = found_target(hot, nodeid, &at) && reached_target(hot, &at);

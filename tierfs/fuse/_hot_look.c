@@ -82,7 +82,7 @@ static int follows(Hot *hot, PyObject *node, const struct place *place, mode_t m
     if (has == place->length && !memcmp(known, place->name, has) && attribute_is(node, s_parent, place->parent))
         return 0;
     PyObject *anchor = get_of(node, s_anchor);
-    int may = anchor && (anchor == Py_None || PyBytes_Check(anchor)) && has_slots(hot, LONGS, 1);
+    int may = anchor && (anchor == Py_None || PyBytes_Check(anchor)) && has_longs(hot, 1);
     Py_XDECREF(anchor);
     if (may && !S_ISDIR(mode) && leave_name(hot, node))
         return -1;

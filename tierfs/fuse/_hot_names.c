@@ -112,7 +112,7 @@ static int may_go(Hot *hot, const struct place *place, struct going *going)
     int regular = S_ISREG(going->st.st_mode);
     going->last = S_ISDIR(going->st.st_mode) || going->st.st_nlink <= 1;
     going->open = is_open(hot, going->known.node);
-    if (!is_simple(hot, going->known.node) || !has_slots(hot, LONGS, 1))
+    if (!is_simple(hot, going->known.node) || !has_longs(hot, 1))
         return 0;
     if (!going->last && (!regular || hot->privileged != Py_True || !is_still(going->known.inode)))
         return 0;
@@ -372,7 +372,7 @@ static enum outcome renamed(Hot *hot, uint64_t request, struct renaming *each)
 {
     struct going *replaced = each->replaced;
     const struct handle *handle = replaced && S_ISREG(replaced->st.st_mode) ? &replaced->handle : NULL;
-    if (!is_simple(hot, each->known.node) || !is_still(each->known.inode) || !has_slots(hot, LONGS, 2)
+    if (!is_simple(hot, each->known.node) || !is_still(each->known.inode) || !has_longs(hot, 2)
         || (replaced && !may_go(hot, &each->to, replaced)))
         return PYTHONS;
     int left = replaced ? prepared(hot, &each->to, replaced) : 0;

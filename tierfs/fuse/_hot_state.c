@@ -134,48 +134,76 @@ uint64_t *words_of(Hot *hot)
 void *record_at(Hot *hot, enum part part, uint64_t slot)
 {
     static const size_t sizes[] = {
-        sizeof(struct kept_node), sizeof(struct kept_long), sizeof(struct kept_file), sizeof(struct kept_inode),
+        sizeof(struct kept_node), sizeof(struct kept_file), sizeof(struct kept_inode),
     };
     return (char *)hot->memory.buf + hot->parts[part].at + slot * sizes[part];
 }
 
-/* Whether there are so many free slots. */
-int has_slots(Hot *hot, enum part part, Py_ssize_t count)
-{
-    Py_ssize_t never_taken = hot->parts[part].most - (Py_ssize_t)words_of(hot)[hot->parts[part].word];
-    return PyList_GET_SIZE(hot->parts[part].free) + never_taken >= count;
-}
-
+/* Whether there is a free slot. */
 int has_slot(Hot *hot, enum part part)
 {
-    return has_slots(hot, part, 1);
+    return PyList_GET_SIZE(hot->parts[part].free) || (Py_ssize_t)words_of(hot)[hot->parts[part].word] < hot->parts[part].most;
+}
+
+/* Those that were given back are not looked at: until nearly all have been taken, it makes no difference. */
+int has_longs(Hot *hot, Py_ssize_t count)
+{
+    return hot->longs.most - (Py_ssize_t)words_of(hot)[hot->longs.word] >= count * MOST_UNITS;
 }
 
 /* Whether there are slots for a node of this name. */
 int has_node_slots(Hot *hot, size_t length)
 {
-    return has_slot(hot, NODES) && (length <= INLINE || has_slot(hot, LONGS));
+    return has_slot(hot, NODES) && (length <= INLINE || has_longs(hot, 1));
+}
+
+/* The last of these numbers, which are not none, taken from them; -1 with an exception. */
+static int64_t taken_of(PyObject *free)
+{
+    Py_ssize_t count = PyList_GET_SIZE(free);
+    int64_t last = PyLong_AsLongLong(PyList_GET_ITEM(free, count - 1));
+    return PyList_SetSlice(free, count - 1, count, NULL) ? -1 : last;
+}
+
+/* One number more. 0, or -1 with an exception. */
+static int given_to(PyObject *free, uint64_t value)
+{
+    PyObject *number = PyLong_FromUnsignedLongLong(value);
+    int failed = number ? PyList_Append(free, number) : -1;
+    Py_XDECREF(number);
+    return failed;
 }
 
 /* A free slot, which there is; -1 with an exception. */
 int64_t take_slot(Hot *hot, enum part part)
 {
     PyObject *free = hot->parts[part].free;
-    Py_ssize_t count = PyList_GET_SIZE(free);
-    if (!count)
+    if (!PyList_GET_SIZE(free))
         return words_of(hot)[hot->parts[part].word]++;
     POINT();
-    int64_t slot = PyLong_AsLongLong(PyList_GET_ITEM(free, count - 1));
-    return PyList_SetSlice(free, count - 1, count, NULL) ? -1 : slot;
+    return taken_of(free);
 }
 
 /* 0, or -1 with an exception. */
 int give_slot(Hot *hot, enum part part, uint64_t slot)
 {
-    PyObject *number = PyLong_FromUnsignedLongLong(slot);
-    int failed = number ? PyList_Append(hot->parts[part].free, number) : -1;
-    Py_XDECREF(number);
-    return failed;
+    return given_to(hot->parts[part].free, slot);
+}
+
+/* A free place of so many units, which there is (ledger._Longs.take); -1 with an exception. */
+static int64_t take_long(Hot *hot, int units)
+{
+    PyObject **free = hot->longs.free;
+    if (PyList_GET_SIZE(free[units]))
+        return taken_of(free[units]);
+    for (int larger = units + 2; larger <= MOST_UNITS; larger++)
+        if (PyList_GET_SIZE(free[larger])) {
+            int64_t place = taken_of(free[larger]);
+            return place < 0 || given_to(free[larger - units], place) ? -1 : place + larger - units;
+        }
+    uint64_t *never_taken = words_of(hot) + hot->longs.word;
+    *never_taken += units;
+    return *never_taken - units;
 }
 
 /* --- nodes ----------------------------------------------------------------------------------------------- */
@@ -289,14 +317,27 @@ static int put(Hot *hot, uint64_t slot, PyObject *ino, PyObject *node)
     return PyList_SetItem(hot->by_slot, slot, Py_NewRef(node));
 }
 
-/* A node's long content; NULL where it has none any more: it was forgotten, before a hard link in it. */
-static const char *long_content(Hot *hot, uint64_t slot)
+/* How many units content of this length takes, beside its node; 0: none. */
+static int units_of(size_t length)
 {
-    PyObject *at = PyLong_FromUnsignedLongLong(slot);
-    PyObject *place = at ? PyDict_GetItemWithError(hot->long_of, at) : NULL;
-    struct kept_long *kept = place ? record_at(hot, LONGS, PyLong_AsUnsignedLongLong(place)) : NULL;
-    Py_XDECREF(at);
-    return kept ? kept->content : NULL;
+    return length > INLINE ? (length + UNIT - 1) / UNIT : 0;
+}
+
+/* The place of a node's long content, in units, and how many: 0 where it has none (any more: it was forgotten, before a
+ * hard link in it). */
+static int long_place(const struct kept_node *kept, uint32_t *place)
+{
+    if (kept->length <= INLINE || !kept->lookups)
+        return 0;
+    memcpy(place, kept->content, sizeof *place);
+    int units = *place & IN_UNITS ? units_of(kept->length) : MOST_UNITS;
+    *place = *place & IN_UNITS ? *place & ~IN_UNITS : *place * MOST_UNITS; /* of the form before */
+    return units;
+}
+
+static char *long_at(Hot *hot, uint32_t place)
+{
+    return (char *)hot->memory.buf + hot->longs.at + (size_t)place * UNIT;
 }
 
 /* The name by which a node is reached, zero-terminated, and its length; 0 where it is not reached by one. */
@@ -306,65 +347,50 @@ size_t name_of(Hot *hot, uint64_t nodeid, char name[NAME_ROOM])
     struct kept_node *kept = (Py_ssize_t)slot < hot->parts[NODES].most ? record_at(hot, NODES, slot) : NULL;
     if (!kept || kept->number != nodeid || kept->kind)
         return 0;
-    const char *content = kept->length > INLINE ? long_content(hot, slot) : kept->content;
-    if (!content)
+    uint32_t place;
+    if (kept->length > INLINE && !long_place(kept, &place))
         return 0;
-    memcpy(name, content, kept->length);
+    memcpy(name, kept->length > INLINE ? long_at(hot, place) : kept->content, kept->length);
     name[kept->length] = 0;
     return kept->length;
 }
 
-/* The place of a node's long content, a new one where it has none yet; -1 with an exception. */
-static int64_t long_place(Hot *hot, uint64_t slot)
+/* The place for long content of a node, the one that it has where that fits; what it does not need any more is given
+ * back. -1 with an exception. */
+static int64_t fitting_place(Hot *hot, const struct kept_node *kept, size_t length)
 {
-    PyObject *at = PyLong_FromUnsignedLongLong(slot), *where = NULL;
-    PyObject *known = at ? PyDict_GetItemWithError(hot->long_of, at) : NULL;
-    int64_t place = known ? PyLong_AsLongLong(known) : -1;
-    if (at && !known && !PyErr_Occurred() && (place = take_slot(hot, LONGS)) >= 0) {
-        where = PyLong_FromLongLong(place);
-        if (!where || PyDict_SetItem(hot->long_of, at, where))
-            place = -1;
-    }
-    Py_XDECREF(at);
-    Py_XDECREF(where);
-    return place;
-}
-
-/* Give back the place of a node's long content. 0, or -1 with an exception. */
-static int give_long(Hot *hot, uint64_t slot)
-{
-    if (!PyDict_GET_SIZE(hot->long_of))
-        return 0;
-    PyObject *at = PyLong_FromUnsignedLongLong(slot);
-    PyObject *place = at ? PyDict_GetItemWithError(hot->long_of, at) : NULL;
-    int failed = PyErr_Occurred() ? -1 : 0;
-    if (place)
-        failed = PyList_Append(hot->parts[LONGS].free, place) || PyDict_DelItem(hot->long_of, at) ? -1 : 0;
-    Py_XDECREF(at);
-    return failed;
+    uint32_t before = 0;
+    int had = long_place(kept, &before), units = units_of(length);
+    if (units == had)
+        return before;
+    int64_t place = units ? take_long(hot, units) : 0;
+    return place < 0 || (had && given_to(hot->longs.free[had], before)) ? -1 : place;
 }
 
 /* ledger.node: `node` with this content. Needs a free slot for long content. 0, or -1 with an exception. */
 int note_node(Hot *hot, struct kept_node node, const char *content, size_t length)
 {
-    uint64_t slot = node.number & SLOT;
-    int64_t place = length > INLINE ? long_place(hot, slot) : 0;
-    if (place < 0 || (length <= INLINE && give_long(hot, slot)))
+    struct kept_node *kept = record_at(hot, NODES, node.number & SLOT);
+    int beside = kept->length > INLINE || length > INLINE;
+    int64_t place = beside ? fitting_place(hot, kept, length) : 0;
+    if (place < 0)
         return -1;
-    node.length = length;
     hot->absent.above = 0; /* it may be there now */
     memset(node.content, 0, sizeof node.content);
+    node.length = beside ? 0 : length;
+    if (beside) /* what is torn has no name, and no place that is another's */
+        *(volatile uint8_t *)&kept->length = 0;
+    POINT();
     if (length > INLINE) {
-        struct kept_long longer = {"", length};
-        memcpy(longer.content, content, length);
-        memcpy(node.content, &(uint32_t){place}, sizeof(uint32_t));
-        POINT();
-        *(struct kept_long *)record_at(hot, LONGS, place) = longer;
+        uint32_t where = (uint32_t)place | IN_UNITS;
+        memcpy(long_at(hot, place), content, length);
+        memcpy(node.content, &where, sizeof where);
     } else {
         memcpy(node.content, content, length);
     }
+    *kept = node;
     POINT();
-    *(struct kept_node *)record_at(hot, NODES, slot) = node;
+    *(volatile uint8_t *)&kept->length = length;
     POINT();
     return 0;
 }
@@ -409,14 +435,16 @@ static int dropped(Hot *hot, uint64_t nodeid, PyObject *node)
 {
     uint64_t slot = nodeid & SLOT;
     PyObject *anchor = get_of(node, s_anchor), *id = get_of(node, s_id);
-    PyObject *ino = get_of(node, s_ino), *place = PyLong_FromUnsignedLongLong(slot);
-    int failed = !anchor || !id || !ino || !place ? -1 : PyLong_Check(anchor); /* a descriptor of its own */
+    PyObject *ino = get_of(node, s_ino);
+    int failed = !anchor || !id || !ino ? -1 : PyLong_Check(anchor); /* a descriptor of its own */
     if (!failed) {
         struct kept_node *kept = record_at(hot, NODES, slot);
+        uint32_t place;
+        int units = long_place(kept, &place);
         failed = discard(hot->former, id) || PyList_SetItem(hot->by_slot, slot, Py_NewRef(Py_None));
         *(volatile uint32_t *)&kept->lookups = 0;
         POINT();
-        failed = failed || give_long(hot, slot) || PyList_Append(hot->parts[NODES].free, place);
+        failed = failed || (units && given_to(hot->longs.free[units], place)) || give_slot(hot, NODES, slot);
         if (!failed && PyDict_GetItemWithError(hot->by_ino, ino) == node)
             failed = PyDict_DelItem(hot->by_ino, ino) || ended(hot, ino);
         failed = failed || drop_directory(hot, id) ? -1 : 0;
@@ -424,7 +452,6 @@ static int dropped(Hot *hot, uint64_t nodeid, PyObject *node)
     Py_XDECREF(anchor);
     Py_XDECREF(id);
     Py_XDECREF(ino);
-    Py_XDECREF(place);
     return failed;
 }
 
