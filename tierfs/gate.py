@@ -180,6 +180,7 @@ class Gate:
         """The handle of a file just made; takes the descriptor `fd` (open for reading and writing)."""
         inode = Inode(st.st_ino, parent, name)
         self.states.idle.drop(st.st_ino)
+        self.states.idle.give_way(len(self.states.inodes))
         former = self.states.inodes.get(st.st_ino)
         if former is not None:
             self.guarding.end(former)  # it was unlinked under the guard, and its number is used again

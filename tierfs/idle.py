@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 from tierfs.handles import Inode
 
-MOST = 16384  # descriptors, at most a quarter of those that the process may have
+MOST = 16384  # descriptors, at most half of those that the process may have
 SECONDS = 5.0  # a file removed behind the mount keeps its blocks for so long
 
 _NEVER = 3600.0
@@ -24,20 +24,33 @@ _NEVER = 3600.0
 class Idle:
     """Inodes without a handle that are still registered, the one used last at the end."""
 
+    __slots__ = ("__dict__", "most", "room")
+
     def __init__(self, retire: Callable[[Inode], None]) -> None:
         """`retire` ends the registration and drops the inode's state; the compiled form puts its own there."""
         self.retire = retire
-        self.most = max(1, min(MOST, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
+        descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self.most = max(1, min(MOST, descriptors // 2))
+        # So many inodes in all, open ones too: who opens many files at once may have all descriptors.
+        self.room = max(2, descriptors * 3 // 4)
         self.inodes: OrderedDict[int, tuple[Inode, float]] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self.inodes)
 
-    def keep(self, inode: Inode) -> None:
-        """Its last handle is gone."""
-        if len(self.inodes) >= self.most:
-            self.retire(self.inodes.popitem(last=False)[1][0])
+    def keep(self, inode: Inode, inodes: int) -> None:
+        """Its last handle is gone. `inodes`: so many have a descriptor, this one too."""
         self.inodes[inode.ino] = inode, time.monotonic() + SECONDS
+        if len(self.inodes) > self.most or inodes > self.room:
+            self._end_oldest()
+
+    def give_way(self, inodes: int) -> None:
+        """One more than these many is about to have a descriptor."""
+        if inodes >= self.room and self.inodes:
+            self._end_oldest()
+
+    def _end_oldest(self) -> None:
+        self.retire(self.inodes.popitem(last=False)[1][0])
 
     def wake(self, ino: int) -> None:
         """It has a handle again."""

@@ -17,6 +17,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import resource
 import stat
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -29,7 +30,7 @@ from tierfs.ledger import SLOT_BITS, Kind, Ledger
 from tierfs.tree import Tree
 
 ROOT = 1
-DIRECTORY_FDS = 1024
+DIRECTORY_FDS = 1024  # at most an eighth of those that the process may have
 _SLOT = (1 << SLOT_BITS) - 1
 _GONE = int(Kind.GONE)
 
@@ -119,7 +120,7 @@ class NodeTable:
         if not self._ledger.serving:
             self._ledger.node(self._ledger.new_node(), tree.root_ino, 0, 1, b"")
         self._dirs: OrderedDict[int, int] = OrderedDict()  # node number -> descriptor
-        self.most_dirs = max(directory_fds, 2)
+        self.most_dirs = max(min(directory_fds, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 8), 2)
         self._opens: dict[int, int] = {}  # node number -> open files
         self._former: dict[int, bytes] = {}  # node number -> last name, of those that are anchored
         # (directory's number, name): names that nodes have no more, as it turned out. The kernel may go on

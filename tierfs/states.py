@@ -58,6 +58,7 @@ class States:
         """The inode's state, with what its stub attribute says now. Raises Blocked while it is guarded."""
         inode = self.inodes.get(st.st_ino)
         if inode is None:
+            self.idle.give_way(len(self.inodes))
             inode = Inode(st.st_ino, parent, name)
         elif inode.guard is not None:
             self.wait_for_guard(inode)
@@ -167,7 +168,7 @@ class States:
         cannot be."""
         if not inode.backing_id or inode.marked or inode.set_id or inode.gone or not inode.name:
             return False
-        self.idle.keep(inode)
+        self.idle.keep(inode, len(self.inodes))
         return True
 
     def retire(self, inode: Inode) -> None:

@@ -24,7 +24,7 @@ from tierfs.ledger import MOST_NAME
 from tierfs.making import Caller, Maker, changed_by, in_group
 from tierfs.marks import Entry
 from tierfs.names import Names
-from tierfs.nodes import ROOT, GoneStat, Node, NodeTable
+from tierfs.nodes import DIRECTORY_FDS, ROOT, GoneStat, Node, NodeTable
 from tierfs.openfiles import OpenFiles
 from tierfs.told import Told
 from tierfs.tree import Tree, fd_path
@@ -91,7 +91,7 @@ class Vfs:
         gate: Gate,
         evictable: Callable[[], int] = lambda: 0,
         heat: Callable[[int], bytes | None] = lambda ino: None,
-        directory_fds: int = 1024,
+        directory_fds: int = DIRECTORY_FDS,
     ) -> None:
         """`evictable`: bytes that can be freed at once; `heat`: what `user.tierfs.heat` of an inode says."""
         self.tree = tree

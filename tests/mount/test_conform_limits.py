@@ -244,6 +244,39 @@ def test_fusepy_says_that_it_cannot_keep_links_from_being_followed(area: Scratch
         volume.discard()
 
 
+FEW = 1024  # descriptors: fewer than a home has directories
+
+
+@pytest.mark.parametrize("binding", ["kernel", "fusepy"])
+def test_what_is_kept_for_speed_takes_no_descriptor_from_open_files(
+    area: Scratch, needs_root: None, binding: str
+) -> None:
+    """As a service manager or a container may limit it: what is known of directories, and of files that were
+    open, gives way."""
+    base = area.path / "few"
+    base.mkdir()
+    limited = ("setpriv", "--bounding-set=-sys_resource", "prlimit", f"--nofile={FEW}:{FEW}")
+    volume = Volume(base, area.connections, options=("--binding", binding))
+    volume.program = (*limited, *volume.program)
+    opened: list[int] = []
+    try:
+        volume.mount()
+        for number in range(FEW + 100):
+            directory = volume.mountpoint / f"d{number}"
+            directory.mkdir()
+            (directory / "file").write_bytes(b"content")
+        for number in range(FEW + 100):
+            assert (volume.mountpoint / f"d{number}" / "file").read_bytes() == b"content"
+        most = FEW - FEW // 8 - 100 if binding == "kernel" else FEW // 4
+        for number in range(most):
+            opened.append(os.open(volume.mountpoint / f"d{number}" / "file", os.O_RDONLY))
+        assert [os.read(fd, 100) for fd in opened] == [b"content"] * most
+    finally:
+        for fd in opened:
+            os.close(fd)
+        volume.discard()
+
+
 def test_how_many_descriptors_open_files_take(place: Place) -> None:
     """One of the mount server's each, two where they have no name: so many can be open at once."""
     if place.binding != "kernel":

@@ -67,6 +67,31 @@ def test_reading_what_is_resident_is_left_to_nobody(both):
         assert not list(side.vfs.ledger.load_files())
 
 
+def test_what_stays_registered_gives_way_to_what_is_open(both):
+    both.behind(write(b"content"))
+    asked = left(both, p.Op.OPEN, p.Op.RELEASE, p.Op.CREATE)
+    for side in both.sides:
+        side.gate.states.idle.most, side.gate.states.idle.room = 10, 3
+    nodes = [both.lookup(ROOT, name) for name in (b"a", b"b", b"c", b"d", b"e")]
+    kept = []
+    for node in nodes[:3]:
+        both.opened(node, os.O_RDONLY)
+        both.release(0)
+        kept.append(len(both.sides[1].gate.states.idle))
+    for node in nodes[3:]:
+        both.opened(node, os.O_RDONLY)
+        kept.append(len(both.sides[1].gate.states.idle))
+    both.made(p.Op.CREATE, ROOT, b"new", 0o644)
+    kept.append(len(both.sides[1].gate.states.idle))
+    both.opened(nodes[0], os.O_RDONLY)
+    assert len(both.sides[1].backing.live) == 4  # as many as are open
+    both.release(0)
+    kept.append(len(both.sides[1].gate.states.idle))
+    both.release(0)
+    kept.append(len(both.sides[1].gate.states.idle))
+    assert kept == [1, 2, 3, 2, 1, 0, 0, 1] and asked == []
+
+
 WRITE = [os.O_WRONLY, os.O_RDWR, os.O_WRONLY | os.O_TRUNC, os.O_RDWR | os.O_APPEND]
 
 

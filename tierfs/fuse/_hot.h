@@ -159,7 +159,8 @@ typedef struct {
 #define NAMES(X) \
     X(_packed) X(id) X(ino) X(parent) X(anchor) X(move_to_end) X(popitem) X(backing) X(backing_id) X(close) \
     X(content) X(faults) X(flags) X(gone) \
-    X(guard) X(handle) X(heard) X(inode) X(marked) X(most) X(name) X(open) X(opath) X(opens) X(passthrough) X(retire) X(set_id) \
+    X(guard) X(handle) X(heard) X(inode) X(marked) X(most) X(name) X(open) X(opath) X(opens) X(passthrough) X(retire) \
+    X(room) X(set_id) \
     X(size) X(position) X(segment) X(shown) X(slot) X(start) X(uid) X(writable) X(writers)
 /* An attribute, and where in the objects of the types that were met it is: they have slots. */
 enum { KNOWN_TYPES = 3 };
@@ -300,6 +301,8 @@ void undone(Hot *hot, PyObject *inode, PyObject *ino);
 enum outcome release_file(Hot *hot, uint64_t fh);
 int let_go(Hot *hot, PyObject *inode, PyObject *ino);
 int idle_dropped(Hot *hot, PyObject *ino);
+/* states.idle.give_way. 0, or -1 with an exception. */
+int idle_gives_way(Hot *hot);
 /* states.retire. 0, or -1 with an exception. */
 int retire(Hot *hot, PyObject *inode);
 double monotonic(void);

@@ -291,7 +291,7 @@ enum outcome create_file(Hot *hot, const struct in_header *in, uint32_t flags, u
         return PYTHONS;
     PyObject *backing = get_of(hot->states, s_backing);
     enum outcome outcome = PYTHONS;
-    if (backing && backing != Py_None) {
+    if (backing && backing != Py_None && !idle_gives_way(hot)) {
         intend(hot, in->unique, DOING_MAKE, NULL, NULL, NULL);
         if (made_file(hot, in, &place, mode, umask_, &made)) {
             POINT();

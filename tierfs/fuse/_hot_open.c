@@ -325,7 +325,7 @@ static PyObject *found_or_entered(Hot *hot, PyObject *node, uint64_t nodeid, PyO
     PyObject *inode = Py_XNewRef(PyDict_GetItemWithError(hot->inodes, ino));
     *is_new = !inode;
     if (!inode)  /* one that is late has a record in the ledger already, which its new state takes */
-        return PyErr_Occurred() || is_late(hot, ino) ? NULL : entered(hot, node, nodeid, ino);
+        return PyErr_Occurred() || is_late(hot, ino) || idle_gives_way(hot) ? NULL : entered(hot, node, nodeid, ino);
     if (!number_of(inode, s_backing_id) || !is_plain(inode)
         || (is_writing(flags) && !attribute_is(inode, s_shown, Py_None)))
         Py_CLEAR(inode);

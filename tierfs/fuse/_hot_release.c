@@ -96,6 +96,13 @@ static int oldest_retired(Hot *hot)
     return failed;
 }
 
+int idle_gives_way(Hot *hot)
+{
+    if (!PyDict_GET_SIZE(hot->idle_inodes) || (uint64_t)PyDict_GET_SIZE(hot->inodes) < number_of(hot->idle, s_room))
+        return PyErr_Occurred() ? -1 : 0;
+    return oldest_retired(hot);
+}
+
 /* idle.Idle.keep, but for those that are too many then. 0, or -1 with an exception. */
 static int kept_idle(Hot *hot, PyObject *inode, PyObject *ino)
 {
@@ -105,6 +112,13 @@ static int kept_idle(Hot *hot, PyObject *inode, PyObject *ino)
     int failed = entry ? PyODict_SetItem(hot->idle_inodes, ino, entry) : -1;
     Py_XDECREF(entry);
     return failed;
+}
+
+/* More are idle, or have a descriptor, than may. */
+static int is_too_full(Hot *hot)
+{
+    return (uint64_t)PyDict_GET_SIZE(hot->idle_inodes) > number_of(hot->idle, s_most)
+           || (uint64_t)PyDict_GET_SIZE(hot->inodes) > number_of(hot->idle, s_room);
 }
 
 /* It stays registered when nobody has it open any more, once its mark is made. */
@@ -164,7 +178,7 @@ static enum outcome closed(Hot *hot, PyObject *key, uint64_t fh, PyObject *node,
     *(volatile uint64_t *)record_at(hot, FILES, slot) = 0;
     POINT();
     failed = failed || give_slot(hot, FILES, slot);
-    if (!failed && (uint64_t)PyDict_GET_SIZE(hot->idle_inodes) > number_of(hot->idle, s_most))
+    if (!failed && opens == 1 && is_too_full(hot))
         failed = oldest_retired(hot);
     Py_XDECREF(ino);
     Py_XDECREF(id);
