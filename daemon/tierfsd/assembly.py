@@ -238,7 +238,7 @@ class Mover:
         at_once = config.uploads + config.fetches
         adapt(self._store, self._home.store_url, _patience(config), at_once, config.storage_class)
         self._scrubber.reconfigured()
-        self._scheduler.look()
+        self._scheduler.reconfigured()
         self._heat.capacity = config.local_limit or self._tree.space().total
         self._send_limits(config)
 

@@ -99,6 +99,11 @@ class Scheduler:
         self._work.set()
         self._wake.set()
 
+    def reconfigured(self) -> None:
+        """There are new settings: what had to stay by the former ones is tried again."""
+        self.trials.staying.begin_anew()
+        self.look()
+
     def poke(self, message: wire.Poke) -> None:
         """There are new marks; urgent: space is short."""
         self._pace.told(message.position)

@@ -41,6 +41,7 @@ class Stayers:
         # By how long they are. Neither this nor a tuple is changed in its place: others look without the lock.
         self._groups: dict[float, tuple[_Group, ...]] = {}
         self._over = InodeSet()
+        self._anew = False
 
     def __contains__(self, ino: int) -> bool:
         return any(ino in group.inos for groups in self._groups.values() for group in groups)
@@ -65,8 +66,9 @@ class Stayers:
 
     def forget(self) -> None:
         """Those whose time is over are no more left alone."""
-        now = time.monotonic()
         with self._lock:
+            now = float("inf") if self._anew else time.monotonic()
+            self._anew = False
             for seconds, groups in self._groups.items():
                 if groups and groups[0].until <= now:
                     for group in groups:
@@ -74,6 +76,11 @@ class Stayers:
                             self._over.take_in(group.inos)
                     left = tuple(group for group in groups if group.until > now)
                     self._groups = {**self._groups, seconds: left}
+
+    def begin_anew(self) -> None:
+        """The next `forget` is of all: why they were left alone may hold no longer. Not at once, as somebody
+        may be about to add what was tried before."""
+        self._anew = True
 
     def take_over(self, most: int) -> list[int]:
         """So many of those that were forgotten, each once."""

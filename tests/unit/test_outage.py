@@ -25,6 +25,7 @@ from tierfs import draining as draining_module
 from tierfs import index_writer as index_writer_module
 from tierfs import journal as journal_module
 from tierfs import tier as tier_module
+from tierfs.config import Never
 from tierfs.copying import Copier
 from tierfs.errors import BucketMissingError, StoreDeniedError, StoreFullError
 from tierfs.heat_index import HeatIndex
@@ -532,6 +533,27 @@ def test_what_is_left_alone_for_a_while_is_tried_again_however_far_the_queue_has
         clock.ahead += 3600
         day.minute()
         assert not home.volume.record("named").dirty
+    finally:
+        day.heat.close()
+        home.close()
+
+
+def test_what_new_settings_let_leave_does_not_wait_until_it_is_tried_again(tmp_path, clock):
+    """A pattern of [never] is taken away: what it named had been left alone for an hour."""
+    day = Day(tmp_path, clock)
+    home = day.home
+    try:
+        day.faults.put("volume.json", b"{}", 2)
+        home.write("named.pid", b"never")
+        day.minute()
+        day.minute()
+        trials, ino = day.scheduler.trials, home.volume.record("named.pid").ino
+        assert trials.never_leaves(ino) and home.volume.record("named.pid").dirty
+        tier = home.volume.tier
+        tier.reconfigure(msgspec.structs.replace(tier.kit.config, never=Never(patterns=("*.tmp",))))
+        day.scheduler.reconfigured()
+        day.minute()
+        assert not trials.never_leaves(ino) and not home.volume.record("named.pid").dirty
     finally:
         day.heat.close()
         home.close()
