@@ -8,7 +8,6 @@ In a `VolumeConfig` sizes are bytes, durations seconds and shares fractions; of 
 from __future__ import annotations
 
 import difflib
-import fnmatch
 import os
 import re
 import tomllib
@@ -19,6 +18,7 @@ import msgspec
 
 from tierfs.errors import ConfigError
 from tierfs.model import ARCHIVES
+from tierfs.patterns import matcher
 
 FILE_NAME = "config.toml"
 EMBEDDED_STORE = "embedded"  # a directory in the state directory
@@ -27,10 +27,13 @@ EMBEDDED_STORE = "embedded"  # a directory in the state directory
 # the list ends, are for nobody who can read a store. What a lost disk must not take is not to be hit by chance:
 # "*.lock" would be Cargo.lock, yarn.lock and the like, "lock" a directory of sources, "*-journal" a diary; and
 # the "-wal" or "-journal" of a program that was killed is part of its database. None is large, or in the way.
+# For the same reason what stands before "!*/" is files, and no directory, and what ends in "/" no file: people
+# name directories "draft.tmp" and "chapter.part". Nor has a path of files a "*": it would name all below, too.
 NEVER_PATTERNS = (
-    ".lock", "*.pid", "*.swp", ".~lock.*", "*.tmp", "*.part", "*.crdownload",
-    ".cache", "__pycache__", "node_modules", ".Trash*", "lost+found",
-    "*-shm", "/.xsession-errors*", "/.Xauthority", "/.dbus",
+    ".lock", "*.pid", "*.swp", ".~lock.*", "*.tmp", "*.part", "*.crdownload", "*-shm",
+    "/.xsession-errors", "/.xsession-errors.old", "/.xsession-errors-:?", "/.Xauthority",
+    "!*/",
+    ".cache/", "__pycache__/", "node_modules/", ".Trash*/", "lost+found/", "/.dbus/",
     "/.ssh", "/.gnupg", "/.local/share/keyrings",
 )  # fmt: skip
 # A login that works offline must not wait for these; a lost disk must not take them with it.
@@ -41,26 +44,13 @@ KEEP_PATTERNS = (
 
 
 class _Patterns(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A pattern with a `/` before its end is a path from the volume's root, any other one names a file or
-    directory anywhere; what lies in a matching directory is matched too."""
+    """A list of patterns, as patterns.py reads them."""
 
     patterns: tuple[str, ...] = ()
 
     def matcher(self) -> Callable[[bytes], bool]:
-        """A function that says whether a path (relative to the volume's root) is meant."""
-        patterns = [pattern.rstrip("/") for pattern in self.patterns]
-        names = [fnmatch.translate(pattern) for pattern in patterns if "/" not in pattern]
-        paths = [fnmatch.translate(pattern.lstrip("/")) for pattern in patterns if "/" in pattern]
-        by_name = re.compile("|".join(names) or r"(?!)")
-        by_path = re.compile("|".join(paths) or r"(?!)")
-
-        def matches(path: bytes) -> bool:
-            parts = os.fsdecode(path).strip("/").split("/")
-            if any(by_name.match(part) for part in parts):
-                return True
-            return any(by_path.match("/".join(parts[: i + 1])) for i in range(len(parts)))
-
-        return matches
+        """A function that says whether a file is meant, by its path from the volume's root."""
+        return matcher(self.patterns)
 
 
 class Never(_Patterns, frozen=True, forbid_unknown_fields=True):
@@ -365,9 +355,11 @@ def default_text(**settings: str) -> str:
         assignment = f"{key} = {_quote(given)}" if given is not None else f"# {key} = {entry.default}"
         lines += [f"# {entry.comment}", assignment, ""]
     lines += [
-        "# What is neither demoted nor copied: a name anywhere, or with a / a path from the volume's root.",
+        "# What is neither demoted nor copied: a name anywhere, or with a / a path from the volume's root, of",
+        "# a file or of a directory with all below it. As in .gitignore a pattern with a / at its end means",
+        "# directories only, and one with a ! before it takes back what stands above: !*/ all directories.",
         *_table_lines("never", NEVER_PATTERNS),
-        "# What is copied, and never demoted.",
+        "# What is copied, and never demoted; written like those above.",
         *_table_lines("keep", KEEP_PATTERNS),
     ]
     return "\n".join(lines)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import sqlite3
@@ -260,3 +261,47 @@ def test_what_only_looks_like_a_lock_file_is_not_lost(volume: Make, tmp_path: Pa
             assert db.execute("select count(*), sum(a) from t").fetchall() == [(500, 500)], mode
             assert db.execute("pragma integrity_check").fetchall() == [("ok",)], mode
         db.close()
+
+
+def rewrite_never(machine: Volume, patterns: list[str] | None) -> None:
+    """Write the list into the configuration, or take it out: the shipped one is in force then."""
+    path = machine.state / "config.toml"
+    table = f"[never]\npatterns = {json.dumps(patterns)}\n" if patterns else "[never]\n"
+    path.write_text(re.sub(r"(?m)^\[never\]\n(patterns = .*\n)?", table, path.read_text()))
+    machine.configure(quiet="0s")  # which has it read
+
+
+@pytest.mark.usefixtures("tiers")
+def test_what_lies_in_a_directory_named_like_a_temporary_file_is_not_lost(volume: Make, tmp_path: Path) -> None:
+    """By the settings as shipped, also where others, which named the directories too, had files left alone."""
+    first = volume(store=f"file://{tmp_path}/store")
+    first.configure(replicate="all")
+    names = [".lock", "*.pid", "*.swp", ".~lock.*", "*.tmp", "*.part", "*.crdownload", "*-shm", ".cache"]
+    rewrite_never(first, names)
+    root = first.mountpoint
+    above = ("draft.tmp", "a/chapter.part", "b.swp", "c.pid", "d.crdownload", "e-shm", ".lock", ".~lock.f")
+    above += (".xsession-errors", ".xsession-errors.old", ".xsession-errors-:0", ".Xauthority")
+    written = {f"{name}/deep/text": os.urandom(6000) for name in above}
+    written |= {name: os.urandom(6000) for name in ("x/.cache", "x/node_modules", "x/lost+found")}
+    temporary = [".cache/z", "draft.tmp/deep/own.tmp", "x/node_modules-shm", "x/y.tmp"]
+    for name, content in (written | dict.fromkeys(temporary, b"made again")).items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(content)
+
+    def wait_for(dirty: int) -> None:
+        """So many are not in the store, and that of each it is known that it never leaves."""
+        deadline = time.monotonic() + 60
+        while (now := first.status())["dirty_files"] != dirty or now["waiting"]:
+            assert time.monotonic() < deadline, (now["dirty_files"], now["waiting"], first.log())
+            time.sleep(0.1)
+
+    wait_for(8 + len(["x/.cache"]) + len(temporary))
+    rewrite_never(first, None)
+    wait_for(len(temporary))
+    first.umount("--wait")
+    shutil.rmtree(first.state)
+
+    second = volume(mount=False, store=first.store)
+    report = restore(second)
+    assert sorted(left["path"] for left in report["lost"]) == temporary
+    assert {name: (second.mountpoint / name).read_bytes() for name in written} == written

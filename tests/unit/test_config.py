@@ -7,6 +7,7 @@ import stat
 import pytest
 
 from tierfs import config
+from tierfs.config import NEVER_PATTERNS
 from tierfs.errors import ConfigError
 
 
@@ -150,11 +151,30 @@ def test_control_characters_cannot_enter_the_file(tmp_path):
         (b".local/share/other", False), (b"x\xff.pid", True), (b"line\nbreak.txt", False),
         (b".xsession-errors.old", True), (b"a/.lock", True), (b"app/db-shm", True), (b"a/Cargo.lock", False),
         (b"src/lock/mod.rs", False), (b"travel-journal/day 1", False), (b"app/db-wal", False),
-        (b"app/db-journal", False),
+        (b"app/db-journal", False), (b".cache/x", True), (b"a/.cache", False), (b".Trash-1000/files/x", True),
+        (b".xsession-errors-:0", True), (b".Xauthority", True), (b".ssh", True), (b".dbus/session-bus/x", True),
     ],
 )  # fmt: skip
 def test_what_never_leaves(path, stays):
     assert config.Never().matcher()(path) is stays
+
+
+@pytest.mark.parametrize("pattern", NEVER_PATTERNS[: NEVER_PATTERNS.index("!*/")])
+def test_what_names_files_never_means_what_lies_in_a_directory_of_that_name(pattern):
+    name = pattern.replace("*", "draft").replace("?", "0").lstrip("/").encode()
+    never = config.Never().matcher()
+    assert never(name)
+    assert not never(name + b"/text") and not never(name + b"/" + b"more/text")
+    assert never(b"below/" + name) is not pattern.startswith("/")
+    assert not never(b"below/" + name + b"/text")
+
+
+@pytest.mark.parametrize("pattern", [pattern for pattern in NEVER_PATTERNS if pattern.endswith("/")])
+def test_what_names_directories_never_means_a_file(pattern):
+    name = pattern.replace("*", "-1000").strip("/").encode()
+    never = config.Never().matcher()
+    assert never(name + b"/text") is not pattern.startswith("!")
+    assert not never(name)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +191,7 @@ def test_what_a_login_needs_is_kept_and_may_be_copied(path, kept):
 
 def test_a_pattern_with_a_slash_before_its_end_is_a_path():
     matches = config.Keep(patterns=("build/", "a/b", "/c/")).matcher()
-    assert matches(b"x/build/y") and matches(b"a/b/c") and matches(b"c")
+    assert matches(b"x/build/y") and matches(b"a/b") and matches(b"a/b/c") and matches(b"c/d")
     assert not matches(b"x/a/b") and not matches(b"x/c")
 
 

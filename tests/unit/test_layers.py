@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # From the bottom to the top; a module may import from lower layers, and from those of its own that stand
 # with it in `FAMILIES`.
 LAYERS = [
-    {"errors", "model", "marks", "failpoints", "spelling", "tierfs"},
+    {"errors", "model", "marks", "failpoints", "spelling", "patterns", "tierfs"},
     {"config", "locate", "transitions", "policy", "wire", "channel", "codec", "datafile", "manifest"}
     | {"inodes", "moments", "pages", "unawaited"},
     {"index", "heat_index", "tree", "syscalls", "store", "waits"},
