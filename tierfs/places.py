@@ -147,7 +147,8 @@ class Places:
             return self._tree.open_at(rest, directory.handle, _LIST, above)
 
     def of_file(self, fd: int, parent: int, name: bytes) -> Place | None:
-        """The path of an open regular file, and whether it is pinned by itself or from above."""
+        """The path of an open regular file, and whether it is pinned by itself or from above; None where it is
+        moved meanwhile. Raises OSError."""
         above = self.directory(parent) if parent else None
         if above is not None and self._is(fd, join(above.path, name)):
             return Place(join(above.path, name), above.pinned or self._tree.is_pinned(fd))
@@ -160,7 +161,14 @@ class Places:
         relative = path[len(self._root) + 1 :]
         if not path.startswith(self._root + b"/") or not self._is(fd, relative):
             return None
-        return Place(relative, self._tree.is_pinned(fd) or self._pinned_above(relative))
+        try:
+            place = Place(relative, self._tree.is_pinned(fd) or self._pinned_above(relative))
+        except OSError as error:
+            if not is_gone(error):
+                raise
+            return None
+        # What has taken the place of a directory meanwhile says nothing of this file.
+        return place if self._is(fd, relative) else None
 
     def _is(self, fd: int, path: bytes) -> bool:
         try:

@@ -168,6 +168,32 @@ def test_a_file_that_goes_while_it_is_looked_at_is_gone(volume, monkeypatch):
     assert reasons(volume.tier.demote([item])) == [GONE]
 
 
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_directory_that_is_renamed_while_a_file_below_it_is_looked_at_is_no_trouble(
+    volume, monkeypatch, replaced
+):
+    """Also where another one, with other pins, has its name by then: the file is tried again later."""
+    os.makedirs(volume.path("d/e"))
+    volume.server.create(volume.path("d/e/a"), b"a" * 5000)
+    item = volume.item("d/e/a")
+    os.rename(volume.path("d"), volume.path("z"))  # what the index does not know of as yet
+    volume.tier.places.forget()
+    is_pinned, ino = volume.tree.is_pinned, item.ino
+
+    def renamed(fd):
+        if os.fstat(fd).st_ino == ino and os.path.exists(volume.path("z/e/a")):
+            os.rename(volume.path("z"), volume.path("d"))
+            if replaced:
+                os.makedirs(volume.path("z/e"))
+        return is_pinned(fd)
+
+    monkeypatch.setattr(volume.tree, "is_pinned", renamed)
+    assert reasons(volume.tier.demote([item])) == ["was moved just now"]
+    assert not item.failed and not volume.tier.kit.troubles.of(ino)
+    volume.tier.places.forget()
+    assert volume.demote("d/e/a")[0].demoted
+
+
 def test_a_program_that_runs_stays_and_says_so(volume):
     shutil.copy("/bin/sh", volume.path("a"))
     volume.server.create(volume.path("b"), b"b" * 10_000)
