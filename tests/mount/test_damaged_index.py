@@ -224,6 +224,7 @@ def test_a_mover_that_dies_of_something_else_leaves_the_index_as_it_is(filled) -
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(3600)
 def test_thousands_of_damages_without_a_mount(tmp_path: Path) -> None:
     test_index_damage.judge(test_index_damage.outcomes(tmp_path, 10_000, 14_000))
 
