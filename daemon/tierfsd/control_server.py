@@ -13,7 +13,6 @@ import socket
 import stat
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
@@ -22,12 +21,14 @@ from tierfs.errors import BusyError, IndexError_, NotPermittedError, TierError, 
 from tierfs.spelling import quoted
 from tierfsd.credentials import Peer, acting_as, peer_of
 from tierfsd.reach import Reach, Targets, join, outcome_of
+from tierfsd.turns import Client, Shares, Turns
 from tierfsd.versions_server import VersionBackend, VersionRequests
 
 log = logging.getLogger("control")
 
 _STOPPING = "the daemon is stopping: try again"
 _MAX_CONNECTIONS = 64
+_MAX_WAITING = 96  # of users who have their share already
 MOST_ORDERS = 64  # in the background
 _IDLE_SECONDS = 30.0
 _PROGRESS_SECONDS = 0.1
@@ -89,40 +90,6 @@ class Backend(VersionBackend, Protocol):
         """Read the configuration anew. Raises ConfigError."""
 
 
-class Shares:
-    """Who has how many of something of which there are so many: each of the users who are not trusted has `one`
-    at most, and all of them together `others`, so that nobody is kept out by them."""
-
-    def __init__(self, most: int, others: int, one: int) -> None:
-        self._most, self._others, self._one = most, others, one
-        self._lock = threading.Lock()
-        self._trusted = 0
-        self._taken: Counter[int] = Counter()
-
-    def take(self, peer: Peer) -> bool:
-        """One more, if there is one for this user."""
-        with self._lock:
-            others = self._taken.total()
-            if self._trusted + others >= self._most:
-                return False
-            if peer.trusted:
-                self._trusted += 1
-                return True
-            if others >= self._others or self._taken[peer.uid] >= self._one:
-                return False
-            self._taken[peer.uid] += 1
-            return True
-
-    def give(self, peer: Peer) -> None:
-        """It is free again."""
-        with self._lock:
-            if peer.trusted:
-                self._trusted -= 1
-            else:
-                self._taken[peer.uid] -= 1
-                self._taken += Counter()
-
-
 class ControlServer:
     """Serves a listening socket until `close`."""
 
@@ -141,8 +108,9 @@ class ControlServer:
         self._versions = VersionRequests(self._reach, backend)
         self._stopping = threading.Event()
         self._places = threading.BoundedSemaphore(_MAX_CONNECTIONS)
-        # Of the places too. Our own users wait for one; others are sent away, not to be in their way.
-        self._connections = Shares(1 << 30, _MAX_CONNECTIONS * 3 // 4, _MAX_CONNECTIONS // 4)
+        # Of the places too. Our own users wait for one; others for a share, not to be in their way.
+        shares = Shares(1 << 30, _MAX_CONNECTIONS * 3 // 4, _MAX_CONNECTIONS // 4)
+        self._turns = Turns(shares, _MAX_WAITING, _MAX_WAITING // 2)
         self._background = Shares(MOST_ORDERS, MOST_ORDERS // 2, MOST_ORDERS // 8)
         self._counting = threading.Lock()
         self._questions = self._orders = 0
@@ -177,35 +145,46 @@ class ControlServer:
                     log.error("a client cannot be heard: %s", exc)
                 continue
             self._admit(sock)
+        for client in self._turns.dismiss():
+            _send_away(client.sock, BusyError(_STOPPING))
 
     def _admit(self, sock: socket.socket) -> None:
         """Serve a client, when there is a place, in a thread of its own."""
         try:
-            peer = peer_of(sock)
+            client = Client(sock, peer_of(sock))
+            if not self._turns.enter(client):
+                return
         except OSError as exc:
             log.error("a client cannot be heard: %s", exc)
             sock.close()
             return
-        if not self._connections.take(peer):
-            with sock, contextlib.suppress(OSError):
-                sock.settimeout(0)
-                control.send(sock, control.Failed(BusyError.errno, "you have too many connections: end some"))
+        except BusyError as exc:
+            _send_away(sock, exc)
             return
         self._places.acquire()
         try:
-            threading.Thread(
-                target=self._serve, args=(sock, peer), name="control-request", daemon=True
-            ).start()
+            threading.Thread(target=self._serve, args=(client,), name="control-request", daemon=True).start()
         except RuntimeError as exc:  # too many threads, for now: who comes later is heard
             log.error("a client cannot be heard: %s", exc)
-            self._leave(peer)
-            sock.close()
+            self._places.release()
+            unheard: Client | None = client
+            while unheard is not None:
+                unheard.sock.close()
+                unheard = self._turns.leave(unheard.peer)
 
-    def _leave(self, peer: Peer) -> None:
-        self._connections.give(peer)
-        self._places.release()
+    def _serve(self, first: Client) -> None:
+        """Serve this one, and whoever waits for its place."""
+        client: Client | None = first
+        try:
+            while client is not None:
+                self._listen_to(client)
+                client = self._turns.leave(client.peer)
+        finally:
+            self._places.release()
 
-    def _serve(self, sock: socket.socket, peer: Peer) -> None:
+    def _listen_to(self, client: Client) -> None:
+        """Until it ends; whatever goes wrong, its turn ends too."""
+        sock, peer = client
         try:
             with sock:
                 sock.settimeout(_IDLE_SECONDS)
@@ -217,8 +196,8 @@ class ControlServer:
             log.warning("a client sent nonsense: %s", exc)
         except OSError as exc:
             log.debug("a client went away: %s", exc)
-        finally:
-            self._leave(peer)
+        except Exception:
+            log.exception("a client was not heard to its end")
 
     @contextlib.contextmanager
     def _counted(self, request: control.Request) -> Iterator[None]:
@@ -468,6 +447,13 @@ class _Job:
             if self._stopping.is_set() or _hung_up(fd):
                 self.cancelled.set()
                 return
+
+
+def _send_away(sock: socket.socket, why: TierError) -> None:
+    """Say why, without waiting for who does not listen."""
+    with sock, contextlib.suppress(OSError):
+        sock.settimeout(0)
+        control.send(sock, control.Failed(why.errno, str(why)))
 
 
 def _hung_up(fd: int) -> bool:

@@ -16,9 +16,18 @@ import pytest
 from tierfsd import control_server
 from tierfsd.credentials import Peer, acting_as
 from tierfsd.reach import Reach, Target
+from tierfsd.turns import Client, Shares, Turns
 
 from tierfs import control, locate
-from tierfs.errors import IndexError_, NotPermittedError, PathError, TierError, UsageError, VolumeError
+from tierfs.errors import (
+    BusyError,
+    IndexError_,
+    NotPermittedError,
+    PathError,
+    TierError,
+    UsageError,
+    VolumeError,
+)
 
 
 class FakeBackend:
@@ -503,7 +512,7 @@ def test_orders_in_the_background_are_so_many_at_most(mount, server, backend):
 
 
 def test_shares_of_users(monkeypatch):
-    shares = control_server.Shares(10, others=6, one=4)
+    shares = Shares(10, others=6, one=4)
     mine, theirs, his = (Peer(uid, uid, ()) for uid in (os.geteuid(), 70001, 70002))
     assert [shares.take(theirs) for _ in range(5)] == [True] * 4 + [False]
     assert [shares.take(his) for _ in range(3)] == [True, True, False]
@@ -512,23 +521,65 @@ def test_shares_of_users(monkeypatch):
     assert shares.take(his) and not shares.take(theirs) and not shares.take(mine)
 
 
+def connected(peer):
+    """A client of this user, and the server's end of its connection."""
+    theirs, ours = socket.socketpair()
+    return theirs, Client(ours, peer)
+
+
+def test_who_has_his_share_waits_for_his_turn():
+    turns = Turns(Shares(1 << 30, others=3, one=2), most=4, one=3)
+    theirs, his = Peer(70001, 70001, ()), Peer(70002, 70002, ())
+    with contextlib.ExitStack() as stack:
+        ends, clients = zip(*(connected(theirs) for _ in range(7)), strict=True)
+        other_ends, others = zip(*(connected(his) for _ in range(3)), strict=True)
+        for sock in (*ends, *other_ends, *(client.sock for client in (*clients, *others))):
+            stack.enter_context(sock)
+        assert [turns.enter(client) for client in clients[:5]] == [True, True, False, False, False]
+        with pytest.raises(BusyError, match="too many"):
+            turns.enter(clients[5])
+        assert [turns.enter(client) for client in others[:2]] == [True, False]
+        with pytest.raises(BusyError, match="too many"):
+            turns.enter(others[2])
+        ends[3].sendall(b"a request")
+        ends[3].close()  # gone while it waited: it is not asked what it wanted, and its place is free
+        assert not turns.enter(clients[6])
+        assert turns.leave(theirs) == clients[2]
+        assert turns.leave(theirs) == clients[4], "its turn was another's"
+        assert turns.leave(theirs) == others[1], "the other user had waited longer"
+        assert turns.leave(theirs) == clients[6]
+        assert [turns.leave(peer) for peer in (theirs, his, his)] == [None] * 3
+        assert turns.enter(clients[5]), "nobody is left, and yet he waits"
+        assert turns.dismiss() == []
+
+
+def as_nobody(path, work):
+    """Another user's program, in which `connect` makes a connection to `path`."""
+    script = f"""
+import os, socket, sys
+from tierfs import control
+os.setgroups([]); os.setgid(65534); os.setuid(65534)
+def connect():
+    sock = socket.socket(socket.AF_UNIX)
+    sock.connect({str(path)!r})
+    sock.settimeout(10)
+    return sock
+{work}
+"""
+    return subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+
 @needs_root
 def test_connections_of_another_user_leave_room_for_the_owner(mount, server, tmp_path):
     open_to_others(tmp_path)
-    script = f"""
-import os, socket, sys
-os.setgroups([]); os.setgid(65534); os.setuid(65534)
-held = []
-for _ in range(64):
-    held.append(socket.socket(socket.AF_UNIX))
-    held[-1].connect({str(tmp_path / "abc.sock")!r})
-held[-1].settimeout(10)
+    work = """
+held = [connect() for _ in range(65)]
 print(held[-1].recv(4096), flush=True)
 sys.stdin.read()
 """
-    child = subprocess.Popen(
-        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    child = as_nobody(tmp_path / "abc.sock", work)
     try:
         assert "too many" in child.stdout.readline()
         asked = []
@@ -536,6 +587,56 @@ sys.stdin.read()
         asking.start()
         asking.join(5)
         assert asked, "the owner is kept out"
+    finally:
+        child.communicate("")
+
+
+@needs_root
+def test_many_commands_of_another_user_at_a_time_wait_for_each_other(mount, server, tmp_path):
+    """find | xargs -P32 tierfs status"""
+    open_to_others(tmp_path)
+    work = """
+held = [connect() for _ in range(32)]
+for sock in held:
+    control.send(sock, control.GetStatus())
+answers = []
+for sock in held:  # the seventeenth is answered when one of the first sixteen has ended
+    answers.append(type(control.receive_answer(sock)).__name__)
+    sock.close()
+print(*sorted(set(answers)), flush=True)
+sys.stdin.read()
+"""
+    child = as_nobody(tmp_path / "abc.sock", work)
+    try:
+        assert child.stdout.readline() == "Status\n"
+        deadline = time.monotonic() + 10
+        while server._turns._shares._taken:
+            assert time.monotonic() < deadline, "what has ended keeps its share"
+            time.sleep(0.01)
+        assert server._places._value == control_server._MAX_CONNECTIONS
+    finally:
+        child.communicate("")
+
+
+@needs_root
+def test_who_waits_is_told_when_the_daemon_stops(server, tmp_path):
+    open_to_others(tmp_path)
+    work = """
+held = [connect() for _ in range(17)]
+control.send(held[-1], control.GetStatus())
+print("waiting", flush=True)
+print(control.receive_answer(held[-1]).message, flush=True)
+sys.stdin.read()
+"""
+    child = as_nobody(tmp_path / "abc.sock", work)
+    try:
+        assert child.stdout.readline() == "waiting\n"
+        deadline = time.monotonic() + 10
+        while not server._turns._waiting:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        server.close()
+        assert child.stdout.readline() == "the daemon is stopping: try again\n"
     finally:
         child.communicate("")
 

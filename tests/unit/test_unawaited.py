@@ -139,7 +139,7 @@ def test_clients_are_heard_after_there_were_too_many_threads(tmp_path, monkeypat
     listener.listen(8)
     server = control_server.ControlServer(listener, 0, SimpleNamespace(handle_of=None))
     served = threading.Event()
-    monkeypatch.setattr(server, "_serve", lambda sock, peer: (sock.close(), served.set()))
+    monkeypatch.setattr(server, "_serve", lambda client: (client.sock.close(), served.set()))
     real, refused = threading.Thread.start, threading.Event()
 
     def start(thread):
