@@ -90,7 +90,8 @@ class Opener:
         copy = record.copy if record is not None else None
         if copy is not None and copy.size != st.st_size:
             raise ForeignStubError(
-                f"inode {ino}: its size is {st.st_size}, its copy's {copy.size}: nothing is overwritten"
+                f"inode {ino}: its size is {st.st_size}, its copy's {copy.size}: nothing is overwritten;"
+                " `tierfs check --repair` gives it its length again"
             )
         digests, extents = self._lists(request, record, stub)
         bits = None

@@ -23,6 +23,7 @@ from tierfs.kit import WRITE_FLAGS, Kit, is_gone, read_exactly
 from tierfs.lent import Note
 from tierfs.model import UNPROVEN, Copy, Record, Residency, Stub
 from tierfs.readback import Pace, Ref, doubt_copy, drop_copy, examine, presence
+from tierfs.shortened import lengthen
 from tierfs.spelling import quoted
 from tierfs.survey import fresh_record, put_instead, put_new
 from tierfs.tier import Tier
@@ -216,6 +217,15 @@ class Case:
     record: Record | None
     repair: bool
     read_data: bool
+    drain: Callable[[], int]
+
+    @property
+    def is_cut(self) -> bool:
+        """It is the stub of its record, and of another length than its copy: `check_stub` tells."""
+        record, stub = self.record, self.stub
+        if record is None or record.copy is None or stub is None:
+            return False
+        return Stub.of(record.fid, record.copy) == stub and record.copy.size != self.st.st_size
 
 
 Check = Callable[[Case], Iterator[Found]]
@@ -228,7 +238,7 @@ def check_record(case: Case) -> Iterator[Found]:
         yield Found("has no record in the index, or a damaged one", case.path, case.repair and _record(case))
         return
     resident = record.residency is Residency.RESIDENT
-    if (case.stub is None) == resident or _is_moving(case, record):
+    if (case.stub is None) == resident or case.is_cut or _is_moving(case, record):
         return
     said, is_ = record.residency.name.lower(), "resident" if case.stub is None else "a stub"
     repaired = False
@@ -256,15 +266,17 @@ def _is_moving(case: Case, record: Record) -> bool:
 
 
 def check_stub(case: Case) -> Iterator[Found]:
-    """A stub is that of its record, and of its size."""
+    """A stub is that of its record, and of its copy's size."""
     record, stub = case.record, case.stub
     if record is None or stub is None or record.copy is None:
         return
     if Stub.of(record.fid, record.copy) != stub:
         repaired = case.repair and _record(case)
         yield Found("its stub is not that of its record (the stub counts)", case.path, repaired)
-    elif record.copy.size != case.st.st_size:
-        yield Found(f"is {case.st.st_size} bytes long, its copy {record.copy.size}", case.path)
+    elif case.is_cut:
+        what = f"is {case.st.st_size} bytes long, its copy {record.copy.size}"
+        why = lengthen(case.kit, case.drain, case.fd, stub) if case.repair else ""
+        yield Found(f"{what}, and {why}" if why else what, case.path, case.repair and not why)
 
 
 def _record(case: Case) -> bool:
@@ -316,17 +328,23 @@ def check_object(case: Case) -> Iterator[Found]:
 
     With `read_data` it is read here where a pass through the index would not come by it.
     """
-    record = case.record
-    ref = Ref.of_stub(case.stub, case.st.st_size) if case.stub is not None else Ref.of_record(record)
+    record, stub, size = case.record, case.stub, case.st.st_size
+    if case.is_cut and record is not None and record.copy is not None:
+        size = record.copy.size
+    ref = Ref.of_stub(stub, size) if stub is not None else Ref.of_record(record)
     if ref is None:
         return
     problem = presence(case.kit, ref)
+    if problem and stub is not None and case.repair and not lengthen(case.kit, case.drain, case.fd, stub):
+        # Its record was lost, and the next one knew no other length.
+        yield Found(f"{problem}: {ref.key}", case.path, repaired=True)
+        return
     if not problem and case.read_data and Ref.of_record(record) != ref:
         problem = examine(case.kit, ref, Pace(lambda: 0.0, threading.Event()))
     if problem:
         repaired = False
         if record is not None and Ref.of_record(record) == ref:
-            repaired = case.repair and drop_copy(case.kit, record)
+            repaired = case.repair and stub is None and drop_copy(case.kit, record)
             if not repaired:
                 doubt_copy(case.kit, record)
         yield Found(f"{problem}: {ref.key}", case.path, repaired)

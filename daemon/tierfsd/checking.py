@@ -182,7 +182,8 @@ def _case(tier: Tier, path: bytes, opath: int, st: os.stat_result, repair: bool,
     record = tier.kit.index.get(st.st_ino)
     if record is not None and record.handle != tier.kit.tree.handle_of(opath):
         record = None
-    return Case(tier.kit, path, opath, st, tier.kit.tree.read_stub(opath), record, repair, read_data)
+    stub = tier.kit.tree.read_stub(opath)
+    return Case(tier.kit, path, opath, st, stub, record, repair, read_data, tier.drain)
 
 
 def _gone(tier: Tier, repair: bool, seen: InodeSet) -> Iterator[Found]:

@@ -355,13 +355,15 @@ def test_a_check_finds_its_defect_alone_and_repairs_it(filled, check):
     assert filled.server.read(filled.path(os.fsdecode(path))) == SMALL
 
 
-def test_a_stub_of_another_length_than_its_copy_is_named_and_left(filled):
-    """Truncated behind the mount: the object has all of it still, and is nobody's to cut."""
+def test_a_stub_of_another_length_than_its_copy_is_named(filled):
+    """Truncated behind the mount: the object has all of it still, and gives it back (test_shortened.py)."""
     key = filled.stub("stub").key
     os.truncate(filled.path("stub"), 10)
-    assert found_alone(filled, recovery.check_stub, repair=True) == [(b"stub", False)]
-    run(filled, repair=True)
-    assert filled.stub("stub").key == key and bytes(filled.store.get(key)) == SMALL
+    assert found_alone(filled, recovery.check_stub) == [(b"stub", False)]
+    assert found_alone(filled, recovery.check_record) == found_alone(filled, recovery.check_object) == []
+    assert filled.stub("stub").key == key and os.stat(filled.path("stub")).st_size == 10
+    assert found_alone(filled, recovery.check_stub, repair=True) == [(b"stub", True)]
+    assert filled.server.read(filled.path("stub")) == SMALL
 
 
 def test_a_large_file_without_its_list_of_digests_is_found(filled):

@@ -81,6 +81,7 @@ PARTS_OF = {
         "collecting",
         "versions",
         "readback",
+        "shortened",
         "journal",
         "looking",
         "remembering",
