@@ -36,7 +36,7 @@ from tierfs.intents import clamped
 from tierfs.lasting import Lasting
 from tierfs.ledger import Ledger
 from tierfs.marking import POKE_SECONDS, Marking
-from tierfs.marks import MODE_BITS, Mark, MarkWriter
+from tierfs.marks import Mark, MarkWriter
 from tierfs.model import EPOCH_SHIFT
 from tierfs.moverlink import MoverLink
 from tierfs.report import HeatReport, Outbox
@@ -311,13 +311,12 @@ class Gate:
 
     def gone(self, st: os.stat_result, handle: bytes, parent: int, name: bytes) -> None:
         """The last name of a regular file, this one, is gone; `st` is from before or from the open file."""
-        who = st.st_uid << MODE_BITS | st.st_mode
         self.appearance.changed(st.st_ino)
         inode = self.states.inodes.get(st.st_ino)
         if inode is not None:
             inode.gone = True
             self.states.idle.drop(st.st_ino)
-        self.marking.append(Mark.GONE, st.st_ino, parent=parent, a=who, b=st.st_gid, handle=handle, name=name)
+        self.marking.gone(st, handle, parent, name)
 
     def tick(self, now: float) -> float:
         """Deadlines, heat and the mover's waking. Returns after how many seconds to be called again."""

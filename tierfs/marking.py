@@ -16,7 +16,7 @@ from tierfs.appearance import Appearance
 from tierfs.handles import Inode
 from tierfs.lasting import Lasting
 from tierfs.ledger import Ledger
-from tierfs.marks import Entry, Mark, MarkWriter
+from tierfs.marks import MODE_BITS, Entry, Mark, MarkWriter
 from tierfs.tree import Tree
 
 log = logging.getLogger("gate")
@@ -95,6 +95,11 @@ class Marking:
         inode.size = st.st_size
         self.append(Mark.CLOSED, inode.ino, parent=inode.parent, a=st.st_size, b=st.st_blocks)
         inode.marked = False
+
+    def gone(self, st: os.stat_result, handle: bytes, parent: int, name: bytes) -> None:
+        """There is no such file any more; `st` is from before."""
+        who = st.st_uid << MODE_BITS | st.st_mode
+        self.append(Mark.GONE, st.st_ino, parent=parent, a=who, b=st.st_gid, handle=handle, name=name)
 
     def new_generation(self) -> int:
         """One that no content has had."""

@@ -298,21 +298,27 @@ class NodeTable:
         if isinstance(node.anchor, bytes):
             node.anchor = os.dup(opath)
 
-    def released(self, node: Node) -> os.stat_result | None:
-        """One open file less. The last attributes where that was the last of a file without a name."""
+    def last_of(self, node: Node) -> os.stat_result | None:
+        """The attributes of a file without a name that only one open file has; None of all others."""
+        if self._opens[node.id] > 1 or type(node.anchor) is not int:
+            return None
+        st = os.fstat(node.anchor)
+        return None if st.st_nlink else st
+
+    def released(self, node: Node) -> None:
+        """One open file less. What has no name ends with the last."""
         left = self._opens[node.id] - 1
         if left:
             self._opens[node.id] = left
-            return None
+            return
         del self._opens[node.id]
         if type(node.anchor) is not int:
-            return None
+            return
         st = os.fstat(node.anchor)
         if st.st_nlink:
             self._spare_descriptor(node)
-            return None
-        self._bury(node, st)
-        return st
+        else:
+            self._bury(node, st)
 
     # --- names that go ------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from typing import TypeVar
 from tierfs import syscalls
 from tierfs.errors import TierError
 from tierfs.gate import Gate
-from tierfs.handles import Handle
+from tierfs.handles import Handle, Inode
 from tierfs.ledger import KeptFile
 from tierfs.making import Caller, changed_by
 from tierfs.nodes import Node, NodeTable
@@ -107,10 +107,17 @@ class OpenFiles:
         try:
             self._gate.release(handle)
         finally:
-            last = self._nodes.released(node)
-            self._ledger.drop_file(fh)
+            try:
+                self._tell_end(node, inode)
+            finally:
+                self._nodes.released(node)
+                self._ledger.drop_file(fh)
+
+    def _tell_end(self, node: Node, inode: Inode) -> None:
+        """It never had a name, or it was marked again after its unlink had told the mover. Before its number is
+        forgotten: a successor that knows of it tells its end, perhaps once more, when it is asked again."""
+        last = self._nodes.last_of(node)
         if last is not None and inode.handle:
-            # It never had a name, or it was marked again after its unlink had told the mover.
             self._gate.gone(last, inode.handle, inode.parent, inode.name)
 
     def read(self, fh: int, offset: int, size: int) -> bytes:

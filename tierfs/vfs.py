@@ -404,8 +404,14 @@ class Vfs:
         """A file without a name, as `create` otherwise."""
         self.gate.need_room()
         directory = self.nodes.get(parent)
+        begun = self.ledger.replayed
+        if begun is not None and begun.first is not None:
+            # It ended with its server, which may have marked it: nobody else would tell of its end.
+            self.gate.marking.need()
+            self.gate.marking.gone(begun.first, begun.handle, directory.ino, b"")
         fd, st = self._maker.nameless(self.nodes.dirfd(directory), flags, mode, caller)
         opath = self.tree.reopen(fd, os.O_PATH)
+        self.ledger.intend(Doing.MAKE, st, handle=self.tree.handle_of(opath))
         handle = self._take(fd, st, flags, directory, b"", lambda: os.close(opath))
         node = self.nodes.made(st, None, b"")
         self.nodes.anchor(node, opath)

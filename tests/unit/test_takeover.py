@@ -1,9 +1,11 @@
 """A server is killed at each line of an operation; its successor answers the request once and correctly."""
 
+import errno
 import os
 import shutil
 import stat
 import sys
+from contextlib import contextmanager
 from itertools import count, islice
 
 import pytest
@@ -169,6 +171,26 @@ OPERATIONS = {
 }  # fmt: skip
 
 
+def release(vfs, nodes, files):
+    with suppress_bad_number():  # a server may have been killed when nothing but its answer was left
+        vfs.release(files["nameless"])
+
+
+# Of a file that never has a name; what is left in the end is the same as before.
+NAMELESS = {
+    "make": lambda vfs, nodes, files: vfs.tmpfile(nodes["d"], os.O_RDWR, 0o600, Caller(1000, 1000))[2],
+    "release": release,
+}
+
+
+@contextmanager
+def suppress_bad_number():
+    try:
+        yield
+    except OSError as error:
+        assert error.errno == errno.EBADF
+
+
 def run_until(line, world, what, nodes, files):
     """Run the operation in another process that dies at this line; whether it had been at its end before."""
     child = os.fork()
@@ -188,7 +210,7 @@ def run_until(line, world, what, nodes, files):
         world.vfs.ledger.request = REQUEST
         sys.settrace(trace)
         try:
-            OPERATIONS[what](world.vfs, nodes, files)
+            (OPERATIONS | NAMELESS)[what](world.vfs, nodes, files)
         except BaseException:
             os._exit(2)
         os._exit(1)
@@ -203,7 +225,7 @@ def answered_again(world, what, nodes, files):
     vfs = world.successor()
     vfs.again(REQUEST)
     vfs.ledger.request = REQUEST
-    answer = OPERATIONS[what](vfs, nodes, files)
+    answer = (OPERATIONS | NAMELESS)[what](vfs, nodes, files)
     vfs.ledger.replayed = None
     vfs.ledger.settle(REQUEST)
     return vfs, answer
@@ -251,6 +273,33 @@ def check_all_lines(worlds, what, first, step):
 def test_a_killed_server_is_answered_for(worlds, what):
     # With a step that shares no factor with the usual lengths of loops; the soak takes every line.
     assert check_all_lines(worlds, what, len(what) % 17, 17) > 0
+
+
+def check_nameless(worlds, what, first, step):
+    """Whoever made it is answered; once it is closed, whoever has heard of it has heard of its end."""
+    for line in count(first, step):
+        world = worlds()
+        nodes, files = furnish(world)
+        known = told_of(world)
+        if what == "release":
+            files["nameless"] = world.vfs.tmpfile(nodes["d"], os.O_RDWR, 0o600, ME)[2]
+        ended = run_until(line, world, what, nodes, files)
+        vfs, fh = answered_again(world, what, nodes, files)
+        if what == "make":
+            assert vfs.write(fh, 0, b"of use") == 6
+            vfs.release(fh)
+        assert told_of(world) == known, f"killed at line {line}: the index would have it for ever"
+        world.close()
+        worlds.made.remove(world)
+        if ended:
+            return line
+    raise AssertionError("endless")
+
+
+@needs_root
+@pytest.mark.parametrize("what", NAMELESS)
+def test_a_killed_server_leaves_no_file_that_never_had_a_name(worlds, what):
+    assert check_nameless(worlds, what, 0, 1) > 10
 
 
 @needs_root
