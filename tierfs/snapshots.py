@@ -60,6 +60,7 @@ class Snapshots:
         self._new = False  # the index may not know yet of all files that they have copies
         self._made_do = False  # in the last one something could not be read: it is not taken again for that
         self._unread = 0  # directories of which this walk could not read all
+        self._lent: int | None = None  # copies that only the journal knows, in the last one; None: not known
         self._remembered = self._remember()
 
     @property
@@ -83,6 +84,20 @@ class Snapshots:
         if chain.unclean != unclean and not (self._made_do and chain.unclean == PARTLY_READ):
             return True
         return self._filling or self._journal.lost_track or self._kit.snapshot_wanted.is_set()
+
+    @property
+    def holds_back(self) -> str:
+        """Why nothing may be removed from the store, "" where it may. Raises IndexError_.
+
+        To what a snapshot has from elsewhere the index does not refer, and so it would be garbage.
+        """
+        chain = self._kit.index.chain()
+        if chain is None or not chain.snapshot or self._kit.index.past.snapshots[1] >= 0:
+            return ""
+        if not self._lent:
+            return "nothing is removed from the store: the last snapshot of the names tells some from memory"
+        of = "1 file is" if self._lent == 1 else f"{self._lent} files are"
+        return f"nothing is removed from the store before {of} copied anew, whose copies only the journal knows"
 
     def is_lost(self) -> bool:
         """The store lacks something of the journal that a reader would need: somebody has removed it.
@@ -145,7 +160,7 @@ class Snapshots:
             return True
 
         kept = bool(self._kit.index.commit(commit).result())
-        self._made_do = partly
+        self._made_do, self._lent = partly, lent
         self._remembered = self._remember()
         self._filling = self._filling and not kept
         failpoints.hit(failpoints.SNAPSHOT_COMMITTED)

@@ -131,6 +131,8 @@ class TierBackend:
             notes.append(self._watcher.problem)
         if not self._kit.index.surveyed:
             notes.append("the tree is still being looked through: the figures are not complete")
+        if held := self._journal.holds_back:
+            notes.append(held)
         return notes
 
     def facts(self, opath: int, status: os.stat_result, path: bytes) -> control.Facts:

@@ -77,6 +77,11 @@ class JournalKeeper:
         lacking = max(0.0, time.time() - self._lacking_since) if self._lacking_since else 0.0
         return max(self.journal.behind, lacking)
 
+    @property
+    def holds_back(self) -> str:
+        """Why nothing may be removed from the store, "" where it may. Raises IndexError_."""
+        return self.snapshots.holds_back
+
     def catch_up(self, cancelled: threading.Event) -> str:
         """Wait until all that has changed by now is in the store; why it is not, if it cannot be."""
         self._kit.claim_tried.wait(_ANSWER_SECONDS)

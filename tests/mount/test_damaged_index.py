@@ -161,6 +161,24 @@ def test_with_the_index_lost_only_the_ctime_of_stubs_moves(volume: Make) -> None
     assert file.read_bytes() == b"content " * 1000 and os.getxattr(file, "user.a") == b"b"
 
 
+def test_with_the_index_lost_status_says_why_nothing_is_removed_from_the_store(volume: Make) -> None:
+    """To the copies of resident files only the journal refers, until there are others."""
+    made = volume()
+    made.configure(quiet="0s", replicate="all")
+    for name in ("a", "b"):
+        (made.mountpoint / name).write_bytes(b"content")
+    made.umount("--wait")
+    made.configure(quiet="0s", replicate="cold")
+    shutil.rmtree(made.state / "index")
+    made.mount()
+    until = time.monotonic() + 60
+    while not any("before 2 files are copied anew" in note for note in made.status()["notes"]):
+        assert time.monotonic() < until, made.log()
+        time.sleep(0.1)
+    told = " ".join(made.cli("status", made.mountpoint).stdout.split())
+    assert "nothing is removed from the store before 2 files" in told
+
+
 def test_a_check_finds_damage_that_nobody_has_met_and_makes_a_new_index(filled) -> None:
     made, files = filled
     file = made.state / "index" / "data.mdb"

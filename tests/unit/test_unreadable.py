@@ -300,15 +300,19 @@ def test_copies_are_lent_to_all_snapshots_until_the_index_has_them(home):
     home.stopping.set()
     assert not home.snapshots.take()
     home.stopping.clear()
+    assert home.snapshots.holds_back == "", "it is not known yet"
     for _ in range(2):
         home.volume.tier.kit.snapshot_wanted.set()
         assert home.snapshots.take()
         assert home.read_journal().find(b"dir/one").copy == before
         assert home.volume.index.past.snapshots == (-1, -1)
+        assert "before 1 file is copied anew" in home.snapshots.holds_back
+    home.restart()
+    assert home.snapshots.holds_back.startswith("nothing is removed from the store"), "a new mover knows it too"
     home.volume.demote("dir/one", punch=False)
     assert home.snapshots.take()
     assert home.read_journal().find(b"dir/one").copy not in (None, before)
-    assert home.volume.index.past.snapshots[1] >= 0
+    assert home.volume.index.past.snapshots[1] >= 0 and home.snapshots.holds_back == ""
 
 
 @pytest.mark.usefixtures("with_handles")
