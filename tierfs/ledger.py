@@ -73,6 +73,10 @@ SIZE = _INODES_AT + 2 * _MOST_OPEN * _INODE.size  # sparse: only what is used ta
 _LOOKUPS = 24 // 4
 _KIND, _LENGTH, _CONTENT = 28, 29, 30  # bytes into a node
 _NODE_WORDS = _NODE.size // 4
+# The kind, the length and where long content is: 8 bytes that one store changes, though not aligned.
+_WAY_END = _KIND + 8
+_WAYS_AT = _NODES_AT + _KIND % 8
+_WAY, _NODE_WAYS = _KIND // 8, _NODE.size // 8
 
 
 class Kind(enum.IntEnum):
@@ -237,6 +241,7 @@ class Ledger:
             raise Incompatible(f"a session of form {found}; this version reads {FORMAT}")
         self._flags = self._head.cast("I")
         self._lookups = self._view[_NODES_AT:_LONGS_AT].cast("I")
+        self._ways = self._view[_WAYS_AT : _LONGS_AT + _KIND % 8].cast("Q")
         self._nodes = _Slots(1, MOST_NODES, self._words, _NODES)
         self._longs = _Longs(self._words)
         self._files = _Slots(0, _MOST_OPEN, self._words, _FILES)
@@ -248,7 +253,7 @@ class Ledger:
 
     def close(self) -> None:
         """Unmap. What it holds stays, for as long as somebody has the descriptor."""
-        for view in (self._words, self._flags, self._lookups, self._head, self._view):
+        for view in (self._words, self._flags, self._lookups, self._ways, self._head, self._view):
             view.release()
         self._map.close()
 
@@ -289,27 +294,29 @@ class Ledger:
     def node(
         self, number: int, ino: int, parent: int, lookups: int, content: bytes, kind: Kind = Kind.NAME
     ) -> None:
-        """Write down a node."""
+        """Write down a node.
+
+        Long content comes and goes by one store, and a new node is there by the last. What may be torn is a
+        short name by another, or a name and its directory: that is stale until the request is sent again.
+        """
         slot = number & _SLOT
         at = _NODES_AT + slot * _NODE.size
         length = len(content)
-        beside = self._map[at + _LENGTH] > _INLINE or length > _INLINE
-        if beside:
-            content = self._long(slot, content)
-            self._map[at + _LENGTH] = 0  # what is torn has no name, and no place that is another's
-        _NODE.pack_into(self._map, at, number, ino, parent, lookups, kind, 0 if beside else length, content)
-        self._map[at + _LENGTH] = length
+        place, units = self._place(slot)
+        if length > _INLINE:
+            content = self._long(content)
+        record = _NODE.pack(number, ino, parent, lookups, kind, length, content)
+        if length <= _INLINE:  # of long content nothing is there: what is there stays whole until then
+            self._map[at + _WAY_END : at + _NODE.size] = record[_WAY_END:]
+        way = int.from_bytes(record[_KIND:_WAY_END], sys.byteorder)
+        self._map[at : at + 4 * _LOOKUPS], self._ways[slot * _NODE_WAYS + _WAY] = record[: 4 * _LOOKUPS], way
+        self._lookups[slot * _NODE_WORDS + _LOOKUPS] = lookups
+        if units:
+            self._longs.give(place, units)
 
-    def _long(self, slot: int, content: bytes) -> bytes:
-        """Put long content in a place of its own, and give back the one before. What stands in the node."""
-        units, (place, before) = _units(len(content)), self._place(slot)
-        if units != before:
-            following = self._longs.take(units) if units else 0
-            if before:
-                self._longs.give(place, before)
-            place = following
-        if not units:
-            return content
+    def _long(self, content: bytes) -> bytes:
+        """Put long content in a place of its own, never in the one before; what stands in the node."""
+        place = self._longs.take(_units(len(content)))
         at = _LONGS_AT + place * _UNIT
         self._map[at : at + len(content)] = content
         return (place | _IN_UNITS).to_bytes(4, sys.byteorder)
@@ -410,6 +417,10 @@ class Ledger:
                 continue
             if length > _INLINE:
                 place, units = _sized(int.from_bytes(place_of, sys.byteorder), length)
+                if place + units > len(taken):  # torn, by a version before: the kernel looks it up anew
+                    self._lookups[slot * _NODE_WORDS + _LOOKUPS] = 0
+                    self._nodes.free.append(slot)
+                    continue
                 taken[place : place + units] = b"\1" * units
             yield number, ino, kind
         self._longs.load(taken)

@@ -28,6 +28,7 @@ from tierfs.vfs import ROOT, Caller
 CREATE = p.CREATE_IN.pack(os.O_RDWR, 0o640, 0o22, 0)
 LIST = p.READ_IN.pack(0, 0, 4096, 0, 0, 0, 0)
 LONG = b"n" * 200  # the ledger keeps it elsewhere than beside its node
+TWO = b"t" * 100
 
 
 def rename_of(old, above, new):
@@ -58,6 +59,10 @@ BODIES = {
     "rename a directory over another": rename_of(b"e", "d", b"sub"),
     "rename to a long name": rename_of(b"g", "d", LONG),
     "rename from a long name": rename_of(LONG, "d", b"new"),
+    "rename from a long name to another": rename_of(LONG, "", LONG[1:] + b"o"),
+    "unlink a long name": lambda nodes: (p.Op.UNLINK, ROOT, LONG + b"\0", 0),
+    "unlink the long name of two that is known": lambda nodes: (p.Op.UNLINK, ROOT, TWO + b"\0", 0),
+    "look up another name than the long one": lambda nodes: (p.Op.LOOKUP, ROOT, b"two\0", 0),
     "create under a long name": lambda nodes: (p.Op.CREATE, nodes["d"], CREATE + LONG + b"\0", 1000),
     "truncating open": lambda nodes: (p.Op.OPEN, nodes["g"], p.OPEN_IN.pack(os.O_RDWR | os.O_TRUNC, 0), 0),
     "open for writing": lambda nodes: (p.Op.OPEN, nodes["g"], p.OPEN_IN.pack(os.O_WRONLY, 0), 0),
@@ -88,12 +93,17 @@ OTHERS = {
     "rename over the name of two that is known": rename("", "h2"),
     "rename to a long name": rename("d", LONG.decode()),
     "rename from a long name": rename("d", "new", old=LONG.decode()),
+    "rename from a long name to another": rename("", LONG[1:].decode() + "o", old=LONG.decode()),
+    "unlink a long name": lambda vfs, nodes, files: vfs.unlink(ROOT, LONG),
+    "unlink the long name of two that is known": lambda vfs, nodes, files: vfs.unlink(ROOT, TWO),
+    "look up another name than the long one": lambda vfs, nodes, files: vfs.lookup(ROOT, b"two"),
     "create under a long name": lambda vfs, nodes, files: vfs.create(
         nodes["d"], LONG, os.O_RDWR, 0o640, Caller(1000, 1000)
     )[:2],
 }
 # Points, where these are few.
-LEAST = {"attributes": 5, "truncate what is open": 3, "set xattr": 3, "look up another name": 2, "copy": 1}
+LEAST = {"attributes": 5, "truncate what is open": 3, "set xattr": 3, "look up another name": 2, "copy": 1,
+         "look up another name than the long one": 2}  # fmt: skip
 
 
 def setattr_in(valid):
@@ -104,11 +114,24 @@ def setattr_in(valid):
 def prepare(world, nodes, files):
     """What the compiled form would have met."""
     world.vfs.gate.states.backing = FakeBacking()
-    world.vfs.gate.appearance.plain.update(os.stat(world.path / name).st_ino for name in "fgh")
+    world.vfs.gate.appearance.plain.update(
+        os.stat(world.path / name).st_ino for name in ("f", "g", "h", "two", os.fsdecode(LONG))
+    )
     for name in ("f", "d/x"):
         world.vfs.release(files[name])
         files[name] = world.vfs.open(nodes[name], os.O_RDWR, Caller(0, 0))[0]  # in passthrough
         nodes["open " + name] = files[name]
+
+
+def reached_by(vfs, nodes):
+    """What the kernel sees of each node that it knows."""
+    found = {}
+    for name, node in nodes.items():
+        if name.startswith("open "):
+            continue
+        st = vfs.getattr(node)
+        found[name] = st.st_mode, st.st_nlink
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -118,13 +141,14 @@ def ending(tmp_path_factory):
 
 
 def furnish_more(world):
-    """As `furnish`, and a file of two names that is not open, and one of a long name."""
-    for name in ("h", os.fsdecode(LONG)):
+    """As `furnish`, and files of two names that are not open, and one of a long name."""
+    for name in ("h", "two", os.fsdecode(LONG)):
         (world.path / name).write_bytes(b"content")
     os.link(world.path / "h", world.path / "h2")
+    os.link(world.path / "two", world.path / os.fsdecode(TWO))
     nodes, files = furnish(world)
-    for name in (b"h", b"h2", LONG):
-        world.vfs.lookup(ROOT, name)
+    for name in (b"h", b"h2", LONG, b"two", TWO):
+        nodes[name.decode()], _ = world.vfs.lookup(ROOT, name)
     return nodes, files
 
 
@@ -164,6 +188,7 @@ def test_a_server_killed_at_any_point_is_answered_for(worlds, what, ending, monk
     prepare(reference, nodes, files)
     expected = comparable(reference.vfs, operation(reference.vfs, nodes, files))
     looks = seen(reference.path)
+    reached = reached_by(reference.vfs, nodes)
     for point in count():
         world = worlds()
         nodes, files = furnish_more(world)
@@ -172,6 +197,7 @@ def test_a_server_killed_at_any_point_is_answered_for(worlds, what, ending, monk
         vfs, answer = answered_again(world, what, nodes, files)
         assert comparable(vfs, answer) == expected, f"killed at point {point}"
         assert seen(world.path) == looks, f"killed at point {point}"
+        assert reached_by(vfs, nodes) == reached, f"killed at point {point}"
         assert vfs.read(files["d/x"], 0, 3) == b"d/x"
         world.close()
         worlds.made.remove(world)

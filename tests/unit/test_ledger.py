@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import struct
 import sys
 import tracemalloc
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tierfs import ledger as ledgers
-from tierfs.intents import Doing
+from tierfs.intents import STAT_SIZE, Doing
 from tierfs.ledger import Incompatible, Kind, Ledger
 from tierfs.nodes import NodeTable
 
@@ -132,6 +133,81 @@ def test_a_long_name_takes_no_more_memory_than_it_needs():
     assert table._words[9] == 2 * 1000
 
 
+class Killed(Exception):
+    """In the place of a signal: nothing more is done."""
+
+
+def kill_at(line, work):
+    """Do it up to this line of the ledger's; whether it was at its end before."""
+    left = line
+
+    def trace(frame, event, _argument):
+        nonlocal left
+        if frame.f_code.co_filename != ledgers.__file__:
+            return None
+        left -= event == "line"
+        if left < 0:
+            raise Killed
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        work()
+    except Killed:
+        return False
+    finally:
+        sys.settrace(before)
+    return True
+
+
+SHORT = [(b"short", Kind.NAME), (b"s" * 34, Kind.NAME), (b"h" * 20, Kind.HANDLE)]
+LONGER = [
+    (b"l" * 35, Kind.NAME), (b"m" * 64, Kind.NAME), (b"n" * 255, Kind.NAME),
+    (b"k" * 65, Kind.HANDLE), (b"g" * STAT_SIZE, Kind.GONE),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("after", LONGER + SHORT)
+@pytest.mark.parametrize("before", [None, *LONGER, *SHORT])
+def test_long_content_comes_and_goes_at_once(before, after):
+    """A server may be killed at any line; of two short ones a torn one may be left."""
+    if before in SHORT and after in SHORT:
+        return
+    ended, line = False, 0
+    while not ended:
+        fd = ledgers.make()
+        table = Ledger(fd)
+        other = table.new_node()
+        table.node(other, 6, 1, 1, b"other" * 20)
+        old = table.new_node()  # of which its slot has something left
+        table.node(old, 4, 1, 1, b"o" * 200, Kind.GONE)
+        table.drop_node(old)
+        number = table.new_node()
+        if before is not None:
+            table.node(number, 5, 1, 1, *before)
+        ended = kill_at(line, lambda: table.node(number, 5, 1, 1, *after))  # noqa: B023
+        table = Ledger(fd)
+        kinds = {number: kind for number, _, kind in table.load_nodes()}
+        found = (table.content(number), kinds[number]) if number in kinds else None
+        assert found in ((after,) if ended else (before, after)), f"killed at line {line}"
+        assert table.content(other) == b"other" * 20
+        assert sorted(units(table, kinds)) == list(range(table._words[9]))
+        os.close(fd)
+        line += 1
+    assert line > 10
+
+
+def test_a_record_that_cannot_be_written_leaves_the_one_before():
+    """It is never empty in between, and its number used again."""
+    table = Ledger()
+    number = table.new_node()
+    table.node(number, 5, 1, 1, b"name")
+    with pytest.raises(struct.error):
+        table.node(number, 1 << 64, 1, 1, b"other")
+    assert table.lookups(number) == 1 and table.name(number) == b"name"
+
+
 def unsized(fd, lengths):
     """What the version before would have left, whose places are all of 256 bytes: the names, by their nodes."""
     table, names = Ledger(fd), {}
@@ -166,6 +242,25 @@ def test_the_long_names_of_the_version_before_are_taken_over():
         table.node(number, number, 1, 1, names[number])
     assert sorted(units(table, names)) == list(range(table._words[9]))
     assert {number: table.name(number) for number in names} == names
+    os.close(fd)
+
+
+def test_a_torn_long_name_of_the_version_before_is_no_place():
+    """Else it would be given back, and a name be written there: beyond the memory."""
+    fd = ledgers.make()
+    names = unsized(fd, [40, 50, 60])
+    torn = list(names)[1]
+    table = Ledger(fd)
+    at = table.form().parts[0][1] + torn * table.form().parts[0][2] + 30
+    table._map[at : at + 4] = b"name"
+    assert [number for number, _, _ in table.load_nodes()] == [number for number in names if number != torn]
+    again = table.new_node()
+    assert again & 0xFFFFFFFF == torn and again != torn
+    names[again] = b"long" * 20
+    del names[torn]
+    table.node(again, 9, 1, 1, names[again])
+    assert {number: table.name(number) for number in names} == names
+    assert sorted(units(table, names)) == list(range(table._words[9]))
     os.close(fd)
 
 

@@ -1,6 +1,7 @@
 /* The server's state as the compiled form sees and changes it: objects, the ledger's records, nodes. */
 #include "_hot.h"
 
+#include <stddef.h>
 #include <string.h>
 #include <structmember.h>
 #include <unistd.h>
@@ -355,42 +356,45 @@ size_t name_of(Hot *hot, uint64_t nodeid, char name[NAME_ROOM])
     return kept->length;
 }
 
-/* The place for long content of a node, the one that it has where that fits; what it does not need any more is given
- * back. -1 with an exception. */
-static int64_t fitting_place(Hot *hot, const struct kept_node *kept, size_t length)
+/* What one store changes of a record: its kind, its length and where long content is (ledger.node). */
+typedef uint64_t __attribute__((may_alias, aligned(1))) way;
+enum { WAY = offsetof(struct kept_node, kind), WAY_END = WAY + sizeof(way) };
+
+/* Put long content in a place of its own, never in the one before, and give that back. `where`: what stands in the
+ * node. 0, or -1 with an exception. */
+static int content_put(Hot *hot, const struct kept_node *kept, const char *content, size_t length, uint32_t *where)
 {
     uint32_t before = 0;
     int had = long_place(kept, &before), units = units_of(length);
-    if (units == had)
-        return before;
     int64_t place = units ? take_long(hot, units) : 0;
-    return place < 0 || (had && given_to(hot->longs.free[had], before)) ? -1 : place;
+    if (place < 0 || (had && given_to(hot->longs.free[had], before)))
+        return -1;
+    if (units)
+        memcpy(long_at(hot, place), content, length);
+    *where = (uint32_t)place | IN_UNITS;
+    return 0;
 }
 
 /* ledger.node: `node` with this content. Needs a free slot for long content. 0, or -1 with an exception. */
 int note_node(Hot *hot, struct kept_node node, const char *content, size_t length)
 {
     struct kept_node *kept = record_at(hot, NODES, node.number & SLOT);
-    int beside = kept->length > INLINE || length > INLINE;
-    int64_t place = beside ? fitting_place(hot, kept, length) : 0;
-    if (place < 0)
+    uint32_t where;
+    if (content_put(hot, kept, content, length, &where))
         return -1;
     hot->absent.above = 0; /* it may be there now */
+    node.length = length;
     memset(node.content, 0, sizeof node.content);
-    node.length = beside ? 0 : length;
-    if (beside) /* what is torn has no name, and no place that is another's */
-        *(volatile uint8_t *)&kept->length = 0;
+    memcpy(node.content, length > INLINE ? (char *)&where : content, length > INLINE ? sizeof where : length);
     POINT();
-    if (length > INLINE) {
-        uint32_t where = (uint32_t)place | IN_UNITS;
-        memcpy(long_at(hot, place), content, length);
-        memcpy(node.content, &where, sizeof where);
-    } else {
-        memcpy(node.content, content, length);
-    }
-    *kept = node;
+    if (length <= INLINE) /* of long content nothing is there: what is there stays whole until then */
+        memcpy((char *)kept + WAY_END, (char *)&node + WAY_END, sizeof node - WAY_END);
     POINT();
-    *(volatile uint8_t *)&kept->length = length;
+    /* Killed between these two, it is stale: the kernel looks it up anew. */
+    memcpy(kept, &node, offsetof(struct kept_node, lookups));
+    *(volatile way *)((char *)kept + WAY) = *(way *)((char *)&node + WAY);
+    POINT();
+    *(volatile uint32_t *)&kept->lookups = node.lookups;
     POINT();
     return 0;
 }
