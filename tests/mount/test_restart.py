@@ -15,6 +15,7 @@ import tierfsd
 from harness import REPO, wait_gone
 
 import tierfs
+from tierfs import locate
 from tierfs import volume as volumes
 
 pytestmark = [pytest.mark.mount, pytest.mark.usefixtures("tiers", "needs_root")]
@@ -81,6 +82,35 @@ def test_another_version_goes_on_under_open_files(volume, opened):
     assert "mounting anew" not in made.log() and "ERROR" not in made.log(), made.log()[-3000:]
     os.kill(now["pids"]["supervisor"], signal.SIGHUP)  # it hears as before
     assert made.status()["files"] >= 2 and made.status()["restarts"] == 2
+
+
+def test_who_unmounts_while_it_is_mounted_anew_has_it_unmounted(volume):
+    """For a moment it is in no mount table: here for one and a half seconds."""
+    made = volume()
+    made.umount()
+    pause = "        __import__('time').sleep(1.5)\n        return was_there"
+    slow = {
+        "tierfsd/supervisor": ("        lasting = self._channel.lasting or", "        lasting = False and"),
+        "tierfsd/attachment": ("        return was_there", pause),
+    }
+    made.program, before = [sys.executable, "-c", AS_THAT, str(version(made, slow))], made.program
+    try:
+        made.mount()
+    finally:
+        made.program = before
+    pids, top = facts(made)["pids"], str(made.mountpoint)
+    os.kill(pids["server"], signal.SIGKILL)
+    until = time.monotonic() + 20
+    while locate.mount_at(top, locate.read_mounts()) is not None:
+        assert time.monotonic() < until, made.log()
+        time.sleep(0.01)
+    done = made.cli("umount", top, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert locate.mount_at(top, locate.read_mounts()) is None
+    assert not wait_gone([pids["supervisor"]], 20), "it would mount it anew"
+    assert "mounting anew" in made.log() and "unmounted" in made.log().splitlines()[-1]
+    done = made.cli("umount", top, check=False)
+    assert done.returncode == 1 and "is no mounted TierFS volume" in done.stderr
 
 
 def test_it_ends_in_order_afterwards(volume):

@@ -13,6 +13,7 @@ import time
 import click
 
 from tierfs import config, control, launch, locate, terminal, volume
+from tierfs.commands.coming import await_mount
 from tierfs.commands.paths import PATH
 from tierfs.errors import TierError, UsageError, VolumeError
 
@@ -137,6 +138,7 @@ def clear_dead_mount(mountpoint: str) -> None:
 @click.argument("mountpoint", type=PATH)
 def umount(wait: bool, mountpoint: str) -> None:
     """Unmount MOUNTPOINT and end its daemon."""
+    await_mount(os.path.realpath(mountpoint), _ANEW_SECONDS)
     found = mounted_at(mountpoint)
     refuse_others(found, "unmount it")
     position, state = (drain(found), _state_of(found)) if wait else (0, "")
