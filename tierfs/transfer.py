@@ -52,8 +52,12 @@ def flow(
     """
     ended: queue.SimpleQueue[tuple[T, Future[None]]] = queue.SimpleQueue()
 
+    under_way: list[Future[None]] = []
+
     def begin(item: T) -> None:
-        submit(item).add_done_callback(lambda future: ended.put((item, future)))
+        future = submit(item)
+        under_way.append(future)
+        future.add_done_callback(lambda future: ended.put((item, future)))
 
     def next_end() -> tuple[T, Future[None]]:
         while True:
@@ -62,22 +66,30 @@ def flow(
             except queue.Empty:
                 idle()
 
-    under_way = 0
     try:
         for item in items:
-            if under_way == most:
+            if len(under_way) == most:
                 done = next_end()
-                under_way -= 1
+                under_way.remove(done[1])
                 yield done
             begin(item)
-            under_way += 1
         while under_way:
             done = next_end()
-            under_way -= 1
+            under_way.remove(done[1])
             yield done
     finally:
-        for _ in range(under_way):
-            next_end()
+        # Each by itself: an interrupt may have come when its end had been taken, and was not counted yet.
+        for future in under_way:
+            over = _end_of(future)
+            while not over.wait(look_seconds):
+                idle()
+
+
+def _end_of(future: Future[None]) -> threading.Event:
+    """Set when it has ended, or was cancelled."""
+    over = threading.Event()
+    future.add_done_callback(lambda _: over.set())
+    return over
 
 
 class Pool:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import pytest
 
@@ -81,3 +83,43 @@ def test_what_is_under_way_is_waited_for_where_the_items_or_their_caller_fail(wh
             with pytest.raises(OSError, match="no more"):
                 list(flowing)
         assert sorted(ended) == ([0, 1] if who == "caller" else [0, 1, 2])
+
+
+def interrupted_at(moment: int, interrupted: threading.Event) -> None:
+    """Run a flow in which this step, if there is one, is interrupted as by ^C."""
+    left, code = moment, flow.__code__
+
+    def trace(frame, event, _argument):
+        nonlocal left
+        if frame.f_code is not code and (frame.f_back is None or frame.f_back.f_code is not code):
+            return None
+        if frame.f_code.co_filename != code.co_filename:
+            return None
+        left -= 1
+        if left == 0:
+            sys.settrace(None)
+            interrupted.set()
+            raise KeyboardInterrupt
+        return trace
+
+    with ThreadPoolExecutor(2) as pool:
+        sys.settrace(trace)
+        try:
+            with suppress(KeyboardInterrupt):
+                for _ in flow(range(4), lambda item: pool.submit(time.sleep, 0.001), 2):
+                    pass
+        finally:
+            sys.settrace(None)
+
+
+def test_an_interrupt_at_any_moment_ends_it() -> None:
+    """One that comes between an end that was taken and its being counted must not wait for it once more."""
+    for moment in range(1, 1000):
+        interrupted = threading.Event()
+        thread = threading.Thread(target=interrupted_at, args=(moment, interrupted), daemon=True)
+        thread.start()
+        thread.join(10)
+        assert not thread.is_alive(), f"interrupted at step {moment} it waits for ever"
+        if not interrupted.is_set():
+            break
+    assert 20 < moment < 999
