@@ -161,7 +161,7 @@ print(done)
 @pytest.mark.parametrize(
     ("edits", "said"),
     [
-        ({"tierfs/ledger": ("\nFORMAT = 1\n", "\nFORMAT = 2\n")}, "a session of form 1; this version reads 2"),
+        ({"tierfs/ledger": ("\nFORMAT = 2\n", "\nFORMAT = 3\n")}, "a session of form 2; this version reads 3"),
         ({"tierfsd/handover": ("\nFORMAT = 1\n", "\nFORMAT = 2\n")}, "in form 1, this one reads 2"),
         ({"tierfsd/mover": ("\nimport ", "\nimport absent_module, ")}, "is not whole"),
     ],

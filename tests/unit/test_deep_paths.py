@@ -77,6 +77,8 @@ def test_one_that_cannot_be_fetched_keeps_nobody_waiting(volume, deep, monkeypat
     with volume.server.lock:
         states._inflow.bring(record.ino)
     assert until(lambda: ended) and "no content within" in str(ended[0])
+    for fd in (opath, states.inodes[record.ino].opath):  # a path that nobody can read is in others' way
+        os.close(fd)
     assert f"inode {record.ino} cannot be fetched" in volume.tier.kit.troubles.list()[-1].what
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import tempfile
 import threading
 import time
 
@@ -48,17 +46,14 @@ def volume(tmp_path):
 @pytest.fixture
 def filled(volume):
     """Stubs of a few sizes; `large` has the highest inode number."""
-    for at in range(5):
-        volume.server.create(volume.path(f"small{at}"), os.urandom(1000 + at))
-    highest = max(os.stat(volume.path(f"small{at}")).st_ino for at in range(5))
-    with contextlib.ExitStack() as held:
-        # Lower numbers, which others have given back meanwhile, are taken until it is made.
-        taken = 0
-        while taken < highest:
-            file = held.enter_context(tempfile.TemporaryFile(dir=volume.tree.path))
-            taken = os.fstat(file.fileno()).st_ino
-        volume.server.create(volume.path("large"), LARGE)
     names = [f"small{at}" for at in range(5)] + ["large"]
+    made = [volume.path(f"new{at}") for at in range(len(names))]
+    for path in made:
+        volume.server.create(path, b"")
+    made.sort(key=lambda path: os.stat(path).st_ino)
+    for at, (path, name) in enumerate(zip(made, names, strict=True)):
+        volume.server.rename(path, volume.path(name))
+        volume.server.write(volume.path(name), LARGE if name == "large" else os.urandom(1000 + at))
     assert all(item.demoted for item in volume.demote(*names))
     volume.store.read.clear()
     return volume
