@@ -242,13 +242,26 @@ def comparable(vfs, answer):
     return answer
 
 
+def at_lines(worlds, first, step, check):
+    """Have a server killed at each of these lines, in a world of its own, and `check` what is left: that says
+    whether it had ended before. The last line."""
+    for line in count(first, step):
+        world = worlds()
+        ended = check(world, line)
+        world.close()
+        worlds.made.remove(world)
+        if ended:
+            return line
+    raise AssertionError("endless")
+
+
 def check_all_lines(worlds, what, first, step):
     reference = worlds()
     nodes, files = furnish(reference)
     expected = comparable(reference.vfs, OPERATIONS[what](reference.vfs, nodes, files))
     looks = seen(reference.path)
-    for line in count(first, step):
-        world = worlds()
+
+    def check(world, line):
         nodes, files = furnish(world)
         ended = run_until(line, world, what, nodes, files)
         vfs, answer = answered_again(world, what, nodes, files)
@@ -261,11 +274,9 @@ def check_all_lines(worlds, what, first, step):
         told = told_of(world)
         there = {entry.inode() for top, *_ in os.walk(world.path) for entry in os.scandir(top)}
         assert told <= there, f"killed at line {line}: what is gone has no mark of its end"
-        world.close()
-        worlds.made.remove(world)
-        if ended:
-            return line
-    raise AssertionError("endless")
+        return ended
+
+    return at_lines(worlds, first, step, check)
 
 
 @needs_root
@@ -277,8 +288,8 @@ def test_a_killed_server_is_answered_for(worlds, what):
 
 def check_nameless(worlds, what, first, step):
     """Whoever made it is answered; once it is closed, whoever has heard of it has heard of its end."""
-    for line in count(first, step):
-        world = worlds()
+
+    def check(world, line):
         nodes, files = furnish(world)
         known = told_of(world)
         if what == "release":
@@ -289,11 +300,9 @@ def check_nameless(worlds, what, first, step):
             assert vfs.write(fh, 0, b"of use") == 6
             vfs.release(fh)
         assert told_of(world) == known, f"killed at line {line}: the index would have it for ever"
-        world.close()
-        worlds.made.remove(world)
-        if ended:
-            return line
-    raise AssertionError("endless")
+        return ended
+
+    return at_lines(worlds, first, step, check)
 
 
 @needs_root
