@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from typing import Any
 
 from tierfs import failpoints, transitions
@@ -31,16 +32,18 @@ from tierfs.errors import (
     TierError,
 )
 from tierfs.index import Writer
-from tierfs.kit import TICK, Kit, may_be_gone, proven, read_exactly
+from tierfs.kit import TICK, Kit, abandon_intended, intend_all, may_be_gone, proven, read_exactly
 from tierfs.model import DOUBTED, LEAF, Copy, Record, Residency, Stub, new_fid, new_tag, object_key
 from tierfs.past import Ending
 from tierfs.readback import Ref, presence
+from tierfs.reusing import Sources
 from tierfs.spelling import quoted
+from tierfs.store.base import PART, Part, Put
 from tierfs.transfer import Urgency
 
 log = logging.getLogger("mover")
 
-PIECE = 8 << 20
+PIECE = PART  # so that parts consist of whole pieces
 # Of S3. A sparse file may be larger on any disk: its zeros would be sent for days, in parts that fill memory.
 MOST = 5 << 40
 CHANGED = "was changed while it was copied"
@@ -121,6 +124,7 @@ class Copier:
     def __init__(self, kit: Kit, drain: Callable[[], int]) -> None:
         self._kit = kit
         self._drain = drain
+        self._sends_all = False  # the server was seen to put together what it was not told
 
     def bring_up(self, items: list[Item], cancelled: threading.Event) -> None:
         """After it every item that is still going has a record with a proven copy.
@@ -151,7 +155,7 @@ class Copier:
             item.tag = new_tag()
         keys = [item.key for item in items]
         if keys:
-            self._kit.index.commit(partial(_intend_all, keys)).result()
+            self._kit.index.commit(partial(intend_all, keys)).result()
         failpoints.hit(failpoints.COPY_INTENDED)
 
     def _abandon(self, items: list[Item]) -> None:
@@ -160,7 +164,7 @@ class Copier:
         if not keys:
             return
         with suppress(IndexError_):  # closed: the next mover does it
-            self._kit.index.post(partial(_abandon_intended, keys))
+            self._kit.index.post(partial(abandon_intended, keys))
 
     def _is_proven(self, item: Item) -> bool:
         item.st = os.fstat(item.fd)
@@ -235,28 +239,55 @@ class Copier:
             if not self._kit.store.put(key, data, size).verified and sha256(self._kit.store.get(key)) != digest:
                 raise _differs(key)
             self._put_side(taken)
-        item.uploaded = size
-        self._kit.uploaded.add(size)
+        self._count_sent(item, size)
         return taken
 
     def _take_large(self, item: Item, extents: Extents, cancelled: threading.Event) -> Taken:
-        assert item.st is not None
-        size = item.st.st_size
         known = self._unchanged(item, cancelled)
         if known is not None and self._is_there(item):
             return Taken(known[0], item.key, extents, known[1], fresh=False)
-        digests: list[bytes] = []
         taken = Taken(self._new_copy(item, b""), item.key, extents, b"", fresh=True)
-        key = item.key
         with self._kept_if_good(taken):
-            put = self._kit.store.put(key, self._pieces(item, digests, cancelled), size)
-            taken.digests = b"".join(digests)
+            taken.digests = self._put_large(item, extents, cancelled)
             taken.copy = replace(taken.copy, digest=sha256(taken.digests))
-            if not put.verified:
-                self._read_back(key, taken.digests, item, cancelled)
             self._put_side(taken)
-        item.uploaded = size
         return taken
+
+    def _put_large(self, item: Item, extents: Extents, cancelled: threading.Event) -> bytes:
+        """Put the content, and prove it; its digests."""
+        assert item.st is not None
+        size, part = item.st.st_size, self._kit.store.part_size(item.st.st_size)
+        if part and not self._sends_all:
+            sources = Sources(self._kit, part)
+            sources.learn_copies(item.record)
+            try:
+                with sources.with_zeros(size, extents):
+                    if sources:
+                        return self._put_parts(item, sources, cancelled)
+            except ObjectCorruptError as error:
+                # A server that copies other bytes than it is told does so always.
+                self._sends_all = True
+                log.warning("%s: files are sent as a whole from now on: %s", quoted(item.path), error)
+        digests: list[bytes] = []
+        pieces = self._sent(item, self._pieces(item, digests, cancelled))
+        put = self._kit.store.put(item.key, pieces, size)
+        return self._proven(put, item, b"".join(digests), cancelled)
+
+    def _put_parts(self, item: Item, sources: Sources, cancelled: threading.Event) -> bytes:
+        """As `_put_large`, without what the store has."""
+        assert item.st is not None
+        digests: list[bytes] = []
+        parts = self._parts(item, digests, sources, cancelled)
+        size = item.st.st_size
+        put = self._kit.store.put_parts(item.key, parts, size)
+        self._count_sent(item, size - put.copied - item.uploaded)  # what the store could not take after all
+        return self._proven(put, item, b"".join(digests), cancelled)
+
+    def _proven(self, put: Put, item: Item, digests: bytes, cancelled: threading.Event) -> bytes:
+        """The digests, of what is in the store now. Raises ObjectCorruptError."""
+        if not put.verified:
+            self._read_back(item.key, digests, item, cancelled)
+        return digests
 
     @contextmanager
     def _kept_if_good(self, taken: Taken) -> Iterator[None]:
@@ -284,9 +315,35 @@ class Copier:
                 digests.append(found)
                 yield piece
                 item.moved = at + len(piece)
-                self._kit.uploaded.add(len(piece))
         finally:
             wait([coming])  # it reads from a descriptor that is about to be closed
+
+    def _sent(self, item: Item, pieces: Iterator[bytes]) -> Iterator[bytes]:
+        """The same, counted as it goes out."""
+        item.uploaded = 0
+        for piece in pieces:
+            yield piece
+            self._count_sent(item, len(piece))
+
+    def _parts(
+        self, item: Item, digests: list[bytes], sources: Sources, cancelled: threading.Event
+    ) -> Iterator[Part]:
+        """The content in parts; else as `_pieces`."""
+        assert item.st is not None
+        pieces = self._pieces(item, digests, cancelled)
+        item.uploaded = 0
+        for at in range(0, item.st.st_size, sources.size):
+            known = len(digests)
+            count = -(-min(sources.size, item.st.st_size - at) // PIECE)
+            body = b"".join(islice(pieces, count))
+            part = sources.part(body, b"".join(digests[known:]))
+            yield part
+            if not part.key:
+                self._count_sent(item, len(body))
+
+    def _count_sent(self, item: Item, count: int) -> None:
+        item.uploaded += count
+        self._kit.uploaded.add(count)
 
     def _read_back(self, key: str, digests: bytes, item: Item, cancelled: threading.Event) -> None:
         """Raises ObjectCorruptError unless the store gives the content back."""
@@ -440,17 +497,6 @@ def _put_copy(item: Item, taken: Taken, w: Writer) -> Record:
     w.fulfil(taken.key)
     w.put(record)
     return record
-
-
-def _intend_all(keys: list[str], w: Writer) -> None:
-    for key in keys:
-        w.intend(key)
-
-
-def _abandon_intended(keys: list[str], w: Writer) -> None:
-    for key in keys:
-        if w.intended(key):
-            w.abandon(key)
 
 
 def _outcome(item: Item, future: Any) -> Taken | None:

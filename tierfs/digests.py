@@ -74,12 +74,12 @@ def unpack_side(raw: bytes | memoryview, size: int, digest: bytes) -> tuple[byte
         raise ObjectCorruptError("the list of digests is not that of this file")
     if any(not 0 <= start < end <= size for start, end in extents):
         raise ObjectCorruptError("the list of extents lies outside of the file")
-    if any(not _are_zeros(digests, low, high, size) for low, high in _holes(size, extents)):
+    if any(not _are_zeros(digests, low, high, size) for low, high in holes(size, extents)):
         raise ObjectCorruptError("the list of extents has holes where the digests have content")
     return digests, extents
 
 
-def _holes(size: int, extents: Extents) -> Extents:
+def holes(size: int, extents: Extents) -> Extents:
     """What lies between the extents, in whatever order they are."""
     holes, at = [], 0
     for start, end in [*sorted(extents), (size, size)]:

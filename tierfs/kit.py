@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from tierfs.config import VolumeConfig
 from tierfs.errors import BusyError, IndexError_
-from tierfs.index import Index
+from tierfs.index import Index, Writer
 from tierfs.model import UNPROVEN, Copy, Record
 from tierfs.restless import Restless
 from tierfs.serverlink import ServerLink
@@ -286,6 +286,19 @@ def unopened(error: OSError) -> str:
     if error.errno == errno.EPERM:
         return "may not be changed: it is immutable or append-only (`lsattr` shows it)"
     return f"cannot be opened: {error.strerror}"
+
+
+def intend_all(keys: list[str], w: Writer) -> None:
+    """In a write transaction, before these objects are put: what no record comes to refer to is collected."""
+    for key in keys:
+        w.intend(key)
+
+
+def abandon_intended(keys: list[str], w: Writer) -> None:
+    """In a write transaction: of these, what has not become a copy is garbage now."""
+    for key in keys:
+        if w.intended(key):
+            w.abandon(key)
 
 
 def may_be_gone(kit: Kit, copy: Copy) -> bool:

@@ -6,12 +6,13 @@ import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 from kinds import KINDS
 
 from tierfs.errors import ObjectCorruptError, ObjectMissingError, PreconditionError, UsageError
-from tierfs.store.base import ObjectStore
+from tierfs.store.base import PART, ObjectStore, Part
 from tierfs.store.s3_obstore import ONE_REQUEST
 
 SMALL = os.urandom(32 * 1024)
@@ -68,6 +69,32 @@ def test_large_object(store: ObjectStore, base: str) -> None:
     store.put(f"{base}b", LARGE, len(LARGE))
     middle = 9 * 1024 * 1024 - 7
     assert b"".join(store.stream(f"{base}b", middle, 5_000_000)) == LARGE[middle : middle + 5_000_000]
+
+
+def test_parts_that_another_object_has(store: ObjectStore, base: str) -> None:
+    """Whatever of it is taken from there: the object has the bytes of its parts, or nobody says that it was
+    verified, or there is none."""
+    size = store.part_size(4 * PART + 5) or PART
+    former = os.urandom(1 << 20) * 32 + b"tail"
+    wanted = former[:size] + b"x" * size + former[2 * size : 3 * size] + b"y" * size + b"tail!"
+    store.put(f"{base}former", former, len(former))
+    places = [("former", 0), ("", 0), ("former", 2 * size), ("missing", 3 * size), ("", 0)]
+    bodies = [wanted[at : at + size] for at in range(0, len(wanted), size)]
+    parts = [Part(body, base + key if key else "", at) for body, (key, at) in zip(bodies, places, strict=True)]
+    try:
+        answer = store.put_parts(f"{base}a", iter(parts), len(wanted))
+    except ObjectCorruptError:
+        assert store.capabilities.client == "boto3" and keys(store, f"{base}a") == []
+        return
+    assert answer.verified == store.capabilities.checks_sha256 and answer.copied in (0, size, 2 * size)
+    assert store.head(f"{base}a").etag == answer.etag
+    assert b"".join(store.stream(f"{base}a")) == wanted
+    wrong = [replace(part, key=f"{base}former", start=0) for part in parts]
+    answer = store.put_parts(f"{base}b", iter(wrong), len(wanted))
+    assert not answer.verified or b"".join(store.stream(f"{base}b")) == wanted
+    with pytest.raises(ObjectCorruptError):
+        store.put_parts(f"{base}c", iter(parts[:4]), len(wanted))
+    assert keys(store, f"{base}c") == []
 
 
 def test_a_body_of_another_size_is_refused_and_leaves_nothing(store: ObjectStore, base: str) -> None:

@@ -749,7 +749,7 @@ def test_the_look_leaves_stubs_whose_attributes_were_changed_alone(volume):
 
 
 STEPS_OUT = {
-    "commit _intend_all", "put", "put side", "commit _put_copy", "fdatasync", "stub", "no stub", "fsync",
+    "commit intend_all", "put", "put side", "commit _put_copy", "fdatasync", "stub", "no stub", "fsync",
     "commit _put_stub", "punch", "times", "commit _put_punched",
 }  # fmt: skip
 STEPS_IN = {"fdatasync", "commit note_pending", "no stub", "fsync", "commit _put_resident"}
@@ -806,7 +806,7 @@ def test_the_order_of_a_demotion(volume, story, kind):
     steps = [step for step in story if step in STEPS_OUT]
     side = [] if kind == "small" else ["put side"]
     assert steps == [
-        "commit _intend_all", "put", *side, "commit _put_copy", "fdatasync", "stub", "fsync",
+        "commit intend_all", "put", *side, "commit _put_copy", "fdatasync", "stub", "fsync",
         "commit _put_stub", "punch", "times", "fsync", "commit _put_punched",
     ]  # fmt: skip
     if kind == "large":

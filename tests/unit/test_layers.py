@@ -62,6 +62,7 @@ PARTS_OF = {
         "kit",
         "restless",
         "rescuing",
+        "reusing",
         "serverlink",
         "places",
         "digests",

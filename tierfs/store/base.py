@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 Body = bytes | memoryview
+PART = 8 << 20  # bytes; parts of an object are whole multiples of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +34,22 @@ class ObjectInfo:
 
 @dataclass(frozen=True, slots=True)
 class Put:
-    """The answer to a put. `verified`: the store checks SHA-256 sums and accepted that of these bytes."""
+    """The answer to a put. `verified`: the store checks SHA-256 sums and accepted that of these bytes. So many
+    of them as `copied` says were not sent, but taken from other objects."""
 
     etag: str
     verified: bool
+    copied: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A part of an object that is put: its bytes, and the object (`key`) that has the same ones from byte
+    `start` on, as far as is known; "": none."""
+
+    body: bytes
+    key: str = ""
+    start: int = 0
 
 
 class ObjectStore(ABC):
@@ -53,6 +66,20 @@ class ObjectStore(ABC):
 
         Raises StoreFullError; ObjectCorruptError where the body is not `size` bytes long.
         """
+
+    def part_size(self, size: int) -> int:
+        """Bytes of a part of an object of this size, whole multiples of PART, where a part that another object
+        has need not be sent (see `put_parts`); 0: all is sent in any case."""
+        return 0
+
+    def put_parts(self, key: str, parts: Iterable[Part], size: int) -> Put:
+        """As `put`, in parts of `part_size(size)` bytes but for the last. What another object has may be taken
+        from there: where that cannot be, or is seen to be something else, the part's own bytes are sent. Only a
+        `verified` answer says that the object's bytes are those of the parts.
+
+        Raises as `put`; ObjectCorruptError also where the server makes something else of it: nothing is put.
+        """
+        return self.put(key, (part.body for part in parts), size)
 
     @abstractmethod
     def put_if(self, key: str, body: bytes, etag: str | None) -> Put:

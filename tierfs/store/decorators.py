@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from tierfs.errors import StoreDeniedError
-from tierfs.store.base import Body, ObjectInfo, ObjectStore, Put
+from tierfs.store.base import Body, ObjectInfo, ObjectStore, Part, Put
 
 
 class Decorator(ObjectStore):
@@ -17,6 +17,12 @@ class Decorator(ObjectStore):
 
     def put(self, key: str, body: bytes | Iterable[bytes], size: int) -> Put:
         return self.inner.put(key, body, size)
+
+    def part_size(self, size: int) -> int:
+        return self.inner.part_size(size)
+
+    def put_parts(self, key: str, parts: Iterable[Part], size: int) -> Put:
+        return self.inner.put_parts(key, parts, size)
 
     def put_if(self, key: str, body: bytes, etag: str | None) -> Put:
         return self.inner.put_if(key, body, etag)
@@ -53,6 +59,9 @@ class ReadOnlyStore(Decorator):
     """Whatever asks for a change is told that there is none to be made."""
 
     def put(self, key: str, body: bytes | Iterable[bytes], size: int) -> Put:
+        raise self._refused()
+
+    def put_parts(self, key: str, parts: Iterable[Part], size: int) -> Put:
         raise self._refused()
 
     def put_if(self, key: str, body: bytes, etag: str | None) -> Put:

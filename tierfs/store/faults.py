@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from tierfs.errors import ObjectCorruptError, StoreUnavailableError, TierError
-from tierfs.store.base import Body, ObjectInfo, ObjectStore, Put
+from tierfs.store.base import Body, ObjectInfo, ObjectStore, Part, Put
 from tierfs.store.decorators import Decorator
 
 T = TypeVar("T")
@@ -75,6 +75,10 @@ class FaultyStore(Decorator):
 
     def put(self, key: str, body: bytes | Iterable[bytes], size: int) -> Put:
         return self._do("put", key, lambda: self.inner.put(key, body, size))
+
+    def put_parts(self, key: str, parts: Iterable[Part], size: int) -> Put:
+        """A write like `put`, and counted as such."""
+        return self._do("put", key, lambda: self.inner.put_parts(key, parts, size))
 
     def put_if(self, key: str, body: bytes, etag: str | None) -> Put:
         return self._do("put_if", key, lambda: self.inner.put_if(key, body, etag))

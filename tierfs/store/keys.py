@@ -51,7 +51,12 @@ def exactly(key: str, body: bytes | Iterable[bytes], size: int) -> Iterator[byte
             break
         yield piece
     if total != size:
-        raise ObjectCorruptError(f"the body for {key} is not the announced {size} bytes long")
+        raise wrong_size(key, size)
+
+
+def wrong_size(key: str, size: int) -> ObjectCorruptError:
+    """The error for a body that is not `size` bytes long."""
+    return ObjectCorruptError(f"the body for {key} is not the announced {size} bytes long")
 
 
 def whole(key: str, body: bytes | Iterable[bytes], size: int) -> bytes:

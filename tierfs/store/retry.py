@@ -60,8 +60,9 @@ class RetryBudget:
 class RetryingStore(Decorator):
     """Retries StoreUnavailableError and StoreThrottledError; every other error is final.
 
-    A body that can be read only once (an iterator) is sent once. `clock`, `pause` and `draw` are for tests:
-    `pause` waits seconds and says whether the store was closed meanwhile, `draw` gives numbers from [0, 1).
+    A body that can be read only once (an iterator, or parts) is sent once. `clock`, `pause` and `draw` are for
+    tests: `pause` waits seconds and says whether the store was closed meanwhile, `draw` gives numbers from
+    [0, 1).
     """
 
     def __init__(

@@ -29,17 +29,20 @@ from tierfs.errors import (
     StoreDeniedError,
     StoreUnavailableError,
 )
-from tierfs.store.base import Body, Capabilities, ObjectInfo, ObjectStore, Put
+from tierfs.store.base import PART, Body, Capabilities, ObjectInfo, ObjectStore, Part, Put
 from tierfs.store.keys import check_key, check_prefix, check_range, is_key, too_short
 from tierfs.store.s3_boto import BotoData, sha256_base64
 from tierfs.store.s3_credentials import Credentials
 from tierfs.store.s3_errors import NO_CREDENTIALS, Translated
-from tierfs.store.s3_obstore import ONE_REQUEST, Data, ObstoreData
+from tierfs.store.s3_obstore import ONE_REQUEST, Data, ObstoreData, part_size
 from tierfs.store.s3_proxy import options_of_boto, options_of_obstore, proxy_of
 from tierfs.store.s3_ranges import Ranges
 from tierfs.store.s3_trust import trusted
 
 COLD_PREFIX = "data/"  # only these keys get the storage class: a journal in Glacier could not restore anything
+# In the others a read is paid for, and so is a copy of a part.
+_READ_FOR_NOTHING = frozenset({"", "STANDARD", "INTELLIGENT_TIERING"})
+_COPIED_FROM = 4 * PART  # bytes: of what is smaller little could be spared
 _PAGE = 1000  # keys of a listing that come at once
 _SIGNED = timedelta(minutes=5)  # how long the URL of one request is good for
 _LOOK_EVERY = 10.0  # seconds between looks whether the credential files have changed
@@ -106,11 +109,27 @@ class S3Store(ObjectStore):
             answer = self._data().put(full, body, size, storage_class)
         if size <= ONE_REQUEST and answer.etag:
             return answer
-        # At the end of an upload in parts a RADOS gateway names no etag, and rclone one that it then forgets.
+        return self._ended(key, size, answer)
+
+    def _ended(self, key: str, size: int, answer: Put) -> Put:
+        """What is known at the end of an upload in parts: a RADOS gateway names no etag there, and rclone one
+        that it then forgets."""
         found = self.head(key)
         if found.size != size:
             raise too_short(key, 0, size, found.size)
         return replace(answer, etag=found.etag)
+
+    def part_size(self, size: int) -> int:
+        free = self.settings.storage_class in _READ_FOR_NOTHING
+        return part_size(size) if free and size >= _COPIED_FROM else 0
+
+    def put_parts(self, key: str, parts: Iterable[Part], size: int) -> Put:
+        full = self._full(key)
+        storage_class = self.settings.storage_class if key.startswith(COLD_PREFIX) else ""
+        named = (replace(part, key=self._full(part.key)) if part.key else part for part in parts)
+        with self._translated(key):
+            answer = self._data().put_parts(full, named, size, storage_class)
+        return self._ended(key, size, answer)
 
     def put_if(self, key: str, body: bytes, etag: str | None) -> Put:
         full = self._full(key)
@@ -339,14 +358,18 @@ class S3Store(ObjectStore):
         return client(config.merge(botocore.config.Config(**proxies))) if proxies else made
 
     def _make_data(self, session: Any, admin: Any) -> Data:
-        if self.capabilities.client == "boto3":
+        @cache
+        def by_parts() -> BotoData:
             dogged = self._make_admin(session, _PART_TRIES)
             return BotoData(admin, dogged, self.settings.bucket, self.capabilities)
+
+        if self.capabilities.client == "boto3":
+            return by_parts()
         quick = self._make_obstore(admin, self.timeouts.read)
         patient = self._make_obstore(admin, self.timeouts.upload)
         dogged = self._make_obstore(admin, self.timeouts.upload, _PART_TRIES)
         verified = self.capabilities.checks_sha256
-        return ObstoreData(quick, patient, dogged, verified, self._make_ranges(admin, quick))
+        return ObstoreData(quick, patient, dogged, verified, by_parts, self._make_ranges(admin, quick))
 
     def _make_ranges(self, admin: Any, store: Any) -> Ranges | None:
         """Over TLS, and by way of a proxy, obstore serves as well."""

@@ -8,16 +8,20 @@ from __future__ import annotations
 import base64
 import contextlib
 import hashlib
+import logging
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
-from tierfs.errors import StoreUnavailableError
-from tierfs.store.base import Body, Capabilities, ObjectInfo, Put
-from tierfs.store.keys import exactly, too_short, whole
+from tierfs.errors import ObjectCorruptError, StoreUnavailableError
+from tierfs.store.base import Body, Capabilities, ObjectInfo, Part, Put
+from tierfs.store.keys import exactly, too_short, whole, wrong_size
 from tierfs.store.s3_errors import UndeletedError
 from tierfs.store.s3_obstore import ONE_REQUEST, PIECE, part_size
+
+log = logging.getLogger("store")
 
 _PARTS_AT_ONCE = 4
 _DELETES_A_REQUEST = 1000  # the limit of S3
@@ -37,8 +41,13 @@ class BotoData:
     def put(self, key: str, body: bytes | Iterable[bytes], size: int, storage_class: str) -> Put:
         extra = {"StorageClass": storage_class} if storage_class else {}
         if size > ONE_REQUEST:
-            return self._put_parts(key, exactly(key, body, size), part_size(size), extra)
+            bodies = regrouped(exactly(key, body, size), part_size(size))
+            return self._put_parts(key, (Part(each) for each in bodies), extra)
         return self._put_one(key, whole(key, body, size), extra)
+
+    def put_parts(self, key: str, parts: Iterable[Part], size: int, storage_class: str) -> Put:
+        extra = {"StorageClass": storage_class} if storage_class else {}
+        return self._put_parts(key, all_of(key, parts, size), extra)
 
     def put_if(self, key: str, body: bytes, etag: str | None) -> Put:
         return self._put_one(key, body, {"IfNoneMatch": "*"} if etag is None else {"IfMatch": etag})
@@ -54,37 +63,45 @@ class BotoData:
     def _checksum(self, body: bytes) -> dict[str, str]:
         return {"ChecksumSHA256": sha256_base64(body)} if self._sums else {}
 
-    def _put_parts(self, key: str, pieces: Iterator[bytes], size: int, extra: dict[str, str]) -> Put:
+    def _put_parts(self, key: str, parts: Iterator[Part], extra: dict[str, str]) -> Put:
         if self._sums:
             extra = {**extra, "ChecksumAlgorithm": "SHA256"}
         upload = self._dogged.create_multipart_upload(Bucket=self._bucket, Key=key, **extra)
         target = {"Bucket": self._bucket, "Key": key, "UploadId": upload["UploadId"]}
+        copier = _PartCopier(self._dogged, self._bucket)
         try:
-            parts = self._send_parts(target, regrouped(pieces, size))
-            answer = self._dogged.complete_multipart_upload(**target, MultipartUpload={"Parts": parts})
+            sent = self._send_parts(target, parts, copier)
+            answer = self._dogged.complete_multipart_upload(**target, MultipartUpload={"Parts": sent})
         except BaseException:
             # Once only: the network may be what is wrong, and a collection removes what is left.
             with contextlib.suppress(Exception):
                 self._client.abort_multipart_upload(**target)
             raise
-        return Put(_field(answer, "ETag"), self._verified)
+        return Put(_field(answer, "ETag"), self._verified, sum(copier.taken))
 
-    def _send_parts(self, target: dict[str, str], bodies: Iterator[bytes]) -> list[dict[str, Any]]:
+    def _send_parts(
+        self, target: dict[str, str], parts: Iterator[Part], copier: _PartCopier
+    ) -> list[dict[str, Any]]:
         """Upload the parts, some at once; at most that many are in memory."""
-        parts: list[dict[str, Any]] = []
+        sent: list[dict[str, Any]] = []
         flying: deque[Future[dict[str, Any]]] = deque()
         with ThreadPoolExecutor(_PARTS_AT_ONCE) as pool:
-            for number, body in enumerate(bodies, 1):
-                flying.append(pool.submit(self._send_part, target, number, body))
+            for number, part in enumerate(parts, 1):
+                flying.append(pool.submit(self._send_part, target, number, part, copier))
                 if len(flying) >= _PARTS_AT_ONCE:
-                    parts.append(flying.popleft().result())
-            parts.extend(future.result() for future in flying)
-        return parts
+                    sent.append(flying.popleft().result())
+            sent.extend(future.result() for future in flying)
+        return sent
 
-    def _send_part(self, target: dict[str, str], number: int, body: bytes) -> dict[str, Any]:
-        checksum = self._checksum(body)
-        answer = self._dogged.upload_part(**target, PartNumber=number, Body=body, **checksum)
-        return {"PartNumber": number, "ETag": _field(answer, "ETag"), **checksum}
+    def _send_part(
+        self, target: dict[str, str], number: int, part: Part, copier: _PartCopier
+    ) -> dict[str, Any]:
+        checksum = self._checksum(part.body)
+        etag = copier.copied(target, number, part, checksum) if part.key else ""
+        if not etag:
+            upload = partial(self._dogged.upload_part, **target, PartNumber=number, Body=part.body)
+            etag = _field(upload(**checksum), "ETag")
+        return {"PartNumber": number, "ETag": etag, **checksum}
 
     def get(self, key: str, start: int, length: int | None) -> Body:
         return b"".join(self.stream(key, start, length))
@@ -128,6 +145,58 @@ class BotoData:
             for error in answer.get("Errors", ()):
                 if error.get("Code") != "NoSuchKey":
                     raise UndeletedError(error.get("Code", "Unknown"))
+
+
+class _PartCopier:
+    """Takes parts of one upload from other objects, as long as the server does so; `taken`: their sizes."""
+
+    def __init__(self, client: Any, bucket: str) -> None:
+        self.taken: list[int] = []
+        self._client = client
+        self._bucket = bucket
+        self._refused = False
+
+    def copied(self, target: dict[str, str], number: int, part: Part, checksum: dict[str, str]) -> str:
+        """The etag of the part as the server has taken it from another object; "": its bytes are to be sent.
+        Where sums are checked at all the server has named that of these bytes. Raises ObjectCorruptError where
+        what the server has made is no part of anything."""
+        if self._refused:
+            return ""
+        source = {"Bucket": self._bucket, "Key": part.key}
+        wanted = f"bytes={part.start}-{part.start + len(part.body) - 1}"
+        try:
+            answer = self._client.upload_part_copy(
+                **target, PartNumber=number, CopySource=source, CopySourceRange=wanted
+            )
+        except self._client.exceptions.ClientError as exc:
+            # 501, no right to read, an object that is not there or in an archive: what was to be sent anyhow.
+            return self._refuse(f"{exc.response.get('Error', {}).get('Code', 'an error')}")
+        found = answer.get("CopyPartResult") or {}
+        if "ETag" not in found:
+            # rclone takes the request for an empty part, which it then lets nobody replace.
+            raise ObjectCorruptError("the server copies no parts of objects, and does not say so")
+        if checksum and found.get("ChecksumSHA256") != checksum["ChecksumSHA256"]:
+            return self._refuse("the server names no sum, or another, of what it copied")
+        self.taken.append(len(part.body))
+        etag: str = found["ETag"]
+        return etag
+
+    def _refuse(self, why: str) -> str:
+        if not self._refused:
+            log.info("parts that the store has already are sent all the same: %s", why)
+        self._refused = True
+        return ""
+
+
+def all_of(key: str, parts: Iterable[Part], size: int) -> Iterator[Part]:
+    """The parts; raises ObjectCorruptError before the end if they are not `size` bytes in all."""
+    total = 0
+    for part in parts:
+        total += len(part.body)
+        if total <= size:
+            yield part
+    if total != size:
+        raise wrong_size(key, size)
 
 
 def _field(answer: dict[str, Any], name: str) -> Any:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
 from typing import Any, Protocol
 
-from tierfs.store.base import Body, ObjectInfo, Put
+from tierfs.store.base import PART, Body, ObjectInfo, Part, Put
 from tierfs.store.keys import exactly, too_short, whole
 from tierfs.store.s3_ranges import LEAST, Ranges
 
 PIECE = 2 * 1024 * 1024
 ONE_REQUEST = 16 * 1024 * 1024  # larger bodies go up in parts
 _QUICK = 1024 * 1024  # a body this small is sent within the timeout of a read
-_PART = 8 * 1024 * 1024
 _PARTS_AT_ONCE = 4  # bounds the memory of an upload to about 40 MiB
 _MOST_PARTS = 9_000  # S3 allows 10,000
 
@@ -22,6 +21,8 @@ class Data(Protocol):
     """What a data client can do, on full keys, raising its own errors and ours."""
 
     def put(self, key: str, body: bytes | Iterable[bytes], size: int, storage_class: str) -> Put: ...
+
+    def put_parts(self, key: str, parts: Iterable[Part], size: int, storage_class: str) -> Put: ...
 
     def put_if(self, key: str, body: bytes, etag: str | None) -> Put: ...
 
@@ -38,20 +39,23 @@ class Data(Protocol):
 
 def part_size(size: int) -> int:
     """Bytes a part of an upload of `size` bytes: as small as the limit on the number of parts allows."""
-    return max(_PART, -(-size // _MOST_PARTS))
+    return PART * -(-size // (PART * _MOST_PARTS))
 
 
 class ObstoreData:
     """`quick` and `patient` are obstore S3 stores that differ in their timeouts; `dogged` tries again.
 
     A timeout runs until the answer's first byte, so that a large body needs more of it than a read. `ranges` is
-    a quicker way to large ranges, where there is one.
+    a quicker way to large ranges, where there is one. `by_parts` makes the client that can copy parts, which
+    obstore cannot.
     """
 
     def __init__(
-        self, quick: Any, patient: Any, dogged: Any, verified: bool, ranges: Ranges | None = None
-    ) -> None:
+        self, quick: Any, patient: Any, dogged: Any, verified: bool, by_parts: Callable[[], Data],
+        ranges: Ranges | None = None,
+    ) -> None:  # fmt: skip
         self._ranges = ranges
+        self._by_parts = by_parts
         self._quick = quick
         self._patient = patient
         self._dogged = dogged
@@ -72,6 +76,9 @@ class ObstoreData:
                 max_concurrency=_PARTS_AT_ONCE,
             )
         return Put(result["e_tag"] or "", self._verified)
+
+    def put_parts(self, key: str, parts: Iterable[Part], size: int, storage_class: str) -> Put:
+        return self._by_parts().put_parts(key, parts, size, storage_class)
 
     def put_if(self, key: str, body: bytes, etag: str | None) -> Put:
         mode = "create" if etag is None else {"e_tag": etag}

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from tierfs.errors import StoreThrottledError
-from tierfs.store.base import Body, ObjectInfo, ObjectStore, Put
+from tierfs.store.base import Body, ObjectInfo, ObjectStore, Part, Put
 from tierfs.store.decorators import Decorator
 from tierfs.store.priority import Priority, current_priority
 
@@ -36,6 +36,10 @@ class ThrottledStore(Decorator):
     def put(self, key: str, body: bytes | Iterable[bytes], size: int) -> Put:
         with self.gate.request(Priority.UPLOAD):
             return self.inner.put(key, body, size)
+
+    def put_parts(self, key: str, parts: Iterable[Part], size: int) -> Put:
+        with self.gate.request(Priority.UPLOAD):
+            return self.inner.put_parts(key, parts, size)
 
     def put_if(self, key: str, body: bytes, etag: str | None) -> Put:
         with self.gate.request(Priority.FOREGROUND):
