@@ -343,7 +343,9 @@ class S3Store(ObjectStore):
         )
         def client(config: Any) -> Any:
             endpoint = self.settings.endpoint or None
-            return session.client("s3", endpoint_url=endpoint, config=config, verify=trusted(session))
+            made = session.client("s3", endpoint_url=endpoint, config=config, verify=trusted(session))
+            made.meta.events.register("before-call.s3.HeadBucket", _stay_there)
+            return made
 
         try:
             made = client(config)
@@ -413,6 +415,12 @@ def _new_session(**settings: str) -> Any:
     core = botocore.session.get_session()
     core.register_component("data_loader", _models())
     return boto3.Session(botocore_session=core, **settings)
+
+
+def _stay_there(context: dict[str, Any], **_: Any) -> None:
+    """Have what is asked about a bucket redirected nowhere: botocore asks to find out where it is redirected,
+    and where that is redirected too it would ask again, a hundred times, until there is no stack any more."""
+    context.get("s3_redirect", {})["redirected"] = True
 
 
 @cache

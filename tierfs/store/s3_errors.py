@@ -105,8 +105,7 @@ def _from_client(exc: Exception) -> bool:
 
     A body may be read from the local disk while it goes up: an OSError with an errno is the disk's.
     """
-    # botocore 1.4x recurses without end on a redirect of a HEAD that names no region, as a login page's.
-    if isinstance(exc, (ConnectionError, TimeoutError, RecursionError, UndeletedError)):
+    if isinstance(exc, (ConnectionError, TimeoutError, UndeletedError)):
         return True
     if type(exc).__module__.split(".")[0] in _MODULES:
         return True
@@ -215,7 +214,7 @@ def _of_status(facts: _Facts, subject: str) -> StoreError | None:
         return ObjectCorruptError(f"{subject} is shorter than recorded")
     if status == 507:
         return StoreFullError(f"{subject}: the store is full ({named})")
-    if 300 <= status < 400 or facts.name == "RecursionError" or "Received redirect" in facts.text:
+    if 300 <= status < 400 or "Received redirect" in facts.text:
         return StoreDeniedError(
             f"{subject}: the server redirects ({named}): correct the region or endpoint in the URL"
         )
