@@ -85,5 +85,5 @@ def test_what_was_not_opened_for_want_of_memory_is_not_open(side, what):
         assert number in (None, 0, errno.ENOMEM)
         failed += number == errno.ENOMEM
         check(side)
-    assert failed > 2
+    assert failed  # from Python 3.14 on in few places: it keeps numbers to be used again
     assert len(os.listdir("/proc/self/fd")) == descriptors + len(side.gate.states.inodes)
