@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
-PACKAGES := python3-venv fuse3 libfuse2 attr acl gcc libc6-dev e2fsprogs git make procps psmisc sqlite3 strace util-linux
+PACKAGES := python3-venv fuse3 attr acl gcc libc6-dev e2fsprogs git make procps psmisc sqlite3 strace util-linux
 PYTEST := $(BIN)/pytest
 # Tests wait more than they compute. A file's tests stay together: they share its mounts. The long ones come first
 # (tests/conftest.py), so that no worker ends with one of them alone. A machine on which much fails (a full disk, no
@@ -16,7 +16,8 @@ PYTEST_ARGS ?= -n 3 --dist loadfile --no-loadscope-reorder --maxfail 30
 setup: $(VENV)/.installed
 
 # Only what is missing is installed, so that a machine without the right to do so can still be set up by hand.
-# The server's compiled part is optional, and built anew when what it has to agree with has changed.
+# The server's compiled part is optional, and built anew when what it has to agree with has changed. So is libfuse 2,
+# which Debian has no more after its 13: only --binding fusepy needs it.
 COMPILED := $(addprefix tierfs/,$(shell grep -o '"[a-z_/]*\.[chp]y*"' tierfs/fuse/compiled.py | tr -d '"'))
 
 $(VENV)/.installed: setup.cfg setup.py pyproject.toml Makefile $(COMPILED)
@@ -37,6 +38,11 @@ $(VENV)/.installed: setup.cfg setup.py pyproject.toml Makefile $(COMPILED)
 	@[ -e /dev/fuse ] || $(SUDO) modprobe fuse || echo "make setup: there is no /dev/fuse: mounting will fail" >&2
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "make setup: $(PYTHON) is too old: give Python 3.11 or later as PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import ctypes.util, sys; sys.exit(not ctypes.util.find_library("fuse"))' || \
+		{ package=$$(apt-cache show libfuse2 libfuse2t64 2>/dev/null | sed -n 's/^Package: //p' | head -n 1); \
+		[ -n "$$package" ] && \
+		DEBIAN_FRONTEND=noninteractive $(SUDO) apt-get install -y -qq --no-install-recommends $$package >/dev/null; } || \
+		echo "make setup: there is no libfuse 2 to be had: --binding fusepy cannot be used" >&2
 	[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -c 'import os, sys, sysconfig; \
 		sys.exit(not os.path.exists(sysconfig.get_paths()["include"] + "/Python.h"))' || \

@@ -4,6 +4,7 @@ import os
 
 import pytest
 
+from tierfs.errors import VolumeError
 from tierfs.fuse import choice
 
 
@@ -23,9 +24,20 @@ def test_where_the_kernel_can_be_spoken_to(platform, release, device, problem):
     assert choice._kernel_problem(platform, release, device) == problem
 
 
-def test_what_is_asked_for_is_taken():
+def test_what_is_asked_for_is_taken(monkeypatch):
+    monkeypatch.setattr(choice, "find_library", lambda _: "libfuse.so.2")
     for name in ("kernel", "fusepy"):
         assert choice.choose(name) == (name, "asked for with --binding")
+
+
+def test_a_library_that_is_asked_for_and_is_missing_is_named(monkeypatch):
+    monkeypatch.delenv("FUSE_LIBRARY_PATH", raising=False)
+    monkeypatch.setattr(choice, "find_library", lambda _: None)
+    with pytest.raises(VolumeError, match="no libfuse 2"):
+        choice.choose("fusepy")
+    assert choice.choose("kernel").name == "kernel"
+    monkeypatch.setenv("FUSE_LIBRARY_PATH", "/opt/lib/libfuse.so.2")
+    assert choice.choose("fusepy").name == "fusepy"
 
 
 @pytest.mark.parametrize(("library", "name"), [("libfuse.so.2", "fusepy"), (None, "kernel")])

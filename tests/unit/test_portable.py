@@ -6,10 +6,13 @@ import threading
 from types import SimpleNamespace
 
 import pytest
+from harness import needs_libfuse
 from test_vfs_names import ME, World
 
-from tierfs.fuse.portable import Portable
 from tierfs.vfs import ROOT
+
+needs_libfuse()
+from tierfs.fuse.portable import Portable  # noqa: E402
 
 
 @pytest.fixture

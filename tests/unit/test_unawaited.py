@@ -11,7 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 from bare import until
-from tierfsd import assembly, claiming, control_server, logs, portable_server
+from harness import needs_libfuse
+from tierfsd import assembly, claiming, control_server, logs
 from tierfsd.pinned import Pinned
 from tierfsd.priority import Priority
 from tierfsd.scheduler import Scheduler
@@ -118,6 +119,9 @@ def test_settling_goes_on_after_what_cannot_be_given_up(volume, stub, monkeypatc
 
 
 def test_ears_that_fail_end_the_server(monkeypatch):
+    needs_libfuse()
+    from tierfsd import portable_server
+
     class Ended(BaseException):
         pass
 

@@ -8,6 +8,8 @@ import sys
 from ctypes.util import find_library
 from typing import NamedTuple
 
+from tierfs.errors import VolumeError
+
 _OLDEST = (5, 13)  # the first Linux that speaks FUSE 7.33
 _DEVICE = "/dev/fuse"
 
@@ -20,7 +22,11 @@ class Choice(NamedTuple):
 
 
 def choose(asked: str) -> Choice:
-    """The binding for `--binding` ASKED (auto, kernel or fusepy)."""
+    """The binding for `--binding` ASKED (auto, kernel or fusepy). Raises VolumeError where it cannot be had."""
+    if asked == "fusepy" and sys.platform == "linux" and not _has_libfuse():
+        raise VolumeError(
+            "--binding fusepy: there is no libfuse 2 here: install libfuse2 if it can be had, or leave that out"
+        )
     if asked != "auto":
         return Choice(asked, "asked for with --binding")
     problem = _kernel_problem(sys.platform, os.uname().release, os.path.exists(_DEVICE))
@@ -28,9 +34,14 @@ def choose(asked: str) -> Choice:
         return Choice("kernel", f"Linux {os.uname().release} speaks FUSE 7.33 or later")
     if not os.path.exists(_DEVICE) and sys.platform == "linux":
         return Choice("kernel", f"{problem}, without which libfuse serves nothing either")
-    if find_library("fuse") is None:
+    if not _has_libfuse():
         return Choice("kernel", f"{problem}, and there is no libfuse 2 either")
     return Choice("fusepy", problem)
+
+
+def _has_libfuse() -> bool:
+    """Whether fusepy finds it."""
+    return bool(os.environ.get("FUSE_LIBRARY_PATH") or find_library("fuse"))
 
 
 def _kernel_problem(platform: str, release: str, device: bool) -> str:
