@@ -159,7 +159,9 @@ def test_what_cannot_be_shown_leaves_nothing(volumes: tuple[Volume, Volume], tmp
     assert connection_of(view.mountpoint) is None and views() == before
     done = show(view, "5 weeks ago")
     assert "does not reach back so far" in done.stderr
-    assert (view.mountpoint / "file").read_bytes() == b"x" * 5000
+    assert connection_of(view.mountpoint) is not None
+    # On a busy machine the first snapshot is of the time before the file.
+    assert [path.read_bytes() for path in view.mountpoint.iterdir()] in ([], [b"x" * 5000])
     view.umount()
     assert views() == before
 
