@@ -39,7 +39,9 @@ $(VENV)/.installed: setup.cfg setup.py pyproject.toml Makefile $(COMPILED)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "make setup: $(PYTHON) is too old: give Python 3.11 or later as PYTHON=..." >&2; exit 1; }
 	@$(PYTHON) -c 'import ctypes.util, sys; sys.exit(not ctypes.util.find_library("fuse"))' || \
-		{ package=$$(apt-cache show libfuse2 libfuse2t64 2>/dev/null | sed -n 's/^Package: //p' | head -n 1); \
+		{ known() { apt-cache show libfuse2 libfuse2t64 2>/dev/null | sed -n 's/^Package: //p' | head -n 1; }; \
+		package=$$(known); \
+		[ -n "$$package" ] || { $(SUDO) apt-get update -qq && package=$$(known); }; \
 		[ -n "$$package" ] && \
 		DEBIAN_FRONTEND=noninteractive $(SUDO) apt-get install -y -qq --no-install-recommends $$package >/dev/null; } || \
 		echo "make setup: there is no libfuse 2 to be had: --binding fusepy cannot be used" >&2
