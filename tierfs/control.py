@@ -411,6 +411,12 @@ def runtime_directory(uid: int) -> str:
     return f"/tmp/tierfs-{uid}"
 
 
+def runtime_directories(uid: int) -> list[str]:
+    """Where a daemon of this user may have its socket: also one that was begun outside of a login."""
+    places = dict.fromkeys([runtime_directory(uid), *([f"/tmp/tierfs-{uid}"] if uid else [])])
+    return [place for place in places if _belongs(place, uid)]
+
+
 def socket_path(volume: str, uid: int) -> str:
     """The control socket of a volume whose daemon runs as `uid`."""
     return os.path.join(runtime_directory(uid), f"{volume}.sock")
@@ -478,12 +484,30 @@ def peer_credentials(sock: socket.socket) -> tuple[int, int, int]:
 def converse(mount: Mount, request: Request) -> Iterator[Answer]:
     """Send one request and yield its answers, the last one included. Closing the iterator cancels the request.
 
+    What only looks is asked once more where the mover ends beneath it, as with a server that has just died.
     Raises the error that the daemon reports, VolumeError where the daemon goes away.
     """
+    seconds = _QUICK_SECONDS if isinstance(request, GetStatus | GetFacts | ListNames | GetPins) else None
+    answers = _ask(mount, request, seconds)
+    if seconds is not None:
+        try:
+            first = next(answers)
+        except _GoneError:
+            answers = _ask(mount, request, seconds)
+        else:
+            yield first
+    yield from answers
+
+
+class _GoneError(VolumeError):
+    """The connection has ended."""
+
+
+def _ask(mount: Mount, request: Request, seconds: float | None) -> Iterator[Answer]:
+    """`seconds`: how long each answer is waited for."""
     with connect(mount) as sock:
         try:
-            if isinstance(request, GetStatus | GetFacts | ListNames | GetPins):
-                sock.settimeout(_QUICK_SECONDS)
+            sock.settimeout(seconds)
             send(sock, request)
             while (answer := receive_answer(sock)) is not None:
                 if isinstance(answer, Failed):
@@ -496,8 +520,8 @@ def converse(mount: Mount, request: Request) -> Iterator[Answer]:
                 f"{mount.mountpoint}: its mover does not answer: see log/tierfs.log in the state directory"
             ) from exc
         except OSError as exc:
-            raise VolumeError(f"{mount.mountpoint}: its daemon went away: see its log") from exc
-    raise VolumeError(f"{mount.mountpoint}: its daemon was restarted: try again")
+            raise _GoneError(f"{mount.mountpoint}: its daemon went away: see its log") from exc
+    raise _GoneError(f"{mount.mountpoint}: its daemon was restarted: try again")
 
 
 def error_of(answer: Failed, mount: Mount) -> TierError:

@@ -84,9 +84,12 @@ def test_another_version_goes_on_under_open_files(volume, opened):
     assert made.status()["files"] >= 2 and made.status()["restarts"] == 2
 
 
-def test_who_unmounts_while_it_is_mounted_anew_has_it_unmounted(volume):
-    """For a moment it is in no mount table: here for one and a half seconds."""
+@pytest.fixture
+def absent(volume):
+    """A volume that is just being mounted anew. For a moment it is in no mount table: here for one and a half
+    seconds. With the pids from before."""
     made = volume()
+    (made.mountpoint / "f").write_bytes(b"content")
     made.umount()
     pause = "        __import__('time').sleep(1.5)\n        return was_there"
     slow = {
@@ -104,6 +107,12 @@ def test_who_unmounts_while_it_is_mounted_anew_has_it_unmounted(volume):
     while locate.mount_at(top, locate.read_mounts()) is not None:
         assert time.monotonic() < until, made.log()
         time.sleep(0.01)
+    return made, pids
+
+
+def test_who_unmounts_while_it_is_mounted_anew_has_it_unmounted(absent):
+    made, pids = absent
+    top = str(made.mountpoint)
     done = made.cli("umount", top, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert locate.mount_at(top, locate.read_mounts()) is None
@@ -111,6 +120,20 @@ def test_who_unmounts_while_it_is_mounted_anew_has_it_unmounted(volume):
     assert "mounting anew" in made.log() and "unmounted" in made.log().splitlines()[-1]
     done = made.cli("umount", top, check=False)
     assert done.returncode == 1 and "is no mounted TierFS volume" in done.stderr
+
+
+def test_who_restarts_it_meanwhile_has_it_restarted(absent):
+    made, pids = absent
+    restart(made)
+    assert facts(made)["restarts"] == 1 and facts(made)["pids"]["supervisor"] == pids["supervisor"]
+    assert (made.mountpoint / "f").read_bytes() == b"content"
+
+
+def test_who_leaves_it_meanwhile_has_a_plain_directory(absent):
+    made, pids = absent
+    made.cli("leave", "--state", made.state, made.mountpoint)
+    assert not made.state.exists() and not wait_gone([pids["supervisor"]], 20)
+    assert (made.mountpoint / "f").read_bytes() == b"content" and not os.path.ismount(made.mountpoint)
 
 
 def test_it_ends_in_order_afterwards(volume):

@@ -337,17 +337,53 @@ def test_a_daemon_that_is_down_is_one_clear_error(tmp_path, monkeypatch):
         ask(mount, control.GetStatus())
 
 
-def test_a_daemon_that_dies_meanwhile_is_one_clear_error(tmp_path, monkeypatch):
+@pytest.fixture
+def dying(tmp_path, monkeypatch):
+    """Have a daemon's movers end, in their turn, when they have accepted somebody and said so much."""
     path = str(tmp_path / "x.sock")
     monkeypatch.setattr(control, "socket_path", lambda volume, uid: path)
+
+    def run(*said):
+        for answers in said:
+            sock = listener.accept()[0]
+            with sock:
+                control.receive_request(sock)
+                for answer in answers:
+                    control.send(sock, answer)
+
+    def start(*said):
+        threads.append(threading.Thread(target=run, args=said, daemon=True))
+        threads[-1].start()
+        return locate.Mount("/m", locate.FSTYPE, "tierfs#abc", os.geteuid())
+
+    threads = []
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
-        listener.listen(1)
-        thread = threading.Thread(target=lambda: listener.accept()[0].close())
-        thread.start()
-        with pytest.raises(VolumeError, match="its daemon"):
-            ask(locate.Mount("/m", locate.FSTYPE, "tierfs#abc", os.geteuid()), control.GetStatus())
-        thread.join()
+        listener.listen(4)
+        yield start
+        for thread in threads:
+            thread.join(10)
+            assert not thread.is_alive(), "somebody did not ask again"
+
+
+def test_a_daemon_that_dies_meanwhile_is_one_clear_error(dying):
+    with pytest.raises(VolumeError, match="/m: its daemon was restarted: try again"):
+        ask(dying([], []), control.GetStatus())
+
+
+def test_who_only_looks_asks_the_next_mover(dying):
+    facts = control.Facts(b"f", "resident", 1, 512)
+    assert ask(dying([], [facts, control.Done(1)]), control.GetFacts([b"f"])) == [facts, control.Done(1)]
+
+
+def test_an_order_is_given_once_and_an_answer_told_once(dying):
+    with pytest.raises(VolumeError, match="try again"):
+        ask(dying([]), control.Fetch([b""], True))
+    facts = control.Facts(b"f", "resident", 1, 512)
+    answers = control.converse(dying([facts]), control.ListNames(b""))
+    assert next(answers) == facts
+    with pytest.raises(VolumeError, match="try again"):
+        next(answers)
 
 
 def test_runtime_directories_of_others_are_not_trusted(tmp_path, monkeypatch):

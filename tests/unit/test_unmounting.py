@@ -72,7 +72,7 @@ def test_a_daemon_that_ends_instead_has_done_what_was_asked(machine):
 
 
 def test_it_is_not_waited_for_for_ever(machine, monkeypatch):
-    monkeypatch.setattr(commands, "_ANEW_SECONDS", 0.1)
+    monkeypatch.setattr(commands, "ANEW_SECONDS", 0.1)
     machine(False)
     with pytest.raises(VolumeError, match="not mounted"):
         commands.unmount(MOUNT)

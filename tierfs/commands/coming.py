@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import select
 import socket
@@ -11,17 +12,18 @@ from itertools import pairwise
 
 from tierfs import control, locate
 
+ANEW_SECONDS = 60.0  # until a volume that is being mounted anew is there again, or has ended
 _LOOK_SECONDS = 0.02
 _CONNECT_SECONDS = 1.0
 
 
-def await_mount(mountpoint: str, seconds: float) -> None:
-    """Return when a volume is mounted there, or nobody is about to do that: at once where no daemon of this
-    user is for that place, else when it has ended, and after so many seconds at the latest."""
+def await_mount(mountpoint: str) -> None:
+    """Return when a volume is mounted there, or nobody is about to do that: at once where no daemon is for that
+    place, else when it has ended, and after a minute at the latest."""
     daemon = None if _is_mounted(mountpoint) else _daemon_for(mountpoint)
     if daemon is None:
         return
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + ANEW_SECONDS
     try:
         while not _is_mounted(mountpoint) and time.monotonic() < deadline:
             if select.select([daemon], [], [], _LOOK_SECONDS)[0]:
@@ -38,26 +40,43 @@ def _is_mounted(mountpoint: str) -> bool:
 def _daemon_for(mountpoint: str) -> int | None:
     """A descriptor that becomes readable when that daemon has ended. Nothing is asked of it: its mover, which
     would answer, may be starting too."""
-    directory = control.runtime_directory(os.geteuid())
-    try:
-        names = sorted(name for name in os.listdir(directory) if name.endswith(".sock"))
-    except OSError:
-        return None  # this user has none
-    for name in names:
-        with contextlib.suppress(OSError):  # what is left of one that was killed
-            pid = _listener(os.path.join(directory, name))
-            daemon = os.pidfd_open(pid)
-            if _is_for(pid, mountpoint):
-                return daemon
-            os.close(daemon)
+    for uid in _may_be_whose(mountpoint):
+        for path in _sockets_of(uid):
+            with contextlib.suppress(OSError):  # what is left of one that was killed
+                pid = _listener(path, uid)
+                daemon = os.pidfd_open(pid)
+                if _is_for(pid, mountpoint):
+                    return daemon
+                os.close(daemon)
     return None
 
 
-def _listener(path: str) -> int:
+def _may_be_whose(mountpoint: str) -> set[int]:
+    """Root and this user; root, who may end others' too, looks for that of the directory's owner: nobody else
+    shall have root wait."""
+    users = {0, os.geteuid()}
+    if os.geteuid() == 0:
+        with contextlib.suppress(OSError):
+            users.add(os.lstat(mountpoint).st_uid)
+    return users
+
+
+def _sockets_of(uid: int) -> list[str]:
+    found: list[str] = []
+    for directory in control.runtime_directories(uid):
+        with contextlib.suppress(OSError):  # this user has none
+            found += (os.path.join(directory, name) for name in os.listdir(directory) if name.endswith(".sock"))
+    return sorted(found)
+
+
+def _listener(path: str, uid: int) -> int:
+    """Its process. Raises OSError, also where that is somebody else's."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as sock:
         sock.settimeout(_CONNECT_SECONDS)
         sock.connect(path)
-        pid, _, _ = control.peer_credentials(sock)
+        pid, owner, _ = control.peer_credentials(sock)
+    if owner != uid:
+        raise PermissionError(errno.EPERM, "belongs to another user", path)
     return pid
 
 

@@ -9,6 +9,7 @@ import shlex
 import click
 
 from tierfs import adoption, config, control, launch, locate, terminal, volume
+from tierfs.commands.coming import await_mount
 from tierfs.commands.mount import clear_dead_mount, daemon_arguments, mounted_at, refuse_others, unmount
 from tierfs.commands.orders import converse_with_bar
 from tierfs.commands.paths import PATH
@@ -62,6 +63,7 @@ def _where_it_is(real: str, where: str) -> str:
 def leave(directory: str, state: str | None = None) -> None:
     """Fetch everything, unmount, and make DIRECTORY a plain directory again."""
     real = os.path.realpath(directory)
+    await_mount(real)
     clear_dead_mount(real)
     where = volume.find_state(real, state)
     mounted = None

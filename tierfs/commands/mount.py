@@ -13,13 +13,12 @@ import time
 import click
 
 from tierfs import config, control, launch, locate, terminal, volume
-from tierfs.commands.coming import await_mount
+from tierfs.commands.coming import ANEW_SECONDS, await_mount
 from tierfs.commands.paths import PATH
 from tierfs.errors import TierError, UsageError, VolumeError
 
 _END_SECONDS = 120.0
 _LOOK_SECONDS = 1.0
-_ANEW_SECONDS = 60.0  # until a volume that is being mounted anew is there again, or has ended
 _NEXT_SECONDS = 0.02
 _ABSENT = ("not mounted", "no mount point", "not found in")  # as umount(8) and fusermount3 say it
 
@@ -138,7 +137,7 @@ def clear_dead_mount(mountpoint: str) -> None:
 @click.argument("mountpoint", type=PATH)
 def umount(wait: bool, mountpoint: str) -> None:
     """Unmount MOUNTPOINT and end its daemon."""
-    await_mount(os.path.realpath(mountpoint), _ANEW_SECONDS)
+    await_mount(os.path.realpath(mountpoint))
     found = mounted_at(mountpoint)
     refuse_others(found, "unmount it")
     position, state = (drain(found), _state_of(found)) if wait else (0, "")
@@ -163,6 +162,7 @@ def restart(mountpoint: str) -> None:
 
     Open files stay open; who asks for something meanwhile waits.
     """
+    await_mount(os.path.realpath(mountpoint))
     found = mounted_at(mountpoint)
     refuse_others(found, "restart it")
     supervisor = _daemon_of(found)
@@ -249,7 +249,7 @@ def unmount(mount: locate.Mount) -> str:
 def _take_away(mount: locate.Mount, supervisor: int | None) -> None:
     """Also one that is just being mounted anew: who asked for its end shall not find it there again."""
     command = ["umount", "-i"] if os.geteuid() == 0 else ["fusermount3", "-u"]
-    deadline = time.monotonic() + _ANEW_SECONDS
+    deadline = time.monotonic() + ANEW_SECONDS
     while True:
         try:
             return _run([*command, "--", mount.mountpoint], mount.mountpoint)
