@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from tierfs.kit import is_gone, is_passing
 from tierfs.tree import Tree, fd_path
 
 _DEPTH = 512
+_LOOKS = 5  # where a file is that is being moved
 _MOST = 20_000  # directories that are known: five megabytes
 _LONG = 4000  # bytes: a system call takes 4095 of a path
 _STEP = 12  # components that always fit
@@ -147,28 +149,47 @@ class Places:
             return self._tree.open_at(rest, directory.handle, _LIST, above)
 
     def of_file(self, fd: int, parent: int, name: bytes) -> Place | None:
-        """The path of an open regular file, and whether it is pinned by itself or from above; None where it is
-        moved meanwhile. Raises OSError."""
+        """The path of what is open there, and whether it is pinned by itself or from above; None where it is
+        gone, or moved at each look. `parent`, `name`: where it may be; 0: nowhere. Raises OSError."""
         above = self.directory(parent) if parent else None
         if above is not None and self._is(fd, join(above.path, name)):
             return Place(join(above.path, name), above.pinned or self._tree.is_pinned(fd))
+        for _ in range(_LOOKS):  # a move is over by the next one
+            path = self._path_now(fd)
+            if path is None:
+                return None
+            place = self.at(fd, path)
+            if place is not None:
+                return place
+        return None
+
+    def at(self, fd: int, path: bytes) -> Place | None:
+        """What is open there, and whether it is pinned by itself or from above; None where this is not its
+        path, or no longer. Raises OSError."""
+        if not self._is(fd, path):
+            return None
+        try:
+            is_link = stat.S_ISLNK(os.fstat(fd).st_mode)  # which has no attributes of ours
+            pinned = not is_link and self._tree.is_pinned(fd)
+            place = Place(path, pinned or self._pinned_above(path))
+        except OSError as error:
+            if not is_gone(error):
+                raise
+            return None
+        # What has taken the place of a directory meanwhile says nothing of this file.
+        return place if self._is(fd, path) else None
+
+    def _path_now(self, fd: int) -> bytes | None:
+        """What the kernel says; None where it is gone, or too deep for the kernel to tell."""
         try:
             path = os.readlink(os.fsencode(fd_path(fd)))
         except OSError as error:
             if error.errno != errno.ENAMETOOLONG:
                 raise
             return None
-        relative = path[len(self._root) + 1 :]
-        if not path.startswith(self._root + b"/") or not self._is(fd, relative):
+        if not path.startswith(self._root + b"/") or not os.fstat(fd).st_nlink:
             return None
-        try:
-            place = Place(relative, self._tree.is_pinned(fd) or self._pinned_above(relative))
-        except OSError as error:
-            if not is_gone(error):
-                raise
-            return None
-        # What has taken the place of a directory meanwhile says nothing of this file.
-        return place if self._is(fd, relative) else None
+        return path[len(self._root) + 1 :]
 
     def _is(self, fd: int, path: bytes) -> bool:
         try:

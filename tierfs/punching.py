@@ -23,7 +23,7 @@ from tierfs.copying import Item
 from tierfs.digests import have_digests, sha256
 from tierfs.errors import BusyError, ForeignStubError, TierError
 from tierfs.index import Writer
-from tierfs.kit import WRITE_FLAGS, Kit, may_be_gone, proven, read_exactly, unopened
+from tierfs.kit import GONE, WRITE_FLAGS, Kit, may_be_gone, proven, read_exactly, unopened
 from tierfs.model import DOUBTED, LEAF, Copy, Record, Residency, Stub
 from tierfs.places import Places
 
@@ -134,9 +134,7 @@ class Puncher:
             item.stay("has a time after the year 2262")
         elif not proven(record, now, self._kit.custody) or record.residency is not Residency.RESIDENT:
             item.stay("was changed after it was copied")
-        elif self._pinned(item, fd, record):
-            item.stay("is pinned")
-        else:
+        elif self._may_go(item, fd, record):
             return DemotionProof(_MINT, record, record.copy, st)
         return None
 
@@ -153,9 +151,7 @@ class Puncher:
             item.stay("its copy was found bad: what is here of it stays")
         elif may_be_gone(self._kit, copy):
             item.stay("the store was another machine's meanwhile: what is here of it stays")
-        elif self._pinned(item, fd, record):
-            item.stay("is pinned")
-        else:
+        elif self._may_go(item, fd, record):
             checked = record.residency is Residency.PARTIAL and copy.custody == self._kit.custody
             untouched = st.st_ctime_ns == record.left_ctime and st.st_mtime_ns == copy.mtime
             if not (checked and untouched) and not self._local_is_copy(item, fd, record, copy):
@@ -182,9 +178,14 @@ class Puncher:
                 return False
         return True
 
-    def _pinned(self, item: Item, fd: int, record: Record) -> bool:
+    def _may_go(self, item: Item, fd: int, record: Record) -> bool:
+        """Nothing is pinned, neither it nor above it; where it stays the item says so."""
         place = self._places.of_file(fd, record.parent, record.name)
-        return self._kit.tree.is_pinned(fd) if place is None else place.pinned
+        if place is None:
+            item.stay("was moved just now" if os.fstat(fd).st_nlink else GONE)
+        elif place.pinned:
+            item.stay("is pinned")
+        return item.going
 
     # --- from resident to stub ----------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import threading
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from tierfs import control, terminal, volume
 from tierfs.collecting import Collector
 from tierfs.copying import PIECE, Item
-from tierfs.errors import StoreUnavailableError, TierError
+from tierfs.errors import BusyError, StoreUnavailableError, TierError
 from tierfs.heat_index import HeatIndex
 from tierfs.kit import GONE
 from tierfs.model import Record, Residency, object_key
@@ -185,18 +186,16 @@ class TierBackend:
         return reason
 
     def _is_pinned(self, opath: int, path: bytes) -> bool:
-        tree = self._kit.tree
-        if stat.S_ISLNK(os.fstat(opath).st_mode) or not tree.is_pinned(opath):
-            parts = path.split(b"/")[:-1] if path else []
-            return any(self._holds_pin(b"/".join(parts[:depth])) for depth in range(len(parts) + 1))
-        return True
-
-    def _holds_pin(self, directory: bytes) -> bool:
-        fd = os.open(directory or b".", os.O_PATH | os.O_DIRECTORY, dir_fd=self._kit.tree.rootfd)
-        try:
-            return self._kit.tree.is_pinned(fd)
-        finally:
-            os.close(fd)
+        """Where it is renamed meanwhile it counts where it is then. Raises BusyError, OSError."""
+        if not path:
+            return self._kit.tree.is_pinned(opath)
+        places = self._tier.places
+        place = places.at(opath, path) or places.of_file(opath, 0, b"")
+        if place is None:
+            if not os.fstat(opath).st_nlink:
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+            raise BusyError("was moved just now: try again")
+        return place.pinned
 
     def handle_of(self, opath: int) -> bytes:
         """The kernel file handle."""

@@ -10,6 +10,7 @@ import errno
 import os
 import threading
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -68,6 +69,13 @@ def break_lease(path):
     """Somebody opens it past the gate, and does not wait."""
     with pytest.raises(BlockingIOError):
         os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+
+
+@contextmanager
+def directory(path):
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    yield fd
+    os.close(fd)
 
 
 def check_whole(volume, name, content):
@@ -323,14 +331,42 @@ def test_what_lies_in_a_directory_that_is_pinned_while_it_is_copied_stays(volume
     volume.tier.drain()
 
     def pin():
-        fd = os.open(volume.path("d"), os.O_RDONLY | os.O_DIRECTORY)
-        volume.tier.set_pin(fd, os.stat(volume.root).st_ino, b"d", True)
-        os.close(fd)
+        with directory(volume.path("d")) as fd:
+            volume.tier.set_pin(fd, os.stat(volume.root).st_ino, b"d", True)
 
     at(failpoints.COPY_COMMITTED, pin)
     (item,) = volume.demote("d/a")
     assert item.reason == "is pinned"
     check_whole(volume, "d/a", content)
+
+
+@pytest.mark.parametrize("times", [1, 1000])
+def test_what_lies_in_a_pinned_directory_that_is_renamed_just_now_stays(volume, at, monkeypatch, times):
+    """Where it stands is asked again; where that is never told, nothing is known of what is pinned above it."""
+    content = os.urandom(20_000)
+    volume.server.mkdir(volume.path("d"))
+    volume.server.create(volume.path("d/a"), content)
+    volume.tier.drain()
+    is_pinned, ino, left = volume.tree.is_pinned, os.stat(volume.path("d/a")).st_ino, [times]
+
+    def renamed(fd):
+        if os.fstat(fd).st_ino == ino and left[0]:
+            left[0] -= 1
+            here, there = ("d", "z") if os.path.exists(volume.path("d")) else ("z", "d")
+            os.rename(volume.path(here), volume.path(there))
+        return is_pinned(fd)
+
+    def pin():
+        with directory(volume.path("d")) as fd:
+            volume.tier.set_pin(fd, os.stat(volume.root).st_ino, b"d", True)
+        os.rename(volume.path("d"), volume.path("z"))  # what the index does not know of as yet
+        monkeypatch.setattr(volume.tree, "is_pinned", renamed)
+
+    at(failpoints.COPY_COMMITTED, pin)
+    (item,) = volume.demote("d/a")
+    assert item.reason == ("is pinned" if times == 1 else "was moved just now")
+    monkeypatch.setattr(volume.tree, "is_pinned", is_pinned)
+    check_whole(volume, "d/a" if os.path.exists(volume.path("d")) else "z/a", content)
 
 
 # --- a stub -----------------------------------------------------------------------------------------------
