@@ -29,13 +29,17 @@ log = logging.getLogger("control")
 _STOPPING = "the daemon is stopping: try again"
 _MAX_CONNECTIONS = 64
 _MAX_WAITING = 96  # of users who have their share already
+_MAX_ORDERS = 64  # that somebody waits for
+_ORDERS_WAITING = 512  # for one of those to end
+_WAITING_BYTES = 64 * 1024  # of paths in an order of another user's that waits: it is in memory
 MOST_ORDERS = 64  # in the background
 _IDLE_SECONDS = 30.0
 _PROGRESS_SECONDS = 0.1
 LIST_LIMIT = 100_000  # outcomes named in one answer
 _OF_A_PATH = (control.ListNames, control.GetVersions, control.ReadVersion)
-# What may take hours; all else is answered as soon as it can be.
+# What may take hours; all else is answered as soon as it can be, and does not wait for these.
 _ORDERS = (control.Demote, control.Fetch, control.SetPin, control.Drain, control.Check, control.Collect)
+_LONG = (*_ORDERS, control.ReadVersion)
 
 
 class Job(Protocol):
@@ -111,6 +115,8 @@ class ControlServer:
         # Of the places too. Our own users wait for one; others for a share, not to be in their way.
         shares = Shares(1 << 30, _MAX_CONNECTIONS * 3 // 4, _MAX_CONNECTIONS // 4)
         self._turns = Turns(shares, _MAX_WAITING, _MAX_WAITING // 2)
+        shares = Shares(_MAX_ORDERS, _MAX_ORDERS * 3 // 4, _MAX_ORDERS // 4)
+        self._order_turns = Turns(shares, _ORDERS_WAITING, _MAX_WAITING // 2)
         self._background = Shares(MOST_ORDERS, MOST_ORDERS // 2, MOST_ORDERS // 8)
         self._counting = threading.Lock()
         self._questions = self._orders = 0
@@ -145,7 +151,10 @@ class ControlServer:
                     log.error("a client cannot be heard: %s", exc)
                 continue
             self._admit(sock)
-        for client in self._turns.dismiss():
+        self._dismiss()
+
+    def _dismiss(self) -> None:
+        for client in (*self._turns.dismiss(), *self._order_turns.dismiss()):
             _send_away(client.sock, BusyError(_STOPPING))
 
     def _admit(self, sock: socket.socket) -> None:
@@ -183,21 +192,67 @@ class ControlServer:
             self._places.release()
 
     def _listen_to(self, client: Client) -> None:
-        """Until it ends; whatever goes wrong, its turn ends too."""
-        sock, peer = client
+        """Until it ends, or asks for what takes long and waits for another turn; whatever goes wrong, this one
+        is over."""
+        with contextlib.ExitStack() as ending:
+            ending.enter_context(client.sock)
+            with self._whatever_goes_wrong():
+                request = self._talk(client, None)
+                if request is not None:
+                    ending.pop_all()
+                    self._queue(client._replace(request=request))
+
+    @contextlib.contextmanager
+    def _whatever_goes_wrong(self) -> Iterator[None]:
         try:
-            with sock:
-                sock.settimeout(_IDLE_SECONDS)
-                while (request := control.receive_request(sock)) is not None:
-                    with self._counted(request):
-                        self._hurry(isinstance(request, _ORDERS))
-                        self._answer(sock, peer, request)
+            yield
         except UsageError as exc:
             log.warning("a client sent nonsense: %s", exc)
         except OSError as exc:
             log.debug("a client went away: %s", exc)
         except Exception:
             log.exception("a client was not heard to its end")
+
+    def _talk(self, client: Client, request: control.Request | None) -> control.Request | None:
+        """Answer this request, and those that follow. Returns what is for another turn, None at the end."""
+        ordered = request is not None
+        client.sock.settimeout(_IDLE_SECONDS)
+        while request is not None or (request := control.receive_request(client.sock)) is not None:
+            if isinstance(request, _LONG) and not ordered:
+                return request
+            with self._counted(request):
+                self._hurry(isinstance(request, _ORDERS))
+                self._answer(client.sock, client.peer, request)
+            request = None
+        return None
+
+    def _queue(self, client: Client) -> None:
+        """Carry out what takes long when its turn comes, in a thread of its own: no question waits for that."""
+        small = sum(map(len, getattr(client.request, "paths", ()))) <= _WAITING_BYTES
+        try:
+            if not self._order_turns.enter(client, may_wait=small or client.peer.trusted):
+                if self._stopping.is_set():
+                    self._dismiss()
+                return
+        except BusyError:
+            _send_away(client.sock, BusyError("you have too many orders under way: end some"))
+            return
+        try:
+            threading.Thread(target=self._serve_long, args=(client,), name="control-long", daemon=True).start()
+        except RuntimeError as exc:  # too many threads, for now
+            log.error("an order cannot be carried out: %s", exc)
+            unheard: Client | None = client
+            while unheard is not None:
+                _send_away(unheard.sock, BusyError("too many threads run on this machine: try again"))
+                unheard = self._order_turns.leave(unheard.peer)
+
+    def _serve_long(self, first: Client) -> None:
+        """This order, and those that wait for its end."""
+        client: Client | None = first
+        while client is not None:
+            with client.sock, self._whatever_goes_wrong():
+                self._talk(client, client.request)
+            client = self._order_turns.leave(client.peer)
 
     @contextlib.contextmanager
     def _counted(self, request: control.Request) -> Iterator[None]:

@@ -8,6 +8,7 @@ import threading
 from collections import Counter
 from typing import NamedTuple
 
+from tierfs import control
 from tierfs.errors import BusyError
 from tierfsd.credentials import Peer
 
@@ -47,27 +48,30 @@ class Shares:
 
 
 class Client(NamedTuple):
-    """A connection, and who is at its other end."""
+    """A connection, and who is at its other end. `request`: what was read from it already."""
 
     sock: socket.socket
     peer: Peer
+    request: control.Request | None = None
 
 
 class Turns:
-    """Connections that are served while there are shares, and those that wait, unread, until one ends: `one` of
-    each user and `most` of all, for each takes a descriptor. Who waits is called by whoever leaves: no thread
-    of its own, and nobody is in the way of those who have their share."""
+    """Connections that are served while there are shares, and those that wait until one ends: `one` of each
+    user who is not trusted, and `most` of these and of the trusted, for each takes a descriptor. Who waits is
+    called by whoever leaves: no thread of its own, and nobody is in the way of those who have their share."""
 
     def __init__(self, shares: Shares, most: int, one: int) -> None:
         self._shares, self._most, self._one = shares, most, one
         self._lock = threading.Lock()  # before that of the shares
         self._waiting: list[Client] = []
 
-    def enter(self, client: Client) -> bool:
-        """Whether it may be served now; otherwise it waits. Raises BusyError where too many do."""
+    def enter(self, client: Client, *, may_wait: bool = True) -> bool:
+        """Whether it is served now; otherwise it waits. Raises BusyError where it may not, or too many do."""
         with self._lock:
             if self._shares.take(client.peer):
                 return True
+            if not may_wait:
+                raise BusyError("you have too many connections: end some")
             if not self._room_for(client.peer):
                 self._drop_gone()
                 if not self._room_for(client.peer):
@@ -93,8 +97,8 @@ class Turns:
         return dismissed
 
     def _room_for(self, peer: Peer) -> bool:
-        own = sum(client.peer.uid == peer.uid for client in self._waiting)
-        return len(self._waiting) < self._most and own < self._one
+        like = [client.peer.uid for client in self._waiting if client.peer.trusted == peer.trusted]
+        return len(like) < self._most and (peer.trusted or like.count(peer.uid) < self._one)
 
     def _drop_gone(self) -> None:
         """What was interrupted while it waited is not carried out, and takes nobody's place."""

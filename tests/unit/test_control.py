@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import select
 import shutil
 import socket
 import stat
@@ -654,6 +655,113 @@ sys.stdin.read()
         child.communicate("")
 
 
+def wait_for(condition):
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_question_does_not_wait_for_orders_though_they_be_many(mount, server, backend):
+    """Nor does an order for ever: it has its turn when another has ended, or is told that they are too many."""
+    most, may_wait = control_server._MAX_ORDERS, 20
+    server._order_turns._most = may_wait
+    backend.block = True
+    answers = [control.converse(mount, control.Demote([b"d"], True)) for _ in range(most)]
+    assert all(isinstance(next(each), control.Progress) for each in answers)
+    with contextlib.ExitStack() as stack:
+        socks = []
+        for _ in range(may_wait + 1):
+            socks.append(stack.enter_context(control.connect(mount)))
+            socks[-1].settimeout(20)
+            control.send(socks[-1], control.Demote([b"d"], True))
+        told = select.select(socks, [], [], 20)[0]
+        assert len(told) == 1 and "too many" in control.receive_answer(told[0]).message
+        assert len(ask(mount, control.GetStatus())) == 1
+        socks.remove(told[0])
+        answers.pop().close()
+        assert isinstance(control.receive_answer(select.select(socks, [], [], 20)[0][0]), control.Progress)
+        assert len(ask(mount, control.GetFacts([b"f"]))) == 2
+        backend.block = False
+        for sock in socks:
+            answer = control.receive_answer(sock)
+            while isinstance(answer, control.Progress):
+                answer = control.receive_answer(sock)
+            assert answer == control.Done(2)
+            sock.close()
+    assert [list(each)[-1] for each in answers] == [control.Done(2)] * (most - 1)
+    wait_for(lambda: not server._order_turns._shares._trusted)
+    wait_for(lambda: server._places._value == control_server._MAX_CONNECTIONS)
+
+
+def test_an_order_that_is_interrupted_before_its_turn_is_not_carried_out(mount, server, backend):
+    backend.block = True
+    answers = [control.converse(mount, control.Demote([b"d"], True)) for _ in range(control_server._MAX_ORDERS)]
+    for each in answers:
+        next(each)
+    sock = control.connect(mount)
+    control.send(sock, control.Fetch([b"f"], True))
+    wait_for(lambda: server._order_turns._waiting)
+    sock.close()
+    before = len(backend.orders)
+    for each in answers:
+        each.close()
+    wait_for(lambda: not server._order_turns._shares._trusted)
+    assert len(backend.orders) == before == control_server._MAX_ORDERS
+
+
+def test_after_an_order_a_connection_may_ask_for_more(mount, server):
+    with control.connect(mount) as sock:
+        sock.settimeout(20)
+        for request in (control.Demote([b"d"], True), control.GetStatus(), control.Demote([b"f"], True)):
+            control.send(sock, request)
+            answer = control.receive_answer(sock)
+            assert isinstance(answer, control.Status) or answer.files
+
+
+def test_an_order_for_which_there_is_no_thread_is_told_so(mount, server, monkeypatch):
+    start = threading.Thread.start
+
+    def refuse(self):
+        if self.name == "control-long":
+            raise RuntimeError("can't start new thread")
+        start(self)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(TierError, match="too many"):
+        ask(mount, control.Demote([b"d"], True))
+    monkeypatch.undo()
+    wait_for(lambda: not server._order_turns._shares._trusted)
+
+
+@needs_root
+def test_the_orders_of_another_user_leave_room_for_their_questions(mount, server, backend, tree, tmp_path):
+    open_to_others(tmp_path)
+    backend.block = True
+    work = f"""
+held = [connect() for _ in range({control_server._MAX_ORDERS // 4} + 5)]
+for sock in held:
+    control.send(sock, control.Fetch([b"d"], True))
+asking, large = connect(), connect()
+control.send(asking, control.GetStatus())
+print(type(control.receive_answer(asking)).__name__, flush=True)
+sys.stdin.readline()
+control.send(large, control.Fetch([b"d" * 100] * 1000, True))
+print(control.receive_answer(large).message, flush=True)
+sys.stdin.read()
+"""
+    child = as_nobody(tmp_path / "abc.sock", work)
+    try:
+        assert child.stdout.readline() == "Status\n"
+        wait_for(lambda: len(server._order_turns._waiting) == 5)
+        child.stdin.write("\n")
+        child.stdin.flush()
+        assert "too many orders" in child.stdout.readline(), "it would be kept in memory"
+    finally:
+        child.communicate("")
+    wait_for(lambda: not server._order_turns._shares._taken)
+
+
 @needs_root
 def test_who_waits_is_told_when_the_daemon_stops(server, tmp_path):
     open_to_others(tmp_path)
@@ -675,6 +783,19 @@ sys.stdin.read()
         assert child.stdout.readline() == "the daemon is stopping: try again\n"
     finally:
         child.communicate("")
+
+
+def test_an_order_that_waits_is_told_when_the_daemon_stops(mount, server, backend):
+    backend.block = True
+    answers = [control.converse(mount, control.Demote([b"d"], True)) for _ in range(control_server._MAX_ORDERS)]
+    for each in answers:
+        next(each)
+    with control.connect(mount) as sock:
+        sock.settimeout(20)
+        control.send(sock, control.Demote([b"d"], True))
+        wait_for(lambda: server._order_turns._waiting)
+        server.close()
+        assert "daemon is stopping: try again" in control.receive_answer(sock).message
 
 
 @needs_root
