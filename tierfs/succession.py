@@ -28,7 +28,7 @@ class Succession:
         self._left = {}
         for kept in list(self._ledger.load_inodes()):
             other = self._left.setdefault(kept.ino, kept)
-            if other is not kept:  # the number was another file's, whose end nobody had been told of
+            if other is not kept:  # killed at a change of it, or the number was another file's, which has ended
                 self._left[kept.ino] = kept if kept.backing_id else other
                 self._ledger.drop_inode(other.slot if kept.backing_id else kept.slot)
 

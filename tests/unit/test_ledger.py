@@ -198,6 +198,38 @@ def test_long_content_comes_and_goes_at_once(before, after):
     assert line > 10
 
 
+def test_what_is_known_of_an_inode_is_the_former_or_the_new_at_each_line():
+    """Between them it is never forgotten: a registration would stay until the mount ends, and a stub whose
+    content is coming in would show the times that this has left."""
+    before, after = (7, None), (0, (1, 2, 3))
+    ended, line, seen = False, 0, set()
+    while not ended:
+        fd = ledgers.make()
+        table = Ledger(fd)
+        other = table.inode(0, 6, 8)
+        slot = table.inode(0, 5, *before)
+        ended = kill_at(line, lambda: table.inode(slot, 5, *after))  # noqa: B023
+        table = Ledger(fd)
+        left = list(table.load_inodes())
+        kept = {(each.backing_id, each.shown) for each in left if each.ino == 5}
+        assert kept and kept <= {before, after}, f"killed at line {line}"
+        seen |= {frozenset(kept)}
+        assert not ended or kept == {after}
+        assert [each[:3] for each in left if each.ino == 6] == [(other, 6, 8)]
+        os.close(fd)
+        line += 1
+    assert {frozenset({before}), frozenset({after})} <= seen
+
+
+def test_rewriting_what_is_known_of_an_inode_takes_no_more_places():
+    table = Ledger()
+    slots = [table.inode(0, ino, ino) for ino in (5, 6)]
+    for turn in range(100):
+        slots = [table.inode(slot, ino, 0, (turn, 2, 3)) for slot, ino in zip(slots, (5, 6), strict=True)]
+    assert table._words[6] <= 4 and len(set(slots)) == 2
+    assert {kept.slot: kept.ino for kept in table.load_inodes()} == dict(zip(slots, (5, 6), strict=True))
+
+
 def test_a_record_that_cannot_be_written_leaves_the_one_before():
     """It is never empty in between, and its number used again."""
     table = Ledger()
