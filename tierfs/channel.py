@@ -92,6 +92,7 @@ class Channel:
     def __init__(self, sock: socket.socket, *, server: bool) -> None:
         self.sock = sock
         self._decoder: msgspec.msgpack.Decoder[Any] = _to_server if server else _to_supervisor
+        self._unknown: set[str] = set()
 
     def fileno(self) -> int:
         """For poll."""
@@ -101,16 +102,16 @@ class Channel:
         """Send one message. Raises OSError: EPIPE, ECONNRESET where the peer is gone."""
         wire.send(self.sock, _encoder.encode(message), fds)
 
-    def receive(self) -> tuple[Message, list[int]] | None:
+    def receive(self) -> tuple[Message | wire.Unknown, list[int]] | None:
         """The next message with its descriptors (the caller's to close); None at the end of the stream.
 
-        Raises BlockingIOError where nothing is there yet, OSError where the peer is gone.
+        Raises BlockingIOError where nothing is there yet, OSError where the peer is gone, DecodeError where it
+        cannot be read.
         """
         received = wire.receive(self.sock)
         if received is None:
             return None
-        data, fds = received
-        return self._decoder.decode(data), fds
+        return wire.decoded(self._decoder, *received, self._unknown)
 
     def close(self) -> None:
         """Close this end."""

@@ -489,8 +489,8 @@ class Ledger:
     # --- inodes -------------------------------------------------------------------------------------------
 
     def inode(self, former: int, ino: int, backing_id: int, shown: tuple[int, int, int] | None = None) -> int:
-        """Write down what is to be known of an inode; its slot. `former`: the one before, 0 where there is none;
-        it ends when the new one is there, so that there is no moment in which nothing is known."""
+        """Write down what is to be known of an inode; its slot. `former`: the one before, 0 where there is
+        none; it ends when the new one is there, so that there is no moment in which nothing is known."""
         slot = self._inodes.take()
         times = (1, *(clamped(value) for value in shown)) if shown is not None else (0, 0, 0, 0)
         at = _INODES_AT + slot * _INODE.size

@@ -7,11 +7,15 @@ Neither ever blocks on the other: a request carries an `id`, its answer comes as
 from __future__ import annotations
 
 import array
+import logging
 import os
 import socket
 from collections.abc import Sequence
+from typing import Any, get_args
 
 import msgspec
+
+log = logging.getLogger("wire")
 
 MAX_MESSAGE = 128 * 1024
 MAX_FDS = 64  # descriptors in one message (the kernel's own limit is 253)
@@ -22,6 +26,13 @@ _CUT = int(socket.MSG_TRUNC) | int(socket.MSG_CTRUNC)
 
 class Message(msgspec.Struct, tag=True, array_like=True, frozen=True):
     """Base of all messages."""
+
+
+class Unknown(msgspec.Struct, frozen=True):
+    """In the place of a message that only the newer version at the other end knows, as after an upgrade in
+    place: it is passed over. None may be needed for anything to be safe."""
+
+    name: str
 
 
 # --- mount server to mover -------------------------------------------------------------------------------
@@ -259,12 +270,38 @@ def receive(sock: socket.socket) -> tuple[bytes, list[int]] | None:
     return data, list(fds)
 
 
+def decoded(
+    decoder: msgspec.msgpack.Decoder[Any], data: bytes, fds: list[int], named: set[str]
+) -> tuple[Any, list[int]]:
+    """A message with its descriptors; Unknown where this version has none of that name. Raises DecodeError
+    where it cannot be read. `named`: those unknown ones of which the log has a word already."""
+    try:
+        return decoder.decode(data), fds
+    except msgspec.DecodeError as error:
+        for fd in fds:
+            os.close(fd)
+        name = _name_in(data)
+        if name in {kind.__name__ for kind in get_args(decoder.type)}:
+            raise
+        if name not in named:
+            named.add(name)
+            log.warning("a %s message, which this version does not know, is passed over: %s", name, error)
+        return Unknown(name), []
+
+
+def _name_in(data: bytes) -> str:
+    """The tag of a message. Raises DecodeError where it has none."""
+    items = msgspec.msgpack.decode(data, type=list[Any])
+    return msgspec.convert(items[0] if items else None, type=str)
+
+
 class Link:
     """One end of the pair; messages arrive whole and in order."""
 
     def __init__(self, sock: socket.socket, *, server: bool) -> None:
         self.sock = sock
-        self._decoder = _to_server if server else _to_mover
+        self._decoder: msgspec.msgpack.Decoder[Any] = _to_server if server else _to_mover
+        self._unknown: set[str] = set()
 
     def fileno(self) -> int:
         """For poll."""
@@ -274,7 +311,7 @@ class Link:
         """Send one message. Raises OSError: EAGAIN (non-blocking and full), EPIPE/ECONNRESET (peer gone)."""
         send(self.sock, _encoder.encode(message), fds)
 
-    def receive(self) -> tuple[ToMover | ToServer, list[int]] | None:
+    def receive(self) -> tuple[ToMover | ToServer | Unknown, list[int]] | None:
         """The next message with its descriptors (the caller's to close); None at the end of the stream.
 
         Raises BlockingIOError where nothing is there yet, OSError where the peer is gone.
@@ -282,8 +319,7 @@ class Link:
         received = receive(self.sock)
         if received is None:
             return None
-        data, fds = received
-        return self._decoder.decode(data), fds
+        return decoded(self._decoder, *received, self._unknown)
 
     def close(self) -> None:
         """Close this end."""

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import time
 from collections.abc import Callable, Sequence
 
+import msgspec
+
 from tierfs import channel, wire
 from tierfsd.attachment import Attachment
 from tierfsd.events import Events
+
+log = logging.getLogger("supervisor")
 
 
 class ServerChannel:
@@ -83,6 +88,9 @@ class ServerChannel:
             received = self._channel.receive()
         except BlockingIOError:
             return False
+        except msgspec.DecodeError as error:  # the mount lives on, whatever a newer server says
+            log.error("a message of the mount server cannot be read: %s", error)
+            return True
         except OSError:
             received = None
         if received is None:
