@@ -13,9 +13,9 @@ import struct
 from collections.abc import Iterator
 
 from tierfs import syscalls
-from tierfs.ledger import Ledger
+from tierfs.ledger import KeptDir, Ledger
 from tierfs.nodes import GoneStat, NodeTable
-from tierfs.waits import Slow
+from tierfs.waits import Blocked, Slow, Wait
 
 log = logging.getLogger("gate")
 
@@ -104,6 +104,8 @@ class Directories:
         self._ledger = ledger
         self._listings: dict[int, Listing] = {}
         self._opened_by: dict[int, int] = {}  # request -> directory, of those that were taken over
+        self._late: dict[int, KeptDir] = {}  # by number, those of them that have not been found as yet
+        self._found = Wait()  # for that
         # Who reads without having opened: the directory, and where in it. Others seek.
         self._reading: tuple[int, _Reader] = 0, _Reader()
 
@@ -128,22 +130,39 @@ class Directories:
         return os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=dirfd)
 
     def restore(self) -> None:
-        """Take over the open directories that the ledger knows. One that is gone has no entries any more."""
-        for kept in list(self._ledger.load_directories()):
+        """Take over the open directories that the ledger knows. One that is gone has no entries any more; but
+        see OpenFiles.restore."""
+        for kept in self._ledger.load_directories():
+            self._late[kept.number] = kept
+            self._opened_by[kept.request] = kept.number
+        self.restore_late(last=not self._ledger.is_pending)
+
+    def restore_late(self, *, last: bool) -> None:
+        """Those that were not found where the ledger says; `last`: there will be no other try."""
+        late, self._late = self._late, {}
+        for kept in late.values():
             try:
                 self._listings[kept.number] = Listing(self._open(kept.node))
             except OSError as error:
+                if error.errno == errno.ESTALE and not last:
+                    self._late[kept.number] = kept
+                    continue
                 log.info("an open directory, node %d, is gone: %s", kept.node, error)
                 self._listings[kept.number] = Listing(-1)
-            self._opened_by[kept.request] = kept.number
+        if not self._late:
+            self._found.fire()
 
     def undo(self, request: int) -> None:
         """A request that is sent again has opened this directory, and nobody has been told its number."""
         number = self._opened_by.pop(request, None)
-        if number is not None and number in self._listings:
+        if number is not None and self._late.pop(number, None) is not None:
+            self._ledger.drop_directory(number)
+        elif number is not None and number in self._listings:
             self.release(number)
 
     def _get(self, fh: int) -> Listing:
+        if fh in self._late:
+            raise Blocked(self._found)
         try:
             return self._listings[fh]
         except KeyError:

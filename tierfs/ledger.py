@@ -566,6 +566,11 @@ class Ledger:
         self._write_intent(places[free], newest[0], newest[1])
         self._pending[newest[0]] = free, newest[1]
 
+    @property
+    def is_pending(self) -> bool:
+        """Something was being done that has not been answered, as far as is known."""
+        return bool(self._pending)
+
     def pending(self, request: int) -> Intent | None:
         """What this request, now sent again, was doing."""
         entry = self._pending.get(request)

@@ -20,7 +20,7 @@ from tierfs.handles import Handle, Inode
 from tierfs.ledger import KeptFile
 from tierfs.making import Caller, changed_by
 from tierfs.nodes import Node, NodeTable
-from tierfs.waits import Slow, Stretch
+from tierfs.waits import Blocked, Slow, Stretch, Wait
 
 log = logging.getLogger("gate")
 
@@ -39,6 +39,8 @@ class OpenFiles:
         self._ledger = gate.ledger
         self.handles: dict[int, tuple[Node, Handle]] = {}  # by number
         self._opened_by: dict[int, int] = {}  # request -> file, of those that were taken over
+        self._late: dict[int, KeptFile] = {}  # by number, those of them that have not been found as yet
+        self._found = Wait()  # for that
 
     def __len__(self) -> int:
         return len(self.handles)
@@ -56,16 +58,34 @@ class OpenFiles:
         return number
 
     def restore(self) -> None:
-        """Take over the open files that the ledger knows. One that cannot be reached any more is stale."""
-        for kept in list(self._ledger.load_files()):
+        """Take over the open files that the ledger knows. One that cannot be reached any more is stale; but
+        where the server was killed at a change of names, `restore_late` tries again when that has been told of.
+        """
+        for kept in self._ledger.load_files():
+            self._late[kept.number] = kept
+            self._opened_by[kept.request] = kept.number
+        self.restore_late(last=not self._ledger.is_pending)
+
+    def restore_late(self, *, last: bool) -> None:
+        """Those that were not found where the ledger says; `last`: there will be no other try."""
+        late, self._late = self._late, {}
+        for kept in late.values():
             try:
                 self._restore(kept)
             except (OSError, TierError) as error:
+                if error.errno == errno.ESTALE and not last:
+                    self._late[kept.number] = kept
+                    continue
                 # Whoever uses it is told EBADF; in passthrough its content is still at hand.
                 log.error("an open file of node %d is lost to us: %s", kept.node, error)
                 self._ledger.drop_file(kept.number)
-            else:
-                self._opened_by[kept.request] = kept.number
+        if not self._late:
+            self._found.fire()
+
+    @property
+    def late(self) -> bool:
+        """Some have not been found."""
+        return bool(self._late)
 
     def _restore(self, kept: KeptFile) -> None:
         node = self._nodes.get(kept.node)
@@ -84,19 +104,23 @@ class OpenFiles:
     def undo(self, request: int) -> None:
         """A request that is sent again has opened this file, and nobody has been told its number."""
         number = self._opened_by.pop(request, None)
-        if number is not None and number in self.handles:
+        if number is not None and self._late.pop(number, None) is not None:
+            self._ledger.drop_file(number)
+        elif number is not None and number in self.handles:
             self.release(number)
 
     def get(self, fh: int) -> Handle:
-        """The handle of this number."""
-        try:
-            return self.handles[fh][1]
-        except KeyError:
-            raise OSError(errno.EBADF, os.strerror(errno.EBADF)) from None
+        """The handle of this number. Raises Blocked too."""
+        handle = self.find(fh)
+        if handle is None:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        return handle
 
     def find(self, fh: int | None) -> Handle | None:
-        """The handle of this number if it is one of a regular file."""
+        """The handle of this number if it is one of a regular file. Raises Blocked while it is not found."""
         entry = self.handles.get(fh) if fh is not None else None
+        if entry is None and fh in self._late:
+            raise Blocked(self._found)
         return entry[1] if entry is not None else None
 
     def release(self, fh: int) -> None:

@@ -144,14 +144,24 @@ class Vfs:
         self.gate.marking.take_over(undrained)
         self.gate.succession.begin()
         self.files.restore()
-        self.gate.succession.end()
         self.dirs.restore()
+        if not self.files.late:
+            self.gate.succession.end()
 
     def again(self, request: int) -> None:
         """Call before a request is run that was sent again: what its first run opened is closed."""
         self.files.undo(request)
         self.dirs.undo(request)
         self.ledger.replayed = self.ledger.pending(request)
+
+    def done_again(self, *, last: bool) -> None:
+        """Call when a request that was sent again has been carried out, and with `last` when all have been.
+        What was open under a name that a killed server had just changed is where the ledger says by now."""
+        self.dirs.restore_late(last=last)
+        if self.files.late:
+            self.files.restore_late(last=last)
+            if not self.files.late:
+                self.gate.succession.end()
 
     def _intend_to_make(self, directory: Node, dirfd: int, name: bytes) -> None:
         """Something new is about to have this name; what a killed server made of the same request goes first.

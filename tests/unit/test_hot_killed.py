@@ -57,6 +57,8 @@ BODIES = {
     "rename over one of two names": rename_of(b"g", "", b"f2"),
     "rename over the name of two that is known": rename_of(b"g", "", b"h2"),
     "rename a directory over another": rename_of(b"e", "d", b"sub"),
+    "rename what is open": lambda nodes: (p.Op.RENAME, nodes["d"], p.U64.pack(ROOT) + b"x\0moved\0", 0),
+    "rename what is above": rename_of(b"d", "e", b"moved"),
     "rename to a long name": rename_of(b"g", "d", LONG),
     "rename from a long name": rename_of(LONG, "d", b"new"),
     "rename from a long name to another": rename_of(LONG, "", LONG[1:] + b"o"),

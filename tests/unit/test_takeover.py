@@ -13,10 +13,12 @@ import pytest
 from tierfs import ledger as ledgers
 from tierfs import syscalls
 from tierfs.gate import Gate
+from tierfs.intents import Doing
 from tierfs.ledger import Ledger
 from tierfs.marks import Mark, MarkReader, MarkWriter
 from tierfs.tree import Tree, open_tree
 from tierfs.vfs import ROOT, Caller, Vfs
+from tierfs.waits import Blocked
 
 ME = Caller(os.geteuid(), os.getegid(), os.getpid())
 REQUEST = 4242
@@ -150,6 +152,9 @@ OPERATIONS = {
     "exchange": rename("d", "y", syscalls.RENAME_EXCHANGE),
     "exchange file and directory": rename("d", "sub", syscalls.RENAME_EXCHANGE),
     "rename where nothing is": rename("d", "new", syscalls.RENAME_NOREPLACE),
+    "rename what is open": lambda vfs, nodes, files: vfs.rename(nodes["d"], b"x", ROOT, b"moved"),
+    "rename what is above": rename("e", "moved", old="d"),
+    "exchange with what is open": rename("d", "x", syscalls.RENAME_EXCHANGE),
     "link": lambda vfs, nodes, files: vfs.link(nodes["g"], nodes["d"], b"linked"),
     "symlink": lambda vfs, nodes, files: vfs.symlink(nodes["d"], b"s", b"target", ME),
     "mkdir": lambda vfs, nodes, files: vfs.mkdir(nodes["d"], b"made", 0o2755, Caller(1000, 1000)),
@@ -228,6 +233,7 @@ def answered_again(world, what, nodes, files):
     answer = (OPERATIONS | NAMELESS)[what](vfs, nodes, files)
     vfs.ledger.replayed = None
     vfs.ledger.settle(REQUEST)
+    vfs.done_again(last=False)
     return vfs, answer
 
 
@@ -263,13 +269,15 @@ def check_all_lines(worlds, what, first, step):
 
     def check(world, line):
         nodes, files = furnish(world)
+        directory = os.stat(world.path / "d").st_ino
         ended = run_until(line, world, what, nodes, files)
         vfs, answer = answered_again(world, what, nodes, files)
         assert comparable(vfs, answer) == expected, f"killed at line {line}"
         assert seen(world.path) == looks, f"killed at line {line}"
-        # The other open file is still of use, and so are the nodes that have a name.
-        assert vfs.read(files["d/x"], 0, 3) == b"d/x"
-        assert vfs.getattr(nodes["d"]).st_ino == os.stat(world.path / "d").st_ino
+        # The open files are still of use, and so are the nodes that have a name.
+        assert vfs.read(files["d/x"], 0, 3) == b"d/x", f"killed at line {line}"
+        assert files["f"] in vfs.files.handles, f"killed at line {line}"
+        assert vfs.getattr(nodes["d"]).st_ino == directory
         vfs.release(files["d/x"])
         told = told_of(world)
         there = {entry.inode() for top, *_ in os.walk(world.path) for entry in os.scandir(top)}
@@ -284,6 +292,56 @@ def check_all_lines(worlds, what, first, step):
 def test_a_killed_server_is_answered_for(worlds, what):
     # With a step that shares no factor with the usual lengths of loops; the soak takes every line.
     assert check_all_lines(worlds, what, len(what) % 17, 17) > 0
+
+
+MOVES = [what for what in OPERATIONS if what.startswith(("rename what", "exchange")) or "two names" in what]
+
+
+@needs_root
+@pytest.mark.parametrize("what", MOVES)
+def test_what_is_open_outlives_a_server_that_was_changing_its_name(worlds, what):
+    """Or that of a directory above it: until the successor has been told of the name it is waited for."""
+    assert check_all_lines(worlds, what, 0, 4) > 0
+
+
+@needs_root
+def test_what_is_open_is_waited_for_until_its_new_name_is_told(worlds):
+    """Also a listing: it would seem to be at its end. And what nobody tells of is lost when all has come."""
+    world = worlds()
+    nodes, files = furnish(world)
+    for number in range(500):
+        (world.path / "d/sub" / f"file-{number:05}").touch()
+    listing = world.vfs.opendir(nodes["d/sub"])
+    at = next(following for following, name, *_ in world.vfs.readdir(listing, 0))
+    world.vfs.ledger.request = REQUEST
+    world.vfs.ledger.intend(Doing.RENAME, os.stat(world.path / "d"))
+    os.rename(world.path / "d", world.path / "e/moved")
+    woken = []
+    for comes in (True, False):
+        vfs = world.successor()
+        for ask in (lambda: vfs.read(files["d/x"], 0, 3), lambda: vfs.readdir(listing, at)):  # noqa: B023
+            with pytest.raises(Blocked) as blocked:
+                ask()
+            blocked.value.wait.add(lambda: woken.append(1))
+        assert vfs.files.get(files["f"]), "it is where it was"
+        if not comes:
+            vfs.done_again(last=False)
+            assert not woken
+            vfs.done_again(last=True)
+            with pytest.raises(OSError, match="Bad file"):
+                vfs.read(files["d/x"], 0, 3)
+            assert list(vfs.readdir(listing, at)) == []
+        elif not woken:
+            vfs.again(REQUEST)
+            vfs.ledger.request = REQUEST
+            vfs.rename(ROOT, b"d", nodes["e"], b"moved")
+            vfs.ledger.replayed = None
+            vfs.done_again(last=False)
+            assert vfs.read(files["d/x"], 0, 3) == b"d/x"
+            assert len(list(vfs.readdir(listing, at))) == 501
+            os.rename(world.path / "e/moved", world.path / "away")  # now nobody tells of it
+        assert len(woken) == 2
+        woken.clear()
 
 
 def check_nameless(worlds, what, first, step):

@@ -253,6 +253,7 @@ class Session:
             ledger.replayed = None
             if unique not in self._parked:
                 ledger.settle(ledger.request)
+                self._vfs.done_again(last=False)
 
     def _before_again(self, operation: Operation, unique: int) -> None:
         """After a takeover: have a request that is sent again meet what its first run has done.
@@ -267,6 +268,7 @@ class Session:
         elif operation not in self._overtaking:
             self._resent = False
             self._ledger.settle_all_but(self._again)
+            self._vfs.done_again(last=True)
 
     def _answer(self, unique: int, answer: Answer, message: Message) -> None:
         if isinstance(answer, bytes):
