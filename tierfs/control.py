@@ -2,7 +2,8 @@
 
 A frame is 4 bytes of length (little-endian) and msgpack. A request is answered by any number of frames such as
 `Progress` and `Facts` and one last frame: `Done`, `Status`, `Findings` or `Failed`. A client that hangs up
-cancels its request. Paths are bytes relative to the volume's root, b"" being the root itself.
+cancels its request. A connection may ask one thing after another, and ends with the answer to what takes long.
+Paths are bytes relative to the volume's root, b"" being the root itself.
 """
 
 from __future__ import annotations

@@ -197,7 +197,7 @@ class ControlServer:
         with contextlib.ExitStack() as ending:
             ending.enter_context(client.sock)
             with self._whatever_goes_wrong():
-                request = self._talk(client, None)
+                request = self._answer_quick_ones(client)
                 if request is not None:
                     ending.pop_all()
                     self._queue(client._replace(request=request))
@@ -213,17 +213,13 @@ class ControlServer:
         except Exception:
             log.exception("a client was not heard to its end")
 
-    def _talk(self, client: Client, request: control.Request | None) -> control.Request | None:
-        """Answer this request, and those that follow. Returns what is for another turn, None at the end."""
-        ordered = request is not None
+    def _answer_quick_ones(self, client: Client) -> control.Request | None:
+        """Answer one request after another. Returns what is for another turn, None at the end."""
         client.sock.settimeout(_IDLE_SECONDS)
-        while request is not None or (request := control.receive_request(client.sock)) is not None:
-            if isinstance(request, _LONG) and not ordered:
+        while (request := control.receive_request(client.sock)) is not None:
+            if isinstance(request, _LONG):
                 return request
-            with self._counted(request):
-                self._hurry(isinstance(request, _ORDERS))
-                self._answer(client.sock, client.peer, request)
-            request = None
+            self._answer(client.sock, client.peer, request)
         return None
 
     def _queue(self, client: Client) -> None:
@@ -247,12 +243,20 @@ class ControlServer:
                 unheard = self._order_turns.leave(unheard.peer)
 
     def _serve_long(self, first: Client) -> None:
-        """This order, and those that wait for its end."""
+        """This order, and those that wait for its end. The connection ends with the answer, not to keep a turn
+        from who waits for it while nothing more is asked."""
         client: Client | None = first
         while client is not None:
-            with client.sock, self._whatever_goes_wrong():
-                self._talk(client, client.request)
+            self._carry_out_one(client)
             client = self._order_turns.leave(client.peer)
+
+    def _carry_out_one(self, client: Client) -> None:
+        if self._stopping.is_set():
+            _send_away(client.sock, BusyError(_STOPPING))
+            return
+        with client.sock, self._whatever_goes_wrong():
+            assert client.request is not None
+            self._answer(client.sock, client.peer, client.request)
 
     @contextlib.contextmanager
     def _counted(self, request: control.Request) -> Iterator[None]:
@@ -272,6 +276,11 @@ class ControlServer:
 
     def _answer(self, sock: socket.socket, peer: Peer, request: control.Request) -> None:
         """Carry out one request and send its last frame. Raises OSError where the client is gone."""
+        with self._counted(request):
+            self._hurry(isinstance(request, _ORDERS))
+            self._answer_counted(sock, peer, request)
+
+    def _answer_counted(self, sock: socket.socket, peer: Peer, request: control.Request) -> None:
         about = request.path if isinstance(request, _OF_A_PATH) else b""
         try:
             answer = self._carry_out(sock, peer, request)

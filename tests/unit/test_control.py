@@ -688,7 +688,6 @@ def test_a_question_does_not_wait_for_orders_though_they_be_many(mount, server, 
             while isinstance(answer, control.Progress):
                 answer = control.receive_answer(sock)
             assert answer == control.Done(2)
-            sock.close()
     assert [list(each)[-1] for each in answers] == [control.Done(2)] * (most - 1)
     wait_for(lambda: not server._order_turns._shares._trusted)
     wait_for(lambda: server._places._value == control_server._MAX_CONNECTIONS)
@@ -710,13 +709,15 @@ def test_an_order_that_is_interrupted_before_its_turn_is_not_carried_out(mount, 
     assert len(backend.orders) == before == control_server._MAX_ORDERS
 
 
-def test_after_an_order_a_connection_may_ask_for_more(mount, server):
+def test_a_connection_may_ask_one_thing_after_another_and_ends_with_an_order(mount, server):
+    """Which would otherwise keep its turn while nothing is asked for."""
     with control.connect(mount) as sock:
         sock.settimeout(20)
-        for request in (control.Demote([b"d"], True), control.GetStatus(), control.Demote([b"f"], True)):
+        for request in (control.GetStatus(), control.GetStatus(), control.Demote([b"d"], True)):
             control.send(sock, request)
             answer = control.receive_answer(sock)
             assert isinstance(answer, control.Status) or answer.files
+        assert control.receive_answer(sock) is None
 
 
 def test_an_order_for_which_there_is_no_thread_is_told_so(mount, server, monkeypatch):
