@@ -62,6 +62,7 @@ class FakeS3:
     def __init__(self, server: http.server.ThreadingHTTPServer) -> None:
         self.answer: Callable[[Request], Answer] = lambda request: Answer()
         self.requests: list[Request] = []
+        self.slow = 0.0  # seconds before the body of a request is read
         self.connections = 0
         self.address = ("127.0.0.1", server.server_address[1])
         self.endpoint = f"http://127.0.0.1:{self.address[1]}"
@@ -83,6 +84,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
 
     def _serve(self) -> None:
+        time.sleep(self.fake.slow)
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         headers = {name.lower(): value for name, value in self.headers.items()}
         request = Request(self.command, self.path, headers, body)

@@ -13,9 +13,9 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -269,17 +269,17 @@ class Copier:
                 self._sends_all = True
                 log.warning("%s: files are sent as a whole from now on: %s", quoted(item.path), error)
         digests: list[bytes] = []
-        pieces = self._sent(item, self._pieces(item, digests, cancelled))
-        put = self._kit.store.put(item.key, pieces, size)
+        with closing(self._pieces(item, digests, cancelled)) as pieces:
+            put = self._kit.store.put(item.key, self._sent(item, pieces), size)
         return self._proven(put, item, b"".join(digests), cancelled)
 
     def _put_parts(self, item: Item, sources: Sources, cancelled: threading.Event) -> bytes:
         """As `_put_large`, without what the store has."""
         assert item.st is not None
         digests: list[bytes] = []
-        parts = self._parts(item, digests, sources, cancelled)
         size = item.st.st_size
-        put = self._kit.store.put_parts(item.key, parts, size)
+        with closing(self._pieces(item, digests, cancelled)) as pieces:
+            put = self._kit.store.put_parts(item.key, self._parts(item, pieces, digests, sources), size)
         self._count_sent(item, size - put.copied - item.uploaded)  # what the store could not take after all
         return self._proven(put, item, b"".join(digests), cancelled)
 
@@ -301,7 +301,9 @@ class Copier:
             self._discard(taken)
             raise
 
-    def _pieces(self, item: Item, digests: list[bytes], cancelled: threading.Event) -> Iterator[bytes]:
+    def _pieces(
+        self, item: Item, digests: list[bytes], cancelled: threading.Event
+    ) -> Generator[bytes, None, None]:
         """The content in pieces, while their leaf digests are appended to `digests`."""
         assert item.st is not None
         size = item.st.st_size
@@ -326,11 +328,10 @@ class Copier:
             self._count_sent(item, len(piece))
 
     def _parts(
-        self, item: Item, digests: list[bytes], sources: Sources, cancelled: threading.Event
+        self, item: Item, pieces: Iterator[bytes], digests: list[bytes], sources: Sources
     ) -> Iterator[Part]:
-        """The content in parts; else as `_pieces`."""
+        """The pieces, of which the digests come to be in `digests`, in parts."""
         assert item.st is not None
-        pieces = self._pieces(item, digests, cancelled)
         item.uploaded = 0
         for at in range(0, item.st.st_size, sources.size):
             known = len(digests)

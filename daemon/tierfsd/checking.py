@@ -243,8 +243,9 @@ def _orphans(tier: Tier, repair: bool, strange: set[str]) -> Iterator[Found]:
 def _expected(tier: Tier) -> set[str]:
     """Keys whose end is being waited for, that are being put, or are rescue copies."""
     index, ever = tier.kit.index, (1 << 63) - 1
+    intended = set(index.intents())  # first: what is given up meanwhile is an orphan then
     buried = index.tombstones(ever, limit=1 << 30) + index.orphans(ever, limit=1 << 30)
-    return {key for _, key in buried} | set(index.intents()) | set(index.rescue_keys())
+    return {key for _, key in buried} | intended | set(index.rescue_keys())
 
 
 def _bury(key: str, w: Writer) -> None:

@@ -519,7 +519,7 @@ def test_an_upload_that_has_failed_is_given_up_once_and_says_why():
             calls.append(self._dogged)
             raise OSError("no network")
 
-    data = BotoData(Client(False), Client(True), "bucket", Capabilities(checks_sha256=True))
+    data = BotoData(Client(False), Client(True), Client(True), "bucket", Capabilities(checks_sha256=True))
     size = 20 << 20
     with pytest.raises(ValueError, match="the reason"):
         data.put("data/x", bytes(size), size, "")

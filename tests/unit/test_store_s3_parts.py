@@ -12,9 +12,9 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import fakes3
 import pytest
 
-from tierfs.errors import ObjectCorruptError, StoreUnavailableError
+from tierfs.errors import ObjectCorruptError
 from tierfs.store.base import PART, Capabilities, ObjectStore, Part
-from tierfs.store.s3 import S3Settings, S3Store
+from tierfs.store.s3 import S3Settings, S3Store, Timeouts
 
 FORMER = os.urandom(PART) * 4
 WANTED = FORMER[:PART] + os.urandom(PART) + FORMER[2 * PART : 3 * PART] + b"the end"
@@ -30,7 +30,8 @@ class Server:
     """Uploads in parts as S3 makes them of former objects. `copied` makes the answer to a copy, of what was
     copied; `sent` counts bytes."""
 
-    def __init__(self) -> None:
+    def __init__(self, fake: fakes3.FakeS3) -> None:
+        self.fake = fake
         self.objects: dict[str, bytes] = {"data/former": FORMER}
         self.parts: dict[int, bytes] = {}
         self.sent = 0
@@ -93,7 +94,7 @@ def server() -> Iterator[tuple[Server, ObjectStore]]:
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
             patch.setenv(name, "x")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        made = fake.answer = Server()
+        made = fake.answer = Server(fake)
         store = S3Store(S3Settings("bucket", "prefix", fake.endpoint), AWS)
         yield made, store
         store.close()
@@ -140,11 +141,36 @@ def test_an_error_in_an_answer_of_success_is_an_error(server) -> None:
     """S3 begins to answer before it has copied, and says in the body how that ended."""
     s3, store = server
     s3.copied = lambda body: fakes3.Answer(200, fakes3.error(500, "InternalError").body)
-    try:
-        answer = store.put_parts("data/new", parts(), len(WANTED))
-    except StoreUnavailableError:
-        return
+    answer = store.put_parts("data/new", parts(), len(WANTED))
     assert s3.objects["data/new"] == WANTED and answer.copied == 0
+
+
+def test_a_copy_that_is_not_answered_is_no_reason_to_send_nothing(server) -> None:
+    s3, store = server
+    s3.copied = lambda body: fakes3.Answer(200, b"<Copy", cut=2)
+    answer = store.put_parts("data/new", parts(), len(WANTED))
+    assert s3.objects["data/new"] == WANTED and answer.copied == 0
+
+
+def test_parts_that_the_server_does_not_know_in_the_end(server) -> None:
+    """Of what it has copied it makes no object: that is told from being forbidden to put one."""
+    s3, store = server
+    s3.copied = lambda body: [copy_answer(body), s3.parts.clear()][0]
+    with pytest.raises(ObjectCorruptError, match="does not know the parts"):
+        store.put_parts("data/new", parts(), len(WANTED))
+    assert s3.aborted and "data/new" not in s3.objects
+
+
+def test_a_slow_line_takes_its_time(server, monkeypatch) -> None:
+    """What is sent goes under the timeout for connecting, in urllib3: that of a part is another."""
+    s3, store = server
+    unhurried = S3Store(store.settings, AWS, Timeouts(connect=0.3, send=20))
+    s3.fake.slow = 1.0
+    answer = unhurried.put_parts("data/new", parts(), len(WANTED))
+    assert s3.objects["data/new"] == WANTED and answer.copied == 2 * PART
+    sent = [request for request in s3.fake.requests if request.method == "PUT" and request.body]
+    assert len(sent) == 2, "something was sent twice"
+    unhurried.close()
 
 
 def test_where_reading_is_paid_for_all_is_sent() -> None:

@@ -50,6 +50,7 @@ _LOOK_EVERY = 10.0  # seconds between looks whether the credential files have ch
 # upload would end on a bad line. Whole requests are tried again by the retry decorator.
 _PART_TRIES = 8
 _PART_SECONDS = 180
+_COPY_TRIES = 3  # then the part is sent
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +66,14 @@ class S3Settings:
 
 @dataclass(frozen=True, slots=True)
 class Timeouts:
-    """Seconds. `read` bounds the silence of a server; `upload` one request that carries a part."""
+    """Seconds. `read` bounds the silence of a server; `upload` one request that carries a part; `send` how long
+    a slow line may take for some of a part, and `copy` a server to copy one."""
 
     connect: float = 5.0
     read: float = 20.0
     upload: float = 300.0
+    send: float = 60.0
+    copy: float = 60.0
 
 
 class S3Store(ObjectStore):
@@ -329,12 +333,12 @@ class S3Store(ObjectStore):
                 self._connected = (session, admin, self._make_data(session, admin))
             return self._connected
 
-    def _make_admin(self, session: Any, tries: int = 1) -> Any:
+    def _make_admin(self, session: Any, tries: int = 1, timeouts: Timeouts | None = None) -> Any:
         if session.get_credentials() is None:
             raise StoreDeniedError(f"{self._place}: {NO_CREDENTIALS}")
         config = botocore.config.Config(
-            connect_timeout=self.timeouts.connect,
-            read_timeout=self.timeouts.read,
+            connect_timeout=(timeouts or self.timeouts).connect,
+            read_timeout=(timeouts or self.timeouts).read,
             retries={"mode": "standard", "total_max_attempts": tries},
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
@@ -362,8 +366,12 @@ class S3Store(ObjectStore):
     def _make_data(self, session: Any, admin: Any) -> Data:
         @cache
         def by_parts() -> BotoData:
-            dogged = self._make_admin(session, _PART_TRIES)
-            return BotoData(admin, dogged, self.settings.bucket, self.capabilities)
+            # What is sent goes out under the timeout for connecting, in urllib3.
+            times = self.timeouts
+            slow = replace(times, connect=times.send, read=times.upload)
+            dogged = self._make_admin(session, _PART_TRIES, slow)
+            copier = self._make_admin(session, _COPY_TRIES, replace(times, read=times.copy))
+            return BotoData(admin, dogged, copier, self.settings.bucket, self.capabilities)
 
         if self.capabilities.client == "boto3":
             return by_parts()

@@ -24,15 +24,20 @@ from tierfs.store.s3_obstore import ONE_REQUEST, PIECE, part_size
 log = logging.getLogger("store")
 
 _PARTS_AT_ONCE = 4
+_UNANSWERED = frozenset({"ReadTimeoutError", "ConnectionClosedError", "ResponseParserError"})  # of botocore
+_NO_PARTS = frozenset({"InvalidPart", "InvalidPartOrder", "InvalidRequest", "EntityTooSmall", "BadDigest"})
 _DELETES_A_REQUEST = 1000  # the limit of S3
 
 
 class BotoData:
-    """`dogged`: a client that tries again."""
+    """`dogged`: a client that tries again, on slow lines too; `copier`: one that copies parts."""
 
-    def __init__(self, client: Any, dogged: Any, bucket: str, capabilities: Capabilities) -> None:
+    def __init__(
+        self, client: Any, dogged: Any, copier: Any, bucket: str, capabilities: Capabilities
+    ) -> None:
         self._client = client
         self._dogged = dogged
+        self._copier = copier
         self._bucket = bucket
         self._bulk_delete = capabilities.bulk_delete
         self._verified = capabilities.checks_sha256
@@ -66,12 +71,14 @@ class BotoData:
     def _put_parts(self, key: str, parts: Iterator[Part], extra: dict[str, str]) -> Put:
         if self._sums:
             extra = {**extra, "ChecksumAlgorithm": "SHA256"}
-        upload = self._dogged.create_multipart_upload(Bucket=self._bucket, Key=key, **extra)
+        # Nothing is lost where it fails: whether the server is there is found out soon.
+        upload = self._client.create_multipart_upload(Bucket=self._bucket, Key=key, **extra)
         target = {"Bucket": self._bucket, "Key": key, "UploadId": upload["UploadId"]}
-        copier = _PartCopier(self._dogged, self._bucket)
+        copier = _PartCopier(self._copier, self._bucket)
         try:
             sent = self._send_parts(target, parts, copier)
-            answer = self._dogged.complete_multipart_upload(**target, MultipartUpload={"Parts": sent})
+            with copier.blamed():
+                answer = self._dogged.complete_multipart_upload(**target, MultipartUpload={"Parts": sent})
         except BaseException:
             # Once only: the network may be what is wrong, and a collection removes what is left.
             with contextlib.suppress(Exception):
@@ -170,7 +177,11 @@ class _PartCopier:
             )
         except self._client.exceptions.ClientError as exc:
             # 501, no right to read, an object that is not there or in an archive: what was to be sent anyhow.
-            return self._refuse(f"{exc.response.get('Error', {}).get('Code', 'an error')}")
+            return self._refuse(_code(exc))
+        except Exception as exc:
+            if type(exc).__name__ not in _UNANSWERED:
+                raise
+            return self._refuse(type(exc).__name__)
         found = answer.get("CopyPartResult") or {}
         if "ETag" not in found:
             # rclone takes the request for an empty part, which it then lets nobody replace.
@@ -180,6 +191,18 @@ class _PartCopier:
         self.taken.append(len(part.body))
         etag: str = found["ETag"]
         return etag
+
+    @contextlib.contextmanager
+    def blamed(self) -> Iterator[None]:
+        """At the end of an upload: whether the server takes what it has copied for parts. Raises
+        ObjectCorruptError."""
+        try:
+            yield
+        except self._client.exceptions.ClientError as exc:
+            if not self.taken or _code(exc) not in _NO_PARTS:
+                raise
+            why = f"the server does not know the parts that it has copied ({_code(exc)})"
+            raise ObjectCorruptError(why) from exc
 
     def _refuse(self, why: str) -> str:
         if not self._refused:
@@ -197,6 +220,12 @@ def all_of(key: str, parts: Iterable[Part], size: int) -> Iterator[Part]:
             yield part
     if total != size:
         raise wrong_size(key, size)
+
+
+def _code(exc: Any) -> str:
+    """What S3 calls the error."""
+    code: str = exc.response.get("Error", {}).get("Code", "an error")
+    return code
 
 
 def _field(answer: dict[str, Any], name: str) -> Any:
