@@ -41,7 +41,8 @@ $(VENV)/.installed: setup.cfg setup.py pyproject.toml Makefile $(COMPILED)
 	@$(PYTHON) -c 'import ctypes.util, sys; sys.exit(not ctypes.util.find_library("fuse"))' || \
 		{ known() { apt-cache show libfuse2 libfuse2t64 2>/dev/null | sed -n 's/^Package: //p' | head -n 1; }; \
 		package=$$(known); \
-		[ -n "$$package" ] || { $(SUDO) apt-get update -qq && package=$$(known); }; \
+		[ -n "$$package" ] || ls /var/lib/apt/lists/*_Packages* >/dev/null 2>&1 || \
+		{ $(SUDO) apt-get update -qq && package=$$(known); }; \
 		[ -n "$$package" ] && \
 		DEBIAN_FRONTEND=noninteractive $(SUDO) apt-get install -y -qq --no-install-recommends $$package >/dev/null; } || \
 		echo "make setup: there is no libfuse 2 to be had: --binding fusepy cannot be used" >&2

@@ -342,25 +342,20 @@ def test_through_a_server(kind, copies, tmp_path, monkeypatch):
     """moto copies parts; versitygw names no sum of them, and rclone takes an empty part in their place."""
     for name, value in s3servers.credentials().items():
         monkeypatch.setenv(name, value)
-    try:
-        context = s3servers.SERVERS[kind](tmp_path / "server")
-        server = context.__enter__()
-    except s3servers.Unavailable as exc:
-        pytest.skip(str(exc))
-    try:
+    with contextlib.ExitStack() as stack:
+        try:
+            server = stack.enter_context(s3servers.SERVERS[kind](tmp_path / "server"))
+        except s3servers.Unavailable as exc:
+            pytest.skip(str(exc))
         with contextlib.closing(open_store(server.url)) as unknown:
             capabilities = probe(unknown)
         volume = Volume(tmp_path, open_store(server.url, capabilities=capabilities), chunk_size=MIB)
-        try:
-            path, content = volume.path("image"), bytearray(os.urandom(SIZE))
-            volume.server.create(path, bytes(content))
-            assert not volume.tier.demote([volume.item("image")], punch=False)[0].reason
-            edit(volume, content, 2 * PART + 5, b"changed")
-            (item,) = volume.demote("image")
-            assert item.demoted, item.reason
-            assert (item.uploaded == PART) == copies
-            assert volume.server.read(path) == content
-        finally:
-            volume.close()
-    finally:
-        context.__exit__(None, None, None)
+        stack.callback(volume.close)
+        path, content = volume.path("image"), bytearray(os.urandom(SIZE))
+        volume.server.create(path, bytes(content))
+        assert not volume.tier.demote([volume.item("image")], punch=False)[0].reason
+        edit(volume, content, 2 * PART + 5, b"changed")
+        (item,) = volume.demote("image")
+        assert item.demoted, item.reason
+        assert (item.uploaded == PART) == copies
+        assert volume.server.read(path) == content
