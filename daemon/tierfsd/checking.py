@@ -12,7 +12,7 @@ from functools import partial
 
 from tierfs import control
 from tierfs.digests import SIDE_SUFFIX
-from tierfs.errors import ForeignStubError, IndexDamagedError, IndexError_
+from tierfs.errors import ForeignStubError, IndexDamagedError, IndexError_, ObjectMissingError
 from tierfs.index import Writer
 from tierfs.inodes import InodeSet
 from tierfs.kit import is_gone, is_passing
@@ -230,7 +230,8 @@ def _orphans(tier: Tier, repair: bool, strange: set[str]) -> Iterator[Found]:
     # Not before: what was put while the store was listed is intended by now, or something refers to it.
     expected = _expected(tier) if unknown else set[str]()
     for whole, key in unknown:
-        if key in expected or _is_referred(tier, key):
+        # Asked for last: a collection that has removed it since it was listed has forgotten it, too.
+        if key in expected or _is_referred(tier, key) or not _is_stored(tier, whole):
             continue
         repaired = False
         if repair:
@@ -246,6 +247,14 @@ def _expected(tier: Tier) -> set[str]:
     intended = set(index.intents())  # first: what is given up meanwhile is an orphan then
     buried = index.tombstones(ever, limit=1 << 30) + index.orphans(ever, limit=1 << 30)
     return {key for _, key in buried} | intended | set(index.rescue_keys())
+
+
+def _is_stored(tier: Tier, key: str) -> bool:
+    try:
+        tier.kit.store.head(key)
+    except ObjectMissingError:
+        return False
+    return True
 
 
 def _bury(key: str, w: Writer) -> None:

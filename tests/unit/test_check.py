@@ -194,6 +194,23 @@ def test_an_object_that_nothing_refers_to_is_buried(filled):
     assert key in {buried for _, buried in filled.index.tombstones(1 << 62)}
 
 
+def test_what_a_collection_removes_during_a_check_is_no_finding(filled, monkeypatch):
+    """With its object goes all that the index knew of it."""
+    key, listed = object_key(b"q" * 16, 77, b"r" * 8), filled.store.list
+    filled.store.put(key, [b"a former version"], 16)
+    filled.index.commit(lambda w: w.bury_found(key)).result()
+    ((beat, _),) = [buried for buried in filled.index.tombstones(1 << 62) if buried[1] == key]
+
+    def listing(prefix):
+        yield from list(listed(prefix))
+        filled.store.delete([key])
+        filled.index.commit(lambda w: w.drop_tombstone(beat, key)).result()
+
+    monkeypatch.setattr(filled.store, "list", listing)
+    assert run(filled, repair=True) == []
+    assert key not in {buried for _, buried in filled.index.tombstones(1 << 62)}
+
+
 def test_a_record_of_a_file_that_is_gone_goes_and_keeps_no_object(filled, needs_root):
     """The mark of its end was lost: nothing else would ever ask for it."""
     record = filled.record("clean")
