@@ -53,6 +53,8 @@ $(VENV)/.installed: setup.cfg setup.py pyproject.toml Makefile $(COMPILED)
 		echo "make setup: python3-dev cannot be installed: the mount is served by pure Python, more slowly" >&2
 	@echo 'installing what setup.cfg lists (minutes, the first time)'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	@# Who may not write here, or is told not to, would compile all of it whenever a process of TierFS begins.
+	$(BIN)/python -m compileall -q tierfs daemon
 	@touch $@
 
 demo: setup

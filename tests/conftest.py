@@ -6,6 +6,7 @@ beneath (tests that need tiers are skipped).
 
 from __future__ import annotations
 
+import compileall
 import contextlib
 import itertools
 import os
@@ -13,12 +14,13 @@ import pwd
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import s3servers
-from harness import TIERFS, PlainVolume, Scratch, Volume
+from harness import REPO, TIERFS, PlainVolume, Scratch, Volume
 
 PLAIN = bool(os.environ.get("TIERFS_TESTS_PLAIN"))
 _numbers = itertools.count(1)
@@ -55,8 +57,17 @@ def volume(area: Scratch) -> Iterator[Callable[..., Volume]]:
         yield make
 
 
-def pytest_configure() -> None:
-    """What a shell starts in the background ignores ^C, and hands that on to all that it starts."""
+def pytest_configure(config: pytest.Config) -> None:
+    """Two things that are handed on to all that is started from here.
+
+    What a shell starts in the background ignores ^C. And where bytecode is not to be written, as containers have
+    it, each of thousands of processes would compile all sources anew: nearly half of the time that they take.
+    """
+    sys.dont_write_bytecode = False
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    if not hasattr(config, "workerinput"):
+        for sources in (REPO / "tierfs", REPO / "daemon"):
+            compileall.compile_dir(sources, quiet=1)
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -2,6 +2,7 @@
 
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ class Machine:
         self._command("bin/apt-get", f"package=${{@: -1}}; {asked}")
         self._command("bin/sudo", 'exec "$@"')
         self._command("python", f"case \"$*\" in *find_library*) exit {int(not library)};; esac")
-        self._command("venv/bin/python", "exit 0")
+        self._command("venv/bin/python", f'echo "$*" >> {path}/done')
 
     def _command(self, name: str, script: str) -> None:
         file = self.path / name
@@ -72,3 +73,15 @@ def test_what_cannot_be_done_without_is_named(tmp_path):
     done = Machine(tmp_path, set(), library=True, missing="strace").set_up()
     assert done.returncode != 0
     assert "make setup: strace cannot be installed: install it by hand" in done.stderr
+
+
+def test_what_is_set_up_is_compiled_for_those_who_may_not_write_there(tmp_path):
+    assert Machine(tmp_path, set(), library=True).set_up().returncode == 0
+    assert "-m compileall -q tierfs daemon" in (tmp_path / "done").read_text().splitlines()[-1]
+
+
+def test_no_process_that_tests_start_compiles_the_sources_anew():
+    command = [sys.executable, "-v", "-c", "import tierfs.index, tierfsd.mover"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stderr
+    for name in ("tierfs/index", "daemon/tierfsd/mover"):
+        assert f"matches {ROOT}/{name}.py" in said
