@@ -60,8 +60,8 @@ def volume(area: Scratch) -> Iterator[Callable[..., Volume]]:
 def pytest_configure(config: pytest.Config) -> None:
     """Two things that are handed on to all that is started from here.
 
-    What a shell starts in the background ignores ^C. And where bytecode is not to be written, as containers have
-    it, each of thousands of processes would compile all sources anew: nearly half of the time that they take.
+    What a shell starts in the background ignores ^C. And where bytecode is not to be written, as containers
+    have it, each of thousands of processes would compile all sources anew: nearly half of the time they take.
     """
     sys.dont_write_bytecode = False
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
