@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import importlib
 import os
 import signal
@@ -62,6 +63,9 @@ class _Lazy(click.Group):
             return None
         module, function, _ = _COMMANDS[cmd_name]
         command: click.Command = getattr(importlib.import_module(f"tierfs.commands.{module}"), function)
+        if not gc.isenabled():
+            gc.freeze()
+            gc.enable()
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -8,6 +8,7 @@ end while it is still loading, it takes in what the server has left first: marks
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import os
 import signal
@@ -32,13 +33,17 @@ def main() -> int:
 
 
 def _work(arguments: argparse.Namespace, stopping: threading.Event) -> int:
-    # Loaded only now: it takes a moment, and a signal must not end the process meanwhile.
+    # Loaded only now: it takes a moment, and a signal must not end the process meanwhile. What is loaded stays:
+    # nobody looks for garbage in it.
+    gc.disable()
     from tierfs import volume
     from tierfs.errors import IndexDamagedError, TierError
     from tierfsd import logs
     from tierfsd.assembly import Mover
     from tierfsd.indexcare import INDEX_DAMAGED
 
+    gc.freeze()
+    gc.enable()
     logs.setup()
     try:
         home = volume.load(arguments.state)

@@ -488,6 +488,21 @@ def test_a_working_directory_that_is_gone_is_called_so(tmp_path):
     assert done.stderr == "tierfs: the working directory is not there any more: cd to another\n"
 
 
+AT_THE_END = """
+import atexit, gc, sys
+atexit.register(lambda: print(gc.isenabled(), gc.get_freeze_count() > 10_000))
+from tierfs.__main__ import main
+main()
+"""
+
+
+def test_no_garbage_is_looked_for_in_what_is_imported():
+    """Not while that is under way, nor later; what the command makes itself is another thing."""
+    command = [sys.executable, "-c", AT_THE_END, "status", "/nowhere"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (1, "True True\n"), done.stderr
+
+
 SLOW = """
 import sys, time
 from tierfs import cli, locate
