@@ -50,16 +50,30 @@ class Server:
         while True:
             ready, _, _ = select.select([self._sock, self._stop], [], [], 0.05)
             if self._stop in ready:
+                os.read(self._stop, 1)
                 return
             with self.lock:
                 if self._sock in ready:
                     self.gate.mover.on_readable()
                 self.gate.tick(time.monotonic())
 
-    def close(self):
+    def connect(self, sock):
+        """Speak to another mover."""
+        self._end_loop()
+        with self.lock:
+            self.gate.mover.connect(None)
+            self._sock = sock
+            self.gate.mover.connect(wire.Link(sock, server=True))
+        self._thread = threading.Thread(target=self._loop, daemon=True)
+        self._thread.start()
+
+    def _end_loop(self):
         os.write(self._wake, b"x")
         self._thread.join()
         self._sock.close()
+
+    def close(self):
+        self._end_loop()
         os.close(self._stop)
         os.close(self._wake)
 
@@ -191,12 +205,22 @@ class Volume:
         self.marks = MarkWriter(self.marks_fd)
         ours, theirs = wire.make_pair()
         self.server = Server(self.tree, self.index, self.marks, self.session.epoch, ours)
-        self.link = ServerLink(wire.Link(theirs, server=False))
-        self.mover_sock = theirs
+        self._start_mover(theirs)
+
+    def _start_mover(self, sock):
+        self.link = ServerLink(wire.Link(sock, server=False))
+        self.mover_sock = sock
         self.tier = Tier(self.tree, self.index, self.store, self.link, self.marks_fd, self.config)
         self.link.start(self)
         self.link.send(wire.Hello(os.getpid(), self.tier.drainer.position))
         self.link.send(wire.Limits(self.config.fetch_timeout, self.config.chunk_size))
+
+    def next_mover(self):
+        """Another in the place of one that has ended, under the same server."""
+        ours, theirs = wire.make_pair()
+        self.server.connect(ours)
+        self.mover_sock.close()
+        self._start_mover(theirs)
 
     def stop(self, clean=True):
         self.tier.close()

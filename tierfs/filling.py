@@ -4,7 +4,8 @@
       → page cache and times → Filled (readers go on) → every 2 s: fdatasync, bits committed
       → all here: settling.py
 
-A request ends with FetchEnd as soon as all it covers is here, or at its first failure.
+A request ends with FetchEnd as soon as all it covers is here, or at its first failure. What fails while
+the mover is ending does not end: the server asks the next mover for all that it has heard no end of.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ class Filler:
         try:
             self._kit.fetches.post(self._urgency(request), partial(self._begin, request, opath))
         except BusyError as error:
-            self._note(request, opath, error)
+            self._note(request.ino, self._kit.name_of(opath), error)
             os.close(opath)
             self._end(request, error)
 
@@ -100,7 +101,10 @@ class Filler:
         self._end(request, OSError(errno.ECANCELED, "cancelled"))
 
     def stop(self) -> None:
-        """Give up waiting for a store that does not answer."""
+        """Give up waiting for a store that does not answer, and leave what fails from now on to the next mover.
+
+        Before anything else of this one is stopped: nobody shall hear of that as an error.
+        """
         self._opener.stopping.set()
 
     @property
@@ -186,7 +190,7 @@ class Filler:
             if not request.cancelled:
                 self._take(request, opath)
         except (TierError, OSError) as error:
-            self._note(request, opath, error)
+            self._note(request.ino, self._kit.name_of(opath), error)
             self._end(request, error)
         except Exception as error:  # a defect: whoever waits has to hear of it
             log.exception("a request for inode %d", request.ino)
@@ -194,11 +198,10 @@ class Filler:
         finally:
             os.close(opath)
 
-    def _note(self, request: Request, opath: int, error: Exception) -> None:
+    def _note(self, ino: int, name: str, error: Exception, what: str = "fetched") -> None:
         """Whoever is told EIO finds the reason in `status` and the log."""
         if not self._opener.stopping.is_set():
-            name = self._kit.name_of(opath)
-            self._kit.troubles.note(f"{name} cannot be fetched: {_text(error)}", request.ino)
+            self._kit.troubles.note(f"{name} cannot be {what}: {_text(error)}", ino)
 
     def _take(self, request: Request, opath: int) -> None:
         ino = request.ino
@@ -266,8 +269,7 @@ class Filler:
                 self._arrivals[ino] = arrival
         if arrival is None:
             if problem is not None:
-                name = self._kit.name_of(opath)
-                self._kit.troubles.note(f"{name} cannot be fetched: {_text(problem)}", ino)
+                self._note(ino, self._kit.name_of(opath), problem)
             for each in requests:
                 self._end(each, problem)
             if problem is None:
@@ -471,16 +473,14 @@ class Filler:
                 request.passing = True
         for request in hit:
             if not request.ahead:
-                what = f"{name} cannot be brought to this disk: {_text(error)}"
-                self._kit.troubles.note(what, arrival.ino)
+                self._note(arrival.ino, name, error, "brought to this disk")
             problem: Exception | None = error
             try:
                 if self._passer.serve(arrival, request, piece, data):
                     problem = None
             except (TierError, OSError) as failure:
                 problem = failure
-                what = f"{name} cannot be fetched: {_text(failure)}"
-                self._kit.troubles.note(what, arrival.ino)
+                self._note(arrival.ino, name, failure)
             except Exception as failure:
                 log.exception("a range of inode %d, past a full disk", arrival.ino)
                 problem = _defect(failure)
@@ -498,27 +498,29 @@ class Filler:
             for request in hit:
                 arrival.requests.remove(request)
         if hit:
-            self._kit.troubles.note(f"{name} cannot be fetched: {_text(error)}", arrival.ino)
+            self._note(arrival.ino, name, error)
         for request in hit:
             self._end(request, error)
         self._end_done(arrival)
 
     def _end(self, request: Request, error: Exception | None) -> None:
-        """Say FetchEnd, once."""
+        """Say FetchEnd, once; of an error not where the next mover may do better."""
         with self._lock:
             if self._requests.pop(request.id, None) is None:
                 return
-        number = 0
+        number, left = 0, False
         if error is not None:
             number = getattr(error, "errno", None) or errno.EIO
             if number != errno.ECANCELED and number not in _FULL:
                 number = errno.EIO
+            left = self._opener.stopping.is_set() and number != errno.ECANCELED
         reason = _text(error) if error is not None else ""
         if number and request.whole:
             late = isinstance(error, FetchTimeoutError)
             self._kit.outcomes.tell(request.ino, errno.ETIMEDOUT if late else number, reason)
         try:
-            self._kit.server.send(wire.FetchEnd(request.id, request.ino, number, reason))
+            if not left:
+                self._kit.server.send(wire.FetchEnd(request.id, request.ino, number, reason))
         except BusyError:
             log.debug("the server is gone; a new one asks a new mover")
         if request.whole:

@@ -114,6 +114,7 @@ class Mover:
         self._lost.wait(_LAST_WORDS_SECONDS)
         self._priority.stop()
         self._control.close()
+        self._tier.filler.stop()  # from here on a failure may come of our ending
         self._watcher.close()
         self._scrubber.stop()
         self._journal.stop()

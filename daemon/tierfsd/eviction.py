@@ -81,7 +81,8 @@ class Eviction:
             self.urgent.clear()
             share = min(_URGENT_ROOM, self._space.share(_URGENT_PARTS))
             freed = self.evict(max(self._space.excess(), share), urgent=True)
-            if not freed and self._space.beside:  # elsewhere what stays for now may leave in a moment
+            # Elsewhere what stays for now may leave in a moment; one that is ending has not tried all.
+            if not freed and self._space.beside and not self._stopping.is_set():
                 self.tell_futile()
             return
         if time.monotonic() < self._next_look:

@@ -464,6 +464,11 @@ def test_on_a_full_disk_nothing_is_copied_to_a_store_on_it(tmp_path):
         scheduler.eviction.urgent.set()
         scheduler.eviction.turn()
         assert told, "nothing is left that may go"
+        told.clear()
+        scheduler._stopping.set()
+        scheduler.eviction.urgent.set()
+        scheduler.eviction.turn()
+        assert not told, "one that is ending tries no more, and leaves it to the next to say so"
     finally:
         heat.close()
         made.stop()
