@@ -47,13 +47,16 @@ class Server:
         self._thread.start()
 
     def _loop(self):
+        poll = select.poll()  # select() takes no descriptor above 1023
+        for fd in (self._sock.fileno(), self._stop):
+            poll.register(fd, select.POLLIN)
         while True:
-            ready, _, _ = select.select([self._sock, self._stop], [], [], 0.05)
+            ready = {fd for fd, _ in poll.poll(50)}
             if self._stop in ready:
                 os.read(self._stop, 1)
                 return
             with self.lock:
-                if self._sock in ready:
+                if self._sock.fileno() in ready:
                     self.gate.mover.on_readable()
                 self.gate.tick(time.monotonic())
 

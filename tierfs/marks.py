@@ -73,6 +73,19 @@ def _segments(dirfd: int) -> list[int]:
         os.close(fd)
 
 
+def _written(fd: int, end: int) -> Iterator[tuple[int, int]]:
+    """What a segment has behind this place that was ever written; what else there is reads as zeros."""
+    while end < SEGMENT:
+        try:
+            start = os.lseek(fd, end, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            return
+        end = min(os.lseek(fd, start, os.SEEK_HOLE), SEGMENT)
+        yield start, end
+
+
 class MarkWriter:
     """The server's end. Appending costs about a microsecond and no system call."""
 
@@ -105,12 +118,19 @@ class MarkWriter:
             log.warning("no room for the next part of the mark log: %s", error)  # it is tried again and again
 
     def _erase_rest(self) -> None:
-        """Behind a torn entry there may be whole ones: they must not follow those that are written now."""
-        offset = self.position - self.start
-        nothing = bytes(SEGMENT - offset)
-        if self.segment[offset:] != nothing:
-            self.segment[offset:] = nothing
-            self.segment.flush()
+        """Behind a torn entry there may be whole ones: they must not follow those that are written now.
+
+        Only what was ever written is looked at: of a new volume that is nothing, and to read it takes 9 ms.
+        """
+        fd = os.open(_segment_name(self.start), os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._dirfd)
+        try:
+            written = list(_written(fd, self.position - self.start))
+        finally:
+            os.close(fd)
+        for start, end in written:
+            if self.segment[start:end] != (nothing := bytes(end - start)):
+                self.segment[start:end] = nothing
+                self.segment.flush()
 
     def reserve(self) -> None:
         """Keep a spare segment at hand, where as much is left besides. Raises OSError(ENOSPC); then `append`

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import harness
+import pytest
+from tiering import Volume
 
 RUN = """
 import subprocess, time, harness
@@ -35,3 +39,25 @@ def test_what_a_killed_run_has_left_is_cleared_away_by_the_next(area: harness.Sc
     assert not os.path.exists(path)
     assert harness.wait_gone([int(left)], 10) == []
     assert not any(where.startswith(f"{path}/") for where, _ in harness.mounts())
+
+
+def test_a_volume_for_tests_works_however_many_descriptors_are_open(tmp_path: Path) -> None:
+    """One process that ran all unit tests had so many after a while, and each volume hung from then on."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if most < 2048:
+        pytest.skip("so many are not to be had here")
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(2048, before[0]), most))
+    held = [os.open(os.devnull, os.O_RDONLY) for _ in range(1024)]
+    try:
+        volume = Volume(tmp_path)
+        try:
+            volume.server.create(volume.path("f"), b"content")
+            assert [item.reason for item in volume.demote("f")] == [""]
+            assert volume.server.read(volume.path("f")) == b"content"
+        finally:
+            volume.close()
+    finally:
+        for fd in held:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)

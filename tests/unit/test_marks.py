@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import multiprocessing
 import os
 import signal
@@ -139,6 +140,32 @@ def test_whole_entries_behind_a_torn_one_never_come_back(directory):
     assert [e.ino for e in reader.read()] == [0, 100]
     again.append(Mark.WRITE, 101)
     assert [e.ino for e in reader.read()] == [101]
+
+
+def test_a_start_looks_at_nothing_that_was_never_written(directory, monkeypatch):
+    """To erase what a torn entry might have left, the first server of a volume read 4 MiB of zeros."""
+    looked = []
+
+    class Watched(mmap.mmap):
+        def __getitem__(self, which):
+            looked.append(len(range(*which.indices(len(self)))) if isinstance(which, slice) else 1)
+            return super().__getitem__(which)
+
+    monkeypatch.setattr(marks.mmap, "mmap", Watched)
+    MarkWriter(directory)
+    assert sum(looked) < 4096
+
+
+def test_what_is_erased_may_stand_anywhere_behind_the_end(directory):
+    writer = MarkWriter(directory)
+    writer.append(Mark.WRITE, 1)
+    places = (writer.position, writer.position + 5000, 1 << 20, marks.SEGMENT - 7)
+    for place in places:
+        overwrite(directory, marks._segment_name(0), place, b"\xff" * 7)
+    writer.close()
+    again = MarkWriter(directory)
+    assert again.segment[again.position :] == bytes(marks.SEGMENT - again.position)
+    assert [e.ino for e in MarkReader(directory, 0).read()] == [1]
 
 
 def test_a_torn_segment_before_an_empty_one(directory, monkeypatch):
