@@ -19,6 +19,7 @@ import sys
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
+import harness
 import pytest
 import s3servers
 from harness import REPO, TIERFS, PlainVolume, Scratch, Volume
@@ -176,6 +177,12 @@ def _server(area: Scratch, name: str) -> Iterator[s3servers.Server]:
 def needs_root() -> None:
     if os.geteuid() != 0:
         pytest.skip("only root can do this")
+
+
+@pytest.fixture(scope="session")
+def handed_on() -> None:
+    if harness.linux() < (6, 9):
+        pytest.skip("before 6.9 Linux asks nobody again what a mount server has left unanswered")
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ import fcntl
 import json
 import mmap
 import os
+import re
 import select
 import signal
 import subprocess
@@ -186,6 +187,12 @@ def command(pid: int) -> str:
         words = Path("/proc", str(pid), "cmdline").read_bytes().replace(b"\0", b" ")
         return words.decode(errors="replace")[:200]
     return "?"
+
+
+def linux() -> tuple[int, int]:
+    """The version of the kernel."""
+    major, minor = re.findall(r"\d+", os.uname().release)[:2]
+    return int(major), int(minor)
 
 
 def kill(pid: int, number: int = signal.SIGKILL) -> None:

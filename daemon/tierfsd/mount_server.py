@@ -139,7 +139,7 @@ class Server:
             session.run_ready()
             if session.ready and not self._said_ready:
                 self._said_ready = True
-                lasting = self._vfs.tree.privileged
+                lasting = self._vfs.tree.privileged and session.lasting
                 self._tell(channel.Ready(self._gate.states.backing is not None, lasting, session.form))
             self._turn(served)
             self._hear_in_time(served)

@@ -398,7 +398,10 @@ class Supervisor:
         try:
             asked = launch.take_asked(self._plan.volume.state)
             if not self._channel.lasting:
-                raise VolumeError("open files outlive it only for root, with the kernel binding")
+                raise VolumeError(
+                    "open files outlive it only for root, with the kernel binding, on Linux 6.9 or later: "
+                    "unmount, then mount again"
+                )
             handover.refuse_if_unable(asked.python, self._left(asked.token))
             log.info("restarting with %s", asked.python)
             self._end_mover()

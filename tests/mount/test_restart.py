@@ -18,7 +18,7 @@ import tierfs
 from tierfs import locate
 from tierfs import volume as volumes
 
-pytestmark = [pytest.mark.mount, pytest.mark.usefixtures("tiers", "needs_root")]
+pytestmark = [pytest.mark.mount, pytest.mark.usefixtures("tiers", "needs_root", "handed_on")]
 
 # The command of that version: its interpreter is a script that puts its modules before ours.
 AS_THAT = "import sys; sys.executable = sys.argv.pop(1); from tierfs.cli import main; main()"

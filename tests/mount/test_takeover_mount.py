@@ -19,7 +19,7 @@ from harness import connection_of, kill, mapped, wait_gone
 from tierfs import failpoints
 from tierfs import volume as volumes
 
-pytestmark = [pytest.mark.mount, pytest.mark.usefixtures("tiers", "needs_root")]
+pytestmark = [pytest.mark.mount, pytest.mark.usefixtures("tiers", "needs_root", "handed_on")]
 
 LARGE = 24 << 20
 

@@ -102,6 +102,7 @@ class Session:
         self._table[p.Op.DESTROY] = self._destroy
         self._overtaking = [self._table[op] for op in (p.Op.FORGET, p.Op.BATCH_FORGET, p.Op.INTERRUPT)]
         self.ready = False  # the kernel has got its answer to INIT
+        self.lasting = False  # the kernel asks a successor again what this one leaves unanswered: Linux 6.9
         self._resent = False  # what the server before left unanswered has not all come yet
         self._again: set[int] = set()  # those requests
         self.end: End | None = None
@@ -120,7 +121,7 @@ class Session:
 
         Call it when the vfs has taken over. Raises OSError.
         """
-        self.ready = self._resent = True
+        self.ready = self.lasting = self._resent = True
         self._device.write(p.OUT.pack(p.OUT_SIZE, p.NOTIFY_RESEND, 0))
 
     @property
@@ -361,7 +362,7 @@ class Session:
         self._reply(unique, reply)
         if agreed & p.Feature.PASSTHROUGH.bit:
             self._try_passthrough()
-        self.ready = True
+        self.ready, self.lasting = True, bool(agreed & p.Feature.HAS_RESEND.bit)
         passthrough = self._vfs.gate.states.backing is not None
         self._ledger.serve(passthrough=passthrough)
         log.info("FUSE 7.%d, passthrough %s", min(minor, p.MINOR), "on" if passthrough else "off")
