@@ -17,7 +17,7 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 
@@ -156,6 +156,10 @@ class Tier:
         self, items: Iterable[Item], stop: threading.Event, punch: bool, report: Report | None
     ) -> Iterator[Item]:
         def submit(batch: list[Item]) -> Future[None]:
+            if stop.is_set():  # the daemon may be ending, and takes nothing more
+                future = Future[None]()
+                future.cancel()
+                return future
             return self._batches.submit(self._batch, batch, stop, punch, report)
 
         for batch, future in flow(_batched(items), submit, _IN_HAND):
@@ -165,6 +169,9 @@ class Tier:
                 for item in batch:
                     if item.going and not item.demoted:
                         item.stay(str(error), failed=True)
+            except CancelledError:  # it had not begun
+                for item in batch:
+                    item.stay("was cancelled")
             yield from batch
 
     def _batch(self, batch: list[Item], cancelled: threading.Event, punch: bool, report: Report | None) -> None:

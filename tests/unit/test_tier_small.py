@@ -647,3 +647,31 @@ def test_who_is_told_of_an_error_while_a_fetch_begins_finds_the_reason_in_status
     why = "too many threads" if where == "at once" else "Too many open files"
     (told,) = [trouble.what for trouble in volume.tier.kit.troubles.list()]
     assert "'a' cannot be fetched" in told and why in told
+
+
+def test_what_of_an_order_had_not_begun_when_the_daemon_ends_stays(volume, monkeypatch):
+    """That is no failure of the order, and whoever reads the log shall not take it for one."""
+    monkeypatch.setattr(tier_module, "BATCH", 2)  # batches of one
+    began, go_on, stop = threading.Semaphore(0), threading.Event(), threading.Event()
+
+    def slow(batch, *_):
+        began.release()
+        go_on.wait(20)
+        batch[0].stay("was slow")
+
+    monkeypatch.setattr(volume.tier, "_batch", slow)
+    names = [f"f{number}" for number in range(2 * tier_module._IN_HAND)]
+    for name in names:
+        volume.server.create(volume.path(name), b"content")
+    found = []
+    ordered = threading.Thread(target=lambda: found.extend(volume.demote(*names, cancelled=stop)))
+    ordered.start()
+    for _ in range(tier_module._AT_ONCE):
+        assert began.acquire(timeout=20)
+    stop.set()
+    volume.tier._batches.shutdown(wait=False, cancel_futures=True)
+    go_on.set()
+    ordered.join(20)
+    slow_ones = tier_module._AT_ONCE
+    assert reasons(found) == ["was slow"] * slow_ones + ["was cancelled"] * (len(names) - slow_ones)
+    assert not any(item.failed for item in found)
