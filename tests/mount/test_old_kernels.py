@@ -56,6 +56,6 @@ def test_a_killed_server_is_followed_by_another_mount(made: Volume) -> None:
             assert time.monotonic() < until, made.log()
             time.sleep(0.02)
         with pytest.raises(OSError):
-            os.fstat(file.fileno())
+            os.fsync(file.fileno())
     assert (made.mountpoint / "file").read_bytes() == b"content"
     assert "takes its session over" not in made.log() and "mounting anew" in made.log()
