@@ -172,6 +172,7 @@ class Tier:
             except CancelledError:  # it had not begun
                 for item in batch:
                     item.stay("was cancelled")
+                self._tell(batch, report)
             yield from batch
 
     def _batch(self, batch: list[Item], cancelled: threading.Event, punch: bool, report: Report | None) -> None:

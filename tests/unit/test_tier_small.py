@@ -663,8 +663,9 @@ def test_what_of_an_order_had_not_begun_when_the_daemon_ends_stays(volume, monke
     names = [f"f{number}" for number in range(2 * tier_module._IN_HAND)]
     for name in names:
         volume.server.create(volume.path(name), b"content")
-    found = []
-    ordered = threading.Thread(target=lambda: found.extend(volume.demote(*names, cancelled=stop)))
+    found, told = [], []
+    order = {"cancelled": stop, "report": told.append}
+    ordered = threading.Thread(target=lambda: found.extend(volume.demote(*names, **order)))
     ordered.start()
     for _ in range(tier_module._AT_ONCE):
         assert began.acquire(timeout=20)
@@ -675,3 +676,4 @@ def test_what_of_an_order_had_not_begun_when_the_daemon_ends_stays(volume, monke
     slow_ones = tier_module._AT_ONCE
     assert reasons(found) == ["was slow"] * slow_ones + ["was cancelled"] * (len(names) - slow_ones)
     assert not any(item.failed for item in found)
+    assert told == found[slow_ones:], "whoever counts hears of each"
